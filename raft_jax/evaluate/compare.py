@@ -1,0 +1,149 @@
+"""One model's marks: what it knows of the domain, and what it kept of the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from raft_jax.config import EvaluateConfig
+from raft_jax.data.examples import Example
+from raft_jax.data.prompts import question_prompt
+from raft_jax.errors import InputError
+from raft_jax.evaluate.accuracy import is_correct, token_f1
+from raft_jax.evaluate.drift import divergence, weight_distance
+from raft_jax.models import Model
+from raft_jax.models.encoder import Encoder, cosine_similarity
+from raft_jax.progress import progress
+from raft_jax.sampling import Completion, Sampler, Scorer
+from raft_jax.sources import resolve
+
+
+@dataclass(frozen=True)
+class GeneralPrompt:
+    """A prompt outside the domain; `check` says how a program knows a right answer, if it can."""
+
+    id: str
+    category: str
+    prompt: str
+    check: dict[str, Any] | None = None
+
+
+def load_general_prompts(source: str) -> list[GeneralPrompt]:
+    """Reads a JSONL file of general prompts.
+
+    Raises:
+      InputError: file and line of what is not a prompt.
+    """
+    path = resolve(source)
+    prompts = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            prompts.append(GeneralPrompt(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{path}:{number}: not a general prompt ({error}); a line has id, category, prompt and check"
+            ) from error
+    if not prompts:
+        raise InputError(f"{path}: no prompts in it")
+    return prompts
+
+
+class Evaluation:
+    """Everything that is the same for each model that is evaluated: questions, prompts, the base model's words."""
+
+    def __init__(
+        self, model: Model, encoder: Encoder, questions: Sequence[Example], general: Sequence[GeneralPrompt],
+        settings: EvaluateConfig, mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.model, self.encoder, self.settings, self.mesh = model, encoder, settings, mesh
+        self.questions, self.general = list(questions), list(general)
+        self.sampler = Sampler(model, settings.batch_size, mesh)
+        self.scorer = Scorer(model, settings.batch_size, mesh)
+        tokenizer = model.tokenizer
+        asked = [question_prompt(example.question, example.context) for example in self.questions]
+        self.question_prompts = [tokenizer.chat_prompt(messages) for messages in asked]
+        self.gold_answers = [
+            tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])
+            for messages, example in zip(asked, self.questions, strict=True)
+        ]
+        self.general_prompts = [tokenizer.chat_prompt(question_prompt(prompt.prompt)) for prompt in self.general]
+        self._base_continuations: list[Completion] | None = None
+
+    def base_continuations(self) -> list[Completion]:
+        """The base model's own greedy answers to the general prompts."""
+        if self._base_continuations is None:
+            self._base_continuations = self._greedy(
+                self.model.params, self.general_prompts, self.settings.general_new_tokens, "base on general prompts"
+            )
+        return self._base_continuations
+
+    def evaluate(self, name: str, params) -> dict[str, Any]:
+        """The marks of one model; see docs/evaluation.md for each."""
+        decode = self.model.tokenizer.decode
+        is_base = params is self.model.params
+        written = self._greedy(params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions")
+        answers = [decode(completion.tokens).strip() for completion in written]
+        gold = [example.answer for example in self.questions]
+        logprob = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers)
+        overlap = [token_f1(answer, wanted) for answer, wanted in zip(answers, gold, strict=True)]
+        similar = cosine_similarity(self.encoder.encode(answers), self.encoder.encode(gold))
+
+        base = self.base_continuations()
+        tokens = [completion.tokens for completion in base]
+        drift = np.zeros(len(tokens), np.float32)
+        if is_base:
+            general = base
+        else:
+            drift = divergence(
+                self.model, self.model.params, params, self.general_prompts, tokens, self.settings.batch_size, self.mesh
+            )
+            general = self._greedy(
+                params, self.general_prompts, self.settings.general_new_tokens, f"{name} on general prompts"
+            )
+        said = [decode(completion.tokens).strip() for completion in general]
+        correct = [is_correct(prompt.check, text) for prompt, text in zip(self.general, said, strict=True)]
+        return {
+            "domain": {
+                "gold_logprob": _estimate(logprob), "token_f1": _estimate(overlap), "similarity": _estimate(similar),
+            },
+            "general": {
+                "divergence": _estimate(drift), "accuracy": _estimate([mark for mark in correct if mark is not None]),
+            },
+            "weight_distance": weight_distance(params, self.model.params),
+            "answers": [
+                {"id": example.id, "question": example.question, "gold": example.answer, "answer": answer,
+                 "token_f1": float(f1), "similarity": float(cosine), "gold_logprob": float(value)}
+                for example, answer, f1, cosine, value in zip(
+                    self.questions, answers, overlap, similar, logprob, strict=True
+                )
+            ],
+            "general_answers": [
+                {"id": prompt.id, "category": prompt.category, "prompt": prompt.prompt, "answer": text,
+                 "correct": mark, "divergence": float(value)}
+                for prompt, text, mark, value in zip(self.general, said, correct, drift, strict=True)
+            ],
+            "tokens": sum(len(completion.tokens) for completion in [*written, *general]),
+        }
+
+    def _greedy(self, params, prompts, max_new_tokens: int, title: str) -> list[Completion]:
+        with progress(title, len(prompts), "answers") as bar:
+            return self.sampler.generate(
+                params, prompts, key=jax.random.key(0), temperature=0.0, max_new_tokens=max_new_tokens,
+                on_batch=lambda batch, _: bar.advance(len(batch)),
+            )
+
+
+def _estimate(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean, its standard error, and how many values there are."""
+    array = np.asarray(values, np.float64)
+    if not array.size:
+        return {"mean": None, "stderr": None, "count": 0}
+    stderr = float(array.std(ddof=1) / np.sqrt(array.size)) if array.size > 1 else None
+    return {"mean": float(array.mean()), "stderr": stderr, "count": int(array.size)}

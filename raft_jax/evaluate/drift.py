@@ -1,0 +1,75 @@
+"""How far a tuned model has moved from the base model: in what it would say, and in its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raft_jax.models import Model
+from raft_jax.sampling import Scorer, answer_hidden
+
+CHUNK = 8  # time steps whose logits of both models are held at once
+
+
+def divergence(
+    model: Model, base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+    batch_size: int = 16, mesh: jax.sharding.Mesh | None = None,
+) -> np.ndarray:
+    """KL(base ‖ tuned) over the whole vocabulary, mean over the tokens of each of the base model's own answers.
+
+    Returns:
+      `[num_answers]` float32, nats per token.
+    """
+    scorer = Scorer(model, batch_size, mesh)
+
+    @jax.jit
+    def mean_kl(base_params, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
+        arrays = (prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
+        base_BAD, tuned_BAD = answer_hidden(model, base_params, *arrays), answer_hidden(model, params, *arrays)
+        base_DV, tuned_DV = model.unembedding(base_params), model.unembedding(params)
+
+        def kl(hidden):
+            base, tuned = (
+                jax.nn.log_softmax(jnp.einsum("bd,dv->bv", h, w, preferred_element_type=jnp.float32))
+                for h, w in zip(hidden, (base_DV, tuned_DV), strict=True)
+            )
+            return jnp.sum(jnp.exp(base) * (base - tuned), axis=-1)
+
+        kl_AB = jax.lax.map(kl, (base_BAD.swapaxes(0, 1), tuned_BAD.swapaxes(0, 1)), batch_size=CHUNK)
+        mask_BA = answer_mask_BA.astype(jnp.float32)
+        return jnp.sum(kl_AB.T * mask_BA, axis=-1) / jnp.maximum(jnp.sum(mask_BA, axis=-1), 1)
+
+    return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers)
+
+
+@jax.jit
+def _squares(params, base_params):
+    """Sum of squares of the difference and of the base, of each layer where a parameter is stacked over layers."""
+
+    def of(name):
+        axes = tuple(range(1, params[name].ndim)) if _is_stacked(name) else None
+        base = base_params[name].astype(jnp.float32)
+        moved = params[name].astype(jnp.float32) - base
+        return jnp.sum(moved**2, axis=axes), jnp.sum(base**2, axis=axes)
+
+    return {name: of(name) for name in params}
+
+
+def _is_stacked(name: str) -> bool:
+    return name.rpartition("_")[2].startswith("L")
+
+
+def weight_distance(params: Mapping[str, jax.Array], base_params: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """Relative distance ‖W − W₀‖ / ‖W₀‖ of each layer, of the embedding, and the mean over the layers (Fig. 3)."""
+    squares = jax.device_get(_squares(params, base_params))
+    stacked = [values for name, values in squares.items() if _is_stacked(name)]
+    layers = np.sqrt(sum(moved for moved, _ in stacked) / sum(base for _, base in stacked))
+    moved, base = squares["embedding_VD"]
+    return {
+        "mean": float(layers.mean()), "layers": [float(value) for value in layers],
+        "embedding": float(np.sqrt(moved / base)),
+    }

@@ -1,0 +1,78 @@
+"""Models in JAX: `load_pretrained` gives config, parameters, tokenizer and pure functions over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
+from raft_jax.models.families import config_from_hf
+from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
+from raft_jax.models.weights import GgufFile, load_parameters, open_weights
+from raft_jax.sharding import named_sharding
+from raft_jax.sources import resolve
+
+__all__ = ["DecoderConfig", "Model", "Tokenizer", "load_pretrained", "parameter_shardings"]
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A decoder's config, its parameters and its tokenizer. The functions are pure: parameters come first.
+
+    `params` is a plain dict of arrays, one per row of `parameter_table(config)`: the pytree that optax, Orbax and
+    `jax.grad` see. The NNX module is put around it inside each function.
+    """
+
+    config: DecoderConfig
+    params: dict[str, jax.Array]
+    tokenizer: Tokenizer | None = None
+    hf_config: dict[str, Any] | None = None
+
+    def hidden(self, params, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
+        """Final hidden states `[B, T, D]`; see Decoder.hidden."""
+        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT)
+
+    def hidden_cached(self, params, tokens_BT, mask_BT, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states of the next tokens and the grown cache; see Decoder.hidden_cached."""
+        return Decoder(self.config, params).hidden_cached(tokens_BT, mask_BT, cache)
+
+    def unembedding(self, params) -> jax.Array:
+        """`[D, V]`."""
+        return Decoder(self.config, params).unembedding()
+
+    def apply(self, params, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
+        """Logits `[B, T, V]`, float32. For evaluation of short texts: training never holds this array."""
+        hidden_BTD = self.hidden(params, tokens_BT, positions_BT, mask_BT)
+        return jnp.einsum("btd,dv->btv", hidden_BTD, self.unembedding(params), preferred_element_type=jnp.float32)
+
+
+def parameter_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+    """The layout of the parameters on a mesh."""
+    table = parameter_table(config)
+    return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
+
+
+def load_pretrained(source: str, dtype=jnp.float32, mesh: Mesh | None = None, remat: bool = False) -> Model:
+    """Loads an instruction-tuned decoder.
+
+    Args:
+      source: a Hugging Face folder, a `.gguf` file, `package://MODULE/PATH` or `hf://OWNER/NAME`.
+      dtype: of the parameters and the activations.
+      mesh: where the parameters go; default the first device.
+      remat: recompute each layer in the backward pass (less memory, a third more work).
+
+    Raises:
+      InputError: nothing there, an unsupported architecture or tokenizer, or weights that do not fit the config.
+    """
+    path = resolve(source)
+    weights = open_weights(path)
+    config = replace(config_from_hf(weights.hf_config), remat=remat)
+    if isinstance(weights, GgufFile):
+        tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
+    else:
+        tokenizer = tokenizer_from_folder(path)
+    return Model(config, load_parameters(weights, config, dtype, mesh), tokenizer, dict(weights.hf_config))

@@ -1,0 +1,254 @@
+"""One decoder for the llama family: parameter table, forward pass, and the same pass with a cache.
+
+Letters: B batch, T time, S cache length, D model width, N query heads, K key/value heads, G = N/K,
+H head width, F feed-forward, V vocabulary, L layers. A parameter's name ends in its dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from raft_jax.sharding import constrain
+
+MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What fixes the shapes and the arithmetic of a decoder."""
+
+    family: str
+    vocab_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn_width: int
+    max_positions: int
+    rope_theta: float = 10_000.0
+    rope_scaling: tuple[tuple[str, float], ...] | None = None  # llama3: factor, low, high, original length
+    norm_epsilon: float = 1e-5
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size behind each letter of a parameter's name."""
+        return {
+            "L": self.num_layers, "V": self.vocab_size, "D": self.width, "N": self.num_heads,
+            "K": self.num_kv_heads, "H": self.head_width, "F": self.ffn_width,
+        }
+
+
+LOGICAL_AXES = {"V": "vocabulary", "D": "width", "N": "heads", "K": "kv_heads", "F": "ffn", "L": None, "H": None}
+
+
+class ParameterInfo(NamedTuple):
+    """Shape, logical axes (for sharding) and fan-in (for random weights) of one parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int | None  # None: a norm's scale, made of ones; 0: a bias, made of zeros
+
+
+def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
+    """Every parameter of the decoder; init, import, export and sharding all read this one table."""
+    fan_in = {
+        "embedding_VD": config.width, "attention_norm_LD": None, "query_LDNH": config.width,
+        "key_LDKH": config.width, "value_LDKH": config.width,
+        "output_LNHD": config.num_heads * config.head_width, "mlp_norm_LD": None, "gate_LDF": config.width,
+        "up_LDF": config.width, "down_LFD": config.ffn_width, "final_norm_D": None,
+    }
+    if config.qkv_bias:
+        fan_in |= {"query_bias_LNH": 0, "key_bias_LKH": 0, "value_bias_LKH": 0}
+    if not config.tied_embeddings:
+        fan_in["unembedding_DV"] = config.width
+    table = {}
+    for name, fan in fan_in.items():
+        letters = name.rpartition("_")[2]
+        shape = tuple(config.sizes[letter] for letter in letters)
+        # A vector is too small to be worth cutting.
+        axes = tuple(LOGICAL_AXES[letter] if fan else None for letter in letters)
+        table[name] = ParameterInfo(shape, axes, fan)
+    return table
+
+
+def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Random weights: normal with standard deviation fan_in^-1/2; norms are one, biases zero."""
+
+    def init(name: str, info: ParameterInfo, key: jax.Array) -> jax.Array:
+        if info.fan_in is None or info.fan_in == 0:
+            return jnp.full(info.shape, 1 if info.fan_in is None else 0, dtype)
+        return jax.random.normal(key, info.shape, dtype) / math.sqrt(info.fan_in)
+
+    table = parameter_table(config)
+    keys = jax.random.split(key, len(table))
+    return {name: init(name, info, key) for (name, info), key in zip(table.items(), keys, strict=True)}
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far. All rows write at the same place, so prompts are left-padded."""
+
+    key_LBKSH: jax.Array
+    value_LBKSH: jax.Array
+    mask_BS: jax.Array  # bool: a real token lies here
+    length: jax.Array  # int32 scalar: how many places are written
+
+
+def init_cache(config: DecoderConfig, batch_size: int, length: int, dtype=jnp.float32) -> Cache:
+    shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_width)
+    zeros = jnp.zeros(shape, dtype)
+    return Cache(zeros, zeros, jnp.zeros((batch_size, length), bool), jnp.int32(0))
+
+
+def positions_from_mask(mask_BT: jax.Array) -> jax.Array:
+    """Position of each real token within its row, counted from 0; padding gets 0 before, the last one after."""
+    return jnp.maximum(jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1) - 1, 0)
+
+
+class Decoder(nnx.Module):
+    """Parameters of the decoder, stacked over layers, and the two ways to run it."""
+
+    def __init__(self, config: DecoderConfig, parameters: Mapping[str, jax.Array]):
+        self.config = config
+        for name, value in parameters.items():
+            setattr(self, name, nnx.Param(value))
+
+    def hidden(self, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
+        """Final hidden states, after the last norm, of whole sequences.
+
+        Args:
+          tokens_BT: int32.
+          positions_BT: int32; default counts the real tokens of each row.
+          mask_BT: bool, True on real tokens; padding may stand on either side. Default all real.
+
+        Returns:
+          hidden_BTD in the parameters' dtype; what stands at padding means nothing.
+        """
+        mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
+        positions_BT = positions_from_mask(mask_BT) if positions_BT is None else positions_BT
+        causal_TT = jnp.tril(jnp.ones((tokens_BT.shape[1],) * 2, bool))
+        visible_BTS = causal_TT & mask_BT[:, None, :]
+        rope = rope_table(self.config, positions_BT)
+
+        def layer(x_BTD, weights):
+            query, key, value = _project(self.config, x_BTD, weights, rope)
+            x_BTD = x_BTD + _attend(query, key, value, visible_BTS, weights)
+            return _mlp(self.config, x_BTD, weights), None
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer)
+        x_BTD, _ = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
+        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon)
+
+    def hidden_cached(self, tokens_BT, mask_BT, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states of the next T tokens, and the cache with them in it; T = 1 is a decoding step."""
+        T, S = tokens_BT.shape[1], cache.mask_BS.shape[1]
+        start = cache.length
+        seen_BS = jax.lax.dynamic_update_slice(cache.mask_BS, mask_BT, (0, start))
+        before_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
+        positions_BT = jnp.maximum(before_B1 + jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1) - 1, 0)
+        order_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
+        visible_BTS = order_TS & seen_BS[:, None, :]
+        rope = rope_table(self.config, positions_BT)
+
+        def layer(carry, weights):
+            # The cache is carried and written in place; as scan outputs it would be copied at every token.
+            x_BTD, keys, values, index = carry
+            query, key, value = _project(self.config, x_BTD, weights, rope)
+            keys = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype)[None], (index, 0, 0, start, 0))
+            values = jax.lax.dynamic_update_slice(values, value.astype(values.dtype)[None], (index, 0, 0, start, 0))
+            key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
+            value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
+            x_BTD = x_BTD + _attend(query, key, value, visible_BTS, weights)
+            return (_mlp(self.config, x_BTD, weights), keys, values, index + 1), None
+
+        carry = (self._embed(tokens_BT), cache.key_LBKSH, cache.value_LBKSH, jnp.int32(0))
+        (x_BTD, keys, values, _), _ = jax.lax.scan(layer, carry, self._layers())
+        hidden_BTD = rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon)
+        return hidden_BTD, Cache(keys, values, seen_BS, start + T)
+
+    def unembedding(self) -> jax.Array:
+        """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
+        return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
+
+    def _embed(self, tokens_BT) -> jax.Array:
+        return constrain(self.embedding_VD[...][tokens_BT], "batch", None, None)
+
+    def _layers(self) -> dict[str, jax.Array]:
+        stacked = (name for name in parameter_table(self.config) if name.rpartition("_")[2].startswith("L"))
+        return {name: getattr(self, name)[...] for name in stacked}
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """x / rms(x) · scale over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
+    return x32.astype(x.dtype) * scale
+
+
+def rope_table(config: DecoderConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine `[B, T, H/2]` of the rotary angles, float32."""
+    half = config.head_width // 2
+    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if config.rope_scaling:
+        frequency = _llama3_frequency(frequency, dict(config.rope_scaling))
+    angle = positions_BT[..., None].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def _llama3_frequency(frequency: jax.Array, scaling: dict[str, float]) -> jax.Array:
+    """Llama 3's long context: slow rotations are divided by `factor`, fast ones kept, blended in between."""
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = jnp.clip((turns - low) / (high - low), 0, 1)
+    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+
+
+def _rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    cos, sin = (table[:, :, None, :].astype(x_BTNH.dtype) for table in rope)
+    first, second = jnp.split(x_BTNH, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def _project(config: DecoderConfig, x_BTD, weights, rope):
+    """Query `[B,T,N,H]`, key and value `[B,K,T,H]` of one layer, rotated."""
+    x_BTD = rms_norm(x_BTD, weights["attention_norm_LD"], config.norm_epsilon)
+    query = jnp.einsum("btd,dnh->btnh", x_BTD, weights["query_LDNH"])
+    key = jnp.einsum("btd,dkh->btkh", x_BTD, weights["key_LDKH"])
+    value = jnp.einsum("btd,dkh->btkh", x_BTD, weights["value_LDKH"])
+    if config.qkv_bias:
+        query = query + weights["query_bias_LNH"]
+        key = key + weights["key_bias_LKH"]
+        value = value + weights["value_bias_LKH"]
+    query, key = _rotate(query, rope), _rotate(key, rope)
+    return query, key.swapaxes(1, 2), value.swapaxes(1, 2)
+
+
+def _attend(query_BTNH, key_BKSH, value_BKSH, visible_BTS, weights) -> jax.Array:
+    B, T, N, H = query_BTNH.shape
+    K = key_BKSH.shape[1]
+    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
+    scores = jnp.einsum("btkgh,bksh->bkgts", query_BTKGH, key_BKSH, preferred_element_type=jnp.float32) * H**-0.5
+    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
+    probs = jax.nn.softmax(scores, axis=-1).astype(value_BKSH.dtype)
+    mixed_BTNH = jnp.einsum("bkgts,bksh->btkgh", probs, value_BKSH).reshape(B, T, N, H)
+    return jnp.einsum("btnh,nhd->btd", mixed_BTNH, weights["output_LNHD"])
+
+
+def _mlp(config: DecoderConfig, x_BTD, weights) -> jax.Array:
+    """x plus the gated feed-forward of its norm (SwiGLU)."""
+    normed = rms_norm(x_BTD, weights["mlp_norm_LD"], config.norm_epsilon)
+    gate = jax.nn.silu(jnp.einsum("btd,df->btf", normed, weights["gate_LDF"]))
+    up = jnp.einsum("btd,df->btf", normed, weights["up_LDF"])
+    x_BTD = x_BTD + jnp.einsum("btf,fd->btd", gate * up, weights["down_LFD"])
+    return constrain(x_BTD, "batch", None, None)

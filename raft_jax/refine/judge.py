@@ -1,0 +1,92 @@
+"""Who judges: the interface, and three judges that need nothing but this machine (App. C-D)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from raft_jax.data.prompts import question_prompt
+from raft_jax.models.encoder import Encoder, cosine_similarity
+from raft_jax.refine.write import Item
+from raft_jax.sampling import Scorer
+
+NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
+# A name is a capitalised word that does not open a sentence, or an acronym anywhere.
+NAME = re.compile(r"(?<=[a-z,;:'’\"(\-] )[A-Z][\w'’-]+|\b[A-Z]{2,}\b")
+
+
+class Judge(Protocol):
+    """Scores candidates, each by itself."""
+
+    name: str
+
+    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+        """A number in [0, 1] for each candidate, higher is better; None where the judge has no answer."""
+
+
+class SimilarityJudge:
+    """How near the candidate's meaning is to the gold answer's: the cosine of Eq. 2, negative counts as 0."""
+
+    name = "similarity"
+
+    def __init__(self, encoder: Encoder, batch_size: int = 32):
+        self.encoder, self.batch_size = encoder, batch_size
+
+    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+        gold = self.encoder.encode([item.gold for item in items], self.batch_size)
+        found = self.encoder.encode(list(candidates), self.batch_size)
+        return [max(0.0, float(value)) for value in cosine_similarity(gold, found)]
+
+
+class CoverageJudge:
+    """The share of the gold answer's numbers and names that the candidate has; None where it has none."""
+
+    name = "coverage"
+
+    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+        return [coverage(item.gold, candidate) for item, candidate in zip(items, candidates, strict=True)]
+
+
+class LikelihoodJudge:
+    """How natural the candidate is to the base model: p(candidate | question) against p(rewriting | question).
+
+        min(1, exp(l(candidate) - l(rewriting))),    l = mean log-likelihood per token
+
+    A candidate as likely as what the model itself wrote scores 1; this is the gap that refinement is to close.
+    """
+
+    name = "likelihood"
+
+    def __init__(self, scorer: Scorer, params):
+        self.scorer, self.params = scorer, params
+
+    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+        tokenizer = self.scorer.model.tokenizer
+        questions = [question_prompt(item.question, item.context) for item in items]
+        texts = [*candidates, *(item.rewrite for item in items)]
+        asked = questions * 2
+        prompts = [tokenizer.chat_prompt(question) for question in questions] * 2
+        answers = [
+            tokenizer.chat_answer([*question, {"role": "assistant", "content": text}])
+            for question, text in zip(asked, texts, strict=True)
+        ]
+        candidate, rewrite = np.split(self.scorer.mean_logprob(self.params, prompts, answers), 2)
+        return [min(1.0, float(value)) for value in np.exp(np.minimum(candidate - rewrite, 0))]
+
+
+def coverage(gold: str, candidate: str) -> float | None:
+    """Share of the numbers and names of `gold` that `candidate` has.
+
+    Example:
+      >>> coverage("Rule 13 binds every vessel, says the IMO.", "See rule 13.")
+      0.5
+    """
+    numbers, names = set(NUMBER.findall(gold)), {name.lower() for name in NAME.findall(gold)}
+    if not numbers and not names:
+        return None
+    words = set(re.findall(r"[\w'’-]+", candidate.lower()))
+    hits = len(numbers & set(NUMBER.findall(candidate))) + len(names & words)
+    return hits / (len(numbers) + len(names))

@@ -1,0 +1,131 @@
+"""The append-only record of a refinement: whatever is in it need never be computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from raft_jax.errors import InputError
+
+STAGES = ("rewrite", "similarity", "fuse", "score")
+
+
+class Ledger:
+    """A JSONL file of records `{"stage": …, "key": …, …}`, one for each finished piece of work.
+
+    A record is in the ledger when `append` has returned. A process killed in the middle of an append
+    leaves whole lines and at most one torn last line, which the next `open` cuts off. One process at a
+    time may have a ledger open.
+
+    Example:
+      >>> import tempfile
+      >>> ledger = Ledger.open(Path(tempfile.mkdtemp()) / "ledger.jsonl")
+      >>> ledger.append([{"stage": "rewrite", "key": "q1", "text": "An answer."}])
+      >>> ("rewrite", "q1") in ledger, ledger.get("rewrite", "q1")["text"], ledger.get("rewrite", "q2")
+      (True, 'An answer.', None)
+    """
+
+    def __init__(self, path: Path, records: dict[tuple[str, str], dict]):
+        self._path = path
+        self._records = records
+
+    @classmethod
+    def open(cls, path: str | Path) -> Ledger:
+        """Reads a ledger, or starts an empty one; the folder is made if need be.
+
+        Raises:
+          InputError: a line other than a torn last one is damaged, or contradicts an earlier one.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = path.read_bytes() if path.exists() else b""
+        lines = data.split(b"\n")
+        torn = len(lines.pop())
+        if not torn and lines and not _is_json(lines[-1]):
+            torn = len(lines.pop()) + 1
+        records: dict[tuple[str, str], dict] = {}
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if not _is_json(line):
+                raise InputError(f"{where}: the ledger is damaged here; restore a copy, or cut it off "
+                                 "before this line: what followed is then computed again")
+            record = json.loads(line)
+            name = _name(record, where)
+            if records.setdefault(name, record) != record:
+                raise InputError(f"{where}: a second record for {name[0]} {name[1]!r} contradicts the first; "
+                                 "remove one of the two lines")
+        # "ab" makes the file where there is none.
+        with path.open("ab") as file:
+            file.truncate(len(data) - torn)
+            os.fsync(file.fileno())
+        _sync_folder(path.parent)
+        return cls(path, records)
+
+    def append(self, records: list[dict]) -> None:
+        """Adds records, on the disk when it returns; equal ones that are already there are passed over.
+
+        Raises:
+          ValueError: a record is malformed, or differs from one with its stage and key; then none is added.
+        """
+        added: dict[tuple[str, str], dict] = {}
+        lines = []
+        for given in records:
+            line = json.dumps(given, ensure_ascii=False, allow_nan=False)
+            record = json.loads(line)
+            name = _name(record, f"{self._path}: appending")
+            known = self._records.get(name) or added.get(name)
+            if known is None:
+                added[name] = record
+                lines.append(line + "\n")
+            elif known != record:
+                raise ValueError(f"{self._path}: {name[0]} {name[1]!r} is recorded with other content")
+        if not lines:
+            return
+        data = "".join(lines).encode()
+        # Unbuffered: a buffer would try again to write its rest when the file is closed after an error.
+        with self._path.open("ab", buffering=0) as file:
+            start = file.tell()
+            try:
+                written = 0
+                while written < len(data):
+                    written += file.write(data[written:])
+                os.fsync(file.fileno())
+            except BaseException:
+                # Half a line left behind (a full disk) would be damage in the middle after the next append.
+                file.truncate(start)
+                raise
+        self._records.update(added)
+
+    def get(self, stage: str, key: str) -> dict | None:
+        """Returns the record of a stage and key, not to be changed, or None."""
+        return self._records.get((stage, key))
+
+    def records(self) -> list[dict]:
+        """Returns all records in the order in which they were added, not to be changed."""
+        return list(self._records.values())
+
+    def __contains__(self, name: tuple[str, str]) -> bool:
+        return name in self._records
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _name(record: object, where: str) -> tuple[str, str]:
+    if isinstance(record, dict) and record.get("stage") in STAGES and isinstance(record.get("key"), str):
+        return record["stage"], record["key"]
+    raise InputError(f"{where}: a record needs a stage ({', '.join(STAGES)}) and a key that is text")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,97 @@
+"""Who writes: the interface of rewriting and fusion, and the local model behind it (Eqs. 1 and 4)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+
+from raft_jax.data.prompts import Conversation
+from raft_jax.sampling import Completion, Sampler
+
+REFUSAL = re.compile(
+    r"^\W*(i'?m sorry|i am sorry|sorry,|i apologi[sz]e|i can(no|')t (help|assist|answer|provide)|i'?m (unable|not able)|"
+    r"as an ai\b)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row on its way through the refinement."""
+
+    id: str
+    question: str
+    gold: str
+    rewrite: str = ""
+    context: str = ""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A written text and whether it can be used: "ok", "empty", "truncated" (cut at the limit) or "refusal"."""
+
+    text: str
+    status: str
+    num_tokens: int
+
+
+class Writer(Protocol):
+    """Writes one text for each item: a rewriting, or the fusion of gold answer and rewriting."""
+
+    def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
+        """Yields finished texts by the item's index, as they come.
+
+        Args:
+          items: all items of the round, also those that are done.
+          round: counted from 1; another round writes other texts.
+          done: indices that need not be written again.
+        """
+
+
+class LocalWriter:
+    """Writes with a model on this machine.
+
+    Batches are cut from all items whatever is done, and each row has its own random numbers, so a run that was
+    killed in between writes the same texts as one that was not.
+    """
+
+    def __init__(
+        self, sampler: Sampler, params, prompt: Callable[[Item], Conversation], *, key: jax.Array,
+        temperature: float, top_p: float, max_new_tokens: int,
+    ):
+        self.sampler, self.params, self.prompt, self.key = sampler, params, prompt, key
+        self.settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+
+    def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
+        tokenizer = self.sampler.model.tokenizer
+        prompts = [tokenizer.chat_prompt(self.prompt(item)) for item in items]
+        key = jax.random.fold_in(self.key, round)
+        for batch in self.sampler.batches(prompts):
+            if all(index in done for index in batch):
+                continue
+            completions = self.sampler.generate(
+                self.params, [prompts[index] for index in batch], key=key,
+                names=[items[index].id for index in batch], **self.settings,
+            )
+            yield {
+                index: draft_of(completion, tokenizer.decode)
+                for index, completion in zip(batch, completions, strict=True)
+            }
+
+
+def draft_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> Draft:
+    """A completion as text, with what is wrong with it."""
+    text = decode(completion.tokens).strip()
+    if not completion.finished:
+        status = "truncated"
+    elif not text:
+        status = "empty"
+    elif REFUSAL.search(text):
+        status = "refusal"
+    else:
+        status = "ok"
+    return Draft(text, status, len(completion.tokens))

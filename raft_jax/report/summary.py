@@ -1,0 +1,228 @@
+"""The numbers of a run as tables of text, for the terminal and for the page alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raft_jax.report.folder import Run, label, read_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; the first `text_columns` hold words, `methods` has each row's method."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    methods: tuple[str, ...]
+    note: str = ""
+    text_columns: int = 1
+
+
+def summary_tables(run: Run | Path) -> list[Table]:
+    """The scores, losses, stages and outputs of a run.
+
+    Args:
+      run: a run, or the folder it lies in.
+
+    Returns:
+      The tables "scores" (base and each method), "training" (each method), "stages" and "outputs".
+      What has not been run yet shows as a dash, or as a table without rows.
+    """
+    run = run if isinstance(run, Run) else read_run(run)
+    return [_scores(run), _training(run), _stages(run), _outputs(run)]
+
+
+def print_summary(run_dir: Path, console: Console) -> None:
+    """Prints the tables of `summary_tables`.
+
+    Args:
+      run_dir: a run folder.
+      console: where to print.
+    """
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    for table in summary_tables(run_dir):
+        console.print(Text(f"\n{table.title}", style="bold"))
+        if not table.rows:
+            console.print(Text("not run yet", style="dim"))
+            continue
+        if table.name == "outputs":
+            width = max(len(what) for what, _ in table.rows)
+            for what, path in table.rows:
+                # A path is there to be copied, so it is never wrapped.
+                console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
+            continue
+        view = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+        for index, width in enumerate(_widths(table, console.width)):
+            justify = "left" if index < table.text_columns else "right"
+            view.add_column(Text(table.columns[index]), justify=justify, width=width)
+        for row in table.rows:
+            view.add_row(*map(Text, row))
+        console.print(view)
+        if table.note:
+            console.print(Text(table.note, style="dim"))
+
+
+def _widths(table: Table, available: int) -> list[int]:
+    """Column widths: whole cells, or as wide as the longest word in as many columns as it takes to fit."""
+    columns = list(zip(table.columns, *table.rows, strict=True))
+    widths = [max(map(len, cells)) for cells in columns]
+    narrow = [max(len(word) for cell in cells for word in cell.split() or [""]) for cells in columns]
+    for index in sorted(range(len(widths)), key=lambda index: narrow[index] - widths[index]):
+        if sum(widths) + 2 * len(widths) > available:
+            widths[index] = narrow[index]
+    return widths
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number as the report shows it; a dash for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return MISSING
+    return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
+
+
+def estimate(score: dict[str, Any] | None, digits: int = 3) -> str:
+    """A mean with its standard error; a dash where there is none."""
+    if not score or score.get("mean") is None:
+        return MISSING
+    mean = number(float(score["mean"]), digits)
+    return mean if score.get("stderr") is None else f"{mean} ±{number(float(score['stderr']), digits)}"
+
+
+def part(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
+    """The nested object under `keys`; empty where any of them is missing or null."""
+    for key in keys:
+        mapping = mapping.get(key) or {}
+    return mapping
+
+
+def _scores(run: Run) -> Table:
+    names = tuple(name for name in ("base", *run.methods) if run.models or name != "base")
+    rows = []
+    for name in names:
+        scores = run.models.get(name, {})
+        domain, general = part(scores, "domain"), part(scores, "general")
+        distance = part(scores, "weight_distance").get("mean")
+        rows.append(
+            (
+                label(name),
+                estimate(domain.get("gold_logprob")),
+                estimate(domain.get("token_f1")),
+                estimate(domain.get("similarity")),
+                estimate(general.get("divergence"), 4),
+                estimate(general.get("accuracy")),
+                MISSING if distance is None else number(float(distance), 4),
+            )
+        )
+    return Table(
+        name="scores",
+        title="Learned and forgotten",
+        columns=(
+            "model",
+            "gold log-likelihood",
+            "token F1",
+            "similarity",
+            "divergence",
+            "accuracy",
+            "weight distance",
+        ),
+        rows=tuple(rows) if run.models else (),
+        methods=names if run.models else (),
+        note=_scores_note(run),
+    )
+
+
+def _scores_note(run: Run) -> str:
+    if not run.models:
+        return ""
+    first = next(iter(run.models.values()))
+    held_out = part(first, "domain", "gold_logprob").get("count")
+    general = part(first, "general", "divergence").get("count")
+    checked = part(first, "general", "accuracy").get("count")
+    return (
+        f"Mean ± standard error. Domain: {number(held_out)} held-out questions; log-likelihood of the gold "
+        "answer in nats per token, F1 and embedding similarity of the greedy answer to it (all: higher is "
+        f"better). General: {number(general)} prompts; divergence KL(base ‖ model) in nats per token on the "
+        "base model's own continuations (lower is better), accuracy on the "
+        f"{number(checked)} that can be checked. "
+        "Weight distance: ‖W − W₀‖ / ‖W₀‖."
+    )
+
+
+def _training(run: Run) -> Table:
+    rows, methods = [], []
+    for method in run.methods:
+        steps = run.metrics.get(method, ())
+        if not steps:
+            continue
+        first, last = steps[0], steps[-1]
+        sft_key = "sft_loss" if "sft_loss" in first else "loss"
+        pairs = [_number_at(line, key) for key in (sft_key, "kl_loss", "weight") for line in (first, last)]
+        rows.append((label(method), number(len(steps)), *pairs))
+        methods.append(method)
+    return Table(
+        name="training",
+        title="Training",
+        columns=("method", "steps", "SFT loss first", "last", "KL loss first", "last", "λ first", "last"),
+        rows=tuple(rows),
+        methods=tuple(methods),
+        note="Single steps, in nats per token. The methods' targets differ: do not compare their SFT losses.",
+    )
+
+
+def _number_at(line: dict[str, Any], key: str) -> str:
+    return MISSING if line.get(key) is None else number(float(line[key]), 3)
+
+
+def _stages(run: Run) -> Table:
+    totals: dict[tuple[str, str], list[float]] = {}
+    for line in run.timings:
+        entry = totals.setdefault((str(line.get("stage", "")), line.get("method") or ""), [0.0, 0])
+        entry[0] += line.get("seconds") or 0.0
+        entry[1] += line.get("tokens") or 0
+    rows = [
+        _stage(stage, label(method) if method else "", *entry) for (stage, method), entry in totals.items()
+    ]
+    if rows:
+        rows.append(_stage("all", "", *(sum(entry[index] for entry in totals.values()) for index in (0, 1))))
+    return Table(
+        name="stages",
+        title="Time",
+        columns=("stage", "method", "seconds", "tokens", "tokens/s"),
+        rows=tuple(rows),
+        methods=tuple(method for _, method in totals) + (("",) if rows else ()),
+        text_columns=2,
+    )
+
+
+def _stage(stage: str, method: str, seconds: float, tokens: int) -> tuple[str, ...]:
+    speed = f"{tokens / seconds:,.0f}" if tokens and seconds else MISSING
+    return (stage, method, f"{seconds:,.1f}", f"{tokens:,}" if tokens else MISSING, speed)
+
+
+def _outputs(run: Run) -> Table:
+    rows = [("report", str(run.path / "report.html"))]
+    rows += [
+        (f"{label(method)} model", str(run.path / method / "hf"))
+        for method in run.methods
+        if method in run.exported
+    ]
+    return Table(
+        name="outputs",
+        title="Where it lies",
+        columns=("what", "path"),
+        rows=tuple(rows),
+        methods=("",) * len(rows),
+        text_columns=2,
+    )

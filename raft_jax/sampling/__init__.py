@@ -1,0 +1,7 @@
+"""Sampling: one engine for rewriting, rollouts and evaluation, and the likelihood of given answers."""
+
+from raft_jax.sampling.decode import Rollout, make_generate, sample_token
+from raft_jax.sampling.engine import Completion, Sampler
+from raft_jax.sampling.score import Scorer, answer_hidden
+
+__all__ = ["Completion", "Rollout", "Sampler", "Scorer", "answer_hidden", "make_generate", "sample_token"]

@@ -1,0 +1,124 @@
+"""Prefill, decoding step and sampling: pure functions, one jitted program a shape."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from raft_jax.models import Model
+from raft_jax.models.decoder import MASKED, init_cache
+
+
+class Rollout(NamedTuple):
+    """What was generated: C new tokens a row."""
+
+    tokens_BC: jax.Array  # int32; padding after a row's end
+    mask_BC: jax.Array  # bool: True on generated tokens, the end-of-turn token among them
+
+
+def sample_token(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array, top_p: float = 1.0) -> jax.Array:
+    """Draws one token a row by inverting the distribution function.
+
+    One uniform number a row is all the randomness it takes, where the Gumbel trick takes one per vocabulary entry.
+    The inversion goes in two levels, blocks and then within the block, so that no sum is longer than about √V.
+
+    Args:
+      logits_BV: float.
+      uniform_B: float32 in [0, 1).
+      temperature: float32 scalar; 0 takes the most likely token.
+      top_p: draws from the smallest set of tokens with at least this probability; a static number.
+
+    Returns:
+      tokens_B: int32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> logits_BV = jnp.log(jnp.array([[0.5, 0.3, 0.2]] * 3))
+      >>> sample_token(logits_BV, jnp.array([0.49, 0.51, 0.81]), jnp.float32(1.0)).tolist()
+      [0, 1, 2]
+    """
+    logits_BV = logits_BV.astype(jnp.float32)
+    scaled_BV = logits_BV / jnp.maximum(temperature, 1e-6)
+    if top_p < 1.0:
+        scaled_BV = _keep_nucleus(scaled_BV, top_p)
+    weight_BV = jnp.exp(scaled_BV - jnp.max(scaled_BV, axis=-1, keepdims=True))
+    B, V = weight_BV.shape
+    size = 1 << max(1, (V.bit_length() + 1) // 2)
+    padded = jnp.pad(weight_BV, ((0, 0), (0, -V % size))).reshape(B, -1, size)
+    block_sum = jnp.sum(padded, axis=-1)
+    target_B = uniform_B * jnp.sum(block_sum, axis=-1)
+    block_B, rest_B = _invert(block_sum, target_B)
+    inside, _ = _invert(jnp.take_along_axis(padded, block_B[:, None, None], axis=1)[:, 0], rest_B)
+    return jnp.where(temperature > 0, block_B * size + inside, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def _invert(weight_BM: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index whose running sum passes the target, and how far into it the target lies."""
+    running_BM = jnp.cumsum(weight_BM, axis=-1)
+    # Rounding may leave the target past the last sum: stay on the last entry that has weight.
+    last_B = weight_BM.shape[-1] - 1 - jnp.argmax(weight_BM[:, ::-1] > 0, axis=-1)
+    index_B = jnp.minimum(jnp.sum(running_BM <= target_B[:, None], axis=-1), last_B)
+    before_B = jnp.take_along_axis(running_BM - weight_BM, index_B[:, None], axis=-1)[:, 0]
+    return index_B, target_B - before_B
+
+
+def _keep_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
+    """Masks what lies outside the smallest set of tokens with at least `top_p` of the probability."""
+    probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+    sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
+    before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+    smallest_B1 = jnp.min(jnp.where(before_BV < top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(probs_BV >= smallest_B1, logits_BV, MASKED)
+
+
+def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
+    """Builds the jitted sampler of one length.
+
+    Returns:
+      `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature) -> Rollout`. Prompts are left-padded.
+      `row_B` (int32) names each row's own stream of random numbers, so a row draws the same whatever stands beside
+      it; a negative row is filler and is finished from the start. Decoding ends when every row is done.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    stop_ids = jnp.array(model.tokenizer.stop_ids, jnp.int32)
+    pad_id = model.tokenizer.pad_id
+
+    @jax.jit
+    def generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature) -> Rollout:
+        B, P = prompt_BP.shape
+        unembedding_DV = model.unembedding(params)
+        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_B, 0))
+
+        def draw(hidden_BD, index):
+            logits_BV = jnp.einsum("bd,dv->bv", hidden_BD, unembedding_DV, preferred_element_type=jnp.float32)
+            uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
+            return sample_token(logits_BV, uniform_B, temperature, top_p)
+
+        cache = init_cache(model.config, B, P + max_new_tokens, unembedding_DV.dtype)
+        hidden_BPD, cache = model.hidden_cached(params, prompt_BP, prompt_mask_BP, cache)
+        first_B = draw(hidden_BPD[:, -1], 0)
+        out_BC = jnp.full((B, max_new_tokens), pad_id, jnp.int32)
+        mask_BC = jnp.zeros((B, max_new_tokens), bool)
+
+        def unfinished(carry):
+            index, _, done_B, *_ = carry
+            return (index < max_new_tokens) & ~jnp.all(done_B)
+
+        def step(carry):
+            index, token_B, done_B, out_BC, mask_BC, cache = carry
+            token_B = jnp.where(done_B, pad_id, token_B)
+            out_BC = jax.lax.dynamic_update_slice(out_BC, token_B[:, None], (0, index))
+            mask_BC = jax.lax.dynamic_update_slice(mask_BC, ~done_B[:, None], (0, index))
+            done_after_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1)
+            hidden_B1D, cache = model.hidden_cached(params, token_B[:, None], ~done_B[:, None], cache)
+            return index + 1, draw(hidden_B1D[:, 0], index + 1), done_after_B, out_BC, mask_BC, cache
+
+        carry = (jnp.int32(0), first_B, row_B < 0, out_BC, mask_BC, cache)
+        _, _, _, out_BC, mask_BC, _ = jax.lax.while_loop(unfinished, step, carry)
+        return Rollout(out_BC, mask_BC)
+
+    return generate

@@ -1,0 +1,132 @@
+"""Many prompts through a few compiled shapes: the one engine behind rewriting, rollouts and evaluation."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raft_jax.data.batches import pad
+from raft_jax.models import Model
+from raft_jax.sampling.decode import Rollout, make_generate
+from raft_jax.sharding import put_batch
+
+# Prompt lengths are rounded up to one of these, so that a run compiles a handful of programs.
+LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated answer: its tokens (a stop token included) and whether it ended by itself."""
+
+    tokens: list[int]
+    finished: bool
+
+
+def bucket(length: int) -> int:
+    """The smallest bucket that holds a length.
+
+    Example:
+      >>> bucket(65)
+      96
+    """
+    for size in LENGTH_BUCKETS:
+        if length <= size:
+            return size
+    return -(-length // 8192) * 8192
+
+
+def row_number(name: str) -> int:
+    """A row's stream of random numbers, from its name: the same in every run and every batch."""
+    return zlib.crc32(name.encode()) & 0x7FFFFFFF
+
+
+class Sampler:
+    """Generates answers to prompts, batch by batch.
+
+    Batches are cut from the prompts in order of length, so what a call compiles and computes is a function of its
+    arguments alone: the same key gives the same tokens.
+    """
+
+    def __init__(self, model: Model, batch_size: int = 32, mesh: jax.sharding.Mesh | None = None):
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        self.model = model
+        self.batch_size = batch_size
+        self.mesh = mesh
+        self._compiled: dict[tuple[int, float], Callable[..., Rollout]] = {}
+
+    def program(self, max_new_tokens: int, top_p: float = 1.0) -> Callable[..., Rollout]:
+        """The jitted sampler of one output length (see make_generate)."""
+        found = (max_new_tokens, top_p)
+        if found not in self._compiled:
+            self._compiled[found] = make_generate(self.model, max_new_tokens, top_p=top_p)
+        return self._compiled[found]
+
+    def batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of the prompts, cut into batches of equal size, shortest first."""
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+        return [order[start: start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def generate(
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        key: jax.Array,
+        names: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int,
+        on_batch: Callable[[list[int], list[Completion]], None] | None = None,
+    ) -> list[Completion]:
+        """One completion a prompt.
+
+        Args:
+          params: the model's parameters.
+          prompts: token ids.
+          key: of the whole call.
+          names: of the rows, for their random numbers; default their index.
+          temperature: 0 is greedy.
+          top_p: 1 draws from the whole vocabulary.
+          max_new_tokens: longest completion.
+          on_batch: called after each batch with the rows' indices and completions.
+
+        Raises:
+          ValueError: an empty prompt, or one that leaves the model no room for an answer.
+        """
+        names = [str(index) for index in range(len(prompts))] if names is None else names
+        limit = self.model.config.max_positions - max_new_tokens
+        for name, prompt in zip(names, prompts, strict=True):
+            if not prompt:
+                raise ValueError(f"prompt {name} is empty")
+            if len(prompt) > limit:
+                raise ValueError(
+                    f"prompt {name} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the model's "
+                    f"{self.model.config.max_positions} positions leave room for {limit}"
+                )
+        completions: list[Completion | None] = [None] * len(prompts)
+        for batch in self.batches(prompts):
+            rollout = self._run(params, prompts, batch, names, key, temperature, top_p, max_new_tokens)
+            tokens, mask = np.asarray(rollout.tokens_BC), np.asarray(rollout.mask_BC)
+            for row, index in enumerate(batch):
+                ids = tokens[row][mask[row]].tolist()
+                completions[index] = Completion(ids, ids[-1] in self.model.tokenizer.stop_ids)
+            if on_batch:
+                on_batch(batch, [completions[index] for index in batch])
+        return completions
+
+    def _run(self, params, prompts, batch, names, key, temperature, top_p, max_new_tokens) -> Rollout:
+        filler = self.batch_size - len(batch)
+        rows = [prompts[index] for index in batch] + [prompts[batch[0]]] * filler
+        length = min(bucket(max(map(len, rows))), self.model.config.max_positions - max_new_tokens)
+        tokens, mask = pad(rows, length, self.model.tokenizer.pad_id, left=True)
+        numbers = np.array([row_number(names[index]) for index in batch] + [-1] * filler, np.int32)
+        arrays = (tokens, mask, numbers)
+        if self.mesh is not None:
+            arrays = put_batch(arrays, self.mesh)
+        return self.program(max_new_tokens, top_p)(params, *arrays, key, jnp.float32(temperature))

@@ -1,0 +1,62 @@
+"""How likely a model finds given answers: log-likelihoods in batches of a few compiled shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raft_jax.data.batches import pad
+from raft_jax.losses import linear_cross_entropy, sequence_mean
+from raft_jax.models import Model
+from raft_jax.sampling.engine import bucket
+from raft_jax.sharding import put_batch
+
+
+class Scorer:
+    """Scores (prompt, answer) pairs of token ids."""
+
+    def __init__(self, model: Model, batch_size: int = 16, mesh: jax.sharding.Mesh | None = None):
+        self.model, self.batch_size, self.mesh = model, batch_size, mesh
+
+        @jax.jit
+        def mean_logprob(params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
+            hidden_BAD = answer_hidden(model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
+            nats_BA = linear_cross_entropy(hidden_BAD, model.unembedding(params), answer_BA)
+            return -jax.vmap(lambda nats_A, mask_A: sequence_mean(nats_A[None], mask_A[None]))(nats_BA, answer_mask_BA)
+
+        self._mean_logprob = mean_logprob
+
+    def mean_logprob(self, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+        """Mean log-likelihood per answer token given the prompt, nats: `[num_pairs]` float32."""
+        return self.over_pairs(lambda *arrays: self._mean_logprob(params, *arrays), prompts, answers)
+
+    def over_pairs(
+        self,
+        function: Callable[..., jax.Array],
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
+    ) -> np.ndarray:
+        """`function(prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> values_B` over all pairs, batch by batch."""
+        values = np.zeros(len(prompts), np.float32)
+        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]) + len(answers[index]), index))
+        pad_id = self.model.tokenizer.pad_id
+        for start in range(0, len(order), self.batch_size):
+            chosen = order[start : start + self.batch_size]
+            filled = chosen + chosen[:1] * (self.batch_size - len(chosen))
+            sides = []
+            for rows, left in ((prompts, True), (answers, False)):
+                picked = [rows[index] for index in filled]
+                sides += pad(picked, bucket(max(map(len, picked))), pad_id, left=left)
+            arrays = put_batch(tuple(sides), self.mesh) if self.mesh is not None else sides
+            values[chosen] = np.asarray(function(*arrays))[: len(chosen)]
+        return values
+
+
+def answer_hidden(model: Model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> jax.Array:
+    """Hidden states `[B, A, D]` from which the model predicts each token of an answer that follows its prompt."""
+    tokens_BT = jnp.concatenate([prompt_BP, answer_BA], axis=1)
+    mask_BT = jnp.concatenate([prompt_mask_BP, answer_mask_BA], axis=1)
+    return model.hidden(params, tokens_BT, None, mask_BT)[:, prompt_BP.shape[1] - 1 : -1]

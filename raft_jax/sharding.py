@@ -1,0 +1,105 @@
+"""The device mesh, and where each logical axis of an array lies on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from raft_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# A parameter is cut over `fsdp` along the model width and over `tensor` along heads, feed-forward or
+# vocabulary; a batch is cut over `data` and `fsdp` together.
+LOGICAL_TO_MESH = {
+    "batch": ("data", "fsdp"),
+    "width": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffn": "tensor",
+    "vocabulary": "tensor",
+    None: None,
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence | None = None) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`; one device makes a mesh too.
+
+    Args:
+      data, fsdp, tensor: devices along each axis. One of them may be -1: all that are left.
+      devices: the devices to lay out; default all.
+
+    Raises:
+      InputError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    sizes = [data, fsdp, tensor]
+    fixed = 1
+    for size in sizes:
+        fixed *= max(size, 1)
+    if sizes.count(-1) == 1 and len(devices) % fixed == 0:
+        sizes[sizes.index(-1)] = len(devices) // fixed
+    if min(sizes) < 1 or sizes[0] * sizes[1] * sizes[2] > len(devices):
+        raise InputError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} device(s); "
+            "set mesh.data, mesh.fsdp and mesh.tensor so that they multiply to the number of devices"
+        )
+    used = devices[: sizes[0] * sizes[1] * sizes[2]]
+    if len(used) < len(devices) and jax.process_count() > 1:
+        raise InputError(f"mesh data={data} fsdp={fsdp} tensor={tensor} leaves {len(devices) - len(used)} devices idle")
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes for logical axes; a mesh axis that two of them want is an error.
+
+    Example:
+      >>> partition_spec(("vocabulary", "width"))
+      PartitionSpec('tensor', 'fsdp')
+    """
+    mapped = [LOGICAL_TO_MESH[axis] for axis in axes]
+    flat = [name for entry in mapped if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    if len(flat) != len(set(flat)):
+        raise ValueError(f"logical axes {tuple(axes)} map to mesh axes {mapped}: one mesh axis is used twice")
+    return PartitionSpec(*mapped)
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
+    """The sharding of one array, checked: every cut dimension must divide.
+
+    Raises:
+      InputError: a dimension does not divide over its mesh axis; says which array, dimension and knob.
+    """
+    spec = partition_spec(axes)
+    for axis, size, entry in zip(axes, shape, spec, strict=True):
+        names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+        parts = 1
+        for mesh_axis in names:
+            parts *= mesh.shape[mesh_axis]
+        if size % parts:
+            raise InputError(
+                f"{name}: its {axis} dimension of {size} does not divide over mesh {'×'.join(names)} = {parts}; "
+                + " or ".join(f"set mesh.{mesh_axis}" for mesh_axis in names)
+                + f" to a divisor of {size}"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation's layout under `jax.set_mesh`; without a mesh it does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return array
+    return jax.lax.with_sharding_constraint(array, partition_spec(axes))
+
+
+def put_batch(batch, mesh: Mesh):
+    """Host arrays `[B, ...]` → global arrays cut over the batch axes, on any number of processes.
+
+    Every process holds the whole batch (it is a function of the step) and gives its own devices their rows.
+    """
+    sharding = NamedSharding(mesh, partition_spec(("batch",)))
+    return jax.tree.map(
+        lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch
+    )

@@ -1,0 +1,187 @@
+"""The training loop: the one place of training with side effects."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raft_jax.checkpoint import Checkpoints
+from raft_jax.config import TrainConfig
+from raft_jax.data.batches import Batches, TokenRow
+from raft_jax.models import Model
+from raft_jax.progress import progress
+from raft_jax.sampling.decode import make_generate
+from raft_jax.sharding import put_batch
+from raft_jax.train.methods import Method
+from raft_jax.train.state import init_state, make_optimizer
+from raft_jax.train.step import make_train_step
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite. The last checkpoint is from before it."""
+
+
+def train(
+    model: Model,
+    rows: Sequence[TokenRow],
+    method: Method,
+    settings: TrainConfig,
+    folder: Path,
+    *,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, jax.Array]:
+    """Trains a copy of the model, or goes on where an earlier run stopped, and returns its parameters.
+
+    Every batch, rollout and key is a function of the seed and the step, so a run that was killed and started again
+    repeats the uninterrupted one's numbers.
+
+    Args:
+      model: the instruct model; its parameters are the frozen teacher and stay as they are.
+      rows: the training data as ids.
+      method, settings: what to train.
+      folder: gets metrics.jsonl (a line a step) and checkpoints/.
+      seed: of the shuffle and the rollouts.
+      mesh: where arrays lie.
+
+    Raises:
+      TrainingDiverged: a loss or gradient norm that is not finite, before it is written into a checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = Batches(
+        rows, settings.batch_size, seed=seed, pad_id=model.tokenizer.pad_id, length_buckets=settings.length_buckets
+    )
+    num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
+    num_steps = min(num_steps, settings.max_steps or num_steps)
+    optimizer = make_optimizer(
+        settings.learning_rate, weight_decay=settings.weight_decay, b1=settings.adam_b1, b2=settings.adam_b2,
+        epsilon=settings.adam_epsilon, warmup_steps=settings.warmup_steps, max_gradient_norm=settings.max_gradient_norm,
+    )
+    # The state is donated to every step: the student must not share buffers with the teacher.
+    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
+    state = jax.jit(lambda params: init_state(params, optimizer))(copy(model.params))
+
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
+    restored = checkpoints.restore(state)
+    start, state = restored or (0, state)
+    log = MetricsLog(folder / "metrics.jsonl", keep=start)
+
+    train_step = jax.jit(
+        make_train_step(
+            model.hidden, model.unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
+            temperature=settings.temperature, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
+            reduction=settings.reduction, num_micro_batches=settings.num_micro_batches,
+            loss_chunk_size=settings.loss_chunk_size,
+        ),
+        donate_argnums=0,
+    )
+    generate = make_generate(model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p)
+    rollout_key = jax.random.fold_in(jax.random.key(seed), 1)
+    temperature = jnp.float32(settings.rollout.temperature)
+    done = start
+
+    with _stop_on_signal() as stopped, progress(f"train {method.name}", num_steps, "steps", start) as bar:
+        for step in range(start, num_steps):
+            began = time.perf_counter()
+            batch = put_batch(batches.at(step), mesh)
+            rollout, rollout_seconds = None, 0.0
+            if method.distill:
+                key = jax.random.fold_in(rollout_key, step)
+                rollout = generate(state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature)
+                jax.block_until_ready(rollout)
+                rollout_seconds = time.perf_counter() - began
+            state, metrics = train_step(state, model.params if method.distill else None, batch, rollout)
+            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not all(map(math.isfinite, metrics.values())):
+                bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
+                raise TrainingDiverged(
+                    f"{folder}: step {step + 1} is not finite ({bad}); lower train.learning_rate or set "
+                    f"train.max_gradient_norm, and start again in a new run_dir"
+                )
+            done = step + 1
+            log.append({
+                "step": done, **metrics,
+                "learning_rate": settings.learning_rate * min(1, done / max(settings.warmup_steps, 1)),
+                "seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds,
+            })
+            bar.advance(note=_note(metrics))
+            if done % settings.checkpoint_every == 0 or done == num_steps or stopped:
+                checkpoints.save(done, state)
+            if stopped:
+                break
+    checkpoints.close()
+    if done < num_steps:
+        raise KeyboardInterrupt(f"stopped by signal {stopped[0]} after step {done}; the same command goes on from there")
+    return state.params
+
+
+def _note(metrics: dict[str, float]) -> str:
+    note = f"SFT {metrics['sft_loss']:.3f}"
+    if "kl_loss" in metrics:
+        note += f", KL {metrics['kl_loss']:.3f}, λ {metrics['weight']:.2f}"
+    return note
+
+
+class MetricsLog:
+    """metrics.jsonl: one line a step, the source of every curve."""
+
+    def __init__(self, path: Path, keep: int):
+        """Opens the file for appending, with the lines of the first `keep` steps and no others."""
+        self.path = path
+        lines = []
+        if path.exists():
+            for line in path.read_text("utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= keep:
+                        lines.append(line + "\n")
+                except ValueError:  # the last line of a killed process
+                    break
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(lines), "utf-8")
+        partial.replace(path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        if jax.process_index() == 0:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+@contextmanager
+def _stop_on_signal():
+    """Yields a list that stays empty until the process is asked to end; the loop then saves and stops."""
+    received: list[int] = []
+    previous = {}
+
+    def note(number, frame):
+        received.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        try:
+            previous[number] = signal.signal(number, note)
+        except ValueError:  # not in the main thread: leave signals to whoever runs us
+            break
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
+def tokens_trained(metrics: Sequence[dict[str, float]]) -> int:
+    """Tokens that carried loss."""
+    return int(np.sum([line["sft_tokens"] + line.get("rollout_tokens", 0) for line in metrics]))

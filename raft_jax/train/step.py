@@ -1,0 +1,165 @@
+"""The train step of RAFT: cross entropy on the refined answers plus adaptive distillation on the student's rollouts.
+
+Letters: B batch, P prompt, A answer, C rollout, Q teacher prompt, T time, D model width, V vocabulary.
+Prompts are padded on the left and what follows them on the right, so that every row's first answer token is
+predicted at the same place, and the unembedding is applied to nothing but predictions that carry loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from raft_jax.losses import (
+    linear_cross_entropy,
+    linear_top_k_forward_kl,
+    raft_objective,
+    sequence_mean,
+    token_mean,
+    update_balance,
+)
+from raft_jax.train.state import TrainState
+
+# How unmasked values become one number, and what a micro-batch counts for in the whole batch's number.
+REDUCTIONS = {
+    "sequence": (sequence_mean, lambda mask_BT: mask_BT.shape[0]),
+    "token": (token_mean, lambda mask_BT: jnp.maximum(jnp.sum(mask_BT), 1)),
+}
+
+
+def make_train_step(
+    hidden_fn: Callable[..., jax.Array],
+    unembedding_fn: Callable[[Any], jax.Array],
+    optimizer: optax.GradientTransformation,
+    *,
+    distill: bool = True,
+    top_k: int = 512,
+    temperature: float = 1.5,
+    ema_decay: float = 0.9,
+    fixed_weight: float | None = None,
+    reduction: str = "sequence",
+    num_micro_batches: int = 1,
+    loss_chunk_size: int | None = None,
+) -> Callable:
+    """Builds the pure train step; jit it and donate the state.
+
+    Args:
+      hidden_fn: `(params, tokens_BT, positions_BT, mask_BT) -> hidden_BTD`, any model at all.
+      unembedding_fn: `(params) -> unembedding_DV`.
+      optimizer: an optax transformation.
+      distill: False leaves cross entropy alone; teacher and rollout may then be None.
+      top_k, temperature: K and T of Eqs. 8-10.
+      ema_decay: beta of Eq. 11.
+      fixed_weight: lambda as a constant instead of Eq. 12.
+      reduction: "sequence" (mean over each row's tokens, then rows) or "token" (mean over all tokens).
+      num_micro_batches: rows are run in this many groups, one after the other. The gradients of the two losses are
+        summed apart and joined once lambda of the whole batch is known, so nothing changes but memory.
+      loss_chunk_size: tokens whose logits are held at once.
+
+    Returns:
+      `train_step(state, teacher_params, batch, rollout) -> (state, metrics)`. `batch` is a
+      raft_jax.data.batches.Batch, `rollout` has tokens_BC and mask_BC; metrics are float32 scalars, losses in nats.
+
+    RAFT (arXiv:2606.00147), Eqs. 5-12.
+    """
+    reduce, size = REDUCTIONS[reduction]
+    chunk = {} if loss_chunk_size is None else {"chunk_size": loss_chunk_size}
+
+    def predictions(params, prompt_BP, prompt_mask_BP, completion_BC, completion_mask_BC):
+        """Hidden states [B, C, D] from which each token of the completion is predicted."""
+        tokens_BT = jnp.concatenate([prompt_BP, completion_BC], axis=1)
+        mask_BT = jnp.concatenate([prompt_mask_BP, completion_mask_BC], axis=1)
+        return hidden_fn(params, tokens_BT, None, mask_BT)[:, prompt_BP.shape[1] - 1 : -1]
+
+    def sft_loss(params, batch, whole_size):
+        """Eq. 5, this micro-batch's share."""
+        hidden_BAD = predictions(
+            params, batch.prompt_BP, batch.prompt_mask_BP, batch.answer_BA, batch.answer_mask_BA
+        )
+        nats_BA = linear_cross_entropy(hidden_BAD, unembedding_fn(params), batch.answer_BA, **chunk)
+        return reduce(nats_BA, batch.answer_mask_BA) * size(batch.answer_mask_BA) / whole_size
+
+    def kl_loss(params, teacher_params, batch, rollout, whole_size, num_tokens):
+        """Eqs. 7-10, this micro-batch's share: both models at the same prefixes of the student's own answer."""
+        tokens_BC, mask_BC = rollout.tokens_BC, rollout.mask_BC
+        student_BCD = predictions(params, batch.prompt_BP, batch.prompt_mask_BP, tokens_BC, mask_BC)
+        teacher_BCD = predictions(
+            teacher_params, batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ, tokens_BC, mask_BC
+        )
+        nats_BC, seen = linear_top_k_forward_kl(
+            student_BCD, unembedding_fn(params), jax.lax.stop_gradient(teacher_BCD),
+            jax.lax.stop_gradient(unembedding_fn(teacher_params)), k=top_k, temperature=temperature,
+            return_metrics=True, **chunk,
+        )
+        seen = {name: jnp.sum(jnp.where(mask_BC, values, 0)) / num_tokens for name, values in seen.items()}
+        return reduce(nats_BC, mask_BC) * size(mask_BC) / whole_size, seen
+
+    def gradients(params, teacher_params, batch, rollout, sizes):
+        """Losses and the gradient of each, of one micro-batch."""
+        sft, sft_grads = jax.value_and_grad(sft_loss)(params, batch, sizes["sft"])
+        if not distill:
+            return {"sft": (sft, sft_grads)}, {}
+        (kl, seen), kl_grads = jax.value_and_grad(kl_loss, has_aux=True)(
+            params, teacher_params, batch, rollout, sizes["kl"], sizes["rollout_tokens"]
+        )
+        return {"sft": (sft, sft_grads), "kl": (kl, kl_grads)}, seen
+
+    def train_step(state: TrainState, teacher_params, batch, rollout):
+        sizes = {"sft": size(batch.answer_mask_BA)}
+        if distill:
+            sizes["kl"] = size(rollout.mask_BC)
+            sizes["rollout_tokens"] = jnp.maximum(jnp.sum(rollout.mask_BC), 1)
+        if num_micro_batches == 1:
+            losses, seen = gradients(state.params, teacher_params, batch, rollout, sizes)
+        else:
+            losses, seen = _sum_over(
+                lambda part: gradients(state.params, teacher_params, *part, sizes), (batch, rollout), num_micro_batches
+            )
+
+        sft, grads = losses["sft"]
+        metrics = {"sft_loss": sft, "sft_tokens": jnp.sum(batch.answer_mask_BA)}
+        loss, balance = sft, state.balance
+        if distill:
+            kl, kl_grads = losses["kl"]
+            weight, balance = update_balance(state.balance, sft, kl, decay=ema_decay)
+            sft_average, kl_average = balance.corrected(decay=ema_decay)
+            if fixed_weight is not None:
+                weight = jnp.float32(fixed_weight)
+            loss = raft_objective(sft, kl, weight)
+            grads = jax.tree.map(lambda a, b: a + (weight * b).astype(a.dtype), grads, kl_grads)
+            metrics |= {
+                "kl_loss": kl, "weight": weight, "sft_average": sft_average, "kl_average": kl_average,
+                "rollout_tokens": jnp.sum(rollout.mask_BC),
+                "empty_rollouts": jnp.sum(~jnp.any(rollout.mask_BC, axis=-1)), **seen,
+            }
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
+        return TrainState(state.step + 1, params, opt_state, balance), metrics
+
+    return train_step
+
+
+def _sum_over(function: Callable, whole, num_micro_batches: int):
+    """Sums `function(part)` over the micro-batches of `whole`.
+
+    Micro-batch m takes rows m, m + M, m + 2M, ...: a batch that is cut over devices stays cut.
+    """
+
+    def split(array):
+        if array.shape[0] % num_micro_batches:
+            raise ValueError(f"{array.shape[0]} rows do not divide into {num_micro_batches} micro-batches")
+        return array.reshape(-1, num_micro_batches, *array.shape[1:]).swapaxes(0, 1)
+
+    parts = jax.tree.map(split, whole)
+    zeros = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+        jax.eval_shape(function, jax.tree.map(lambda array: array[0], parts)),
+    )
+    total, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, function(part)), None), zeros, parts)
+    return total
