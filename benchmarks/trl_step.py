@@ -67,6 +67,7 @@ class Pass:
 @dataclass
 class Step:
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     rollout_seconds: float = 0.0
     optimizer_seconds: float = 0.0
     generated_tokens: int = 0
@@ -124,7 +125,7 @@ def make_clock(steps: list[Step]):
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             steps.append(Step())
-            self.started = time.perf_counter()
+            self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             self.update_started = time.perf_counter()
@@ -134,6 +135,7 @@ def make_clock(steps: list[Step]):
 
         def on_step_end(self, args, state, control, **kwargs):
             steps[-1].seconds = time.perf_counter() - self.started
+            steps[-1].cpu_seconds = time.process_time() - self.cpu_started
 
     return Clock()
 

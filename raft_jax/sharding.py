@@ -100,6 +100,12 @@ def put_batch(batch, mesh: Mesh):
     Every process holds the whole batch (it is a function of the step) and gives its own devices their rows.
     """
     sharding = NamedSharding(mesh, partition_spec(("batch",)))
+    num_rows, parts = len(jax.tree.leaves(batch)[0]), mesh.shape["data"] * mesh.shape["fsdp"]
+    if num_rows % parts:
+        raise InputError(
+            f"batch_size {num_rows} does not divide over mesh data×fsdp = {parts}; "
+            f"use {num_rows // parts * parts or parts} or {-(-num_rows // parts) * parts}"
+        )
     return jax.tree.map(
         lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch
     )

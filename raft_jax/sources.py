@@ -72,3 +72,5 @@ def _from_hub(source: str) -> Path:
     except HfHubHTTPError as error:
         raise InputError(f"{source}: the Hugging Face hub refused it ({error.response.status_code}); check the name, "
                          "and set HF_TOKEN if the model is gated") from error
+    except Exception as error:  # a proxy, a broken download, a full disk, a name that cannot be one
+        raise InputError(f"{source}: could not be fetched from the Hugging Face hub ({error})") from error

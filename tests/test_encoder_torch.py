@@ -17,7 +17,7 @@ from raft_jax.sources import resolve  # noqa: E402
 maker = runpy.run_path(str(Path(__file__).parent / "fixtures" / "make_encoder_fixture.py"))
 TEXTS = maker["TEXTS"]
 CONFIGS = {"bert": BertConfig, "mpnet": MPNetConfig, "roberta": RobertaConfig, "xlm-roberta": XLMRobertaConfig}
-SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
 
 
 def test_minilm():
@@ -37,24 +37,22 @@ def test_minilm_tokens():
 
 @pytest.mark.parametrize(("family", "pooling", "normalize", "activation", "prefix", "seed"), [
     ("bert", "mean", False, "gelu", "", 1),
-    ("bert", "cls", True, "gelu_new", "query: ", 2),
-    ("bert", "max", False, "relu", "", 3),
-    ("mpnet", "mean", True, "gelu", "", 4),
-    ("mpnet", "cls", False, "gelu", "passage: ", 5),
-    ("mpnet", "max", False, "gelu_pytorch_tanh", "", 6),
-    ("roberta", "mean", True, "gelu", "", 7),
-    ("xlm-roberta", "cls", True, "gelu", "query: ", 8),
+    ("bert", "max", True, "relu", "query: ", 2),
+    ("mpnet", "mean", True, "gelu", "", 3),
+    ("mpnet", "cls", False, "gelu_new", "passage: ", 4),
+    ("roberta", "mean", True, "gelu_pytorch_tanh", "", 5),
+    ("xlm-roberta", "cls", True, "gelu", "query: ", 6),
 ])
 def test_random_models(tmp_path, family, pooling, normalize, activation, prefix, seed):
     special = "mpnet" if family != "bert" else "bert"  # RoBERTa's padding has the id 1, like MPNet's
     num_tokens = maker["save_tokenizer"](tmp_path, special)
     config = CONFIGS[family](
-        vocab_size=num_tokens, max_position_embeddings=302, hidden_act=activation, layer_norm_eps=1e-5, **SIZES
+        vocab_size=num_tokens, max_position_embeddings=252, hidden_act=activation, layer_norm_eps=1e-5, **SIZES
     )
     maker["save_model"](tmp_path, config, seed)
-    maker["save_sentence_transformer"](tmp_path, 300, pooling, normalize)
+    maker["save_sentence_transformer"](tmp_path, 250, pooling, normalize)
     encoder = load_encoder(tmp_path, prefix=prefix)
-    expected = maker["reference"](tmp_path, TEXTS, 300, pooling, normalize, prefix)
+    expected = maker["reference"](tmp_path, TEXTS, 250, pooling, normalize, prefix)
     np.testing.assert_allclose(encoder.encode(TEXTS), expected, atol=1e-5)
     assert encoder.num_truncated == 2
     assert encoder.config.family == family

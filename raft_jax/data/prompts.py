@@ -11,20 +11,24 @@ def question_prompt(question: str, context: str = "") -> Conversation:
 
 
 def rewrite_prompt(question: str, answer: str) -> Conversation:
-    """The model answers again with the gold answer before it, in its own words (Eq. 1)."""
+    """The model says the gold answer again in its own words, knowing the question (Eq. 1).
+
+    Small models answer the question anew when it stands next to the task; so the task and the text come last.
+    """
     return _ask(
-        f"Question: {question}\n\nReference answer: {answer}\n\n"
-        "Answer the question in your own words. Keep every fact, number and name of the reference answer, "
-        "and add nothing to it. Write the answer only."
+        f"This text answers the question: {question}\n\n"
+        "Rewrite the following text in clear, complete sentences. Keep every fact, number and name.\n\n"
+        f"{answer}"
     )
 
 
 def fusion_prompt(question: str, answer: str, rewrite: str) -> Conversation:
-    """Merges the gold answer and the rewriting into one (Eq. 4)."""
+    """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
     return _ask(
-        f"Question: {question}\n\nAnswer A (correct): {answer}\n\nAnswer B (well written): {rewrite}\n\n"
-        "Write one answer to the question that has every fact, number and name of answer A and the style of "
-        "answer B. Write the answer only."
+        f"These texts answer the question: {question}\n\n"
+        f"Text 1: {answer}\n\nText 2: {rewrite}\n\n"
+        "Merge the two texts into one, in clear, complete sentences. Keep every fact, number and name of text 1. "
+        "Write the merged text only."
     )
 
 

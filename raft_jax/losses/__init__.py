@@ -11,7 +11,9 @@ Only jax is imported.
 """
 
 from raft_jax.losses.balance import BalanceState, init_balance, update_balance
+from raft_jax.losses.divergences import forward_kl, jensen_shannon, reverse_kl
 from raft_jax.losses.linear import linear_cross_entropy, linear_top_k, linear_top_k_forward_kl
+from raft_jax.losses.linear_divergences import linear_forward_kl, linear_jensen_shannon, linear_reverse_kl
 from raft_jax.losses.objective import raft_objective
 from raft_jax.losses.reduce import sequence_mean, token_mean
 from raft_jax.losses.tokens import cross_entropy, top_k_forward_kl
@@ -21,11 +23,17 @@ __all__ = [
     "BalanceState",
     "TopK",
     "cross_entropy",
+    "forward_kl",
     "init_balance",
+    "jensen_shannon",
     "linear_cross_entropy",
+    "linear_forward_kl",
+    "linear_jensen_shannon",
+    "linear_reverse_kl",
     "linear_top_k",
     "linear_top_k_forward_kl",
     "raft_objective",
+    "reverse_kl",
     "sequence_mean",
     "token_mean",
     "top_k",

@@ -1,11 +1,13 @@
-"""Losses of single tokens from logits."""
+"""Losses of single tokens, from logits."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
-from raft_jax.losses import checks, truncation
+from raft_jax.losses import checks, placement, truncation
 from raft_jax.losses.truncation import TopK
 
 
@@ -15,53 +17,52 @@ def cross_entropy(logits_BTV: jax.Array, labels_BT: jax.Array, *, vocab_size: in
         nats_bt = log sum_a exp(v_bta) - v_bt,label
 
     Args:
-        logits_BTV: [B, T, V], float of any width; computed in float32.
+        logits_BTV: [B, T, V], float of any width.
         labels_BT: [B, T], int. A negative label is no target: 0 nats, no gradient.
         vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
 
     Returns:
-        nats_BT: [B, T], float32 (float64 for float64). NaN for a label that is not in the vocabulary.
+        nats_BT: [B, T], float32 (float64 for float64). inf where the label's logit is -inf; NaN for a label
+        beyond the vocabulary.
 
     RAFT (arXiv:2606.00147), Eq. 5.
 
-    >>> float(cross_entropy(jnp.log(jnp.array([[[0.5, 0.25, 0.25]]])), jnp.array([[1]]))[0, 0])  # log 4
-    1.3862943...
+    >>> logits_BTV = jnp.log(jnp.array([[[0.5, 0.25, 0.25]]]))
+    >>> round(float(cross_entropy(logits_BTV, jnp.array([[1]]))[0, 0]), 4)  # log 4
+    1.3863
     """
     checks.floating("logits_BTV", logits_BTV, 3)
-    checks.integers("labels_BT", labels_BT)
-    checks.shape("labels_BT", labels_BT, logits_BTV.shape[:2], "[B, T] of logits_BTV")
+    checks.labels(labels_BT, logits_BTV.shape[:2])
     vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
-    return _cross_entropy(vocab_size, logits_BTV, labels_BT)
+    return placement.automatic(functools.partial(_cross_entropy, vocab_size), logits_BTV, labels_BT)
 
 
-def _cross_entropy(vocab_size, logits_BTV, labels_BT):
-    return _cross_entropy_forward(vocab_size, logits_BTV, labels_BT)[0]
+def _cross_entropy(vocab_size, logits, labels):
+    return _cross_entropy_forward(vocab_size, logits, labels)[0]
 
 
-def _cross_entropy_forward(vocab_size, logits_BTV, labels_BT):
-    wide_BTV = truncation.mask_padding(checks.widen(logits_BTV), vocab_size)
-    normalizer_BT = truncation.log_normalizer(wide_BTV)
-    picked_BT = pick_label(wide_BTV, labels_BT)
-    return jnp.where(labels_BT < 0, 0, normalizer_BT - picked_BT), (logits_BTV, labels_BT, normalizer_BT)
+def _cross_entropy_forward(vocab_size, logits, labels):
+    nats, normalizer = label_nats(truncation.mask_padding(checks.widen(logits), vocab_size), labels)
+    return nats, (logits, labels, normalizer)
 
 
-def _cross_entropy_backward(vocab_size, residuals, cotangent_BT):
-    logits_BTV, labels_BT, normalizer_BT = residuals
-    wide_BTV = truncation.mask_padding(checks.widen(logits_BTV), vocab_size)
-    slope_BTV = cross_entropy_slope(wide_BTV, jnp.arange(logits_BTV.shape[-1]), labels_BT, normalizer_BT)
-    return (slope_BTV * cotangent_BT[..., None]).astype(logits_BTV.dtype), None
+def _cross_entropy_backward(vocab_size, residuals, cotangent):
+    logits, labels, normalizer = residuals
+    wide = truncation.mask_padding(checks.widen(logits), vocab_size)
+    slope = label_slope(wide, jnp.arange(logits.shape[-1]), labels[..., None], normalizer[..., None])
+    return (slope * cotangent[..., None]).astype(logits.dtype), None
 
 
-def pick_label(logits_BTV, labels_BT):
-    picked_BT1 = jnp.take_along_axis(logits_BTV, jnp.maximum(labels_BT, 0)[..., None], axis=-1, mode="fill")
-    return picked_BT1[..., 0]
+def label_nats(logits, labels):
+    """(nats, log normalizer) from wide logits."""
+    normalizer = truncation.log_normalizer(logits)
+    picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1, mode="fill")[..., 0]
+    return jnp.where(labels < 0, 0, normalizer - picked), normalizer
 
 
-def cross_entropy_slope(logits_BTV, columns_V, labels_BT, normalizer_BT):
-    """d nats / d logits: p - onehot(label), over any columns of the vocabulary."""
-    probs_BTV = jnp.exp(logits_BTV - normalizer_BT[..., None])
-    slope_BTV = probs_BTV - (columns_V == labels_BT[..., None])
-    return jnp.where(labels_BT[..., None] < 0, 0, slope_BTV)
+def label_slope(logits, columns, labels, normalizer):
+    """d nats / d logits = p - onehot(label), at any columns of the vocabulary."""
+    return jnp.where(labels < 0, 0, jnp.exp(logits - normalizer) - (columns == labels))
 
 
 _cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
@@ -75,49 +76,70 @@ def top_k_forward_kl(
     k: int = 512,
     temperature: float = 1.5,
     vocab_size: int | None = None,
+    recall: float | None = None,
+    vocab_shards: int | None = None,
     return_metrics: bool = False,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-    """Forward KL on the teacher's K most likely tokens, both distributions renormalised there.
+    """Forward KL on the teacher's K most likely tokens, both distributions renormalised on them.
 
-        nats_bt = T² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),   q = softmax(u / T),   p = softmax(v / T)
+        nats_bt = T² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / T),    p = softmax(v / T)
 
     Args:
-        student_logits_BTV: [B, T, V], float, v.
-        teacher_logits_BTV: [B, T, V], float, u; or a `TopK` computed before. Carries no gradient.
-        k: tokens kept; more than the vocabulary means all of it.
-        temperature: > 0.
+        student_logits_BTV: [B, T, V], float: v.
+        teacher_logits_BTV: [B, T, V], float: u; or the `TopK` of an earlier pass. Carries no gradient.
+        k: tokens kept, >= 1; more than the vocabulary means all of it.
+        temperature: T > 0.
         vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
+        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact.
+        vocab_shards: devices over which the vocabulary is split (see `linear_cross_entropy`).
         return_metrics: also return what the truncation hides.
 
     Returns:
-        nats_BT: [B, T], float32. With metrics (nats_BT, {name: values_BT}): teacher_mass and student_mass
-        (probability on 𝒦), teacher_entropy and student_entropy (nats, whole vocabulary), agreement (1 where
-        the most likely tokens coincide), all at the temperature and without gradient.
+        nats_BT: [B, T], float32. With metrics (nats_BT, {name: [B, T]}), at the temperature and without
+        gradient: teacher_mass and student_mass (probability on 𝒦), teacher_entropy and student_entropy (nats,
+        whole vocabulary), agreement (1 where the most likely tokens coincide). A token with u = -inf weighs
+        nothing; where v alone is -inf the KL is inf and its gradient finite.
 
     RAFT (arXiv:2606.00147), Eqs. 8 to 10.
+
+    >>> teacher_BTV = jnp.log(jnp.array([[[0.50, 0.30, 0.10, 0.10]]]))
+    >>> student_BTV = jnp.log(jnp.array([[[0.20, 0.20, 0.10, 0.50]]]))
+    >>> nats_BT = top_k_forward_kl(student_BTV, teacher_BTV, k=3, temperature=1.0)
+    >>> round(float(nats_BT[0, 0]), 4)  # KL of (5/9, 3/9, 1/9) to (2/5, 2/5, 1/5)
+    0.0564
     """
     checks.floating("student_logits_BTV", student_logits_BTV, 3)
+    checks.truncation(k, recall)
     checks.temperature(temperature)
-    if isinstance(teacher_logits_BTV, TopK):
-        teacher = teacher_logits_BTV
-        vocab_size = checks.vocab_size(vocab_size, student_logits_BTV=student_logits_BTV.shape[-1])
-        teacher = TopK(*(part if part is None else part[..., :k] if part.ndim == 3 else part for part in teacher))
+    given = isinstance(teacher_logits_BTV, TopK)
+    sizes = {"student_logits_BTV": student_logits_BTV.shape[-1]}
+    if given:
+        checks.top_k(teacher_logits_BTV, student_logits_BTV.shape[:2])
     else:
         checks.floating("teacher_logits_BTV", teacher_logits_BTV, 3)
-        checks.shape("teacher_logits_BTV", teacher_logits_BTV[..., 0], student_logits_BTV.shape[:2], "the student's")
-        vocab_size = checks.vocab_size(
-            vocab_size,
-            student_logits_BTV=student_logits_BTV.shape[-1],
-            teacher_logits_BTV=teacher_logits_BTV.shape[-1],
+        checks.tokens("teacher_logits_BTV", teacher_logits_BTV, student_logits_BTV.shape[:2])
+        sizes["teacher_logits_BTV"] = teacher_logits_BTV.shape[-1]
+    vocab_size = checks.vocab_size(vocab_size, **sizes)
+    shards = None if given else placement.vocab_shards(vocab_shards, teacher_logits_BTV)
+
+    def loss(student_logits, teacher):
+        teacher = jax.lax.stop_gradient(teacher)
+        if given:
+            teacher = truncation.first(teacher, k)
+        else:
+            wide = truncation.mask_padding(checks.widen(teacher), vocab_size)
+            values, indices = truncation.select(wide, min(k, vocab_size), recall, shards)
+            described = truncation.describe(wide, temperature) if return_metrics else (None, None)
+            teacher = TopK(indices, values, *described)
+        student_BTK = checks.widen(jnp.take_along_axis(student_logits, teacher.indices_BTK, axis=-1))
+        nats_BT = truncation.truncated_forward_kl(student_BTK, checks.widen(teacher.logits_BTK), temperature)
+        if not return_metrics:
+            return nats_BT
+        student_logits = truncation.mask_padding(
+            checks.widen(jax.lax.stop_gradient(student_logits)), vocab_size
         )
-        teacher = truncation.top_k(teacher_logits_BTV, k, temperature=temperature, vocab_size=vocab_size)
-    teacher = jax.lax.stop_gradient(teacher)
-    student_BTK = checks.widen(jnp.take_along_axis(student_logits_BTV, teacher.indices_BTK, axis=-1))
-    nats_BT = truncation.truncated_forward_kl(
-        student_BTK, checks.widen(teacher.logits_BTK), jnp.asarray(temperature, student_BTK.dtype)
-    )
-    if not return_metrics:
-        return nats_BT
-    wide_BTV = truncation.mask_padding(checks.widen(jax.lax.stop_gradient(student_logits_BTV)), vocab_size)
-    stats = truncation.distribution_stats(wide_BTV, temperature)
-    return nats_BT, truncation.metrics(teacher, student_BTK, stats, temperature)
+        described = truncation.describe(student_logits, temperature)
+        best_BT = jnp.argmax(student_logits, axis=-1)
+        return nats_BT, truncation.metrics(teacher, student_BTK, best_BT, described, temperature)
+
+    return placement.automatic(loss, student_logits_BTV, teacher_logits_BTV)

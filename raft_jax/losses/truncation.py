@@ -2,37 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from raft_jax.losses import checks
+from raft_jax.losses import checks, placement
 
 
 class TopK(NamedTuple):
     """The K most likely tokens of a teacher: from `top_k`, `linear_top_k`, a file or another process.
 
-    The last three describe the whole vocabulary and feed the metrics only; None where unknown.
+    The last two describe the whole vocabulary and feed metrics only; None where they are not known.
     """
 
     indices_BTK: jax.Array  # int32, most likely first
     logits_BTK: jax.Array  # their logits, before the temperature
     log_normalizer_BT: jax.Array | None = None  # log sum_a exp(u_a / temperature) over the vocabulary
     entropy_BT: jax.Array | None = None  # nats, at the temperature
-    argmax_BT: jax.Array | None = None  # the most likely token; None means indices_BTK[..., 0]
 
 
-def mask_padding(logits_BTV: jax.Array, vocab_size: int) -> jax.Array:
+def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
     """-inf in the columns that pad the vocabulary."""
-    if logits_BTV.shape[-1] == vocab_size:
-        return logits_BTV
-    return jnp.where(jnp.arange(logits_BTV.shape[-1]) < vocab_size, logits_BTV, -jnp.inf)
+    if logits.shape[-1] == vocab_size:
+        return logits
+    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
 
 
 def log_normalizer(logits: jax.Array) -> jax.Array:
     """log sum exp over the last axis; -inf where every logit is."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
+    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
     top = jnp.where(jnp.isneginf(top), 0, top)
     return jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
 
@@ -43,35 +43,121 @@ def log_softmax(logits: jax.Array) -> jax.Array:
     return logits - jnp.where(jnp.isneginf(normalizer), 0, normalizer)
 
 
-def distribution_stats(logits_BTV: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(log normalizer, entropy in nats, most likely token) of the softmax at the temperature, each [B, T]."""
-    scaled_BTV = logits_BTV / temperature
-    normalizer_BT = log_normalizer(scaled_BTV)
-    logprobs_BTV = scaled_BTV - normalizer_BT[..., None]
-    probs_BTV = jnp.exp(logprobs_BTV)
-    entropy_BT = -jnp.sum(jnp.where(probs_BTV > 0, probs_BTV * logprobs_BTV, 0), axis=-1)
-    return normalizer_BT, entropy_BT, jnp.argmax(logits_BTV, axis=-1)
+def describe(logits: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+    """(log normalizer, entropy in nats) of softmax(logits / temperature) over the last axis."""
+    scaled = logits / temperature
+    normalizer = log_normalizer(scaled)
+    logprobs = scaled - normalizer[..., None]
+    probs = jnp.exp(logprobs)  # NaN where no logit is finite: the test below makes that an entropy of 0
+    return normalizer, -jnp.sum(jnp.where(probs > 0, probs * logprobs, 0), axis=-1)
 
 
-def top_k(logits_BTV: jax.Array, k: int = 512, *, temperature: float = 1.5, vocab_size: int | None = None) -> TopK:
-    """The K most likely tokens of each position, with what the metrics need. No gradient."""
+def _mass(kept: jax.Array, normalizer_BT: jax.Array) -> jax.Array:
+    """Probability of the kept scaled logits under the normalizer of all."""
+    return jnp.exp(log_normalizer(kept) - jnp.where(jnp.isneginf(normalizer_BT), 0, normalizer_BT))
+
+
+def select(logits: jax.Array, k: int, recall: float | None, shards: int) -> tuple[jax.Array, jax.Array]:
+    """(values, indices) of the k largest along the last axis, largest first.
+
+    Exact, or by `jax.lax.approx_max_k` with the given recall. Of equal values at the last place it depends on the
+    platform which are taken, and on nothing else.
+    """
+    size = logits.shape[-1] // shards
+    split = logits.reshape(*logits.shape[:-1], shards, size)
+    if recall is not None:
+        values, indices = jax.lax.approx_max_k(split, min(k, size), recall_target=recall)
+    elif shards > 1:
+        values, indices = _by_bins(split, min(k, size))
+    else:
+        values, indices = jax.lax.platform_dependent(
+            split, cpu=lambda x: tuple(jax.lax.top_k(x, k)), default=lambda x: _by_bins(x, k)
+        )
+    indices = (indices + size * jnp.arange(shards, dtype=indices.dtype)[:, None]).reshape(
+        *logits.shape[:-1], -1
+    )
+    values = values.reshape(indices.shape)
+    if shards == 1:
+        return values, indices
+    values, order = _by_sort(values, k)
+    return values, jnp.take_along_axis(indices, order, axis=-1)
+
+
+def _by_bins(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Exact top k for compilers that sort: the k largest lie in the k bins with the largest maxima."""
+    size = values.shape[-1]
+    depth = 2 ** max(0, round(math.log2(size / k) / 2))
+    if depth == 1:
+        return _by_sort(values, k)
+    padding = -size % depth
+    if padding:
+        values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)], constant_values=-jnp.inf)
+    num_bins = (size + padding) // depth
+    binned = values.reshape(*values.shape[:-1], depth, num_bins)
+    _, bins = _by_sort(binned.max(-2), k)
+    candidates = jnp.take_along_axis(binned, bins[..., None, :], axis=-1)
+    values, order = _by_sort(candidates.reshape(*bins.shape[:-1], depth * k), k)
+    return values, order // k * num_bins + jnp.take_along_axis(bins, order % k, axis=-1)
+
+
+def _by_sort(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """Top k that stays within its shard on every backend, which `jax.lax.top_k` does not."""
+    indices = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+    values, indices = jax.lax.sort((-values, indices), num_keys=1, is_stable=True)
+    return -values[..., :k], indices[..., :k]
+
+
+def top_k(
+    logits_BTV: jax.Array,
+    *,
+    k: int = 512,
+    temperature: float = 1.5,
+    vocab_size: int | None = None,
+    recall: float | None = None,
+    vocab_shards: int | None = None,
+) -> TopK:
+    """The K most likely tokens at each position, to be kept in place of a teacher.
+
+    Args:
+        logits_BTV: [B, T, V], float, before the temperature. Carries no gradient.
+        k: tokens kept, >= 1; more than the vocabulary means all of it.
+        temperature: > 0; of the two statistics, not of the logits that are kept.
+        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
+        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact.
+        vocab_shards: devices over which the vocabulary is split (see `linear_cross_entropy`).
+
+    Returns:
+        TopK of [B, T, K] and [B, T], logits in float32.
+
+    RAFT (arXiv:2606.00147), Eq. 9.
+
+    >>> top_k(jnp.log(jnp.array([[[0.1, 0.6, 0.3]]])), k=2).indices_BTK.tolist()
+    [[[1, 2]]]
+    """
     checks.floating("logits_BTV", logits_BTV, 3)
-    checks.positive("k", k)
+    checks.truncation(k, recall)
     checks.temperature(temperature)
     vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
+    shards = placement.vocab_shards(vocab_shards, logits_BTV)
     logits_BTV = mask_padding(checks.widen(jax.lax.stop_gradient(logits_BTV)), vocab_size)
-    return select(logits_BTV, min(k, vocab_size), temperature, with_stats=True)
+    values_BTK, indices_BTK = select(logits_BTV, min(k, vocab_size), recall, shards)
+    return TopK(indices_BTK, values_BTK, *describe(logits_BTV, temperature))
 
 
-def select(logits_BTV: jax.Array, k: int, temperature: float, with_stats: bool) -> TopK:
-    values_BTK, indices_BTK = jax.lax.top_k(logits_BTV, k)
-    stats = distribution_stats(logits_BTV, temperature) if with_stats else (None, None, None)
-    return TopK(indices_BTK, values_BTK, *stats)
+def first(teacher: TopK, k: int) -> TopK:
+    """The k most likely of what is there."""
+    return teacher._replace(indices_BTK=teacher.indices_BTK[..., :k], logits_BTK=teacher.logits_BTK[..., :k])
+
+
+def truncated_forward_kl(student_BTK: jax.Array, teacher_BTK: jax.Array, temperature: float) -> jax.Array:
+    """T² KL(q̃ || p̃) in nats from the logits of both at the teacher's tokens; none for the teacher."""
+    return _truncated(
+        student_BTK, jax.lax.stop_gradient(teacher_BTK), jnp.asarray(temperature, student_BTK.dtype)
+    )
 
 
 @jax.custom_vjp
-def truncated_forward_kl(student_BTK: jax.Array, teacher_BTK: jax.Array, temperature: jax.Array) -> jax.Array:
-    """T² KL(q̃ || p̃) in nats from the logits of both at the teacher's tokens."""
+def _truncated(student_BTK, teacher_BTK, temperature):
     return _truncated_forward(student_BTK, teacher_BTK, temperature)[0]
 
 
@@ -81,31 +167,32 @@ def _truncated_forward(student_BTK, teacher_BTK, temperature):
     teacher_probs_BTK = jnp.exp(teacher_logprobs_BTK)
     terms_BTK = teacher_probs_BTK * (teacher_logprobs_BTK - student_logprobs_BTK)
     nats_BT = temperature**2 * jnp.sum(jnp.where(teacher_probs_BTK > 0, terms_BTK, 0), axis=-1)
-    # A teacher without a single finite logit says nothing: no loss and no gradient.
-    pull_BTK = jnp.exp(student_logprobs_BTK) * jnp.any(teacher_probs_BTK > 0, axis=-1, keepdims=True)
-    return nats_BT, (temperature * (pull_BTK - teacher_probs_BTK), teacher_BTK, temperature)
+    # A teacher without one finite logit says nothing: no loss and no gradient.
+    student_probs_BTK = jnp.exp(student_logprobs_BTK) * jnp.any(teacher_probs_BTK > 0, axis=-1, keepdims=True)
+    return nats_BT, temperature * (student_probs_BTK - teacher_probs_BTK)
 
 
-def _truncated_backward(residuals, cotangent_BT):
-    slope_BTK, teacher_BTK, temperature = residuals
-    return cotangent_BT[..., None] * slope_BTK, jnp.zeros_like(teacher_BTK), jnp.zeros_like(temperature)
+def _truncated_backward(slope_BTK, cotangent_BT):
+    return cotangent_BT[..., None] * slope_BTK, jnp.zeros_like(slope_BTK), jnp.zeros((), slope_BTK.dtype)
 
 
-truncated_forward_kl.defvjp(_truncated_forward, _truncated_backward)
+_truncated.defvjp(_truncated_forward, _truncated_backward)
 
 
-def metrics(teacher: TopK, student_BTK: jax.Array, student_stats: tuple, temperature: float) -> dict[str, jax.Array]:
-    """What the truncation hides, each [B, T]; the teacher's two only where its normalizer is known."""
-    normalizer_BT, entropy_BT, argmax_BT = student_stats
-    teacher_argmax_BT = teacher.indices_BTK[..., 0] if teacher.argmax_BT is None else teacher.argmax_BT
+def metrics(
+    teacher: TopK, student_BTK: jax.Array, student_best_BT: jax.Array, described: tuple, temperature: float
+) -> dict[str, jax.Array]:
+    """What the truncation hides, each [B, T]; of the teacher only what is known."""
+    normalizer_BT, entropy_BT = described
     values = {
-        "student_mass": jnp.exp(log_normalizer(student_BTK / temperature) - normalizer_BT),
+        "student_mass": _mass(student_BTK / temperature, normalizer_BT),
         "student_entropy": entropy_BT,
-        "agreement": (argmax_BT == teacher_argmax_BT).astype(entropy_BT.dtype),
+        "agreement": (student_best_BT == teacher.indices_BTK[..., 0]).astype(entropy_BT.dtype),
     }
     if teacher.log_normalizer_BT is not None:
-        kept_BT = log_normalizer(checks.widen(teacher.logits_BTK) / temperature)
-        values["teacher_mass"] = jnp.exp(kept_BT - teacher.log_normalizer_BT)
+        values["teacher_mass"] = _mass(
+            checks.widen(teacher.logits_BTK) / temperature, teacher.log_normalizer_BT
+        )
     if teacher.entropy_BT is not None:
         values["teacher_entropy"] = teacher.entropy_BT
     return jax.lax.stop_gradient(values)

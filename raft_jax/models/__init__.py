@@ -36,9 +36,13 @@ class Model:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
         return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT)
 
-    def hidden_cached(self, params, tokens_BT, mask_BT, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states of the next tokens and the grown cache; see Decoder.hidden_cached."""
-        return Decoder(self.config, params).hidden_cached(tokens_BT, mask_BT, cache)
+    def prefill(self, params, tokens_BT, mask_BT, length: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of prompts and a cache that begins with them; see Decoder.prefill."""
+        return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length)
+
+    def step(self, params, token_B1, mask_B1, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states of the next token and the grown cache; see Decoder.step."""
+        return Decoder(self.config, params).step(token_B1, mask_B1, cache)
 
     def unembedding(self, params) -> jax.Array:
         """`[D, V]`."""

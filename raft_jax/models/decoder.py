@@ -98,16 +98,10 @@ def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) ->
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far. All rows write at the same place, so prompts are left-padded."""
 
-    key_LBKSH: jax.Array
+    key_LBKHS: jax.Array  # positions last: the scores of one new token are then a sum over rows of this, not columns
     value_LBKSH: jax.Array
     mask_BS: jax.Array  # bool: a real token lies here
     length: jax.Array  # int32 scalar: how many places are written
-
-
-def init_cache(config: DecoderConfig, batch_size: int, length: int, dtype=jnp.float32) -> Cache:
-    shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_width)
-    zeros = jnp.zeros(shape, dtype)
-    return Cache(zeros, zeros, jnp.zeros((batch_size, length), bool), jnp.int32(0))
 
 
 def positions_from_mask(mask_BT: jax.Array) -> jax.Array:
@@ -135,51 +129,60 @@ class Decoder(nnx.Module):
           hidden_BTD in the parameters' dtype; what stands at padding means nothing.
         """
         mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        positions_BT = positions_from_mask(mask_BT) if positions_BT is None else positions_BT
-        causal_TT = jnp.tril(jnp.ones((tokens_BT.shape[1],) * 2, bool))
-        visible_BTS = causal_TT & mask_BT[:, None, :]
-        rope = rope_table(self.config, positions_BT)
+        return self._forward(tokens_BT, positions_BT, mask_BT, keep=False)[0]
 
-        def layer(x_BTD, weights):
+    def prefill(self, tokens_BT, mask_BT, length: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them."""
+        hidden_BTD, (keys, values) = self._forward(tokens_BT, None, mask_BT, keep=True)
+        room = length - tokens_BT.shape[1]
+        keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, room),))
+        values = jnp.pad(values, ((0, 0),) * 3 + ((0, room), (0, 0)))
+        return hidden_BTD, Cache(keys, values, jnp.pad(mask_BT, ((0, 0), (0, room))), jnp.int32(tokens_BT.shape[1]))
+
+    def step(self, token_B1, mask_B1, cache: Cache) -> tuple[jax.Array, Cache]:
+        """Hidden states `[B, 1, D]` of the next token, and the cache with it in it."""
+        position_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
+        rope = rope_table(self.config, position_B1)
+
+        def layer(x_BTD, scanned):
+            # The layers only read the cache; it is written once, below. Written here it would be copied.
+            weights, past_key_BKHS, past_value_BKSH = scanned
             query, key, value = _project(self.config, x_BTD, weights, rope)
-            x_BTD = x_BTD + _attend(query, key, value, visible_BTS, weights)
-            return _mlp(self.config, x_BTD, weights), None
+            mixed = _attend_one(query, key, value, past_key_BKHS, past_value_BKSH, cache.mask_BS)
+            x_BTD = x_BTD + _output(mixed, weights)
+            return _mlp(self.config, x_BTD, weights), (key, value)
 
-        if self.config.remat:
-            layer = jax.checkpoint(layer)
-        x_BTD, _ = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
-        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon)
-
-    def hidden_cached(self, tokens_BT, mask_BT, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Hidden states of the next T tokens, and the cache with them in it; T = 1 is a decoding step."""
-        T, S = tokens_BT.shape[1], cache.mask_BS.shape[1]
-        start = cache.length
-        seen_BS = jax.lax.dynamic_update_slice(cache.mask_BS, mask_BT, (0, start))
-        before_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
-        positions_BT = jnp.maximum(before_B1 + jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1) - 1, 0)
-        order_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
-        visible_BTS = order_TS & seen_BS[:, None, :]
-        rope = rope_table(self.config, positions_BT)
-
-        def layer(carry, weights):
-            # The cache is carried and written in place; as scan outputs it would be copied at every token.
-            x_BTD, keys, values, index = carry
-            query, key, value = _project(self.config, x_BTD, weights, rope)
-            keys = jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype)[None], (index, 0, 0, start, 0))
-            values = jax.lax.dynamic_update_slice(values, value.astype(values.dtype)[None], (index, 0, 0, start, 0))
-            key = jax.lax.dynamic_index_in_dim(keys, index, keepdims=False)
-            value = jax.lax.dynamic_index_in_dim(values, index, keepdims=False)
-            x_BTD = x_BTD + _attend(query, key, value, visible_BTS, weights)
-            return (_mlp(self.config, x_BTD, weights), keys, values, index + 1), None
-
-        carry = (self._embed(tokens_BT), cache.key_LBKSH, cache.value_LBKSH, jnp.int32(0))
-        (x_BTD, keys, values, _), _ = jax.lax.scan(layer, carry, self._layers())
-        hidden_BTD = rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon)
-        return hidden_BTD, Cache(keys, values, seen_BS, start + T)
+        scanned = (self._layers(), cache.key_LBKHS, cache.value_LBKSH)
+        x_BTD, (key, value) = jax.lax.scan(layer, self._embed(token_B1), scanned)
+        place = cache.length
+        cache = Cache(
+            jax.lax.dynamic_update_slice(cache.key_LBKHS, key.astype(cache.key_LBKHS.dtype), (0, 0, 0, 0, place)),
+            jax.lax.dynamic_update_slice(cache.value_LBKSH, value.astype(cache.value_LBKSH.dtype), (0, 0, 0, place, 0)),
+            jax.lax.dynamic_update_slice(cache.mask_BS, mask_B1, (0, place)),
+            place + 1,
+        )
+        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon), cache
 
     def unembedding(self) -> jax.Array:
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
+
+    def _forward(self, tokens_BT, positions_BT, mask_BT, *, keep: bool):
+        """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
+        positions_BT = positions_from_mask(mask_BT) if positions_BT is None else positions_BT
+        causal_TT = jnp.tril(jnp.ones((tokens_BT.shape[1],) * 2, bool))
+        visible_BTT = causal_TT & mask_BT[:, None, :]
+        rope = rope_table(self.config, positions_BT)
+
+        def layer(x_BTD, weights):
+            query, key, value = _project(self.config, x_BTD, weights, rope)
+            x_BTD = x_BTD + _output(_attend(query, key, value, visible_BTT), weights)
+            return _mlp(self.config, x_BTD, weights), (key, value) if keep else None
+
+        if self.config.remat:
+            layer = jax.checkpoint(layer)
+        x_BTD, kept = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
+        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon), kept
 
     def _embed(self, tokens_BT) -> jax.Array:
         return constrain(self.embedding_VD[...][tokens_BT], "batch", None, None)
@@ -221,7 +224,7 @@ def _rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _project(config: DecoderConfig, x_BTD, weights, rope):
-    """Query `[B,T,N,H]`, key and value `[B,K,T,H]` of one layer, rotated."""
+    """Query `[B,T,N,H]`, key `[B,K,H,T]` and value `[B,K,T,H]` of one layer, rotated."""
     x_BTD = rms_norm(x_BTD, weights["attention_norm_LD"], config.norm_epsilon)
     query = jnp.einsum("btd,dnh->btnh", x_BTD, weights["query_LDNH"])
     key = jnp.einsum("btd,dkh->btkh", x_BTD, weights["key_LDKH"])
@@ -231,17 +234,42 @@ def _project(config: DecoderConfig, x_BTD, weights, rope):
         key = key + weights["key_bias_LKH"]
         value = value + weights["value_bias_LKH"]
     query, key = _rotate(query, rope), _rotate(key, rope)
-    return query, key.swapaxes(1, 2), value.swapaxes(1, 2)
+    return query, key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
 
 
-def _attend(query_BTNH, key_BKSH, value_BKSH, visible_BTS, weights) -> jax.Array:
+def _attend(query_BTNH, key_BKHS, value_BKSH, visible_BTS) -> jax.Array:
+    """Mixed values `[B, T, N, H]` of T tokens that attend where they may."""
     B, T, N, H = query_BTNH.shape
-    K = key_BKSH.shape[1]
-    query_BTKGH = query_BTNH.reshape(B, T, K, N // K, H)
-    scores = jnp.einsum("btkgh,bksh->bkgts", query_BTKGH, key_BKSH, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(visible_BTS[:, None, None], scores, MASKED)
-    probs = jax.nn.softmax(scores, axis=-1).astype(value_BKSH.dtype)
-    mixed_BTNH = jnp.einsum("bkgts,bksh->btkgh", probs, value_BKSH).reshape(B, T, N, H)
+    query_BTKGH = _grouped(query_BTNH, key_BKHS.shape[1])
+    scores = jnp.einsum("btkgh,bkhs->bkgts", query_BTKGH, key_BKHS, preferred_element_type=jnp.float32)
+    probs = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1)
+    return jnp.einsum("bkgts,bksh->btkgh", probs.astype(value_BKSH.dtype), value_BKSH).reshape(B, T, N, H)
+
+
+def _attend_one(query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, mask_BS) -> jax.Array:
+    """The same for one new token, which sees itself and the cache.
+
+    Written as sums: XLA fuses them with reading the cache, where a product of matrices would first copy it.
+    """
+    B, _, N, H = query_B1NH.shape
+    query_BKGH1 = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0, ..., None].astype(jnp.float32)
+    past_BKGS = jnp.sum(query_BKGH1 * past_key_BKHS[:, :, None], axis=3)
+    past_BKGS = jnp.where(mask_BS[:, None, None], past_BKGS, MASKED)
+    own_BKG1 = jnp.sum(query_BKGH1 * key_BKH1[:, :, None], axis=3)
+    highest = jnp.maximum(jnp.max(past_BKGS, axis=-1, keepdims=True), own_BKG1)
+    past_BKGS, own_BKG1 = jnp.exp(past_BKGS - highest), jnp.exp(own_BKG1 - highest)
+    mixed_BKGH = jnp.sum(past_BKGS[..., None] * past_value_BKSH[:, :, None], axis=3) + own_BKG1 * value_BK1H
+    mixed_BKGH = mixed_BKGH / (jnp.sum(past_BKGS, axis=-1, keepdims=True) + own_BKG1)
+    return mixed_BKGH.astype(value_BK1H.dtype).reshape(B, 1, N, H)
+
+
+def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:
+    """Queries `[B, T, K, G, H]`, scaled, beside the key head that each group shares."""
+    B, T, N, H = query_BTNH.shape
+    return query_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H) * H**-0.5
+
+
+def _output(mixed_BTNH, weights) -> jax.Array:
     return jnp.einsum("btnh,nhd->btd", mixed_BTNH, weights["output_LNHD"])
 
 

@@ -17,7 +17,9 @@ from raft_jax.models.weights import stored_tensors
 SHARD_BYTES = 4 << 30
 
 
-def export_hf(model: Model, params: Mapping[str, jax.Array], folder: Path, *, dtype=jnp.float32, card: str = "") -> Path:
+def export_hf(
+    model: Model, params: Mapping[str, jax.Array], folder: Path, *, dtype=jnp.float32, card: str = ""
+) -> Path:
     """Writes config.json, generation_config.json, the tokenizer, its chat template, the weights and a model card.
 
     The folder appears whole or not at all; one that is there is replaced.

@@ -49,6 +49,8 @@ GGUF_KEYS = {
     "down_LFD": "blk.{}.ffn_down.weight", "final_norm_D": "output_norm.weight", "unembedding_DV": "output.weight",
 }
 
+LLAMA3_ROPE = ("factor", "high_freq_factor", "low_freq_factor", "original_max_position_embeddings")
+
 
 def _llama_config(hf: Mapping[str, Any], family: str, qkv_bias: bool) -> DecoderConfig:
     def need(key: str):
@@ -61,20 +63,22 @@ def _llama_config(hf: Mapping[str, Any], family: str, qkv_bias: bool) -> Decoder
     if hf.get("mlp_bias") or (hf.get("attention_bias") and family == "llama"):
         raise InputError("config.json: a llama with attention_bias or mlp_bias is not supported")
     if hf.get("use_sliding_window"):
-        raise InputError("config.json: use_sliding_window true is not supported; set it to false if your texts are short")
+        raise InputError("config.json: use_sliding_window true is not supported; set it to false for short texts")
     # transformers 5 writes the rope settings as one group, earlier releases as two keys.
     rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     theta = float(rope.pop("rope_theta", hf.get("rope_theta", 10_000.0)))
     if kind not in ("default", "llama3"):
         raise InputError(f"config.json: rope_type {kind!r} is not supported; supported: default, llama3")
+    if kind == "llama3" and (lacking := sorted({*LLAMA3_ROPE} - set(rope))):
+        raise InputError(f"config.json: rope_type 'llama3' needs the key {lacking[0]} in rope_parameters")
     heads = need("num_attention_heads")
     return DecoderConfig(
         family=family, vocab_size=need("vocab_size"), num_layers=need("num_hidden_layers"), width=need("hidden_size"),
         num_heads=heads, num_kv_heads=hf.get("num_key_value_heads") or heads,
         head_width=hf.get("head_dim") or need("hidden_size") // heads, ffn_width=need("intermediate_size"),
         max_positions=hf.get("max_position_embeddings", 2048), rope_theta=theta,
-        rope_scaling=tuple(sorted((key, float(value)) for key, value in rope.items())) if kind == "llama3" else None,
+        rope_scaling=tuple((key, float(rope[key])) for key in LLAMA3_ROPE) if kind == "llama3" else None,
         norm_epsilon=hf.get("rms_norm_eps", 1e-6), tied_embeddings=bool(hf.get("tie_word_embeddings", False)),
         qkv_bias=qkv_bias,
     )
@@ -94,7 +98,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     family = hf.get("model_type")
     if family not in FAMILIES:
-        raise InputError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"config.json: model_type {family!r} is not supported; supported: {known}")
     return FAMILIES[family](hf)
 
 
@@ -112,6 +117,8 @@ def hf_config_from_gguf(metadata: Mapping[str, Any], has_output: bool) -> dict[s
 
     if f"{family}.rope.scaling.type" in metadata and metadata[f"{family}.rope.scaling.type"] != "none":
         raise InputError(f"GGUF rope scaling {metadata[f'{family}.rope.scaling.type']!r} is not supported")
+    if "tokenizer.ggml.tokens" not in metadata:
+        raise InputError("GGUF metadata lacks tokenizer.ggml.tokens")
     heads, width = get("attention.head_count"), get("embedding_length")
     config = {
         "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[family]],

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.models.weights import open_weights, read_json
+from raft_jax.models.weights import open_weights, read_object
 from raft_jax.sources import resolve
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
-# How llama.cpp names the way a text is cut before byte-pair merges.
+# How llama.cpp names the way a text is cut before byte-pair merges. Where `whole` is set, a piece that is a token
+# is taken as it is, without merges.
 GPT2_SPLIT = "default"
 PRE_TOKENIZERS = {
     "smollm": dict(digits=True, pattern=GPT2_SPLIT),
-    "gpt-2": dict(digits=False, pattern=GPT2_SPLIT),
-    "qwen2": dict(digits=False, pattern=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    "gpt-2": dict(pattern=GPT2_SPLIT),
+    "qwen2": dict(nfc=True, pattern=(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )),
-    "llama-bpe": dict(digits=False, pattern=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    "llama-bpe": dict(whole=True, pattern=(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )),
 }
 GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4
@@ -43,9 +48,11 @@ class Tokenizer:
         self.special_ids = {
             token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }
+        names = sorted(self.special_ids, key=len, reverse=True)
+        self._special_name = "|".join(map(re.escape, names)) or "(?!)"
         if not self.settings.get("chat_template"):
             raise InputError(f"{source}: no chat template; an instruction-tuned model is needed")
-        self._template = _compile(self.settings["chat_template"])
+        self._template = _compile(self.settings["chat_template"], source)
         eos = self._special("eos_token")
         if eos is None:
             raise InputError(f"{source}: no eos_token in the tokenizer's settings")
@@ -92,52 +99,52 @@ class Tokenizer:
           messages: `{"role", "content"}` each. Special tokens' names inside a content stay ordinary text.
           add_generation_prompt: end where the assistant's answer begins.
         """
-        marker = _unused_character(messages)
-        # A special token's name inside a content is broken by a marker while the template is rendered, so that
-        # every unbroken one is the template's own.
-        broken = [{**message, "content": self._break(message["content"], marker)} for message in messages]
-        text = self.render(broken, add_generation_prompt)
-        ids, position = [], 0
+        shielded, marker = self._shield(messages)
+        return self._encode_rendered(self.render(shielded, add_generation_prompt), marker)
+
+    def _shield(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
+        """The messages with a marker before each special token's name, so that those without one are the template's."""
+        used = set(self.settings["chat_template"]).union(*(message["content"] for message in messages))
+        private_use = map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
+        marker = next(character for character in private_use if character not in used)
+        # The lookahead marks overlapping names too.
+        name = re.compile(f"(?={self._special_name})")
+        return [{**message, "content": name.sub(marker, message["content"])} for message in messages], marker
+
+    def _encode_rendered(self, text: str, marker: str) -> list[int]:
         if marker not in text:
             self.backend.encode_special_tokens = False
             return self.backend.encode(text, add_special_tokens=False).ids
-        while position < len(text):
-            start, token = min(
-                ((text.find(name, position), name) for name in self.special_ids if text.find(name, position) >= 0),
-                default=(len(text), None), key=lambda found: (found[0], -len(found[1] or "")),
-            )
-            ids += self.encode(text[position:start].replace(marker, ""))
-            if token is None:
-                break
-            ids.append(self.special_ids[token])
-            position = start + len(token)
-        return ids
-
-    def _break(self, content: str, marker: str) -> str:
-        for name in self.special_ids:
-            content = content.replace(name, name[0] + marker + name[1:])
-        return content
+        parts = re.split(f"(?<!{marker})({self._special_name})", text)  # text, name, text, ..., text
+        return list(chain.from_iterable(
+            [self.special_ids[part]] if index % 2 else self.encode(part.replace(marker, ""))
+            for index, part in enumerate(parts)
+        ))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text in the model's template."""
-        import jinja2
-
+        special = {name: self._special(name) for name in self.settings if name.endswith("_token")}
         try:
             return self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt,
-                bos_token=self._special("bos_token") or "", eos_token=self._special("eos_token") or "",
-                pad_token=self._special("pad_token") or "",
+                messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                **{name: token for name, token in special.items() if isinstance(token, str)},
             )
-        except jinja2.TemplateError as error:
+        except Exception as error:  # a template can raise anything
             raise InputError(f"{self.source}: the chat template refuses this conversation: {error}") from error
 
     def chat_answer(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the last, assistant's message as the model would have to write it: its text and the end of its turn."""
-        prompt = self.chat_prompt(messages[:-1])
-        whole = self.chat_prompt(messages, add_generation_prompt=False)
-        if whole[: len(prompt)] != prompt:
-            raise InputError(f"{self.source}: the chat template renders an answered question differently; not supported")
-        answer = whole[len(prompt):]
+        """Ids of the last, assistant's message as the model would write it: its text and the end of its turn."""
+        shielded, marker = self._shield(messages)
+        prompt_text, text = self.render(shielded[:-1]), self.render(shielded, add_generation_prompt=False)
+        if not text.startswith(prompt_text):
+            raise InputError(
+                f"{self.source}: the chat template renders an answered question differently; not supported"
+            )
+        prompt, whole = self._encode_rendered(prompt_text, marker), self._encode_rendered(text, marker)
+        if whole[: len(prompt)] == prompt:
+            answer = whole[len(prompt):]
+        else:  # the answer's first white space would join the prompt's last token, and the model writes after that
+            answer = self._encode_rendered(text[len(prompt_text):], marker)
         ends = [index for index, token in enumerate(answer) if token in self.stop_ids]
         if not ends:
             return [*answer, self.eos_id]
@@ -147,33 +154,42 @@ class Tokenizer:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", "extra_stop_ids")}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, "utf-8")
         (folder / "chat_template.jinja").write_text(self.settings["chat_template"], "utf-8")
 
 
-def _unused_character(messages: Sequence[Message]) -> str:
-    """A private-use character that no message contains."""
-    used = set().union(*(set(message["content"]) for message in messages))
-    return next(chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in used)
-
-
-def _compile(template: str):
+def _compile(template: str, source: str):
     """A chat template as transformers compiles it, in Jinja's sandbox."""
+    from jinja2 import nodes
     from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` tells transformers which text is the assistant's; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
     def raise_exception(message):
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
+    def tojson(value, ensure_ascii=False, **options):
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    extensions = [Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template)
     except TemplateError as error:
-        raise InputError(f"the chat template does not compile: {error}") from error
+        raise InputError(f"{source}: the chat template does not compile: {error}") from error
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
@@ -189,7 +205,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise InputError(f"{path}: not a tokenizer ({error})") from error
     backend.no_truncation()
     backend.no_padding()
-    settings = read_json(folder / "tokenizer_config.json")
+    settings = read_object(folder / "tokenizer_config.json")
     template_path = folder / "chat_template.jinja"
     if template_path.exists():
         settings["chat_template"] = template_path.read_text("utf-8")
@@ -197,30 +213,49 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         settings["chat_template"] = {t["name"]: t["template"] for t in settings["chat_template"]}.get("default")
     generation = folder / "generation_config.json"
     if generation.exists():
-        eos = read_json(generation).get("eos_token_id")
+        eos = read_object(generation).get("eos_token_id")
         settings["extra_stop_ids"] = eos if isinstance(eos, list) else [] if eos is None else [eos]
     return Tokenizer(backend, settings, str(folder))
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """Rebuilds a byte-pair tokenizer from the fields of a GGUF file."""
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "missing")
     if kind != "gpt2":
         raise InputError(f"{source}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-pair)")
     if pre not in PRE_TOKENIZERS:
         raise InputError(f"{source}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "chat_template": metadata.get("tokenizer.chat_template"),
+    }
+    try:
+        backend = _backend_from_gguf(metadata, **PRE_TOKENIZERS[pre])
+        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+            if (index := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
+                settings[f"{ours}_token"] = metadata["tokenizer.ggml.tokens"][index]
+    except KeyError as error:
+        raise InputError(f"{source}: the GGUF metadata lacks {error.args[0]}") from error
+    except Exception as error:  # the library raises plain Exception
+        raise InputError(f"{source}: the GGUF metadata describes no whole tokenizer ({error})") from error
+    return Tokenizer(backend, settings, source)
+
+
+def _backend_from_gguf(metadata, pattern: str, digits: bool = False, whole: bool = False, nfc: bool = False):
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = Backend(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    rule = PRE_TOKENIZERS[pre]
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if rule["digits"] else []
-    if rule["pattern"] == GPT2_SPLIT:
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab, merges, ignore_merges=whole))
+    if nfc:
+        backend.normalizer = normalizers.NFC()
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if pattern == GPT2_SPLIT:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
     else:
-        steps.append(pre_tokenizers.Split(Regex(rule["pattern"]), behavior="isolated"))
+        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
@@ -228,14 +263,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         AddedToken(token, special=kind == GGUF_CONTROL, normalized=False)
         for token, kind in zip(tokens, types, strict=True) if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
     ])
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "chat_template": metadata.get("tokenizer.chat_template"),
-    }
-    for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        if (index := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
-            settings[ours] = tokens[index]
-    return Tokenizer(backend, settings, source)
+    return backend
 
 
 def load_tokenizer(source: str) -> Tokenizer:

@@ -30,21 +30,31 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: not valid JSON ({error})") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object, or an InputError that names it."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
 class SafetensorsFolder:
     """The tensors of a Hugging Face folder: one `model.safetensors`, or shards with an index."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.hf_config = read_json(folder / "config.json")
+        self.hf_config = read_object(folder / "config.json")
         self._file_of = self._index()
 
     def _index(self) -> dict[str, Path]:
         index_path = self.folder / INDEX_NAME
         if index_path.exists():
-            weight_map = read_json(index_path).get("weight_map", {})
-            for name in set(weight_map.values()):
-                if Path(name).name != name:
-                    raise InputError(f"{index_path}: the shard {name!r} lies outside the folder")
+            weight_map = read_object(index_path).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index_path}: the key weight_map is missing or not an object")
+            for name in weight_map.values():
+                if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+                    raise InputError(f"{index_path}: the shard {name!r} does not lie in the folder")
             return {key: self.folder / name for key, name in weight_map.items()}
         path = self.folder / "model.safetensors"
         if not path.exists():
@@ -68,7 +78,7 @@ class SafetensorsFolder:
     def read(self, key: str) -> np.ndarray:
         path = self._file_of[key]
         with self._open(path) as file:
-            if key not in file.keys():
+            if key not in set(file.keys()):
                 raise InputError(f"{path}: the index says that {key} is here, and it is not")
             return file.get_tensor(key)
 
@@ -113,7 +123,8 @@ class GgufFile:
         try:
             array = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape.tolist())))
         except (NotImplementedError, ValueError) as error:
-            raise InputError(f"{self.path}: {name} of type {tensor.tensor_type.name} cannot be read ({error})") from error
+            kind = tensor.tensor_type.name
+            raise InputError(f"{self.path}: {name} of type {kind} cannot be read ({error})") from error
         heads = self._num_heads.get(name.split(".", 2)[-1])
         if heads and self._permuted:
             # llama.cpp keeps the two halves of each rotated head interleaved.

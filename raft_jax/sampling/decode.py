@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.models import Model
-from raft_jax.models.decoder import MASKED, init_cache
+from raft_jax.models.decoder import MASKED
 
 
 class Rollout(NamedTuple):
@@ -56,11 +56,12 @@ def sample_token(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Ar
 
 
 def _invert(weight_BM: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index whose running sum passes the target, and how far into it the target lies."""
+    """First index that has weight and whose running sum passes the target, and how far into it the target lies."""
     running_BM = jnp.cumsum(weight_BM, axis=-1)
+    passed_BM = (running_BM > target_B[:, None]) & (weight_BM > 0)
     # Rounding may leave the target past the last sum: stay on the last entry that has weight.
     last_B = weight_BM.shape[-1] - 1 - jnp.argmax(weight_BM[:, ::-1] > 0, axis=-1)
-    index_B = jnp.minimum(jnp.sum(running_BM <= target_B[:, None], axis=-1), last_B)
+    index_B = jnp.where(jnp.any(passed_BM, axis=-1), jnp.argmax(passed_BM, axis=-1), last_B)
     before_B = jnp.take_along_axis(running_BM - weight_BM, index_B[:, None], axis=-1)[:, 0]
     return index_B, target_B - before_B
 
@@ -84,6 +85,8 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p {top_p} must be above 0 and up to 1")
     stop_ids = jnp.array(model.tokenizer.stop_ids, jnp.int32)
     pad_id = model.tokenizer.pad_id
 
@@ -98,8 +101,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 
-        cache = init_cache(model.config, B, P + max_new_tokens, unembedding_DV.dtype)
-        hidden_BPD, cache = model.hidden_cached(params, prompt_BP, prompt_mask_BP, cache)
+        hidden_BPD, cache = model.prefill(params, prompt_BP, prompt_mask_BP, P + max_new_tokens)
         first_B = draw(hidden_BPD[:, -1], 0)
         out_BC = jnp.full((B, max_new_tokens), pad_id, jnp.int32)
         mask_BC = jnp.zeros((B, max_new_tokens), bool)
@@ -114,7 +116,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
             out_BC = jax.lax.dynamic_update_slice(out_BC, token_B[:, None], (0, index))
             mask_BC = jax.lax.dynamic_update_slice(mask_BC, ~done_B[:, None], (0, index))
             done_after_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1)
-            hidden_B1D, cache = model.hidden_cached(params, token_B[:, None], ~done_B[:, None], cache)
+            hidden_B1D, cache = model.step(params, token_B[:, None], ~done_B[:, None], cache)
             return index + 1, draw(hidden_B1D[:, 0], index + 1), done_after_B, out_BC, mask_BC, cache
 
         carry = (jnp.int32(0), first_B, row_B < 0, out_BC, mask_BC, cache)

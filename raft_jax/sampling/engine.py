@@ -45,6 +45,12 @@ def row_number(name: str) -> int:
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
+def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | None) -> int:
+    """Rows of each batch of a call: no more than there are prompts, and a multiple of the mesh's batch axes."""
+    parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-min(batch_size, num_prompts) // parts) * parts
+
+
 class Sampler:
     """Generates answers to prompts, batch by batch.
 
@@ -110,8 +116,9 @@ class Sampler:
                     f"{self.model.config.max_positions} positions leave room for {limit}"
                 )
         completions: list[Completion | None] = [None] * len(prompts)
+        num_rows = rows_per_batch(self.batch_size, len(prompts), self.mesh)
         for batch in self.batches(prompts):
-            rollout = self._run(params, prompts, batch, names, key, temperature, top_p, max_new_tokens)
+            rollout = self._run(params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens)
             tokens, mask = np.asarray(rollout.tokens_BC), np.asarray(rollout.mask_BC)
             for row, index in enumerate(batch):
                 ids = tokens[row][mask[row]].tolist()
@@ -120,8 +127,8 @@ class Sampler:
                 on_batch(batch, [completions[index] for index in batch])
         return completions
 
-    def _run(self, params, prompts, batch, names, key, temperature, top_p, max_new_tokens) -> Rollout:
-        filler = self.batch_size - len(batch)
+    def _run(self, params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens) -> Rollout:
+        filler = num_rows - len(batch)
         rows = [prompts[index] for index in batch] + [prompts[batch[0]]] * filler
         length = min(bucket(max(map(len, rows))), self.model.config.max_positions - max_new_tokens)
         tokens, mask = pad(rows, length, self.model.tokenizer.pad_id, left=True)

@@ -11,7 +11,7 @@ import numpy as np
 from raft_jax.data.batches import pad
 from raft_jax.losses import linear_cross_entropy, sequence_mean
 from raft_jax.models import Model
-from raft_jax.sampling.engine import bucket
+from raft_jax.sampling.engine import bucket, rows_per_batch
 from raft_jax.sharding import put_batch
 
 
@@ -43,9 +43,10 @@ class Scorer:
         values = np.zeros(len(prompts), np.float32)
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]) + len(answers[index]), index))
         pad_id = self.model.tokenizer.pad_id
+        num_rows = rows_per_batch(self.batch_size, len(prompts), self.mesh)
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
-            filled = chosen + chosen[:1] * (self.batch_size - len(chosen))
+            filled = chosen + chosen[:1] * (num_rows - len(chosen))
             sides = []
             for rows, left in ((prompts, True), (answers, False)):
                 picked = [rows[index] for index in filled]

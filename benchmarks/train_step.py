@@ -1,0 +1,168 @@
+"""Times our whole RAFT step (rollout, teacher, SFT and KL, AdamW), in turn with TRL's nearest equivalent.
+
+    python benchmarks/train_step.py --model MODEL --rows rows.jsonl --trl-python trl-venv/bin/python --repeats 3
+
+Each side runs in a process of its own, one after the other, `--repeats` times; the table shows medians and the
+range. Without --trl-python our side is timed alone. See benchmarks/README.md for the rules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from trl_step import read_rows, take_peak_memory
+
+HERE = Path(__file__).parent
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """Our side: each step's seconds, tokens and padding, and the process's peak memory."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from raft_jax.data.batches import Batch, pad
+    from raft_jax.data.prompts import question_prompt, teacher_prompt
+    from raft_jax.models import load_pretrained
+    from raft_jax.sampling import make_generate
+    from raft_jax.train.state import init_state, make_optimizer
+    from raft_jax.train.step import make_train_step
+
+    load_before = os.getloadavg()
+    model = load_pretrained(options.model, jnp.dtype(options.dtype))
+    tokenizer = model.tokenizer
+    optimizer = make_optimizer(5e-6)
+    state = init_state(jax.tree.map(jnp.copy, model.params), optimizer)
+    generate = make_generate(model, options.max_new_tokens)
+    train_step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer), donate_argnums=0)
+
+    def padded(rows: list[list[int]], *, left: bool):
+        longest = max(map(len, rows))
+        return pad(rows, -(-longest // options.round) * options.round, tokenizer.pad_id, left=left)
+
+    def batch_of(rows: list[dict[str, str]]) -> Batch:
+        asked = [question_prompt(row["question"]) for row in rows]
+        answers = [
+            tokenizer.chat_answer([*messages, {"role": "assistant", "content": row["answer"]}])
+            for messages, row in zip(asked, rows, strict=True)
+        ]
+        teachers = [tokenizer.chat_prompt(teacher_prompt(row["question"], row["answer"])) for row in rows]
+        return Batch(
+            *padded([tokenizer.chat_prompt(messages) for messages in asked], left=True),
+            *padded(answers, left=False), *padded(teachers, left=True), np.arange(len(rows), dtype=np.int32),
+        )
+
+    size = options.batch_size
+    rows = read_rows(Path(options.rows), (options.warmup + options.steps) * size)
+    batches = [batch_of(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def step(state, index: int):
+        batch = jax.device_put(batches[index])
+        key = jax.random.fold_in(jax.random.key(0), index)
+        rollout = generate(
+            state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
+        )
+        state, metrics = train_step(state, model.params, batch, rollout)
+        return state, metrics, rollout
+
+    # Every shape is compiled before the clock starts; a training run compiles each once.
+    compiling = time.perf_counter()
+    for index in {tuple(array.shape for array in batch): index for index, batch in enumerate(batches)}.values():
+        state, metrics, _ = step(state, index)
+        jax.block_until_ready(metrics)
+    compiling = time.perf_counter() - compiling
+    for index in range(options.warmup):
+        state, metrics, _ = step(state, index)
+    jax.block_until_ready(metrics)
+
+    seconds, loss_tokens, real, computed = [], [], 0, 0
+    for index in range(options.warmup, options.warmup + options.steps):
+        began = time.perf_counter()
+        state, metrics, rollout = step(state, index)
+        jax.block_until_ready((state, metrics))
+        seconds.append(time.perf_counter() - began)
+        batch, drawn = batches[index], np.asarray(rollout.mask_BC)
+        loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
+        prompt, teacher = batch.prompt_mask_BP, batch.teacher_prompt_mask_BQ
+        passes = [  # prefill, decode (until the last row is done), SFT, student, teacher
+            (prompt,), (drawn[:, : drawn.any(0).sum()],), (prompt, batch.answer_mask_BA), (prompt, drawn), (teacher, drawn),
+        ]
+        real += sum(int(mask.sum()) for masks in passes for mask in masks)
+        computed += sum(mask.size for masks in passes for mask in masks)
+    return {
+        "side": "raft_jax", "jax": jax.__version__, "seconds": seconds, "loss_tokens": loss_tokens,
+        "compile_seconds": compiling, "padding": 1 - real / computed, "peak_memory_bytes": take_peak_memory(),
+        "load_average": [load_before, os.getloadavg()],
+    }
+
+
+def run_side(command: list[str], out: Path) -> dict:
+    subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="a Hugging Face folder, the same for both sides")
+    add("--rows", required=True, help='JSONL of {"question", "answer"}')
+    add("--trl-python", help="a Python that has torch and TRL")
+    add("--batch-size", type=int, default=4)
+    add("--max-prompt-tokens", type=int, default=256)
+    add("--max-new-tokens", type=int, default=64)
+    add("--steps", type=int, default=5)
+    add("--warmup", type=int, default=1)
+    add("--repeats", type=int, default=3)
+    add("--dtype", choices=["float32", "bfloat16"], default="float32")
+    add("--round", type=int, default=16, help="our side pads a batch's lengths up to a multiple of this")
+    add("--out", type=Path)
+    add("--ours", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ours:
+        options.out.write_text(json.dumps(measure(options)))
+        return
+
+    shared = [
+        "--model", options.model, "--rows", options.rows, "--dtype", options.dtype,
+        *(f"--{name}={getattr(options, name.replace('-', '_'))}"
+          for name in ("batch-size", "max-prompt-tokens", "max-new-tokens", "steps", "warmup")),
+    ]
+    runs: dict[str, list[dict]] = {"raft_jax": [], "TRL": []}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "side.json"
+        for repeat in range(options.repeats):
+            print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+            ours = [sys.executable, __file__, "--ours", f"--round={options.round}", *shared]
+            runs["raft_jax"].append(run_side(ours, out))
+            if options.trl_python:
+                trl = run_side([options.trl_python, str(HERE / "trl_step.py"), *shared], out)
+                runs["TRL"].append({
+                    **trl, **{key: trl["raft_equivalent"][key] for key in ("seconds", "loss_tokens")},
+                    "padding": trl["padding"]["share"],
+                })
+    print(f"{platform.machine()}, {os.cpu_count()} cores; {options.dtype}, batch {options.batch_size}, "
+          f"{options.max_new_tokens} new tokens, {options.steps} steps a repeat")
+    print("| side | s/step, median (range) | tokens with loss / s | peak memory | padding |\n|---|---|---|---|---|")
+    for side, found in runs.items():
+        if not found:
+            continue
+        seconds = [value for run in found for value in run["seconds"]]
+        speed = sum(sum(run["loss_tokens"]) for run in found) / sum(seconds)
+        print(f"| {side} | {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {speed:.0f} | "
+              f"{max(run['peak_memory_bytes'] for run in found) / 1e9:.2f} GB | "
+              f"{statistics.median(run['padding'] for run in found):.0%} |")
+    if options.out:
+        options.out.write_text(json.dumps({"settings": vars(options) | {"out": str(options.out)}, "runs": runs}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

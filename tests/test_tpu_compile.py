@@ -1,0 +1,83 @@
+"""The TPU's own compiler takes the whole train step of a paper-sized model, on a machine without a TPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("libtpu", reason="the extra [tpu] is not installed")
+
+ROOT = Path(__file__).parents[1]
+CHIP_BYTES = 16e9  # of a v5e
+
+PROGRAM = """
+import sys
+from functools import partial
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from raft_jax.config import load_config
+from raft_jax.data.batches import Batch
+from raft_jax.models import Model, parameter_shardings
+from raft_jax.models.decoder import parameter_table
+from raft_jax.models.families import config_from_hf
+from raft_jax.sampling.decode import Rollout
+from raft_jax.sharding import make_mesh, partition_spec
+from raft_jax.train.state import init_state, make_optimizer
+from raft_jax.train.step import make_train_step
+from dataclasses import replace
+
+config = load_config(sys.argv[1])
+devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
+mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+# config.json of Llama-3.2-3B-Instruct
+decoder = replace(config_from_hf({
+    "model_type": "llama", "vocab_size": 128256, "num_hidden_layers": 28, "hidden_size": 3072,
+    "num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "rope_theta": 500000.0,
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}), remat=config.model.remat)
+dtype = jnp.dtype(config.model.dtype)
+shardings = parameter_shardings(decoder, mesh)
+params = {name: jax.ShapeDtypeStruct(info.shape, dtype, sharding=shardings[name])
+          for name, info in parameter_table(decoder).items()}
+model = Model(decoder, params)
+optimizer = make_optimizer(config.train.learning_rate)
+replicated = NamedSharding(mesh, partition_spec(()))
+
+def placed(path, leaf):
+    name = next((entry.key for entry in reversed(path) if getattr(entry, "key", None) in shardings), None)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, replicated))
+
+state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(partial(init_state, optimizer=optimizer), params))
+rows = NamedSharding(mesh, partition_spec(("batch",)))
+B, P, A = config.train.batch_size, 256, config.data.max_answer_tokens
+Q, C = 1024, config.train.rollout.max_new_tokens
+array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
+batch = Batch(array(jnp.int32, B, P), array(bool, B, P), array(jnp.int32, B, A), array(bool, B, A),
+              array(jnp.int32, B, Q), array(bool, B, Q), array(jnp.int32, B))
+rollout = Rollout(array(jnp.int32, B, C), array(bool, B, C))
+step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer), donate_argnums=0)
+with jax.set_mesh(mesh):
+    compiled = step.lower(state, params, batch, rollout).compile()
+memory = compiled.memory_analysis()
+total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+print("bytes per chip", total, "arguments", memory.argument_size_in_bytes, "temporary", memory.temp_size_in_bytes)
+"""
+
+
+def test_train_step_of_llama_3b_fits_a_v5e_slice_of_16_chips():
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": "",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(ROOT / "configs/llama-3.2-3b.yaml")],
+        env=environment, capture_output=True, text=True, timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    print(done.stdout)
+    assert int(done.stdout.split()[3]) < CHIP_BYTES

@@ -1,0 +1,260 @@
+"""The train step against its NumPy twin, in micro-batches, and on eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+import twin
+
+from raft_jax.data.batches import Batch, TokenRow, pad
+from raft_jax.models import Model, parameter_shardings
+from raft_jax.sampling.decode import Rollout, make_generate
+from raft_jax.sharding import make_mesh, put_batch
+from raft_jax.train.state import TrainState, init_state, make_optimizer
+from raft_jax.train.step import make_train_step
+
+V, D, B = 24, 12, 4
+LEARNING_RATE = 0.01
+
+
+def hidden(params, tokens_BT, positions_BT, mask_BT):
+    """The twin's model on padded batches."""
+    assert positions_BT is None  # positions follow from the mask
+    mask_BT1 = mask_BT[..., None].astype(params["scale_D"].dtype)
+    embedded_BTD = params["embedding_VD"][tokens_BT] * mask_BT1
+    mean_BTD = jnp.cumsum(embedded_BTD, axis=1) / jnp.maximum(jnp.cumsum(mask_BT1, axis=1), 1)
+    return jnp.tanh(mean_BTD @ params["mixer_DD"]) * params["scale_D"]
+
+
+def unembedding(params):
+    return params["unembedding_DV"]
+
+
+def random_params(seed):
+    random = np.random.default_rng(seed)
+    shapes = {"embedding_VD": (V, D), "mixer_DD": (D, D), "scale_D": (D,), "unembedding_DV": (D, V)}
+    return {name: random.normal(size=shape) for name, shape in shapes.items()}
+
+
+def random_rows(seed, rollout_lengths=(5, 1, 0, 3)):
+    """Four ragged rows and their rollouts; one rollout is empty."""
+    random = np.random.default_rng(seed)
+
+    def ids(length):
+        return random.integers(0, V, length).tolist()
+
+    rows = [
+        {"prompt": ids(random.integers(1, 6)), "answer": ids(random.integers(1, 7)), "teacher_prompt": ids(8)}
+        for _ in rollout_lengths
+    ]
+    return rows, [ids(length) for length in rollout_lengths]
+
+
+def padded(rows, rollouts):
+    """Rows as the train step takes them; padding is a token that occurs, and must not matter."""
+    batch = Batch(
+        *pad([row["prompt"] for row in rows], 7, 3, left=True), *pad([row["answer"] for row in rows], 8, 5, left=False),
+        *pad([row["teacher_prompt"] for row in rows], 9, 7, left=True), np.arange(len(rows), dtype=np.int32),
+    )
+    return batch, Rollout(*pad(rollouts, 6, 2, left=False))
+
+
+def build(dtype=np.float32, **settings):
+    """A jitted train step and its first state."""
+    optimizer = make_optimizer(LEARNING_RATE, weight_decay=settings.pop("weight_decay", 0.1))
+    step = make_train_step(hidden, unembedding, optimizer, **{"top_k": 6, **settings})
+    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), random_params(0))
+    return jax.jit(step), init_state(params, optimizer)
+
+
+def teacher_params(dtype=np.float32):
+    return jax.tree.map(lambda array: jnp.asarray(array, dtype), random_params(1))
+
+
+@pytest.mark.parametrize(("wide", "fixed_weight"), [(True, None), (True, 0.3), (False, None)])
+def test_five_steps_equal_the_twin(wide, fixed_weight):
+    dtype, tolerance = (np.float64, 1e-6) if wide else (np.float32, 1e-4)
+    with jax.enable_x64(wide):
+        step, state = build(dtype, fixed_weight=fixed_weight)
+        expected, teacher = twin.first_state(random_params(0)), random_params(1)
+        for number in range(5):
+            rows, rollouts = random_rows(number)
+            state, metrics = step(state, teacher_params(dtype), *padded(rows, rollouts))
+            expected, numbers = twin.train_step(
+                expected, teacher, rows, rollouts, top_k=6, temperature=1.5, ema_decay=0.9,
+                learning_rate=LEARNING_RATE, weight_decay=0.1, fixed_weight=fixed_weight,
+            )
+            for name, value in numbers.items():
+                np.testing.assert_allclose(metrics[name], value, rtol=tolerance, err_msg=f"{name}, step {number}")
+            for name, value in expected["params"].items():
+                np.testing.assert_allclose(
+                    state.params[name], value, rtol=0, atol=20 * tolerance * LEARNING_RATE, err_msg=name
+                )
+            assert metrics["sft_tokens"] == sum(len(row["answer"]) for row in rows)
+            assert metrics["rollout_tokens"] == 9 and metrics["empty_rollouts"] == 1
+        assert state.step == 5 and state.balance.count == 5
+        if fixed_weight is not None:
+            assert metrics["weight"] == np.float32(fixed_weight)
+
+
+def test_the_twins_gradients_are_those_of_its_losses():
+    params, teacher = random_params(0), random_params(1)
+    (row, *_), (rollout, *_) = random_rows(0)
+    for loss in (lambda p: twin.sft_loss(p, row), lambda p: twin.kl_loss(p, teacher, row, rollout, 6, 1.5)):
+        grads = loss(params)[1]
+        for name, grad in grads.items():
+            direction = np.random.default_rng(2).normal(size=grad.shape)
+            low, high = (loss({**params, name: params[name] + sign * 1e-6 * direction})[0] for sign in (-1, 1))
+            np.testing.assert_allclose(np.sum(grad * direction), (high - low) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+def test_the_twin_knows_the_papers_worked_example():
+    probs = np.array([0.5, 0.3, 0.1, 0.06, 0.04]), np.array([0.2, 0.2, 0.1, 0.25, 0.25])
+    q, p = np.array([5, 3, 1]) / 9, np.array([2, 2, 1]) / 5
+    # A model whose logits are given: h = tanh(large) = 1 in one dimension, so that U is the logits.
+    teacher, student = (
+        {"embedding_VD": np.full((5, 1), 30.0), "mixer_DD": np.eye(1), "scale_D": np.ones(1),
+         "unembedding_DV": np.log(values)[None]} for values in probs
+    )
+    row = {"prompt": [0], "answer": [0], "teacher_prompt": [1, 2]}
+    loss, _ = twin.kl_loss(student, teacher, row, [4], 3, 1.0)
+    np.testing.assert_allclose(loss, np.sum(q * np.log(q / p)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["sequence", "token"])
+def test_micro_batches_change_nothing(reduction):
+    rows, rollouts = random_rows(3)
+    results = []
+    for num_micro_batches in (1, 2, 4):
+        step, state = build(reduction=reduction, num_micro_batches=num_micro_batches)
+        for _ in range(2):
+            state, metrics = step(state, teacher_params(), *padded(rows, rollouts))
+        results.append((state, metrics))
+    (whole, whole_metrics), *split = results
+    for state, metrics in split:
+        assert metrics.keys() == whole_metrics.keys()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, whole_metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)
+        for name, value in state.params.items():
+            np.testing.assert_allclose(value, whole.params[name], rtol=0, atol=1e-3 * LEARNING_RATE, err_msg=name)
+
+
+def test_token_reduction_weighs_every_token_the_same():
+    rows, rollouts = random_rows(3)
+    step, state = build(reduction="token")
+    metrics = step(state, teacher_params(), *padded(rows, rollouts))[1]
+    params, teacher = random_params(0), random_params(1)
+    sft = [(twin.sft_loss(params, row)[0], len(row["answer"])) for row in rows]
+    kl = [(twin.kl_loss(params, teacher, row, z, 6, 1.5)[0], len(z)) for row, z in zip(rows, rollouts, strict=True)]
+    for name, losses in (("sft_loss", sft), ("kl_loss", kl)):
+        values, lengths = zip(*losses, strict=True)
+        np.testing.assert_allclose(metrics[name], np.average(values, weights=lengths), rtol=1e-5)
+
+
+def test_rows_that_do_not_divide_are_refused():
+    step, state = build(num_micro_batches=3)
+    with pytest.raises(ValueError, match="4 rows do not divide into 3 micro-batches"):
+        step(state, teacher_params(), *padded(*random_rows(0)))
+
+
+def test_nothing_flows_into_the_teacher():
+    step, state = build()
+    batch, rollout = padded(*random_rows(0))
+    slopes = jax.grad(lambda teacher: step(state, teacher, batch, rollout)[1]["loss"])(teacher_params())
+    assert all(not np.any(slope) for slope in jax.tree.leaves(slopes))
+    # Not because the loss does not see the teacher at all:
+    other = step(state, teacher_params(), batch, rollout)[1]["kl_loss"]
+    assert other != step(state, state.params, batch, rollout)[1]["kl_loss"]
+    assert rollout.tokens_BC.dtype == np.int32
+
+
+def test_rollouts_that_are_all_empty_leave_the_sft_loss():
+    rows, rollouts = random_rows(0, rollout_lengths=(0, 0, 0, 0))
+    step, state = build()
+    state, metrics = step(state, teacher_params(), *padded(rows, rollouts))
+    assert metrics["kl_loss"] == 0 and metrics["empty_rollouts"] == 4 and metrics["loss"] == metrics["sft_loss"]
+    plain, first = build(distill=False)
+    other, plain_metrics = plain(first, None, padded(rows, rollouts)[0], None)
+    np.testing.assert_allclose(metrics["gradient_norm"], plain_metrics["gradient_norm"], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, other.params)
+
+
+def test_without_distillation_nothing_of_it_is_measured():
+    step, state = build(distill=False, num_micro_batches=2)
+    rows, rollouts = random_rows(0)
+    batch, _ = padded(rows, rollouts)
+    state, metrics = step(state, None, batch, None)
+    assert metrics.keys() == {"loss", "sft_loss", "sft_tokens", "gradient_norm"}
+    expected = np.mean([twin.sft_loss(random_params(0), row)[0] for row in rows])
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    assert state.balance.count == 0
+
+
+# --- on the decoder, and on eight devices ---
+
+
+def tiny_batch(model: Model) -> Batch:
+    """Eight rows of the sample data; two lengths of prompt."""
+    tokenizer = model.tokenizer
+    rows = []
+    for number, row in enumerate(tiny.ROWS[:8]):
+        asked = [{"role": "user", "content": row["question"]}]
+        told = [{"role": "user", "content": row["answer"] + " " + row["question"]}]
+        answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": row["answer"]}])
+        rows.append(TokenRow(tokenizer.chat_prompt(asked), answer, tokenizer.chat_prompt(told), number))
+    return Batch(
+        *pad([row.prompt for row in rows], 32, tokenizer.pad_id, left=True),
+        *pad([row.answer for row in rows], 32, tokenizer.pad_id, left=False),
+        *pad([row.teacher_prompt for row in rows], 48, tokenizer.pad_id, left=True),
+        np.array([row.number for row in rows], np.int32),
+    )
+
+
+def run_steps(model: Model, mesh, num_steps: int):
+    """Rollout and train step in turn, as the loop has them; everything lies on the mesh."""
+    optimizer = make_optimizer(1e-3)
+    step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, top_k=32), donate_argnums=0)
+    generate = make_generate(model, 8)
+    teacher = jax.device_put(model.params, parameter_shardings(model.config, mesh))
+    params = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(teacher)
+    state, found = init_state(params, optimizer), []
+    for number in range(num_steps):
+        batch = put_batch(tiny_batch(model), mesh)
+        key = jax.random.fold_in(jax.random.key(7), number)
+        rollout = generate(state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1))
+        state, metrics = step(state, teacher, batch, rollout)
+        found.append(jax.device_get((rollout, metrics)))
+    return state, found, teacher
+
+
+def test_eight_devices_give_the_numbers_of_one():
+    model = tiny.make_model()
+    devices = jax.devices()
+    assert len(devices) == 8
+    one, expected, _ = run_steps(model, make_mesh(devices=devices[:1]), 2)
+    many, found, teacher = run_steps(model, make_mesh(2, 2, 2), 2)
+    assert len(many.params["query_LDNH"].sharding.device_set) == 8
+    assert many.params["query_LDNH"].addressable_shards[0].data.size == model.params["query_LDNH"].size // 4
+    for (rollout, metrics), (expected_rollout, expected_metrics) in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(rollout.tokens_BC, expected_rollout.tokens_BC)
+        np.testing.assert_array_equal(rollout.mask_BC, expected_rollout.mask_BC)
+        assert rollout.tokens_BC.dtype == np.int32 and not rollout.mask_BC.all()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(value, expected_metrics[name], rtol=1e-3, atol=1e-6, err_msg=name)
+    for name, value in many.params.items():
+        np.testing.assert_allclose(value, one.params[name], rtol=0, atol=2e-4, err_msg=name)
+    # The student was donated twice; the teacher is still there.
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher), jax.device_get(model.params))
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing():
+    model = tiny.make_model()
+    batch = tiny_batch(model)
+    batch = batch._replace(teacher_prompt_BQ=batch.prompt_BP, teacher_prompt_mask_BQ=batch.prompt_mask_BP)
+    rollout = Rollout(batch.answer_BA[:, :8], batch.answer_mask_BA[:, :8])
+    optimizer = make_optimizer(1e-3)
+    step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, top_k=32, fixed_weight=1.0))
+    state: TrainState = init_state(model.params, optimizer)
+    metrics = step(state, model.params, batch, rollout)[1]
+    assert metrics["kl_loss"] == 0 and metrics["agreement"] == 1

@@ -1,0 +1,130 @@
+"""A model, a tokenizer and a data set so small that a whole run takes seconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from raft_jax.data import prompts
+from raft_jax.models import Model
+from raft_jax.models.decoder import DecoderConfig, parameter_table
+from raft_jax.models.export import export_hf
+from raft_jax.models.tokenizer import Tokenizer
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
+ENCODER = Path(__file__).parent / "fixtures" / "encoder" / "tiny_bert"
+TOPICS = ("kettle", "bridge", "lantern", "tenant", "harbour", "tablet", "ladder", "permit", "engine", "orchard",
+          "ferry", "meadow", "quarry", "signal", "chimney", "cellar")
+ROWS = [
+    {
+        "id": f"q{number:02d}", "split": "test" if number % 4 == 3 else "train",
+        "question": f"What does rule {number} say of the {topic}?",
+        "answer": f"Rule {number} binds each {topic}" + f", and form C-{number} is due" * (number % 3) + ".",
+    }
+    for number, topic in enumerate(TOPICS, start=1)
+]
+GENERAL = [
+    {"id": "g1", "category": "sums", "prompt": "What is 2 + 2?", "check": {"kind": "number", "value": 4}},
+    {"id": "g2", "category": "chat", "prompt": "Tell me of the sea.", "check": None},
+    {"id": "g3", "category": "words", "prompt": "Say yes.", "check": {"kind": "contains_any", "value": ["yes"]}},
+]
+
+
+def make_tokenizer() -> Tokenizer:
+    """Byte-level BPE with a few merges and a ChatML template."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    written = [prompts.rewrite_prompt("", ""), prompts.fusion_prompt("", "", ""), prompts.teacher_prompt("", "")]
+    texts = [message["content"] for conversation in written for message in conversation]
+    texts += [row[key] for row in ROWS for key in ("question", "answer")]
+    backend.train_from_iterator(texts * 2, trainers.BpeTrainer(
+        vocab_size=380, min_frequency=2, show_progress=False, special_tokens=[],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    ))
+    backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>",
+        "pad_token": "<|pad|>",
+    }
+    return Tokenizer(backend, settings, "tiny")
+
+
+def make_config(vocab_size: int, **changes) -> DecoderConfig:
+    sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_width=8, ffn_width=48, max_positions=512)
+    return DecoderConfig(family="llama", vocab_size=vocab_size, **{**sizes, **changes})
+
+
+def random_parameters(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
+    """Normal weights, norms near one; made by NumPy, which compiles nothing."""
+    random = np.random.default_rng(seed)
+    return {
+        name: np.asarray(random.normal(0 if info.fan_in else 1, (info.fan_in or 100) ** -0.5, info.shape), np.float32)
+        for name, info in parameter_table(config).items()
+    }
+
+
+def make_model(seed: int = 0) -> Model:
+    """A random model of two layers that ends its turn after some ten tokens."""
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer.vocab_size)
+    params = random_parameters(config, seed)
+    # All hidden states share one direction, and nothing but the end of the turn looks at it.
+    params["embedding_VD"][:, 0] += 6
+    params["unembedding_DV"] *= 2
+    params["unembedding_DV"][0] = 0
+    params["unembedding_DV"][0, tokenizer.id_of("<|im_end|>")] = 1.25
+    params = {name: jnp.asarray(array) for name, array in params.items()}
+    hf_config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+        "vocab_size": config.vocab_size, "hidden_size": config.width, "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width, "intermediate_size": config.ffn_width, "rope_theta": config.rope_theta,
+        "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": False,
+    }
+    return Model(config, params, tokenizer, hf_config)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def write_run(folder: Path, **changes) -> Path:
+    """A folder with model, data and general prompts, and a config.yaml for a run of seconds over them.
+
+    `changes` replace whole keys of the config's sections, as in `train={"max_steps": 2}`.
+    """
+    import yaml
+
+    model = make_model()
+    export_hf(model, model.params, folder / "model", dtype=jnp.float32)
+    write_jsonl(folder / "data.jsonl", ROWS)
+    write_jsonl(folder / "general.jsonl", GENERAL)
+    config = {
+        "run_dir": str(folder / "run"), "methods": ["raft"],
+        "model": {"source": str(folder / "model")}, "encoder": {"source": str(ENCODER)},
+        "data": {"path": str(folder / "data.jsonl"), "max_question_tokens": 64, "max_answer_tokens": 64},
+        "refine": {"threshold": 0.5, "rounds": 2, "accept": 0.8, "max_new_tokens": 16, "batch_size": 4,
+                   "temperature": 1.0},
+        "train": {"batch_size": 4, "epochs": 2.0, "learning_rate": 1e-3, "top_k": 16, "checkpoint_every": 2,
+                  "rollout": {"max_new_tokens": 8}},
+        "evaluate": {"general_path": str(folder / "general.jsonl"), "max_new_tokens": 8, "general_new_tokens": 6,
+                     "batch_size": 4},
+        "mesh": {"data": 1},
+    }
+    for key, value in changes.items():
+        config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config), "utf-8")
+    return path
