@@ -46,7 +46,7 @@ def open_run_dir(config: Config):
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / "run.lock").open("w") as lock:
-        if jax.process_index() == 0:
+        if is_writer():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -63,8 +63,15 @@ def open_run_dir(config: Config):
         yield run_dir
 
 
+def is_writer() -> bool:
+    """Whether this process writes the run folder: of several that share it, the first."""
+    return jax.process_index() == 0
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a file as a whole."""
+    if not is_writer():
+        return
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -186,9 +193,10 @@ class Run:
             writer(lambda item: fusion_prompt(item.question, item.gold, item.rewrite), 1),
             [judges[name]() for name in settings.judges],
         )
-        ledger = Ledger.open(folder / "ledger.jsonl")
+        ledger = Ledger.open(folder / "ledger.jsonl", writes=is_writer())
         rows = refine(examples, parts, settings, ledger)
-        publish(rows, folder)
+        if is_writer():
+            publish(rows, folder)
         tokens = sum(record.get("num_tokens", 0) for record in ledger.records())
         self._record_time("refine", None, time.perf_counter() - began, tokens)
         accepted = sum(row.accepted for row in rows)
@@ -239,7 +247,7 @@ class Run:
     def report(self) -> Path:
         from raft_jax.report import write_report
 
-        return write_report(self.run_dir)
+        return write_report(self.run_dir) if is_writer() else self.run_dir / "report.html"
 
     def all(self) -> Path:
         self.train()
@@ -298,6 +306,8 @@ class Run:
         return load_pretrained(str(folder), jnp.dtype(self.config.model.dtype), self.mesh).params
 
     def _record_time(self, stage: str, method: str | None, seconds: float, tokens: int) -> None:
+        if not is_writer():
+            return
         line = {"stage": stage, "method": method, "seconds": round(seconds, 3), "tokens": tokens}
         with (self.run_dir / "timings.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
@@ -94,6 +96,11 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, partition_spec(axes))
 
 
+def use_mesh(mesh: Mesh | None):
+    """A context in which `constrain` pins activations to a mesh; without one it changes nothing."""
+    return nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def put_batch(batch, mesh: Mesh):
     """Host arrays `[B, ...]` → global arrays cut over the batch axes, on any number of processes.
 
@@ -109,3 +116,12 @@ def put_batch(batch, mesh: Mesh):
     return jax.tree.map(
         lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch
     )
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array in this process's memory, wherever its parts lie; every process must call it."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)

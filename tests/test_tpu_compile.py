@@ -26,7 +26,7 @@ from raft_jax.models.decoder import parameter_table
 from raft_jax.models.families import config_from_hf
 from raft_jax.sampling.decode import Rollout
 from raft_jax.sharding import make_mesh, partition_spec
-from raft_jax.train.state import init_state, make_optimizer
+from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
 from dataclasses import replace
 
@@ -47,13 +47,11 @@ params = {name: jax.ShapeDtypeStruct(info.shape, dtype, sharding=shardings[name]
           for name, info in parameter_table(decoder).items()}
 model = Model(decoder, params)
 optimizer = make_optimizer(config.train.learning_rate)
-replicated = NamedSharding(mesh, partition_spec(()))
-
-def placed(path, leaf):
-    name = next((entry.key for entry in reversed(path) if getattr(entry, "key", None) in shardings), None)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings.get(name, replicated))
-
-state = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(partial(init_state, optimizer=optimizer), params))
+state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
+state = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    state, state_shardings(state, shardings),
+)
 rows = NamedSharding(mesh, partition_spec(("batch",)))
 B, P, A = config.train.batch_size, 256, config.data.max_answer_tokens
 Q, C = 1024, config.train.rollout.max_new_tokens

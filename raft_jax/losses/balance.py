@@ -66,8 +66,6 @@ def update_balance(
     def average(old: jax.Array, loss: jax.Array) -> jax.Array:
         return decay * old + (1 - decay) * jax.lax.stop_gradient(jnp.asarray(loss, jnp.float32))
 
-    state = BalanceState(
-        state.count + 1, average(state.sft_average, sft_loss), average(state.kl_average, kl_loss)
-    )
+    state = BalanceState(state.count + 1, average(state.sft_average, sft_loss), average(state.kl_average, kl_loss))
     sft_average, kl_average = state.corrected(decay=decay)
     return sft_average / (kl_average + epsilon), state

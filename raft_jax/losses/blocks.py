@@ -95,9 +95,7 @@ def over_tokens(function: Callable, chunk_size: int, *arrays_BT: jax.Array):
     return jax.tree.map(join, jax.lax.map(chunk_at, jnp.arange(num_chunks)))
 
 
-def backward(
-    form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[Head, ...]
-) -> tuple[jax.Array, Head]:
+def backward(form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[Head, ...]) -> tuple[jax.Array, Head]:
     """Cotangents of the hidden states and of heads[0].
 
     slope(pieces, columns_M) is the cotangent [N, M] of the products h W + bias at some columns of the
@@ -106,9 +104,7 @@ def backward(
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     run = functools.partial(_backward, form, slope)
     if heads[0].unembedding_DV.dtype.itemsize == 2:
-        run = functools.partial(
-            jax.lax.platform_dependent, cpu=functools.partial(run, bits=True), default=run
-        )
+        run = functools.partial(jax.lax.platform_dependent, cpu=functools.partial(run, bits=True), default=run)
     hidden_grad, head_grad = run(hidden_ND, heads)
     return hidden_grad.reshape(hidden_BTD.shape), head_grad
 
@@ -206,9 +202,7 @@ def _slice(x, start, size, axis, bits=None):
     def by_bits(x, start):
         # Without the barrier the whole array's bits would be copied ahead of the loop.
         x, start = jax.lax.optimization_barrier((x, start))
-        return jax.lax.bitcast_convert_type(
-            plain(jax.lax.bitcast_convert_type(x, jnp.uint16), start), x.dtype
-        )
+        return jax.lax.bitcast_convert_type(plain(jax.lax.bitcast_convert_type(x, jnp.uint16), start), x.dtype)
 
     if x.dtype.itemsize != 2 or bits is False:
         return plain(x, start)

@@ -20,9 +20,7 @@ def floating(name: str, values: jax.Array, ndim: int) -> None:
 def tokens(name: str, values: jax.Array, want: tuple[int, ...]) -> None:
     """[B, T] and whatever follows."""
     if values.shape[:2] != want:
-        raise ValueError(
-            f"{name} must have shape [{want[0]}, {want[1]}, ...] like the student's, got {values.shape}"
-        )
+        raise ValueError(f"{name} must have shape [{want[0]}, {want[1]}, ...] like the student's, got {values.shape}")
 
 
 def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> None:
@@ -40,9 +38,7 @@ def mask(values_BT: jax.Array, mask_BT: jax.Array) -> None:
 
 def scalar(name: str, value: jax.Array) -> None:
     if jnp.shape(value) != ():
-        raise ValueError(
-            f"{name} must be a scalar, got shape {jnp.shape(value)}; reduce it first (sequence_mean)"
-        )
+        raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}; reduce it first (sequence_mean)")
 
 
 def temperature(value: float) -> None:
@@ -84,9 +80,7 @@ def vocab_size(value: int | None, **vocabularies: int) -> int:
     if value is None:
         if len(set(vocabularies.values())) > 1:
             sizes = ", ".join(f"{name} {size}" for name, size in vocabularies.items())
-            raise ValueError(
-                f"vocabularies differ ({sizes}); set vocab_size to the number of tokens that are real"
-            )
+            raise ValueError(f"vocabularies differ ({sizes}); set vocab_size to the number of tokens that are real")
         return min(vocabularies.values())
     if not 1 <= value <= min(vocabularies.values()):
         raise ValueError(f"vocab_size must be between 1 and {min(vocabularies.values())}, got {value}")
@@ -95,9 +89,7 @@ def vocab_size(value: int | None, **vocabularies: int) -> int:
 
 def _of_type(name: str, values: jax.Array, kind, words: str) -> None:
     if not hasattr(values, "dtype") or not jnp.issubdtype(values.dtype, kind):
-        raise ValueError(
-            f"{name} must be {words} array, got {getattr(values, 'dtype', type(values).__name__)}"
-        )
+        raise ValueError(f"{name} must be {words} array, got {getattr(values, 'dtype', type(values).__name__)}")
 
 
 def _count(name: str, value: int) -> None:

@@ -152,9 +152,7 @@ def slope(divergence, student, teacher, residuals, temperature):
 
 
 def _logprobs(logits, normalizers, temperature):
-    return [
-        x / temperature - jnp.where(jnp.isneginf(n), 0, n) for x, n in zip(logits, normalizers, strict=True)
-    ]
+    return [x / temperature - jnp.where(jnp.isneginf(n), 0, n) for x, n in zip(logits, normalizers, strict=True)]
 
 
 def _from_logits(divergence, student_logits_BTV, teacher_logits_BTV, temperature, vocab_size):
@@ -172,9 +170,7 @@ def _from_logits(divergence, student_logits_BTV, teacher_logits_BTV, temperature
     def loss(student, teacher):
         teacher = jax.lax.stop_gradient(teacher[..., :width])
         wide = jnp.promote_types(student.dtype, jnp.float32)
-        return _divergence(
-            divergence, vocab_size, student[..., :width], teacher, jnp.asarray(temperature, wide)
-        )
+        return _divergence(divergence, vocab_size, student[..., :width], teacher, jnp.asarray(temperature, wide))
 
     return placement.automatic(loss, student_logits_BTV, teacher_logits_BTV)
 

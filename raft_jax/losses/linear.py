@@ -72,9 +72,7 @@ def _cross_entropy_forward(form, hidden_BTD, head, labels_BT):
 def _cross_entropy_backward(form, residuals, cotangent_BT):
     hidden_BTD, head, labels_BT, normalizer_BT = residuals
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    labels_N1, normalizer_N1, cotangent_N1 = (
-        x.reshape(-1, 1) for x in (labels_BT, normalizer_BT, cotangent_BT)
-    )
+    labels_N1, normalizer_N1, cotangent_N1 = (x.reshape(-1, 1) for x in (labels_BT, normalizer_BT, cotangent_BT))
 
     def slope(pieces, columns):
         logits = blocks.logits(hidden_ND, pieces[0], form, columns)
@@ -125,7 +123,7 @@ def _top_k(form, k, recall, temperature, hidden_BTD, head):
     def chunk(hidden):
         logits = blocks.logits(hidden, head, form)
         values, indices = truncation.select(logits, min(k, form.vocab_size), recall, form.shards)
-        described = (None, None) if temperature is None else truncation.describe(logits, temperature)
+        described = (None, None) if temperature is None else truncation.describe(logits, temperature)[1:]
         return TopK(indices, values, *described)
 
     return blocks.over_tokens(chunk, form.chunk_size, hidden_BTD)
@@ -195,9 +193,7 @@ def linear_top_k_forward_kl(
         if given:
             teacher = truncation.first(jax.lax.stop_gradient(teacher), k)
         else:
-            teacher = _top_k(
-                forms[1], k, recall, temperature if return_metrics else None, teacher, teacher_head
-            )
+            teacher = _top_k(forms[1], k, recall, temperature if return_metrics else None, teacher, teacher_head)
         student_BTK, described = _logits_at(
             forms[0],
             temperature if return_metrics else None,
@@ -208,16 +204,13 @@ def linear_top_k_forward_kl(
         nats_BT = truncation.truncated_forward_kl(student_BTK, checks.widen(teacher.logits_BTK), temperature)
         if not return_metrics:
             return nats_BT
-        best_BT, *described = described
-        return nats_BT, truncation.metrics(teacher, student_BTK, best_BT, described, temperature)
+        return nats_BT, truncation.metrics(teacher, student_BTK, described, temperature)
 
-    return placement.automatic(
-        loss, student_hidden_BTD, heads[0], teacher_hidden_BTD, None if given else heads[1]
-    )
+    return placement.automatic(loss, student_hidden_BTD, heads[0], teacher_hidden_BTD, None if given else heads[1])
 
 
 def _logits_at(form, temperature, hidden_BTD, head, indices_BTK):
-    """(logits at the indices, (most likely token, log normalizer, entropy) or None); only the first has a gradient."""
+    """(logits at the indices, `describe` or None); only the first has a gradient."""
     return _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK)[0]
 
 
@@ -225,9 +218,7 @@ def _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
     def chunk(hidden, indices):
         logits = blocks.logits(hidden, head, form)
         picked = jnp.take_along_axis(logits, indices, axis=-1)
-        if temperature is None:
-            return picked, None
-        return picked, (jnp.argmax(logits, axis=-1), *truncation.describe(logits, temperature))
+        return picked, None if temperature is None else truncation.describe(logits, temperature)
 
     values = blocks.over_tokens(chunk, form.chunk_size, hidden_BTD, indices_BTK)
     return values, (hidden_BTD, head, indices_BTK, None if form.softcap is None else values[0])
@@ -260,9 +251,7 @@ def check_head(who: str, hidden_BTD: jax.Array, unembedding_DV: jax.Array, bias_
     if bias_V is not None:
         checks.floating(f"{who}bias_V", bias_V, 1)
         if bias_V.shape != (vocabulary,):
-            raise ValueError(
-                f"{who}bias_V must have shape [{vocabulary}] like the unembedding, got {bias_V.shape}"
-            )
+            raise ValueError(f"{who}bias_V must have shape [{vocabulary}] like the unembedding, got {bias_V.shape}")
     return Head(unembedding_DV, bias_V)
 
 

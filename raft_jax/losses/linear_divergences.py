@@ -102,14 +102,10 @@ def _from_hidden(
         linear.check_head("teacher_", teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V),
     ]
     widths = [head.unembedding_DV.shape[-1] for head in heads]
-    vocab_size = checks.vocab_size(
-        vocab_size, student_unembedding_DV=widths[0], teacher_unembedding_DV=widths[1]
-    )
+    vocab_size = checks.vocab_size(vocab_size, student_unembedding_DV=widths[0], teacher_unembedding_DV=widths[1])
     forms = [
         linear.make_form(head, scale, softcap, vocab_size, chunk_size, vocab_shards)
-        for head, scale, softcap in zip(
-            heads, linear.pair(logit_scale), linear.pair(logit_softcap), strict=True
-        )
+        for head, scale, softcap in zip(heads, linear.pair(logit_scale), linear.pair(logit_softcap), strict=True)
     ]
     # Both models are cut into the same blocks of the vocabulary: the teacher's takes the student's padding.
     heads[1] = jax.tree.map(lambda x: _fit(jax.lax.stop_gradient(x), widths[0]), heads[1])

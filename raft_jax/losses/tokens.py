@@ -129,17 +129,14 @@ def top_k_forward_kl(
         else:
             wide = truncation.mask_padding(checks.widen(teacher), vocab_size)
             values, indices = truncation.select(wide, min(k, vocab_size), recall, shards)
-            described = truncation.describe(wide, temperature) if return_metrics else (None, None)
+            described = truncation.describe(wide, temperature)[1:] if return_metrics else (None, None)
             teacher = TopK(indices, values, *described)
         student_BTK = checks.widen(jnp.take_along_axis(student_logits, teacher.indices_BTK, axis=-1))
         nats_BT = truncation.truncated_forward_kl(student_BTK, checks.widen(teacher.logits_BTK), temperature)
         if not return_metrics:
             return nats_BT
-        student_logits = truncation.mask_padding(
-            checks.widen(jax.lax.stop_gradient(student_logits)), vocab_size
-        )
+        student_logits = truncation.mask_padding(checks.widen(jax.lax.stop_gradient(student_logits)), vocab_size)
         described = truncation.describe(student_logits, temperature)
-        best_BT = jnp.argmax(student_logits, axis=-1)
-        return nats_BT, truncation.metrics(teacher, student_BTK, best_BT, described, temperature)
+        return nats_BT, truncation.metrics(teacher, student_BTK, described, temperature)
 
     return placement.automatic(loss, student_logits_BTV, teacher_logits_BTV)

@@ -43,13 +43,16 @@ def log_softmax(logits: jax.Array) -> jax.Array:
     return logits - jnp.where(jnp.isneginf(normalizer), 0, normalizer)
 
 
-def describe(logits: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """(log normalizer, entropy in nats) of softmax(logits / temperature) over the last axis."""
-    scaled = logits / temperature
-    normalizer = log_normalizer(scaled)
-    logprobs = scaled - normalizer[..., None]
-    probs = jnp.exp(logprobs)  # NaN where no logit is finite: the test below makes that an entropy of 0
-    return normalizer, -jnp.sum(jnp.where(probs > 0, probs * logprobs, 0), axis=-1)
+def describe(logits: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(largest logit, log normalizer, entropy in nats) of softmax(logits / temperature) over the last axis."""
+    best = jnp.max(logits, axis=-1)
+    top = jnp.where(jnp.isneginf(best), 0, best)
+    shifted = (logits - top[..., None]) / temperature
+    weights = jnp.exp(shifted)
+    total = jnp.sum(weights, axis=-1)
+    moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0), axis=-1)
+    entropy = jnp.where(total > 0, jnp.log(total) - moment / total, 0)
+    return best, jnp.log(total) + top / temperature, entropy
 
 
 def _mass(kept: jax.Array, normalizer_BT: jax.Array) -> jax.Array:
@@ -73,9 +76,7 @@ def select(logits: jax.Array, k: int, recall: float | None, shards: int) -> tupl
         values, indices = jax.lax.platform_dependent(
             split, cpu=lambda x: tuple(jax.lax.top_k(x, k)), default=lambda x: _by_bins(x, k)
         )
-    indices = (indices + size * jnp.arange(shards, dtype=indices.dtype)[:, None]).reshape(
-        *logits.shape[:-1], -1
-    )
+    indices = (indices + size * jnp.arange(shards, dtype=indices.dtype)[:, None]).reshape(*logits.shape[:-1], -1)
     values = values.reshape(indices.shape)
     if shards == 1:
         return values, indices
@@ -141,7 +142,7 @@ def top_k(
     shards = placement.vocab_shards(vocab_shards, logits_BTV)
     logits_BTV = mask_padding(checks.widen(jax.lax.stop_gradient(logits_BTV)), vocab_size)
     values_BTK, indices_BTK = select(logits_BTV, min(k, vocab_size), recall, shards)
-    return TopK(indices_BTK, values_BTK, *describe(logits_BTV, temperature))
+    return TopK(indices_BTK, values_BTK, *describe(logits_BTV, temperature)[1:])
 
 
 def first(teacher: TopK, k: int) -> TopK:
@@ -151,9 +152,7 @@ def first(teacher: TopK, k: int) -> TopK:
 
 def truncated_forward_kl(student_BTK: jax.Array, teacher_BTK: jax.Array, temperature: float) -> jax.Array:
     """T² KL(q̃ || p̃) in nats from the logits of both at the teacher's tokens; none for the teacher."""
-    return _truncated(
-        student_BTK, jax.lax.stop_gradient(teacher_BTK), jnp.asarray(temperature, student_BTK.dtype)
-    )
+    return _truncated(student_BTK, jax.lax.stop_gradient(teacher_BTK), jnp.asarray(temperature, student_BTK.dtype))
 
 
 @jax.custom_vjp
@@ -179,20 +178,17 @@ def _truncated_backward(slope_BTK, cotangent_BT):
 _truncated.defvjp(_truncated_forward, _truncated_backward)
 
 
-def metrics(
-    teacher: TopK, student_BTK: jax.Array, student_best_BT: jax.Array, described: tuple, temperature: float
-) -> dict[str, jax.Array]:
-    """What the truncation hides, each [B, T]; of the teacher only what is known."""
-    normalizer_BT, entropy_BT = described
+def metrics(teacher: TopK, student_BTK: jax.Array, described: tuple, temperature: float) -> dict[str, jax.Array]:
+    """What the truncation hides, each [B, T], from `describe` of the student; of the teacher only what is known."""
+    best_BT, normalizer_BT, entropy_BT = described
     values = {
         "student_mass": _mass(student_BTK / temperature, normalizer_BT),
         "student_entropy": entropy_BT,
-        "agreement": (student_best_BT == teacher.indices_BTK[..., 0]).astype(entropy_BT.dtype),
+        "agreement": (student_BTK[..., 0] >= best_BT).astype(entropy_BT.dtype),
     }
     if teacher.log_normalizer_BT is not None:
-        values["teacher_mass"] = _mass(
-            checks.widen(teacher.logits_BTK) / temperature, teacher.log_normalizer_BT
-        )
+        teacher_BTK = checks.widen(teacher.logits_BTK)
+        values["teacher_mass"] = _mass(teacher_BTK / temperature, teacher.log_normalizer_BT)
     if teacher.entropy_BT is not None:
         values["teacher_entropy"] = teacher.entropy_BT
     return jax.lax.stop_gradient(values)

@@ -34,6 +34,9 @@ def export_hf(
     Returns:
       The folder.
     """
+    if jax.process_index() != 0:
+        _write_weights(model, params, folder, dtype)
+        return folder
     work = folder.with_name(folder.name + ".partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -62,9 +65,8 @@ def _write_weights(model: Model, params, folder: Path, dtype) -> None:
     from safetensors.numpy import save_file
 
     shards: list[dict[str, int]] = [{}]
-    makers = dict(stored_tensors(params, model.config))
-    sizes = {key: make().nbytes // make().itemsize * jnp.dtype(dtype).itemsize for key, make in makers.items()}
-    for key, size in sizes.items():
+    tensors = {key: (size * jnp.dtype(dtype).itemsize, make) for key, size, make in stored_tensors(params, model.config)}
+    for key, (size, _) in tensors.items():
         if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
             shards.append({})
         shards[-1][key] = size
@@ -72,8 +74,11 @@ def _write_weights(model: Model, params, folder: Path, dtype) -> None:
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]
     for name, shard in zip(names, shards, strict=True):
-        save_file({key: makers[key]().astype(dtype) for key in shard}, folder / name, metadata={"format": "pt"})
-    if len(shards) > 1:
+        # Every process takes part in making the tensors; one writes them.
+        made = {key: tensors[key][1]().astype(dtype) for key in shard}
+        if jax.process_index() == 0:
+            save_file(made, folder / name, metadata={"format": "pt"})
+    if len(shards) > 1 and jax.process_index() == 0:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         _write_json(folder / "model.safetensors.index.json",
-                    {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
+                    {"metadata": {"total_size": sum(size for size, _ in tensors.values())}, "weight_map": weight_map})

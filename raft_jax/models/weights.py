@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from jax.sharding import Mesh
 from raft_jax.errors import InputError
 from raft_jax.models.decoder import DecoderConfig, parameter_table
 from raft_jax.models.families import GGUF_KEYS, Stored, config_from_hf, hf_config_from_gguf, stored_keys
-from raft_jax.sharding import named_sharding
+from raft_jax.sharding import named_sharding, to_host
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -194,22 +196,22 @@ def _from_stored(weights, key: str, name: str, stored: Stored, shape: tuple[int,
     return array.transpose([letters.index(letter) for letter in _letters(name)]).reshape(shape)
 
 
-def stored_tensors(params: Mapping[str, Any], config: DecoderConfig) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """Key and maker of every tensor of an exported model, in the file's order of dimensions."""
-    sizes = config.sizes
+def stored_tensors(
+    params: Mapping[str, Any], config: DecoderConfig
+) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
+    """Key, number of elements and maker of every tensor of an exported model, in the file's order of dimensions."""
+    sizes, table = config.sizes, parameter_table(config)
 
     def make(array, name: str, stored: Stored) -> np.ndarray:
-        ours = _letters(name)
-        letters = "".join(stored.dims)
-        array = np.asarray(array).transpose([ours.index(letter) for letter in letters])
-        return np.ascontiguousarray(array.reshape([int(np.prod([sizes[x] for x in dim])) for dim in stored.dims]))
+        ours, letters = _letters(name), "".join(stored.dims)
+        array = to_host(array).transpose([ours.index(letter) for letter in letters])
+        return np.ascontiguousarray(array.reshape([math.prod(sizes[letter] for letter in dim) for dim in stored.dims]))
 
     for name, stored in stored_keys(config).items():
+        elements = math.prod(table[name].shape)
         if "{}" not in stored.key:
-            yield stored.key, lambda name=name, stored=stored: make(params[name], name, stored)
+            yield stored.key, elements, partial(make, params[name], name, stored)
             continue
         for layer in range(config.num_layers):
-            yield (
-                stored.key.format(layer),
-                lambda name=name, stored=stored, layer=layer: make(params[name][layer], name, stored),
-            )
+            of_layer = lambda name=name, stored=stored, layer=layer: make(params[name][layer], name, stored)  # noqa: E731
+            yield stored.key.format(layer), elements // config.num_layers, of_layer

@@ -26,13 +26,16 @@ class Ledger:
       (True, 'An answer.', None)
     """
 
-    def __init__(self, path: Path, records: dict[tuple[str, str], dict]):
-        self._path = path
+    def __init__(self, path: Path, records: dict[tuple[str, str], dict], writes: bool = True):
+        self._path, self._writes = path, writes
         self._records = records
 
     @classmethod
-    def open(cls, path: str | Path) -> Ledger:
+    def open(cls, path: str | Path, writes: bool = True) -> Ledger:
         """Reads a ledger, or starts an empty one; the folder is made if need be.
+
+        With `writes` false, as for all but the first of several processes that do the same work, records are kept in
+        memory and the file stays as it is.
 
         Raises:
           InputError: a line other than a torn last one is damaged, or contradicts an earlier one.
@@ -55,6 +58,8 @@ class Ledger:
             if records.setdefault(name, record) != record:
                 raise InputError(f"{where}: a second record for {name[0]} {name[1]!r} contradicts the first; "
                                  "remove one of the two lines")
+        if not writes:
+            return cls(path, records, writes)
         # "ab" makes the file where there is none.
         with path.open("ab") as file:
             file.truncate(len(data) - torn)
@@ -80,7 +85,8 @@ class Ledger:
                 lines.append(line + "\n")
             elif known != record:
                 raise ValueError(f"{self._path}: {name[0]} {name[1]!r} is recorded with other content")
-        if not lines:
+        if not lines or not self._writes:
+            self._records.update(added)
             return
         data = "".join(lines).encode()
         # Unbuffered: a buffer would try again to write its rest when the file is closed after an error.

@@ -13,7 +13,7 @@ import numpy as np
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.sampling.decode import Rollout, make_generate
-from raft_jax.sharding import put_batch
+from raft_jax.sharding import put_batch, to_host, use_mesh
 
 # Prompt lengths are rounded up to one of these, so that a run compiles a handful of programs.
 LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -119,7 +119,7 @@ class Sampler:
         num_rows = rows_per_batch(self.batch_size, len(prompts), self.mesh)
         for batch in self.batches(prompts):
             rollout = self._run(params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens)
-            tokens, mask = np.asarray(rollout.tokens_BC), np.asarray(rollout.mask_BC)
+            tokens, mask = to_host(rollout.tokens_BC), to_host(rollout.mask_BC)
             for row, index in enumerate(batch):
                 ids = tokens[row][mask[row]].tolist()
                 completions[index] = Completion(ids, ids[-1] in self.model.tokenizer.stop_ids)
@@ -136,4 +136,5 @@ class Sampler:
         arrays = (tokens, mask, numbers)
         if self.mesh is not None:
             arrays = put_batch(arrays, self.mesh)
-        return self.program(max_new_tokens, top_p)(params, *arrays, key, jnp.float32(temperature))
+        with use_mesh(self.mesh):
+            return self.program(max_new_tokens, top_p)(params, *arrays, key, jnp.float32(temperature))

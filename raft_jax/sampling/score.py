@@ -12,7 +12,7 @@ from raft_jax.data.batches import pad
 from raft_jax.losses import linear_cross_entropy, sequence_mean
 from raft_jax.models import Model
 from raft_jax.sampling.engine import bucket, rows_per_batch
-from raft_jax.sharding import put_batch
+from raft_jax.sharding import put_batch, to_host, use_mesh
 
 
 class Scorer:
@@ -52,7 +52,8 @@ class Scorer:
                 picked = [rows[index] for index in filled]
                 sides += pad(picked, bucket(max(map(len, picked))), pad_id, left=left)
             arrays = put_batch(tuple(sides), self.mesh) if self.mesh is not None else sides
-            values[chosen] = np.asarray(function(*arrays))[: len(chosen)]
+            with use_mesh(self.mesh):
+                values[chosen] = to_host(function(*arrays))[: len(chosen)]
         return values
 
 

@@ -18,12 +18,12 @@ import numpy as np
 from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
-from raft_jax.models import Model
+from raft_jax.models import Model, parameter_shardings
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
 from raft_jax.sharding import put_batch
 from raft_jax.train.methods import Method
-from raft_jax.train.state import init_state, make_optimizer
+from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
 
 
@@ -67,9 +67,10 @@ def train(
         settings.learning_rate, weight_decay=settings.weight_decay, b1=settings.adam_b1, b2=settings.adam_b2,
         epsilon=settings.adam_epsilon, warmup_steps=settings.warmup_steps, max_gradient_norm=settings.max_gradient_norm,
     )
-    # The state is donated to every step: the student must not share buffers with the teacher.
-    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params))
-    state = jax.jit(lambda params: init_state(params, optimizer))(copy(model.params))
+    # The state is donated to every step: the student must be a copy that shares no buffers with the teacher.
+    start_state = lambda params: init_state(jax.tree.map(jnp.copy, params), optimizer)  # noqa: E731
+    layout = state_shardings(jax.eval_shape(start_state, model.params), parameter_shardings(model.config, mesh))
+    state = jax.jit(start_state, out_shardings=layout)(model.params)
 
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
     restored = checkpoints.restore(state)
@@ -90,7 +91,7 @@ def train(
     temperature = jnp.float32(settings.rollout.temperature)
     done = start
 
-    with _stop_on_signal() as stopped, progress(f"train {method.name}", num_steps, "steps", start) as bar:
+    with jax.set_mesh(mesh), _stop_on_signal() as stopped, progress(f"train {method.name}", num_steps, "steps", start) as bar:
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = put_batch(batches.at(step), mesh)

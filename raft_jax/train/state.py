@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from raft_jax.losses import BalanceState, init_balance
 
@@ -54,3 +55,20 @@ def make_optimizer(
     if max_gradient_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(max_gradient_norm), adamw)
+
+
+def state_shardings(state: TrainState, parameter_shardings: dict[str, NamedSharding]) -> TrainState:
+    """The layout of a whole state: optimiser moments lie as their parameters do, everything else on every device.
+
+    Args:
+      state: arrays or `jax.ShapeDtypeStruct`.
+      parameter_shardings: of each parameter, by name.
+    """
+    mesh = next(iter(parameter_shardings.values())).mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def of(path, _):
+        names = (getattr(entry, "key", None) for entry in reversed(path))
+        return next((parameter_shardings[name] for name in names if name in parameter_shardings), replicated)
+
+    return jax.tree_util.tree_map_with_path(of, state)

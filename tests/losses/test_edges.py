@@ -1,0 +1,282 @@
+"""Infinite logits, ties, padding, and the corners of the arguments."""
+
+import jax
+import jax.numpy as jnp
+import losses_twin as twin
+import numpy as np
+import pytest
+
+from raft_jax.losses import (
+    TopK,
+    cross_entropy,
+    forward_kl,
+    linear_cross_entropy,
+    linear_forward_kl,
+    linear_top_k,
+    linear_top_k_forward_kl,
+    reverse_kl,
+    sequence_mean,
+    token_mean,
+    top_k,
+    top_k_forward_kl,
+)
+
+INF = np.inf
+
+
+def values(*rows):
+    return np.array([rows], np.float32)
+
+
+def value_and_grad(loss, student, *others, **settings):
+    nats, pull = jax.vjp(lambda x: loss(x, *others, **settings), student)
+    return np.asarray(nats), np.asarray(pull(jnp.ones_like(nats))[0])
+
+
+def test_worked_example():
+    """METHOD: q̃ = 5/9, 3/9, 1/9 and p̃ = 2/5, 2/5, 1/5."""
+    teacher, student = np.log(values([0.50, 0.30, 0.10, 0.10])), np.log(values([0.20, 0.20, 0.10, 0.50]))
+    q, p = np.array([5, 3, 1]) / 9, np.array([2, 2, 1]) / 5
+    nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=3, temperature=1.0)
+    np.testing.assert_allclose(nats, [[(q * np.log(q / p)).sum()]], rtol=1e-5)
+    np.testing.assert_allclose(grad, values([*(p - q), 0]), atol=1e-6)
+
+
+def test_teacher_excludes_tokens():
+    """Inside 𝒦 (K is more than it allows) and outside; also where the student excludes the same."""
+    teacher = values([1.0, -INF, 0.0, -INF])
+    for student in values([0.3, 0.2, 0.1, 0.0]), values([0.3, -INF, 0.1, 0.0]):
+        for k in 2, 3, 4:
+            nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=k)
+            np.testing.assert_allclose(nats, twin.top_k_forward_kl(student, teacher, k=2), rtol=1e-5)
+            assert np.isfinite(grad).all()
+        if np.isfinite(student).all():
+            np.testing.assert_allclose(
+                grad[0, 0, [0, 2]], value_and_grad(top_k_forward_kl, student, teacher, k=2)[1][0, 0, [0, 2]]
+            )
+
+
+def test_student_excludes_tokens():
+    teacher = values([2.0, 1.0, 0.0, -1.0])
+    nats, grad = value_and_grad(top_k_forward_kl, values([0.3, -INF, 0.1, 0.0]), teacher, k=3)
+    assert nats == INF and np.isfinite(grad).all()
+    nats, grad = value_and_grad(top_k_forward_kl, values([0.3, 0.2, 0.1, -INF]), teacher, k=3)
+    np.testing.assert_allclose(nats, twin.top_k_forward_kl(values([0.3, 0.2, 0.1]), values([2.0, 1.0, 0.0])), rtol=1e-5)
+    assert np.isfinite(grad).all()
+    for loss in forward_kl, reverse_kl:
+        nats, grad = value_and_grad(loss, values([0.3, -INF, 0.1, 0.0]), teacher)
+        assert (nats == INF) == (loss is forward_kl) and np.isfinite(grad).all()
+    nats, grad = value_and_grad(reverse_kl, teacher, values([0.3, -INF, 0.1, 0.0]))
+    assert nats == INF and np.isfinite(grad).all()
+
+
+def test_teacher_without_a_finite_logit_says_nothing():
+    for loss in top_k_forward_kl, forward_kl:
+        nats, grad = value_and_grad(loss, values([1.0, 2.0]), values([-INF, -INF]))
+        assert nats == 0 and not grad.any()
+    _, found = top_k_forward_kl(values([1.0, 2.0]), values([-INF, -INF]), return_metrics=True)
+    assert found["teacher_mass"] == 0 and found["teacher_entropy"] == 0
+
+
+def test_label_edges():
+    logits, labels = values([1.0, -INF, 0.0], [1.0, -INF, 0.0], [1.0, 2.0, 0.0]), np.array([[0, 1, -100]])
+    nats, grad = value_and_grad(cross_entropy, logits, labels)
+    np.testing.assert_allclose(nats[0], [np.log1p(np.exp(-1)), INF, 0], rtol=1e-6)
+    assert np.isfinite(grad).all() and not grad[0, 2].any()
+    assert np.isnan(cross_entropy(logits, np.array([[3, 0, 0]]))[0, 0])
+    hidden, unembedding = np.ones((1, 3, 2), np.float32), np.ones((2, 3), np.float32)
+    nats, grad = value_and_grad(linear_cross_entropy, hidden, unembedding, np.array([[0, -1, 7]]))
+    assert nats[0, 1] == 0 and np.isnan(nats[0, 2]) and np.isfinite(grad[0, :2]).all()
+
+
+def test_ties_at_the_last_place():
+    """Whichever of the equal tokens is taken, q̃ is the same; p̃ belongs to those that were taken."""
+    teacher, student = values([3.0, 1.0, 1.0, 1.0, 0.0]), values([0.1, 0.2, 0.3, 0.4, 0.5])
+    nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=2, temperature=1.0)
+    (taken,) = np.flatnonzero(grad[0, 0, 1:4]) + 1
+    q, p = twin.softmax(np.array([3.0, 1.0])), twin.softmax(np.float64(student[0, 0, [0, taken]]))
+    np.testing.assert_allclose(nats, [[twin.kl(q, p)]], rtol=1e-5)
+    assert top_k_forward_kl(teacher, teacher, k=2) == 0
+
+
+def test_one_kept_token_teaches_nothing():
+    nats, grad = value_and_grad(top_k_forward_kl, values([0.1, 0.2]), values([3.0, 1.0]), k=1)
+    assert nats == 0 and not grad.any()
+
+
+@pytest.mark.parametrize("size", [70, 96, 1000])
+def test_binned_top_k_is_exact(size):
+    """What backends without a fast top k run, against sorting."""
+    from raft_jax.losses import truncation
+
+    logits = np.random.default_rng(0).normal(size=(2, 3, size)).astype(np.float32)
+    logits[0, 0] = np.round(logits[0, 0])  # many ties
+    logits[0, 1, 5:] = -INF
+    for k in 1, 4, 9, size:
+        found, indices = truncation._by_bins(jnp.asarray(logits), k)
+        np.testing.assert_array_equal(found, -np.sort(-logits)[..., :k])
+        np.testing.assert_array_equal(np.take_along_axis(logits, np.asarray(indices), -1), found)
+        assert all(len(set(row)) == k for row in np.asarray(indices).reshape(-1, k))
+
+
+def test_shards_and_recall():
+    logits = np.random.default_rng(0).normal(size=(2, 3, 4096)).astype(np.float32)
+    exact = set_of(top_k(logits, k=64, vocab_shards=1))
+    assert set_of(top_k(logits, k=64, vocab_shards=8)) == exact
+    for recall in 0.8, 0.95:
+        for shards in 1, 4:
+            found = set_of(top_k(logits, k=64, recall=recall, vocab_shards=shards))
+            assert len(found & exact) / len(exact) >= recall
+    hidden, unembedding = np.eye(8, dtype=np.float32)[None], logits.reshape(8, -1)[:, :1024]
+    assert set_of(linear_top_k(hidden, unembedding, k=9, chunk_size=3)) == set_of(top_k(hidden @ unembedding, k=9))
+
+
+def set_of(found):
+    return {(b, t, int(a)) for (b, t, _), a in np.ndenumerate(found.indices_BTK)}
+
+
+def random_models(seed=0, batch=3, time=7, width=4, teacher_width=5, vocabulary=30):
+    random = np.random.default_rng(seed)
+    sizes = [(batch, time, width), (width, vocabulary), (batch, time, teacher_width), (teacher_width, vocabulary)]
+    return [random.normal(size=size).astype(np.float32) for size in sizes], random
+
+
+@pytest.mark.parametrize("settings", [
+    {"logit_softcap": 3.0}, {"logit_scale": 0.5}, {"vocab_size": 26}, {"bias": True},
+    {"logit_softcap": 3.0, "logit_scale": 0.5, "vocab_size": 23, "bias": True},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("chunk_size", [1, 4, 512])
+def test_heads(settings, chunk_size):
+    """Every part of the head, value and gradients, against the logits variants on logits made by hand."""
+    (hidden, unembedding, teacher_hidden, teacher_unembedding), random = random_models()
+    bias = random.normal(size=30).astype(np.float32) if settings.get("bias") else None
+    labels, mask = random.integers(0, 23, (3, 7)), random.random((3, 7)) < 0.7
+    common = {"vocab_size": settings.get("vocab_size")}
+    head = {name: settings[name] for name in ("logit_softcap", "logit_scale") if name in settings}
+    scale, softcap = head.get("logit_scale", 1.0), head.get("logit_softcap")
+
+    def by_hand(hidden, unembedding, bias):
+        logits = scale * (hidden @ unembedding + (0 if bias is None else bias))
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+    teacher = by_hand(teacher_hidden, teacher_unembedding, bias)
+    pairs = [
+        (lambda h, w, b: linear_cross_entropy(h, w, labels, bias_V=b, chunk_size=chunk_size, **head, **common),
+         lambda v: cross_entropy(v, labels, **common)),
+        (lambda h, w, b: linear_top_k_forward_kl(h, w, teacher_hidden, teacher_unembedding, student_bias_V=b, k=5,
+                                                 teacher_bias_V=bias, chunk_size=chunk_size, **head, **common),
+         lambda v: top_k_forward_kl(v, teacher, k=5, **common)),
+        (lambda h, w, b: linear_forward_kl(h, w, teacher_hidden, teacher_unembedding, student_bias_V=b,
+                                           teacher_bias_V=bias, chunk_size=chunk_size, **head, **common),
+         lambda v: forward_kl(v, teacher, **common)),
+    ]  # fmt: skip
+    for linear, of_logits in pairs:
+        places = (0, 1) if bias is None else (0, 1, 2)
+        got = jax.jit(jax.value_and_grad(lambda *x, f=linear: token_mean(f(*x), mask), places))
+        want = jax.value_and_grad(lambda *x, f=of_logits: token_mean(f(by_hand(*x)), mask), places)
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6),
+            got(hidden, unembedding, bias),
+            want(hidden, unembedding, bias),
+        )
+        if "vocab_size" in settings:
+            grads = got(hidden, unembedding, bias)[1]
+            assert not grads[1][:, settings["vocab_size"] :].any()
+
+
+def test_padding_never_enters():
+    """Padded columns may hold anything, and the two models may be padded to different widths."""
+    (hidden, unembedding, teacher_hidden, teacher_unembedding), random = random_models()
+    labels = random.integers(0, 30, (3, 7))
+    loud = np.concatenate([unembedding, 1e4 * np.ones((4, 6), np.float32)], 1)
+    teacher_loud = np.concatenate([teacher_unembedding, 1e4 * np.ones((5, 2), np.float32)], 1)
+    for linear in linear_top_k_forward_kl, linear_forward_kl:
+        want = linear(hidden, unembedding, teacher_hidden, teacher_unembedding)
+        got = linear(hidden, loud, teacher_hidden, teacher_loud, vocab_size=30)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+        got = linear(hidden, teacher_loud[:4], teacher_hidden, np.pad(loud, ((0, 1), (0, 0))), vocab_size=30)
+        assert np.isfinite(got).all()
+    for loud_logits in hidden @ loud, jnp.asarray(hidden @ loud).at[..., 30:].set(jnp.nan):
+        np.testing.assert_allclose(
+            cross_entropy(loud_logits, labels, vocab_size=30), cross_entropy(hidden @ unembedding, labels), rtol=1e-5
+        )
+        teacher = teacher_hidden @ teacher_loud
+        got = top_k_forward_kl(loud_logits, teacher, k=99, vocab_size=30)
+        want = top_k_forward_kl(hidden @ unembedding, teacher_hidden @ teacher_unembedding, k=99)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_kept_teacher():
+    """A TopK from before gives the same as the teacher itself; of a shorter or bare one, what there is."""
+    (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
+    models = hidden, unembedding, teacher_hidden, teacher_unembedding
+    kept = linear_top_k(teacher_hidden, teacher_unembedding, k=8)
+    jax.tree.map(np.testing.assert_array_equal, kept, top_k(teacher_hidden @ teacher_unembedding, k=8))
+    want, metrics = linear_top_k_forward_kl(*models, k=8, return_metrics=True)
+    got, same_metrics = linear_top_k_forward_kl(hidden, unembedding, kept, k=8, return_metrics=True)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert metrics.keys() == same_metrics.keys()
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), same_metrics, metrics)
+    np.testing.assert_allclose(
+        linear_top_k_forward_kl(hidden, unembedding, kept, k=3),
+        linear_top_k_forward_kl(*models, k=3),
+        rtol=1e-4,
+        atol=1e-6,
+    )
+    bare = TopK(*(np.asarray(x) for x in kept[:2]))
+    got, fewer = top_k_forward_kl(hidden @ unembedding, bare, return_metrics=True)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    assert fewer.keys() == {"student_mass", "student_entropy", "agreement"}
+
+
+@pytest.mark.parametrize("k", [5, 30])
+def test_metrics(k):
+    (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
+    student, teacher = hidden @ unembedding, teacher_hidden @ teacher_unembedding
+    want = twin.metrics(student, teacher, k, 1.5)
+    found = [
+        top_k_forward_kl(student, teacher, k=k, return_metrics=True),
+        linear_top_k_forward_kl(
+            hidden, unembedding, teacher_hidden, teacher_unembedding, k=k, chunk_size=4, return_metrics=True
+        ),
+    ]
+    for _, got in found:
+        assert got.keys() == want.keys()
+        for name in want:
+            np.testing.assert_allclose(got[name], want[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_metrics_carry_no_gradient():
+    (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
+
+    def loss(hidden, weight):
+        nats, metrics = linear_top_k_forward_kl(
+            hidden, unembedding, teacher_hidden, teacher_unembedding, k=5, return_metrics=True
+        )
+        return nats.sum() + weight * sum(x.sum() for x in metrics.values())
+
+    np.testing.assert_array_equal(jax.grad(loss)(hidden, 0.0), jax.grad(loss)(hidden, 1.0))
+
+
+def test_chunks_change_nothing():
+    (hidden, unembedding, teacher_hidden, teacher_unembedding), random = random_models(batch=6, time=11, vocabulary=640)
+    mask = random.random((6, 11)) < 0.6
+
+    def loss(hidden, unembedding, chunk_size):
+        return sequence_mean(
+            linear_top_k_forward_kl(
+                hidden, unembedding, teacher_hidden, teacher_unembedding, k=17, chunk_size=chunk_size, vocab_shards=1
+            ),
+            mask,
+        )
+
+    want = jax.value_and_grad(loss, (0, 1))(hidden, unembedding, 10**6)
+    for chunk_size in 1, 2, 5, 13, 66:
+        got = jax.value_and_grad(loss, (0, 1))(hidden, unembedding, chunk_size)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), got, want)
+
+
+def test_temperature_may_be_traced():
+    student, teacher = values([0.1, 0.2, 0.4]), values([3.0, 1.0, 2.0])
+    got = jax.jit(lambda t: top_k_forward_kl(student, teacher, k=2, temperature=t))(0.7)
+    np.testing.assert_allclose(got, twin.top_k_forward_kl(student, teacher, k=2, temperature=0.7), rtol=1e-5)
