@@ -94,7 +94,8 @@ def measure(options: argparse.Namespace) -> dict:
         loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
         prompt, teacher = batch.prompt_mask_BP, batch.teacher_prompt_mask_BQ
         passes = [  # prefill, decode (until the last row is done), SFT, student, teacher
-            (prompt,), (drawn[:, : drawn.any(0).sum()],), (prompt, batch.answer_mask_BA), (prompt, drawn), (teacher, drawn),
+            (prompt,), (drawn[:, : drawn.any(0).sum()],), (prompt, batch.answer_mask_BA), (prompt, drawn),
+            (teacher, drawn),
         ]
         real += sum(int(mask.sum()) for masks in passes for mask in masks)
         computed += sum(mask.size for masks in passes for mask in masks)
@@ -161,7 +162,8 @@ def main() -> None:
               f"{max(run['peak_memory_bytes'] for run in found) / 1e9:.2f} GB | "
               f"{statistics.median(run['padding'] for run in found):.0%} |")
     if options.out:
-        options.out.write_text(json.dumps({"settings": vars(options) | {"out": str(options.out)}, "runs": runs}, indent=1))
+        settings = vars(options) | {"out": str(options.out)}
+        options.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1))
 
 
 if __name__ == "__main__":

@@ -19,11 +19,11 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+# As raft_jax.data.prompts.teacher_prompt.
 TEACHER_TEMPLATE = """Background reference knowledge:
 {privileged_context}
 
-Answer the question below, using the reference knowledge above.
-
+Answer the following question, using the background knowledge where it helps.
 {prompt}"""
 
 TOP_K = 512
@@ -34,12 +34,13 @@ EQUIVALENT = [
     "rows and their order, batch size, dtype, threads, limit on new tokens, the model's chat template",
     "rollouts: sampled from the current student at every step at temperature 1.0 without top-k or top-p, "
     "up to and including the end-of-turn token; the batch runs until its last row ends or reaches the limit",
-    "teacher: the frozen base model in the same dtype, sees the answer and the question, is never cut",
+    "teacher: the frozen base model in the same dtype, sees the answer and the question, is never cut, "
+    "RAFT's teacher template",
     "divergence: forward KL on 512 tokens, both sides renormalised, logits divided by 1.5, mean over each "
     "rollout's own length and then over the batch; logits at rollout positions only",
     "SFT: cross entropy of the answer; prompt tokens carry no loss",
-    "AdamW (torch, fused), learning rate 5e-6, weight decay 0.01, gradient norm clipped at 1.0, one state "
-    "for both losses; no dropout, sdpa attention, no logging, no checkpoint files",
+    "AdamW (torch, fused), learning rate 5e-6, weight decay 0.01, one state for both losses; no dropout, "
+    "sdpa attention, no logging, no checkpoint files",
 ]
 NOT_EQUIVALENT = [
     "the 512 tokens are the student's most likely ones; RAFT takes the teacher's",
@@ -50,6 +51,7 @@ NOT_EQUIVALENT = [
     "`seconds_sft_trainer` takes SFTTrainer as it comes: on CPU it projects prompt and padding onto the "
     "vocabulary too, and computes entropy and accuracy for its log",
     "SFT averages over the answer tokens of the batch; RAFT by default over each answer, then over the batch",
+    "the gradient norm is clipped at 1.0, Trainer's default; RAFT by default computes it without clipping",
     "the SFT answer ends with what the chat template puts after the end-of-turn token (ChatML: a newline)",
     "other random numbers, so other rollouts: compare `generated_tokens`",
     "prompts are padded to the longest of their batch, not to fixed lengths, as nothing is compiled",

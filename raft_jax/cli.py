@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("generate", parents=[shared], help=text, description=text)
     verb.add_argument("question")
     verb.add_argument("--model", action="append", required=True, metavar="SOURCE",
-                      help="a Hugging Face folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME; may be given twice")
+                      help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME; may be given twice")
     verb.add_argument("--max-new-tokens", type=int, default=256)
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     verb.add_argument("--seed", type=int, default=0)
@@ -121,7 +121,8 @@ def _generate(args) -> int:
             model.params, [prompt], key=jax.random.key(args.seed), temperature=args.temperature,
             max_new_tokens=args.max_new_tokens,
         )
-        panels.append((source, model.tokenizer.decode(completion.tokens).strip() + ("" if completion.finished else " …")))
+        answer = model.tokenizer.decode(completion.tokens).strip()
+        panels.append((source, answer if completion.finished else answer + " …"))
     console = Console()
     if len(panels) == 1:
         console.print(panels[0][1], markup=False)
@@ -138,11 +139,19 @@ def _plain(text: str):
 
 
 def _start_jax() -> None:
-    """Joins the other processes, where the environment says that there are any."""
+    """Joins the other processes, where the environment says that there are any.
+
+    On TPU slices and under Slurm JAX finds the others itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID say where they are.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
-    if any(name in os.environ for name in ("JAX_COORDINATOR_ADDRESS", "TPU_WORKER_HOSTNAMES", "SLURM_NTASKS")):
+    if "JAX_NUM_PROCESSES" in os.environ:
+        jax.distributed.initialize(
+            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
+        )
+    elif "tpu" in os.environ.get("JAX_PLATFORMS", "") or "SLURM_NTASKS" in os.environ:
         jax.distributed.initialize()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
-        for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every", "keep_checkpoints"):
+        for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every",
+                    "keep_checkpoints"):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
         _require(self.batch_size % self.num_micro_batches == 0, "train.num_micro_batches", self.num_micro_batches,
                  f"a divisor of train.batch_size {self.batch_size}")
@@ -140,13 +142,18 @@ class TrainConfig:
         _require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        for key in ("adam_b1", "adam_b2", "ema_decay"):
+            _require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "0 up to, not including, 1")
+        _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
-        _require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 up to, not including, 1")
         _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
         _require(self.fixed_weight is None or self.fixed_weight >= 0, "train.fixed_weight", self.fixed_weight,
                  "0 or more, or null")
         _require(self.max_gradient_norm is None or self.max_gradient_norm > 0, "train.max_gradient_norm",
                  self.max_gradient_norm, "above 0, or null")
+        _require(self.loss_chunk_size is None or self.loss_chunk_size >= 1, "train.loss_chunk_size",
+                 self.loss_chunk_size, "1 or more, or null")
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,7 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         allowed = "one or more of " + ", ".join(METHOD_NAMES)
         _require(bool(self.methods) and set(self.methods) <= set(METHOD_NAMES), "methods", self.methods, allowed)
         _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
@@ -240,7 +248,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         cause = error.__cause__ if isinstance(error.__cause__, InputError) else None
         raise cause or InputError(f"{place}: {_one_line(error)}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML ({_one_line(error)})") from error
+        raise InputError(f"{place}: not valid YAML ({_one_line(error)})") from error
 
 
 def _one_line(error: Exception) -> str:
@@ -249,6 +257,10 @@ def _one_line(error: Exception) -> str:
     full_key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     sentence = " ".join(kept)
+    if found := re.match(r"Merge error: \w+ is not a subclass of (\w+)Config\. value: (.*)", sentence):
+        sentence = f"{found[1].lower()} is a group of settings, got {found[2]}"
+    elif "is not a ListConfig" in sentence:
+        sentence = "expected a list, as in [a, b]"
     return f"{full_key}: {sentence}" if full_key and full_key not in sentence else sentence
 
 
@@ -260,8 +272,14 @@ def to_yaml(config: Config) -> str:
 
 
 def changed_keys(config: Config, saved: str) -> list[str]:
-    """Dotted keys in which a config differs from a saved YAML, as `key: saved → given`."""
+    """Dotted keys in which a config differs from a saved YAML, as `key: saved → given`; a run folder may be moved.
+
+    Raises:
+      InputError: the saved text is not a config.
+    """
+    import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     def flatten(node, prefix=""):
         for key, value in node.items():
@@ -271,8 +289,11 @@ def changed_keys(config: Config, saved: str) -> list[str]:
                 yield f"{prefix}{key}", value
 
     given = dict(flatten(OmegaConf.to_container(OmegaConf.structured(config))))
-    before = dict(flatten(OmegaConf.to_container(OmegaConf.create(saved))))
+    try:
+        before = dict(flatten(OmegaConf.to_container(OmegaConf.create(saved)))) if saved.strip() else {}
+    except (yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
+        raise InputError(f"the saved config is damaged ({_one_line(error)}); restore it, or set run_dir") from error
     return [
         f"{key}: {before.get(key)} → {given.get(key)}"
-        for key in sorted(given.keys() | before.keys()) if given.get(key) != before.get(key)
+        for key in sorted(given.keys() | before.keys()) if key != "run_dir" and given.get(key) != before.get(key)
     ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -50,7 +49,9 @@ def open_run_dir(config: Config):
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise InputError(f"{run_dir}: another process is running in this folder; wait for it, or set run_dir") from error
+                raise InputError(
+                    f"{run_dir}: another process is running in this folder; wait for it, or set run_dir"
+                ) from error
         saved = run_dir / "config.yaml"
         if saved.exists() and saved.stat().st_size:
             if changed := changed_keys(config, saved.read_text("utf-8")):
@@ -66,6 +67,14 @@ def open_run_dir(config: Config):
 def is_writer() -> bool:
     """Whether this process writes the run folder: of several that share it, the first."""
     return jax.process_index() == 0
+
+
+def wait_for_writer(what: str) -> None:
+    """Holds the other processes until the first has written something that they are about to look for."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -108,7 +117,9 @@ def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config) -
     return kept, left_out
 
 
-def token_rows(rows: Sequence[RefinedRow], contexts: Sequence[str], tokenizer: Tokenizer, method: Method) -> list[TokenRow]:
+def token_rows(
+    rows: Sequence[RefinedRow], contexts: Sequence[str], tokenizer: Tokenizer, method: Method
+) -> list[TokenRow]:
     """What a method trains on, as ids."""
     made = []
     for number, (row, context) in enumerate(zip(rows, contexts, strict=True)):
@@ -178,7 +189,7 @@ class Run:
         settings = self.config.refine
         sampler = Sampler(self.model, settings.batch_size, self.mesh)
         key = jax.random.key(self.config.seed)
-        drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "max_new_tokens": settings.max_new_tokens}
+        drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")}
 
         def writer(prompt, stream: int) -> LocalWriter:
             return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream), **drawing)
@@ -197,6 +208,7 @@ class Run:
         rows = refine(examples, parts, settings, ledger)
         if is_writer():
             publish(rows, folder)
+        wait_for_writer("refined")
         tokens = sum(record.get("num_tokens", 0) for record in ledger.records())
         self._record_time("refine", None, time.perf_counter() - began, tokens)
         accepted = sum(row.accepted for row in rows)
@@ -242,6 +254,7 @@ class Run:
             marks = evaluation.evaluate(name, self._params_of(name))
             found["models"][name] = marks
             write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False))
+            wait_for_writer(f"evaluate {name}")
             self._record_time("evaluate", name, time.perf_counter() - began, marks["tokens"])
 
     def report(self) -> Path:
@@ -259,7 +272,9 @@ class Run:
         path = self.run_dir / "data.sha256"
         digest = fingerprint(self.config.data.path)
         if path.exists() and (before := path.read_text().strip()) and before != digest:
-            raise InputError(f"{self.config.data.path}: has changed since {self.run_dir} was started; set run_dir to a new folder")
+            raise InputError(
+                f"{self.config.data.path}: has changed since {self.run_dir} was started; set run_dir to a new folder"
+            )
         write_atomically(path, digest + "\n")
 
     def _training_rows(self) -> list[RefinedRow]:
@@ -276,9 +291,10 @@ class Run:
     def _check_fit(self, rows: Sequence[TokenRow], method: Method) -> None:
         """A teacher's prompt is never cut: where a row cannot fit, the run stops before it starts."""
         limit = self.model.config.max_positions
+        rollout = self.config.train.rollout.max_new_tokens if method.distill else 0
         longest = max(
             max(len(row.prompt) + len(row.answer),
-                max(len(row.prompt), len(row.teacher_prompt)) + self.config.train.rollout.max_new_tokens * method.distill)
+                max(len(row.prompt), len(row.teacher_prompt)) + rollout)
             for row in rows
         )
         if longest > limit:
@@ -293,7 +309,9 @@ class Run:
             f"Learning rate {train_settings.learning_rate:g}, batch {train_settings.batch_size}, "
             f"{train_settings.epochs:g} epoch(s). Made with raft_jax; the method is RAFT (arXiv:2606.00147).\n"
         )
-        export_hf(self.model, params, self.run_dir / method.name / "hf", dtype=jnp.dtype(self.config.export.dtype), card=card)
+        folder = self.run_dir / method.name / "hf"
+        export_hf(self.model, params, folder, dtype=jnp.dtype(self.config.export.dtype), card=card)
+        wait_for_writer(f"export {method.name}")
         self._record_time("export", method.name, time.perf_counter() - began, 0)
 
     def _exported(self, name: str) -> bool:
@@ -326,7 +344,9 @@ def check(config: Config, console) -> None:
     for key, why in left_out.items():
         console.print(f"left out: {key}, {why}")
     if not kept:
-        raise InputError(f"{config.data.path}: no training row fits; raise data.max_question_tokens or data.max_answer_tokens")
+        raise InputError(
+            f"{config.data.path}: no training row fits; raise data.max_question_tokens or data.max_answer_tokens"
+        )
     load_general_prompts(config.evaluate.general_path)
     steps = max(1, round(config.train.epochs * (len(kept) // config.train.batch_size)))
     steps = min(steps, config.train.max_steps or steps)
@@ -337,15 +357,11 @@ def check(config: Config, console) -> None:
     asked = question_prompt(example.question, example.context)
     prompt = tokenizer.chat_prompt(asked)
     answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": example.answer}])
-    console.print(f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do")
+    console.print(
+        f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do"
+    )
     text = Text()
     for ids, styles in ((prompt, ("dim", "dim")), (answer, ("black on green", "black on bright_green"))):
         for index, token in enumerate(ids):
             text.append(tokenizer.token_text(token), styles[index % 2])
     console.print(text, soft_wrap=True)
-
-
-def remove_partial(run_dir: Path) -> None:
-    """Clears what an interrupted export left."""
-    for path in run_dir.glob("*/hf.partial"):
-        shutil.rmtree(path, ignore_errors=True)

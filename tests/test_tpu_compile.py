@@ -63,7 +63,8 @@ step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer), dona
 with jax.set_mesh(mesh):
     compiled = step.lower(state, params, batch, rollout).compile()
 memory = compiled.memory_analysis()
-total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+total -= memory.alias_size_in_bytes
 print("bytes per chip", total, "arguments", memory.argument_size_in_bytes, "temporary", memory.temp_size_in_bytes)
 """
 

@@ -28,7 +28,7 @@ ROWS = [
     {
         "id": f"q{number:02d}", "split": "test" if number % 4 == 3 else "train",
         "question": f"What does rule {number} say of the {topic}?",
-        "answer": f"Rule {number} binds each {topic}" + f", and form C-{number} is due" * (number % 3) + ".",
+        "answer": f"Rule {number} binds each {topic}" + f", and form C-{number} is due" * (number % 2) + ".",
     }
     for number, topic in enumerate(TOPICS, start=1)
 ]
@@ -40,15 +40,16 @@ GENERAL = [
 
 
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE with a few merges and a ChatML template."""
+    """Byte-level BPE in which the prompts' words are single tokens, and a ChatML template."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     written = [prompts.rewrite_prompt("", ""), prompts.fusion_prompt("", "", ""), prompts.teacher_prompt("", "")]
     texts = [message["content"] for conversation in written for message in conversation]
     texts += [row[key] for row in ROWS for key in ("question", "answer")]
+    texts += ["user", "assistant"]
     backend.train_from_iterator(texts * 2, trainers.BpeTrainer(
-        vocab_size=380, min_frequency=2, show_progress=False, special_tokens=[],
+        vocab_size=1000, min_frequency=2, show_progress=False, special_tokens=[],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     ))
     backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])

@@ -79,7 +79,7 @@ def train_step(state, teacher, rows, rollouts, *, top_k, temperature, ema_decay,
     unbiased = {name: value / (1 - ema_decay**step) for name, value in averages.items()}
     weight = unbiased["sft"] / (unbiased["kl"] + epsilon) if fixed_weight is None else fixed_weight  # Eq. 12
     grads = {
-        name: np.mean([grad[name] for _, grad in sft], axis=0) + weight * np.mean([grad[name] for _, grad in kl], axis=0)
+        name: np.mean([a[name] + weight * b[name] for (_, a), (_, b) in zip(sft, kl, strict=True)], axis=0)
         for name in params
     }
     first = {name: b1 * state["first"][name] + (1 - b1) * grads[name] for name in params}

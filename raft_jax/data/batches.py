@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from raft_jax.errors import InputError
+
 
 class Batch(NamedTuple):
     """One training batch; prompts padded on the left, answers on the right. Masks are True on real tokens."""
@@ -63,7 +65,7 @@ class Batches:
 
     def __init__(self, rows: Sequence[TokenRow], batch_size: int, *, seed: int, pad_id: int, length_buckets: int = 1):
         if len(rows) < batch_size:
-            raise ValueError(f"{len(rows)} rows do not fill one batch of {batch_size}; lower train.batch_size")
+            raise InputError(f"{len(rows)} rows do not fill one batch of {batch_size}; lower train.batch_size")
         self.rows, self.batch_size, self.seed, self.pad_id = list(rows), batch_size, seed, pad_id
         order = sorted(range(len(rows)), key=lambda index: rows[index].length)
         self._classes = [part.tolist() for part in np.array_split(order, length_buckets) if len(part)]
@@ -72,7 +74,8 @@ class Batches:
             # A class's batches may hold rows of every shorter one.
             members = [rows[index] for part in self._classes[: number + 1] for index in part]
             self._shapes.append(tuple(
-                _round_up(max(len(getattr(row, name)) for row in members)) for name in ("prompt", "answer", "teacher_prompt")
+                _round_up(max(len(getattr(row, name)) for row in members))
+                for name in ("prompt", "answer", "teacher_prompt")
             ))
         self._epoch: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
 

@@ -97,8 +97,8 @@ def top_k_forward_kl(
     Returns:
         nats_BT: [B, T], float32. With metrics (nats_BT, {name: [B, T]}), at the temperature and without
         gradient: teacher_mass and student_mass (probability on 𝒦), teacher_entropy and student_entropy (nats,
-        whole vocabulary), agreement (1 where the most likely tokens coincide). A token with u = -inf weighs
-        nothing; where v alone is -inf the KL is inf and its gradient finite.
+        whole vocabulary), agreement (1 where the most likely tokens coincide). Where u is -inf q̃ is 0 and
+        p̃ keeps its share; where v alone is -inf the KL is inf and its gradient finite.
 
     RAFT (arXiv:2606.00147), Eqs. 8 to 10.
 

@@ -65,7 +65,8 @@ def _write_weights(model: Model, params, folder: Path, dtype) -> None:
     from safetensors.numpy import save_file
 
     shards: list[dict[str, int]] = [{}]
-    tensors = {key: (size * jnp.dtype(dtype).itemsize, make) for key, size, make in stored_tensors(params, model.config)}
+    width = jnp.dtype(dtype).itemsize
+    tensors = {key: (size * width, make) for key, size, make in stored_tensors(params, model.config)}
     for key, (size, _) in tensors.items():
         if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
             shards.append({})

@@ -39,7 +39,7 @@ class Scorer:
         prompts: Sequence[Sequence[int]],
         answers: Sequence[Sequence[int]],
     ) -> np.ndarray:
-        """`function(prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> values_B` over all pairs, batch by batch."""
+        """`function(prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> values_B` over all pairs, in batches."""
         values = np.zeros(len(prompts), np.float32)
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]) + len(answers[index]), index))
         pad_id = self.model.tokenizer.pad_id

@@ -18,6 +18,7 @@ import numpy as np
 from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
+from raft_jax.errors import InputError
 from raft_jax.models import Model, parameter_shardings
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
@@ -27,7 +28,7 @@ from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(InputError):
     """A loss or gradient that is not finite. The last checkpoint is from before it."""
 
 
@@ -91,7 +92,8 @@ def train(
     temperature = jnp.float32(settings.rollout.temperature)
     done = start
 
-    with jax.set_mesh(mesh), _stop_on_signal() as stopped, progress(f"train {method.name}", num_steps, "steps", start) as bar:
+    shown = progress(f"train {method.name}", num_steps, "steps", start)
+    with jax.set_mesh(mesh), _stop_on_signal() as stopped, shown as bar:
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = put_batch(batches.at(step), mesh)
@@ -122,7 +124,7 @@ def train(
                 break
     checkpoints.close()
     if done < num_steps:
-        raise KeyboardInterrupt(f"stopped by signal {stopped[0]} after step {done}; the same command goes on from there")
+        raise KeyboardInterrupt(f"stopped by signal {stopped[0]} after step {done}; the same command goes on there")
     return state.params
 
 

@@ -1,0 +1,27 @@
+"""Each example trains a few steps, and its loss falls."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "examples"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["flax_nnx_loop", "equinox_loop", "tunix_style_loss", "maxtext_style_loss"])
+def test_example(name, capsys):
+    losses = load(name).main(num_steps=4)
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert capsys.readouterr().out.count("\n") == 4
+
+
+def test_another_divergence_is_one_argument_away():
+    losses = load("equinox_loop").main(num_steps=2, distillation="whole")
+    assert losses[-1] < losses[0]

@@ -1,0 +1,161 @@
+"""The config: strict about names, types and ranges, and each complaint is one line that says what to do."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from raft_jax.config import METHOD_NAMES, changed_keys, load_config, to_yaml
+from raft_jax.errors import InputError
+from raft_jax.train.methods import METHODS
+
+MINIMAL = "run_dir: runs/x\nmodel: {source: a}\ndata: {path: b}\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text: str | bytes) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def complaint(path: Path, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_defaults_are_the_papers(write):
+    config = load_config(write(MINIMAL))
+    train, refine = config.train, config.refine
+    assert (refine.threshold, refine.accept) == (0.8, 0.8)
+    assert (train.temperature, train.top_k, train.ema_decay, train.fixed_weight) == (1.5, 512, 0.9, None)
+    assert (train.epochs, train.batch_size, train.learning_rate, train.weight_decay) == (3, 16, 5e-6, 0.01)
+    assert (train.rollout.temperature, train.rollout.top_p, train.reduction) == (1, 1, "sequence")
+
+
+def test_file_and_overrides_are_merged_and_typed(write):
+    path = write(MINIMAL + "train: {learning_rate: 1e-4, epochs: 2}\nmethods: [sft, raft]\n")
+    config = load_config(path, ["train.learning_rate=3e-5", "data.max_train=null", "train.rollout.max_new_tokens=7",
+                                "refine.judges=[coverage]", "train.max_gradient_norm=1", "methods=[sdft]"])
+    assert config.train.learning_rate == 3e-5 and config.train.epochs == 2.0
+    assert config.train.rollout.max_new_tokens == 7 and config.train.rollout.temperature == 1.0
+    assert config.methods == ["sdft"] and config.refine.judges == ["coverage"] and config.data.max_train is None
+    assert isinstance(config.train.max_gradient_norm, float)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(("text", "overrides", "words"), [
+    ("trian: {}", (), ("trian", "Did you mean", "train")),
+    ("train: {learning_rat: 1}", (), ("learning_rat", "learning_rate")),
+    ("", ("train.learning_rat=1",), ("train.learning_rat=1", "learning_rate")),
+    ("", ("train.rollout.max_tokens=1",), ("train.rollout.max_tokens=1",)),
+    ("train: {batch_size: many}", (), ("train.batch_size", "many")),
+    ("", ("train.batch_size=2.5",), ("train.batch_size=2.5",)),
+    ("train: 5", (), ("train is a group of settings, got 5",)),
+    ("", ("train.rollout=5",), ("train.rollout=5", "rollout is a group of settings")),
+    ("", ("train.batch_size",), ("train.batch_size", "key.path=value")),
+    ("", ("=5",), ("=5", "key.path=value")),
+    ("", ("methods=[raft",), ("methods=[raft",)),
+    ("methods: raft", (), ("methods: expected a list",)),
+    ("", ("data.path=${oc.env:NONE_SUCH_HERE}",), ("NONE_SUCH_HERE",)),
+    ("run_dir: [", (), ("not valid YAML",)),
+    ("run_dir: a\n  b: c", (), ("not valid YAML",)),
+])
+def test_what_cannot_be_read_is_named(write, text, overrides, words):
+    path = write(MINIMAL + text)
+    message = complaint(path, *overrides)
+    assert all(word in message for word in words), message
+    if overrides and "NONE_SUCH_HERE" not in words:
+        assert "override" in message and str(path) not in message
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("train.batch_size=0", "train.batch_size is 0; allowed: 1 or more"),
+    ("train.num_micro_batches=3", "a divisor of train.batch_size 16"),
+    ("train.temperature=0", "train.temperature is 0"),
+    ("train.learning_rate=-1", "train.learning_rate is -1"),
+    ("train.learning_rate=.nan", "train.learning_rate is nan"),
+    ("train.ema_decay=1", "train.ema_decay is 1"),
+    ("train.reduction=mean", "sequence, token"),
+    ("train.fixed_weight=-0.1", "0 or more, or null"),
+    ("train.max_steps=0", "train.max_steps is 0"),
+    ("train.epochs=0", "above 0"),
+    ("train.warmup_steps=-1", "train.warmup_steps is -1"),
+    ("train.weight_decay=-1", "train.weight_decay is -1"),
+    ("train.adam_b1=1", "train.adam_b1 is 1"),
+    ("train.adam_b2=1.5", "train.adam_b2 is 1.5"),
+    ("train.adam_epsilon=0", "train.adam_epsilon is 0"),
+    ("train.max_gradient_norm=0", "above 0, or null"),
+    ("train.loss_chunk_size=0", "train.loss_chunk_size is 0"),
+    ("train.rollout.max_new_tokens=0", "train.rollout.max_new_tokens is 0"),
+    ("train.rollout.top_p=0", "above 0, up to 1"),
+    ("refine.threshold=1.5", "a cosine, -1 to 1"),
+    ("refine.accept=-0.1", "0 to 1"),
+    ("refine.rounds=0", "refine.rounds is 0"),
+    ("refine.judges=[likeness]", "similarity, coverage, likelihood"),
+    ("refine.judges=[]", "similarity, coverage, likelihood"),
+    ("refine.max_new_tokens=513", "up to data.max_answer_tokens 512"),
+    ("data.held_out=0", "data.held_out is 0"),
+    ("data.max_train=0", "or null for all"),
+    ("evaluate.batch_size=0", "evaluate.batch_size is 0"),
+    ("export.dtype=int8", "float32, bfloat16"),
+    ("model.dtype=float16", "float32, bfloat16"),
+    ("methods=[rafts]", "raft, sft, sdft, fused_sft, on_policy"),
+    ("methods=[]", "one or more of"),
+    ("methods=[raft,raft]", "each method once"),
+    ("seed=-1", "seed is -1"),
+    ("seed=4294967296", "seed is 4294967296"),
+])
+def test_values_out_of_range_are_named_with_what_is_allowed(write, override, words):
+    message = complaint(write(MINIMAL), override)
+    assert words in message and message.startswith("config: "), message
+
+
+def test_missing_values_and_files(write, tmp_path):
+    assert "no value for data.path, model.source, run_dir" in complaint(write(""))
+    assert "no such file" in complaint(tmp_path / "none.yaml")
+    assert "cannot be read" in complaint(tmp_path)
+    assert "cannot be read" in complaint(write(b"run_dir: \xff\xfe"))
+    assert "expected a YAML mapping" in complaint(write("[1, 2]"))
+
+
+def test_what_is_saved_reads_back_as_the_same(write):
+    config = load_config(write(MINIMAL), ["train.fixed_weight=0.1", "refine.judges=[coverage,likelihood]"])
+    saved = to_yaml(config)
+    assert load_config(write(saved)) == config
+    assert changed_keys(config, saved) == []
+
+
+def test_changed_keys_are_named_with_both_values(write):
+    saved = to_yaml(load_config(write(MINIMAL)))
+    config = load_config(write(MINIMAL), ["train.learning_rate=1e-3", "train.rollout.top_p=0.9", "methods=[sft]"])
+    assert changed_keys(config, saved) == [
+        "methods: ['raft'] → ['sft']", "train.learning_rate: 5e-06 → 0.001", "train.rollout.top_p: 1.0 → 0.9",
+    ]
+
+
+def test_a_run_folder_may_be_moved(write):
+    saved = to_yaml(load_config(write(MINIMAL)))
+    assert changed_keys(load_config(write(MINIMAL), ["run_dir=/elsewhere/x"]), saved) == []
+
+
+def test_a_damaged_saved_config_is_named(write):
+    config = load_config(write(MINIMAL))
+    for damage in ("run_dir: [", "- 1"):
+        with pytest.raises(InputError, match="the saved config is damaged"):
+            changed_keys(config, damage)
+
+
+def test_every_method_has_its_preset():
+    assert tuple(METHODS) == METHOD_NAMES and all(name == method.name for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_load(path):
+    load_config(path)

@@ -1,0 +1,58 @@
+"""Two processes with two devices each give the numbers of one process with one device."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import write_run
+
+pytestmark = pytest.mark.slow
+
+
+def start(config: Path, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raft_jax", "run", str(config)], env=os.environ | environment,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+
+
+def test_two_processes_run_as_one(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, two = (write_run(tmp_path / name, mesh={"data": -1}) for name in ("one", "two"))
+    finish(start(one, XLA_FLAGS=""))
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_NUM_PROCESSES": "2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    }
+    processes = [start(two, **shared, JAX_PROCESS_ID=str(number)) for number in range(2)]
+    for process in processes:
+        finish(process)
+
+    def results(name: str):
+        run_dir = tmp_path / name / "run"
+        metrics = [json.loads(line) for line in (run_dir / "raft/metrics.jsonl").read_text().splitlines()]
+        return metrics, json.loads((run_dir / "evaluation.json").read_text())["models"]["raft"]["domain"]
+
+    (expected, marks), (found, found_marks) = results("one"), results("two")
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(expected, found, strict=True):
+        for name in ("sft_loss", "kl_loss", "weight"):
+            assert other[name] == pytest.approx(line[name], rel=2e-3), name
+    assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-3)
