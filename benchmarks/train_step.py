@@ -142,11 +142,14 @@ def main() -> None:
         out = Path(folder) / "side.json"
         for repeat in range(options.repeats):
             print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
-            ours = [sys.executable, __file__, "--ours", f"--round={options.round}", *shared]
-            runs["raft_jax"].append(run_side(ours, out))
-            if options.trl_python:
+            sides = ["raft_jax", *(["TRL"] if options.trl_python else [])]
+            for side in sides if repeat % 2 == 0 else reversed(sides):
+                if side == "raft_jax":
+                    ours = [sys.executable, __file__, "--ours", f"--round={options.round}", *shared]
+                    runs[side].append(run_side(ours, out))
+                    continue
                 trl = run_side([options.trl_python, str(HERE / "trl_step.py"), *shared], out)
-                runs["TRL"].append({
+                runs[side].append({
                     **trl, **{key: trl["raft_equivalent"][key] for key in ("seconds", "loss_tokens")},
                     "padding": trl["padding"]["share"],
                 })

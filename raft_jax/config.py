@@ -54,7 +54,7 @@ class DataConfig:
     train_split: str = "train"  # used where the file has the split column
     test_split: str = "test"
     held_out: int = 32  # rows set aside where it has none
-    max_train: int | None = None  # use the first this many rows
+    max_train: int | None = None  # use the first this many rows that fit
     max_test: int | None = None
     max_question_tokens: int = 256
     max_answer_tokens: int = 512

@@ -98,13 +98,17 @@ def read_data(config: Config) -> tuple[list[Example], list[Example]]:
         test_rows = load_examples(data.path, columns, split=data.test_split)
     else:
         train_rows, test_rows = split_held_out(load_examples(data.path, columns), data.held_out, config.seed)
-    return train_rows[: data.max_train], test_rows[: data.max_test]
+    return train_rows, test_rows
 
 
-def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config) -> tuple[list[Example], dict[str, str]]:
-    """The examples within the limits of length, and why each of the others is left out."""
+def fitting(
+    examples: Sequence[Example], tokenizer: Tokenizer, config: Config, limit: int | None
+) -> tuple[list[Example], dict[str, str]]:
+    """The first `limit` examples within the limits of length, and why each of the others is left out."""
     kept, left_out = [], {}
     for example in examples:
+        if len(kept) == limit:
+            break
         messages = question_prompt(example.question, example.context)
         question = len(tokenizer.encode(messages[0]["content"]))
         answer = len(tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}]))
@@ -159,12 +163,13 @@ class Run:
     def data(self) -> tuple[list[Example], list[Example]]:
         """Training and held-out examples that fit; what does not is listed once."""
         sides = []
-        for name, examples in zip(("training", "held-out"), read_data(self.config), strict=True):
-            kept, left_out = fitting(examples, self.model.tokenizer, self.config)
+        limits = (self.config.data.max_train, self.config.data.max_test)
+        for name, examples, limit in zip(("training", "held-out"), read_data(self.config), limits, strict=True):
+            kept, left_out = fitting(examples, self.model.tokenizer, self.config, limit)
             if left_out:
                 listed = ", ".join(f"{key} ({why})" for key, why in list(left_out.items())[:10])
                 more = f" and {len(left_out) - 10} more" if len(left_out) > 10 else ""
-                print(f"{len(left_out)} of {len(examples)} {name} rows are left out, longer than "
+                print(f"{len(left_out)} of {len(kept) + len(left_out)} {name} rows are left out, longer than "
                       f"data.max_question_tokens {self.config.data.max_question_tokens} or data.max_answer_tokens "
                       f"{self.config.data.max_answer_tokens}: {listed}{more}")
             if not kept:
@@ -339,10 +344,11 @@ def check(config: Config, console) -> None:
 
     train_rows, test_rows = read_data(config)
     tokenizer = load_tokenizer(config.model.source)
-    kept, left_out = fitting(train_rows, tokenizer, config)
+    kept, left_out = fitting(train_rows, tokenizer, config, config.data.max_train)
     console.print(f"data: {len(train_rows)} training and {len(test_rows)} held-out rows in {config.data.path}")
     for key, why in left_out.items():
-        console.print(f"left out: {key}, {why}")
+        console.print(f"left out: {key}, {why}", markup=False)
+    console.print(f"{len(kept)} training rows are used, {len(left_out)} do not fit")
     if not kept:
         raise InputError(
             f"{config.data.path}: no training row fits; raise data.max_question_tokens or data.max_answer_tokens"

@@ -84,9 +84,14 @@ def coverage(gold: str, candidate: str) -> float | None:
       >>> coverage("Rule 13 binds every vessel, says the IMO.", "See rule 13.")
       0.5
     """
-    numbers, names = set(NUMBER.findall(gold)), {name.lower() for name in NAME.findall(gold)}
+    numbers, names = set(NUMBER.findall(gold)), {_stem(name) for name in NAME.findall(gold)}
     if not numbers and not names:
         return None
-    words = set(re.findall(r"[\w'’-]+", candidate.lower()))
+    words = {_stem(word) for word in re.findall(r"[\w'’-]+", candidate)}
     hits = len(numbers & set(NUMBER.findall(candidate))) + len(names & words)
     return hits / (len(numbers) + len(names))
+
+
+def _stem(word: str) -> str:
+    """A name without case and possessive."""
+    return re.sub(r"['’]s?$", "", word.lower())

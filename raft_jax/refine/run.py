@@ -48,7 +48,8 @@ def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, le
         chosen = [items[index] for index in active]
         for index, result in zip(active, _round(parts, chosen, number, ledger), strict=True):
             rounds[index].append(result)
-        active = [index for index in active if (rounds[index][-1].mean or 0.0) < settings.accept]
+        means = {index: rounds[index][-1].mean for index in active}
+        active = [index for index in active if means[index] is None or means[index] < settings.accept]
     return [
         _decide(item, draft, similarity.get(index), rounds[index], settings)
         for index, (item, draft) in enumerate(zip(items, rewrites, strict=True))
@@ -79,7 +80,7 @@ def _similarities(encoder: Encoder, items: Sequence[Item], ledger: Ledger) -> li
         values = cosine_similarity(gold, rewrite)
         ledger.append([
             {"stage": "similarity", "key": item.id, "value": round(float(value), 6)}
-            for item, value in zip(items, values, strict=True)
+            for item, value in zip(items, values, strict=True) if ("similarity", item.id) not in ledger
         ])
     return [ledger.get("similarity", item.id)["value"] for item in items]
 
@@ -95,7 +96,7 @@ def _round(parts: Parts, items: Sequence[Item], number: int, ledger: Ledger) -> 
             found = judge.score([items[i] for i in usable], [drafts[i]["text"] for i in usable])
             ledger.append([
                 {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
-                for index, value in zip(usable, found, strict=True)
+                for index, value in zip(usable, found, strict=True) if ("score", keys[index]) not in ledger
             ])
         for index, key in keys.items():
             scores[index][judge.name] = ledger.get("score", key)["value"]

@@ -13,8 +13,8 @@ from raft_jax.data.prompts import Conversation
 from raft_jax.sampling import Completion, Sampler
 
 REFUSAL = re.compile(
-    r"^\W*(i'?m sorry|i am sorry|sorry,|i apologi[sz]e|i can(no|')t (help|assist|answer|provide)|"
-    r"i'?m (unable|not able)|as an ai\b)",
+    r"^\W*(i( a|['’]?)m (sorry|unable|not able)|sorry,|i apologi[sz]e|i can(no|['’])t (help|assist|answer|provide)|"
+    r"as an ai\b)",
     re.IGNORECASE,
 )
 
