@@ -28,7 +28,7 @@ class TinyModel(nnx.Module):
     """A stand-in for a language model: all that the losses want is hidden states and an unembedding."""
 
     def __init__(self, rngs: nnx.Rngs):
-        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, embedding_init=nnx.initializers.normal(1.0), rngs=rngs)
         self.mix = nnx.Linear(2 * WIDTH, WIDTH, rngs=rngs)
 
     def hidden(self, tokens_BT):

@@ -24,7 +24,7 @@ class ModelConfig:
 
     source: str = "???"  # a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME
     dtype: str = "float32"  # of parameters and activations
-    remat: bool = False  # recompute layers in the backward pass: less memory, a third more work
+    remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     def __post_init__(self):
         _require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))

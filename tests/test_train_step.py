@@ -11,30 +11,11 @@ from raft_jax.data.batches import Batch, TokenRow, pad
 from raft_jax.models import Model, parameter_shardings
 from raft_jax.sampling.decode import Rollout, make_generate
 from raft_jax.sharding import make_mesh, put_batch
-from raft_jax.train.state import TrainState, init_state, make_optimizer
+from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
 
-V, D, B = 24, 12, 4
+V = 24
 LEARNING_RATE = 0.01
-
-
-def hidden(params, tokens_BT, positions_BT, mask_BT):
-    """The twin's model on padded batches."""
-    assert positions_BT is None  # positions follow from the mask
-    mask_BT1 = mask_BT[..., None].astype(params["scale_D"].dtype)
-    embedded_BTD = params["embedding_VD"][tokens_BT] * mask_BT1
-    mean_BTD = jnp.cumsum(embedded_BTD, axis=1) / jnp.maximum(jnp.cumsum(mask_BT1, axis=1), 1)
-    return jnp.tanh(mean_BTD @ params["mixer_DD"]) * params["scale_D"]
-
-
-def unembedding(params):
-    return params["unembedding_DV"]
-
-
-def random_params(seed):
-    random = np.random.default_rng(seed)
-    shapes = {"embedding_VD": (V, D), "mixer_DD": (D, D), "scale_D": (D,), "unembedding_DV": (D, V)}
-    return {name: random.normal(size=shape) for name, shape in shapes.items()}
 
 
 def random_rows(seed, rollout_lengths=(5, 1, 0, 3)):
@@ -63,13 +44,13 @@ def padded(rows, rollouts):
 def build(dtype=np.float32, **settings):
     """A jitted train step and its first state."""
     optimizer = make_optimizer(LEARNING_RATE, weight_decay=settings.pop("weight_decay", 0.1))
-    step = make_train_step(hidden, unembedding, optimizer, **{"top_k": 6, **settings})
-    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), random_params(0))
+    step = make_train_step(tiny.toy_hidden, tiny.toy_unembedding, optimizer, **{"top_k": 6, **settings})
+    params = jax.tree.map(lambda array: jnp.asarray(array, dtype), tiny.toy_parameters(0))
     return jax.jit(step), init_state(params, optimizer)
 
 
 def teacher_params(dtype=np.float32):
-    return jax.tree.map(lambda array: jnp.asarray(array, dtype), random_params(1))
+    return jax.tree.map(lambda array: jnp.asarray(array, dtype), tiny.toy_parameters(1))
 
 
 @pytest.mark.parametrize(("wide", "fixed_weight"), [(True, None), (True, 0.3), (False, None)])
@@ -77,7 +58,7 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
     dtype, tolerance = (np.float64, 1e-6) if wide else (np.float32, 1e-4)
     with jax.enable_x64(wide):
         step, state = build(dtype, fixed_weight=fixed_weight)
-        expected, teacher = twin.first_state(random_params(0)), random_params(1)
+        expected, teacher = twin.first_state(tiny.toy_parameters(0)), tiny.toy_parameters(1)
         for number in range(5):
             rows, rollouts = random_rows(number)
             state, metrics = step(state, teacher_params(dtype), *padded(rows, rollouts))
@@ -99,7 +80,7 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
 
 
 def test_the_twins_gradients_are_those_of_its_losses():
-    params, teacher = random_params(0), random_params(1)
+    params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
     (row, *_), (rollout, *_) = random_rows(0)
     for loss in (lambda p: twin.sft_loss(p, row), lambda p: twin.kl_loss(p, teacher, row, rollout, 6, 1.5)):
         grads = loss(params)[1]
@@ -144,7 +125,7 @@ def test_token_reduction_weighs_every_token_the_same():
     rows, rollouts = random_rows(3)
     step, state = build(reduction="token")
     metrics = step(state, teacher_params(), *padded(rows, rollouts))[1]
-    params, teacher = random_params(0), random_params(1)
+    params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
     sft = [(twin.sft_loss(params, row)[0], len(row["answer"])) for row in rows]
     kl = [(twin.kl_loss(params, teacher, row, z, 6, 1.5)[0], len(z)) for row, z in zip(rows, rollouts, strict=True)]
     for name, losses in (("sft_loss", sft), ("kl_loss", kl)):
@@ -186,7 +167,7 @@ def test_without_distillation_nothing_of_it_is_measured():
     batch, _ = padded(rows, rollouts)
     state, metrics = step(state, None, batch, None)
     assert metrics.keys() == {"loss", "sft_loss", "sft_tokens", "gradient_norm"}
-    expected = np.mean([twin.sft_loss(random_params(0), row)[0] for row in rows])
+    expected = np.mean([twin.sft_loss(tiny.toy_parameters(0), row)[0] for row in rows])
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert state.balance.count == 0
 
@@ -216,15 +197,17 @@ def run_steps(model: Model, mesh, num_steps: int):
     optimizer = make_optimizer(1e-3)
     step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, top_k=32), donate_argnums=0)
     generate = make_generate(model, 8)
-    teacher = jax.device_put(model.params, parameter_shardings(model.config, mesh))
-    params = jax.jit(lambda params: jax.tree.map(jnp.copy, params))(teacher)
-    state, found = init_state(params, optimizer), []
-    for number in range(num_steps):
-        batch = put_batch(tiny_batch(model), mesh)
-        key = jax.random.fold_in(jax.random.key(7), number)
-        rollout = generate(state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1))
-        state, metrics = step(state, teacher, batch, rollout)
-        found.append(jax.device_get((rollout, metrics)))
+    layout = parameter_shardings(model.config, mesh)
+    teacher, found = jax.device_put(model.params, layout), []
+    state = init_state(jax.tree.map(jnp.copy, model.params), optimizer)
+    state = jax.device_put(state, state_shardings(state, layout))
+    with jax.set_mesh(mesh):
+        for number in range(num_steps):
+            batch = put_batch(tiny_batch(model), mesh)
+            key = jax.random.fold_in(jax.random.key(7), number)
+            rollout = generate(state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1))
+            state, metrics = step(state, teacher, batch, rollout)
+            found.append(jax.device_get((rollout, metrics)))
     return state, found, teacher
 
 
@@ -235,7 +218,8 @@ def test_eight_devices_give_the_numbers_of_one():
     one, expected, _ = run_steps(model, make_mesh(devices=devices[:1]), 2)
     many, found, teacher = run_steps(model, make_mesh(2, 2, 2), 2)
     assert len(many.params["query_LDNH"].sharding.device_set) == 8
-    assert many.params["query_LDNH"].addressable_shards[0].data.size == model.params["query_LDNH"].size // 4
+    for cut in (many.params, many.opt_state[0].mu):
+        assert cut["query_LDNH"].addressable_shards[0].data.size == model.params["query_LDNH"].size // 4
     for (rollout, metrics), (expected_rollout, expected_metrics) in zip(found, expected, strict=True):
         np.testing.assert_array_equal(rollout.tokens_BC, expected_rollout.tokens_BC)
         np.testing.assert_array_equal(rollout.mask_BC, expected_rollout.mask_BC)

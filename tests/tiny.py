@@ -96,6 +96,28 @@ def make_model(seed: int = 0) -> Model:
     return Model(config, params, tokenizer, hf_config)
 
 
+# The model of twin.py in JAX, for whatever takes any model at all.
+
+
+def toy_parameters(seed: int, vocabulary: int = 24, width: int = 12) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    shapes = {"embedding_VD": (vocabulary, width), "mixer_DD": (width, width), "scale_D": (width,),
+              "unembedding_DV": (width, vocabulary)}
+    return {name: random.normal(size=shape) for name, shape in shapes.items()}
+
+
+def toy_hidden(params, tokens_BT, positions_BT, mask_BT):
+    assert positions_BT is None  # they follow from the mask
+    mask_BT1 = mask_BT[..., None].astype(params["scale_D"].dtype)
+    embedded_BTD = params["embedding_VD"][tokens_BT] * mask_BT1
+    mean_BTD = jnp.cumsum(embedded_BTD, axis=1) / jnp.maximum(jnp.cumsum(mask_BT1, axis=1), 1)
+    return jnp.tanh(mean_BTD @ params["mixer_DD"]) * params["scale_D"]
+
+
+def toy_unembedding(params):
+    return params["unembedding_DV"]
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return path

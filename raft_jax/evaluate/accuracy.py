@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+# A minus belongs to a number where no digit stands before it: 10-5 is 10 and 5.
+NUMBER = re.compile(r"(?:(?<!\d)[-−])?\d[\d,]*(?:\.\d+)?")
 
 
 def token_f1(answer: str, gold: str) -> float:
@@ -48,9 +49,27 @@ def is_correct(check: Mapping[str, Any] | None, answer: str) -> bool | None:
     if kind == "contains_any":
         return any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) for text in value)
     if kind == "number":
-        return any(float(found.replace(",", "")) == float(value) for found in NUMBER.findall(answer))
+        found = (text.replace(",", "").replace("−", "-") for text in NUMBER.findall(answer))
+        return any(float(text) == float(value) for text in found)
     if kind == "regex":
         return re.search(value, answer, re.IGNORECASE) is not None
     if kind == "exact":
         return answer.strip().rstrip(".").casefold() == str(value).strip().rstrip(".").casefold()
     raise ValueError(f"check kind {kind!r} is not known; known: contains_any, number, regex, exact")
+
+
+def require_check(check: Mapping[str, Any]) -> None:
+    """Raises ValueError where `is_correct` could not use a check, so that it is known before a model is asked."""
+    if not isinstance(check, Mapping) or check.keys() != {"kind", "value"}:
+        raise ValueError("a check is null or has a kind and a value")
+    kind, value = check["kind"], check["value"]
+    if kind == "contains_any" and (not isinstance(value, list) or not value or {*map(type, value)} != {str}):
+        raise ValueError("the value of contains_any is a list of texts")
+    if kind == "number" and (isinstance(value, bool) or not isinstance(value, int | float)):
+        raise ValueError("the value of number is a number")
+    if kind == "regex" and not isinstance(value, str):
+        raise ValueError("the value of regex is text")
+    try:
+        is_correct(check, "")
+    except re.error as error:
+        raise ValueError(f"the regex {value!r} is not one: {error}") from error

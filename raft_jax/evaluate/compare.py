@@ -14,7 +14,7 @@ from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example
 from raft_jax.data.prompts import question_prompt
 from raft_jax.errors import InputError
-from raft_jax.evaluate.accuracy import is_correct, token_f1
+from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
 from raft_jax.evaluate.drift import divergence, weight_distance
 from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder, cosine_similarity
@@ -32,6 +32,13 @@ class GeneralPrompt:
     prompt: str
     check: dict[str, Any] | None = None
 
+    def __post_init__(self):
+        for name in ("id", "category", "prompt"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name).strip():
+                raise ValueError(f"{name} must be text")
+        if self.check is not None:
+            require_check(self.check)
+
 
 def load_general_prompts(source: str) -> list[GeneralPrompt]:
     """Reads a JSONL file of general prompts.
@@ -41,11 +48,13 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
     """
     path = resolve(source)
     prompts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            prompts.append(GeneralPrompt(**json.loads(line)))
+            prompts.append(GeneralPrompt(**json.loads(line.decode("utf-8"))))
+        except UnicodeDecodeError as error:
+            raise InputError(f"{path}:{number}: not UTF-8; save the file with the encoding UTF-8") from error
         except (ValueError, TypeError) as error:
             raise InputError(
                 f"{path}:{number}: not a general prompt ({error}); a line has id, category, prompt and check"

@@ -62,37 +62,34 @@ def logits_slope(values: jax.Array, form: Form) -> jax.Array | float:
 def over_tokens(function: Callable, chunk_size: int, *arrays_BT: jax.Array):
     """function(*[N, ...]) -> pytree of [N, ...] on chunks of about chunk_size tokens, joined to [B, T, ...].
 
-    Chunks are cut along time, and along the batch only where one time step of it is too much, so that a batch
-    split over devices stays where it is.
+    Chunks are cut along time, so that a batch split over devices stays where it is. A batch of more rows than that
+    is first folded, whole rows behind one another.
     """
-    batch, time = arrays_BT[0].shape[:2]
-    if batch > chunk_size:
-        rows = next(n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= chunk_size)
-        parts = [x.reshape(batch // rows, rows, *x.shape[1:]).swapaxes(0, 1) for x in arrays_BT]
-        parts = jax.lax.map(lambda part: over_tokens(function, chunk_size, *part), tuple(parts))
-        return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(batch, time, *x.shape[3:]), parts)
-    steps = max(1, min(time, chunk_size // max(batch, 1)))
-    num_chunks = math.ceil(time / steps)
-    steps = math.ceil(time / max(num_chunks, 1))
+    shape = arrays_BT[0].shape[:2]
+    rows = max(n for n in range(1, max(1, min(shape[0], chunk_size)) + 1) if shape[0] % n == 0)
+    time = math.prod(shape) // rows
+    arrays = [x.reshape(rows, time, *x.shape[2:]) for x in arrays_BT]
+    num_chunks = math.ceil(time / max(1, chunk_size // rows))
+    size = math.ceil(time / max(1, num_chunks))
 
-    def chunk(arrays_BT):
-        size = arrays_BT[0].shape[1]
-        values = function(*(x.reshape(batch * size, *x.shape[2:]) for x in arrays_BT))
-        return jax.tree.map(lambda x: x.reshape(batch, size, *x.shape[1:]), values)
-
-    if num_chunks <= 1:
-        return chunk(arrays_BT)
+    def chunk(arrays):
+        values = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
+        return jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]), values)
 
     def chunk_at(index):
         # The last chunk is moved back to end with the last token; what it repeats is dropped in `join`.
-        start = jnp.minimum(index * steps, time - steps)
-        return chunk([_slice(x, start, steps, axis=1) for x in arrays_BT])
+        start = jnp.minimum(index * size, time - size)
+        return chunk([_slice(x, start, size, axis=1) for x in arrays])
 
     def join(x):
-        whole = jnp.moveaxis(x[:-1], 0, 1).reshape(batch, (num_chunks - 1) * steps, *x.shape[3:])
-        return jnp.concatenate([whole, x[-1, :, num_chunks * steps - time :]], axis=1)
+        whole = jnp.moveaxis(x[:-1], 0, 1).reshape(rows, (num_chunks - 1) * size, *x.shape[3:])
+        return jnp.concatenate([whole, x[-1, :, num_chunks * size - time :]], axis=1)
 
-    return jax.tree.map(join, jax.lax.map(chunk_at, jnp.arange(num_chunks)))
+    if num_chunks <= 1:
+        values = chunk(arrays)
+    else:
+        values = jax.tree.map(join, jax.lax.map(chunk_at, jnp.arange(num_chunks)))
+    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), values)
 
 
 def backward(form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[Head, ...]) -> tuple[jax.Array, Head]:

@@ -38,7 +38,7 @@ class DecoderConfig:
     norm_epsilon: float = 1e-5
     tied_embeddings: bool = False
     qkv_bias: bool = False
-    remat: bool = False  # recompute each layer in the backward pass instead of keeping its activations
+    remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -179,8 +179,9 @@ class Decoder(nnx.Module):
             x_BTD = x_BTD + _output(_attend(query, key, value, visible_BTT), weights)
             return _mlp(self.config, x_BTD, weights), (key, value) if keep else None
 
-        if self.config.remat:
-            layer = jax.checkpoint(layer)
+        # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
+        policy = None if self.config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        layer = jax.checkpoint(layer, policy=policy)
         x_BTD, kept = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
         return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon), kept
 
@@ -276,7 +277,21 @@ def _output(mixed_BTNH, weights) -> jax.Array:
 def _mlp(config: DecoderConfig, x_BTD, weights) -> jax.Array:
     """x plus the gated feed-forward of its norm (SwiGLU)."""
     normed = rms_norm(x_BTD, weights["mlp_norm_LD"], config.norm_epsilon)
-    gate = jax.nn.silu(jnp.einsum("btd,df->btf", normed, weights["gate_LDF"]))
-    up = jnp.einsum("btd,df->btf", normed, weights["up_LDF"])
-    x_BTD = x_BTD + jnp.einsum("btf,fd->btd", gate * up, weights["down_LFD"])
+    gate, up = _product(normed, weights["gate_LDF"]), _product(normed, weights["up_LDF"])
+    x_BTD = x_BTD + _product(jax.nn.silu(gate) * up, weights["down_LFD"])
     return constrain(x_BTD, "batch", None, None)
+
+
+@jax.custom_vjp
+def _product(x_BTI, weight_IO) -> jax.Array:
+    """x W. The rule that JAX derives forms the weight's gradient transposed, and XLA then computes the slope of SiLU in
+    a strided copy, on CPU a tenth of the whole train step."""
+    return jnp.einsum("bti,io->bto", x_BTI, weight_IO)
+
+
+def _product_backward(saved, slope_BTO):
+    x_BTI, weight_IO = saved
+    return jnp.einsum("bto,io->bti", slope_BTO, weight_IO), jnp.einsum("bti,bto->io", x_BTI, slope_BTO)
+
+
+_product.defvjp(lambda x_BTI, weight_IO: (_product(x_BTI, weight_IO), (x_BTI, weight_IO)), _product_backward)

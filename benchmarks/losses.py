@@ -1,0 +1,269 @@
+"""Times the losses and says what memory they need, beside others' at the same shapes and dtype, in one process.
+
+    python benchmarks/losses.py                                   # shapes of a small model, on the default device
+    python benchmarks/losses.py --tokens 2048 --width 576 --vocabulary 49152 --dtype bfloat16
+    python benchmarks/losses.py --memory                          # XLA's accounting at 8192 x 4096 x 128256, no run
+    python benchmarks/losses.py --memory --tpu v5e:1x1            # the same, compiled for a TPU chip (needs libtpu)
+
+Every contender computes the value and the gradient, with respect to the hidden states and the unembedding, of one
+of two losses:
+
+    raft   cross entropy of N answer tokens, and the KL on the top 512 of N rollout tokens
+    jsd    cross entropy and generalised Jensen-Shannon divergence of the same N tokens, which is what Liger fuses
+
+Contenders on torch run where their packages are importable (`pip install trl==1.16.0`, `pip install liger-kernel`).
+Rounds are interleaved and the best of each contender counts, in wall and in processor time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raft_jax.losses import (
+    cross_entropy,
+    jensen_shannon,
+    linear_cross_entropy,
+    linear_jensen_shannon,
+    linear_top_k_forward_kl,
+    token_mean,
+    top_k_forward_kl,
+)
+
+TEMPERATURE, GIB = 1.5, 2**30
+
+
+def jax_losses(shape, chunk_size):
+    """{name: function of (answer, rollout, unembedding, teacher, teacher_unembedding, labels)}"""
+    mask = jnp.ones((1, shape.tokens), bool)
+
+    def linear(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
+        sft = linear_cross_entropy(answer, unembedding, labels, chunk_size=chunk_size)
+        kl = linear_top_k_forward_kl(
+            rollout, unembedding, teacher, teacher_unembedding, k=shape.k, temperature=TEMPERATURE,
+            chunk_size=chunk_size,
+        )  # fmt: skip
+        return token_mean(sft, mask) + token_mean(kl, mask)
+
+    def of_logits(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
+        sft = cross_entropy(answer @ unembedding, labels)
+        kl = top_k_forward_kl(
+            rollout @ unembedding, teacher @ teacher_unembedding, k=shape.k, temperature=TEMPERATURE
+        )
+        return token_mean(sft, mask) + token_mean(kl, mask)
+
+    def naive(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
+        """As usually written: both log-softmaxes whole, then the truncation."""
+        logprobs = jax.nn.log_softmax((answer @ unembedding).astype(jnp.float32))
+        sft = -jnp.take_along_axis(logprobs, labels[..., None], axis=-1).mean()
+        u = jax.lax.stop_gradient(teacher @ teacher_unembedding).astype(jnp.float32)
+        q = jax.nn.log_softmax(u / TEMPERATURE)
+        p = jax.nn.log_softmax((rollout @ unembedding).astype(jnp.float32) / TEMPERATURE)
+        q, kept = jax.lax.top_k(q, shape.k)
+        q, p = jax.nn.log_softmax(q), jax.nn.log_softmax(jnp.take_along_axis(p, kept, axis=-1))
+        return sft + TEMPERATURE**2 * (jnp.exp(q) * (q - p)).sum(-1).mean()
+
+    def linear_jsd(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
+        sft = linear_cross_entropy(answer, unembedding, labels, chunk_size=chunk_size)
+        jsd = linear_jensen_shannon(
+            answer, unembedding, teacher, teacher_unembedding, temperature=1.0, chunk_size=chunk_size
+        )
+        return (token_mean(sft, mask) + token_mean(jsd, mask)) / 2
+
+    def jsd_of_logits(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
+        logits = answer @ unembedding
+        jsd = jensen_shannon(logits, teacher @ teacher_unembedding, temperature=1.0)
+        return (token_mean(cross_entropy(logits, labels), mask) + token_mean(jsd, mask)) / 2
+
+    return {
+        "raft": {"raft_jax linear": linear, "raft_jax on logits": of_logits, "naive JAX": naive},
+        "jsd": {"raft_jax linear": linear_jsd, "raft_jax on logits": jsd_of_logits},
+    }
+
+
+def jax_contenders(shape, kind, chunk_size):
+    random = np.random.default_rng(0)
+    dtype = jnp.dtype(shape.dtype)
+
+    def normal(*size, scale=1.0):
+        return jnp.asarray(random.normal(size=size).astype(np.float32) * scale, dtype)
+
+    hidden, head = (1, shape.tokens, shape.width), (shape.width, shape.vocabulary)
+    labels = jnp.asarray(random.integers(0, shape.vocabulary, hidden[:2]))
+    small = shape.width**-0.5
+    arrays = normal(*hidden), normal(*hidden), normal(*head, scale=small), normal(*hidden), normal(*head, scale=small)
+    for name, loss in jax_losses(shape, chunk_size)[kind].items():
+        program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays, labels).compile()
+        yield name, lambda program=program: jax.block_until_ready(program(*arrays, labels)), temporary(program)
+
+
+def torch_contenders(shape, kind):
+    """TRL's and Liger's functions as they come; what is around them is the product with the unembedding."""
+    try:
+        import torch
+    except ImportError:
+        return
+    device = "cuda" if torch.cuda.is_available() and jax.default_backend() == "gpu" else "cpu"
+    dtype = getattr(torch, shape.dtype)
+    torch.manual_seed(0)
+
+    def normal(*size, scale=1.0):
+        return (torch.randn(*size, device=device) * scale).to(dtype)
+
+    small = shape.width**-0.5
+    answer, rollout, teacher = (normal(shape.tokens, shape.width) for _ in range(3))
+    weight, teacher_weight = (normal(shape.vocabulary, shape.width, scale=small) for _ in range(2))
+    labels = torch.randint(shape.vocabulary, (shape.tokens,), device=device)
+    student = [x.requires_grad_() for x in (answer, rollout, weight)]
+
+    def run(loss):
+        for x in student:
+            x.grad = None
+        loss().backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    if kind == "raft":
+        try:
+            from trl.experimental.sdft.loss_utils import compute_topk_self_distillation_loss
+        except ImportError:
+            return
+
+        def trl():
+            sft = torch.nn.functional.cross_entropy((answer @ weight.T).float(), labels)
+            with torch.no_grad():
+                u = (teacher @ teacher_weight.T).float() / TEMPERATURE
+            v = (rollout @ weight.T).float() / TEMPERATURE
+            kl = compute_topk_self_distillation_loss(
+                v, u, distillation_topk=shape.k, distillation_alpha=0.0, distillation_add_tail=False
+            )
+            return sft + kl.mean()
+
+        yield "TRL (torch)", lambda: run(trl), None
+    else:
+        try:
+            from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+        except ImportError:
+            return
+        fused = LigerFusedLinearJSDLoss(compiled=device == "cuda")
+        yield "Liger (torch)", lambda: run(lambda: fused(answer, weight, teacher, teacher_weight, labels)), None
+
+
+def temporary(program) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+
+def measure(contenders, num_rounds):
+    best = {name: [float("inf"), float("inf")] for name, _, _ in contenders}
+    for _, run, _ in contenders:
+        run()
+    for _ in range(num_rounds):
+        for name, run, _ in contenders:
+            wall, processor = time.perf_counter(), time.process_time()
+            run()
+            seconds = time.perf_counter() - wall, time.process_time() - processor
+            best[name] = [min(pair) for pair in zip(best[name], seconds, strict=True)]
+    return best
+
+
+def peak_growth(shape, kind, chunk_size, wanted):
+    """How far one run of one contender raises this process's largest resident size; for a process of its own."""
+    contenders = jax_contenders(shape, kind, chunk_size) if "torch" not in wanted else torch_contenders(shape, kind)
+    for name, run, _ in contenders:
+        if name == wanted:
+            before = resident()
+            run()
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    raise SystemExit(f"no contender {wanted}")
+
+
+def resident() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def table(shape, num_rounds, chunk_size, with_memory):
+    for kind in "raft", "jsd":
+        contenders = [*jax_contenders(shape, kind, chunk_size), *torch_contenders(shape, kind)]
+        best = measure(contenders, num_rounds)
+        print(
+            f"\n{kind}: {shape.tokens} tokens, width {shape.width}, vocabulary {shape.vocabulary}, K {shape.k}, "
+            f"{shape.dtype}, chunk_size {chunk_size}, {jax.default_backend()}, best of {num_rounds}"
+        )
+        print(f"{'':22}{'wall ms':>10}{'CPU ms':>10}{'XLA temp GiB':>14}{'peak growth GiB':>17}")
+        for name, _, temp in contenders:
+            wall, processor = best[name]
+            temp = "" if temp is None else f"{temp / GIB:.3f}"
+            growth = f"{child_growth(shape, kind, chunk_size, name) / GIB:.3f}" if with_memory else ""
+            print(f"{name:22}{wall * 1e3:10.0f}{processor * 1e3:10.0f}{temp:>14}{growth:>17}", flush=True)
+
+
+def child_growth(shape, kind, chunk_size, name) -> int:
+    arguments = [f"--{key}={value}" for key, value in vars(shape).items()]
+    command = [sys.executable, __file__, *arguments, f"--chunk-size={chunk_size}", f"--peak-of={kind}:{name}"]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def memory(shape, chunk_size, topology):
+    """Bytes of temporary memory by XLA's own accounting; compiles and runs nothing."""
+    sharding, where = None, jax.default_backend()
+    if topology:
+        from jax.experimental import topologies
+        from jax.sharding import SingleDeviceSharding
+
+        device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+        sharding, where = SingleDeviceSharding(device), topology
+
+    def array(*size, dtype=shape.dtype):
+        return jax.ShapeDtypeStruct(size, jnp.dtype(dtype), sharding=sharding)
+
+    hidden, head = array(1, shape.tokens, shape.width), array(shape.width, shape.vocabulary)
+    labels = array(1, shape.tokens, dtype="int32")
+    losses = jax_losses(shape, chunk_size)["raft"]
+    for name in losses if not topology else ["raft_jax linear"]:
+        step = jax.jit(jax.value_and_grad(losses[name], (0, 1, 2)))
+        program = step.lower(hidden, hidden, head, hidden, head, labels).compile()
+        print(f"{where:10} {name:20} {temporary(program) / GIB:8.3f} GiB of temporary memory", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--vocabulary", type=int)
+    parser.add_argument("--k", type=int, default=512)
+    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
+    parser.add_argument("--chunk-size", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peak", action="store_true", help="also the growth of the resident size, one process each")
+    parser.add_argument("--memory", action="store_true", help="only XLA's accounting, at 8192 x 4096 x 128256")
+    parser.add_argument("--tpu", help="a TPU topology to compile --memory for, such as v5e:1x1")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    small, large = (256, 576, 49152, "float32"), (8192, 4096, 128256, "bfloat16")
+    tokens, width, vocabulary, dtype = large if given.memory else small
+    shape = argparse.Namespace(
+        tokens=given.tokens or tokens,
+        width=given.width or width,
+        vocabulary=given.vocabulary or vocabulary,
+        k=given.k,
+        dtype=given.dtype or dtype,
+    )
+    if given.peak_of:
+        kind, name = given.peak_of.split(":")
+        print(peak_growth(shape, kind, given.chunk_size, name))
+    elif given.memory:
+        memory(shape, given.chunk_size, given.tpu)
+    else:
+        table(shape, given.rounds, given.chunk_size, given.peak)
+
+
+if __name__ == "__main__":
+    main()
