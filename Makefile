@@ -11,7 +11,7 @@ quickstart: .venv/installed
 	$(BIN)/raft-jax run configs/quickstart.yaml
 
 test: .venv/installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: .venv/installed-tpu
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
