@@ -161,14 +161,23 @@ def _truncated(student_BTK, teacher_BTK, temperature):
 
 
 def _truncated_forward(student_BTK, teacher_BTK, temperature):
-    student_logprobs_BTK = log_softmax(student_BTK / temperature)
-    teacher_logprobs_BTK = log_softmax(teacher_BTK / temperature)
-    teacher_probs_BTK = jnp.exp(teacher_logprobs_BTK)
-    terms_BTK = teacher_probs_BTK * (teacher_logprobs_BTK - student_logprobs_BTK)
-    nats_BT = temperature**2 * jnp.sum(jnp.where(teacher_probs_BTK > 0, terms_BTK, 0), axis=-1)
-    # A teacher without one finite logit says nothing: no loss and no gradient.
-    student_probs_BTK = jnp.exp(student_logprobs_BTK) * jnp.any(teacher_probs_BTK > 0, axis=-1, keepdims=True)
-    return nats_BT, temperature * (student_probs_BTK - teacher_probs_BTK)
+    student_BTK, teacher_BTK = student_BTK / temperature, teacher_BTK / temperature
+    student_logprobs_BTK, teacher_logprobs_BTK = log_softmax(student_BTK), log_softmax(teacher_BTK)
+    p_BTK, q_BTK = jnp.exp(student_logprobs_BTK), jnp.exp(teacher_logprobs_BTK)
+    terms_BTK = jnp.where(q_BTK > 0, q_BTK * (teacher_logprobs_BTK - student_logprobs_BTK), 0)
+    # Between close distributions the terms cancel to rounding. There, with d = log q - log p up to a constant,
+    # KL = sum q d + log sum q exp(-d): precise, and exactly 0 where d is.
+    apart_BTK = jnp.where(student_BTK == teacher_BTK, 0, teacher_BTK - student_BTK)
+    close_BT1 = jnp.max(jnp.abs(apart_BTK), axis=-1, keepdims=True, initial=0) < 0.5
+    apart_BTK = jnp.where(close_BT1, apart_BTK, 0)
+    excess_BTK = jnp.expm1(-apart_BTK)
+    mean_BT1 = jnp.sum(q_BTK * excess_BTK, axis=-1, keepdims=True)
+    close_nats_BT = jnp.sum(q_BTK * apart_BTK, axis=-1) + jnp.log1p(mean_BT1[..., 0])
+    nats_BT = jnp.where(close_BT1[..., 0], close_nats_BT, jnp.sum(terms_BTK, axis=-1))
+    slope_BTK = jnp.where(close_BT1, q_BTK * (excess_BTK - mean_BT1) / (1 + mean_BT1), p_BTK - q_BTK)
+    # A teacher without one finite logit says nothing: no loss above, no gradient here.
+    slope_BTK = slope_BTK * jnp.any(q_BTK > 0, axis=-1, keepdims=True)
+    return temperature**2 * nats_BT, temperature * slope_BTK
 
 
 def _truncated_backward(slope_BTK, cotangent_BT):
