@@ -1,0 +1,157 @@
+"""Checkpoints: what was saved comes back bit by bit, and what is damaged is never restored."""
+
+import json
+import shutil
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from raft_jax.checkpoint import Checkpoints
+from raft_jax.sharding import make_mesh
+
+
+class State(NamedTuple):
+    step: Any
+    params: dict
+    moments: tuple
+
+
+def state_of(step: int) -> State:
+    random = np.random.default_rng(step)
+    return State(
+        jnp.int32(step),
+        {"matrix_DF": jnp.float32(random.normal(size=(8, 16))), "half": jnp.full(5, step / 3, jnp.bfloat16)},
+        (jnp.asarray(random.integers(0, 99, 3)), jnp.float32(0.1 * step)),
+    )
+
+
+LIKE = jax.tree.map(jnp.zeros_like, state_of(0))
+
+
+def restore(folder, like=LIKE):
+    checkpoints = Checkpoints(folder)
+    found = checkpoints.restore(like)
+    checkpoints.close()
+    return found
+
+
+def assert_is(found, step: int) -> None:
+    assert found is not None and found[0] == step
+    for array, expected in zip(jax.tree.leaves(found[1]), jax.tree.leaves(state_of(step)), strict=True):
+        assert array.dtype == expected.dtype
+        np.testing.assert_array_equal(array, expected)
+    assert isinstance(found[1], State)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 2 and 4, once; tests damage copies."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (2, 4):
+        checkpoints.save(step, state_of(step))
+    checkpoints.close()
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoints")
+
+
+def test_nothing_there(tmp_path):
+    assert restore(tmp_path / "new") is None
+
+
+def test_the_newest_step_comes_back(folder):
+    assert_is(restore(folder), 4)
+
+
+def test_old_steps_go_with_their_manifests(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 2, 10):
+        checkpoints.save(step, state_of(step))
+        assert_is(checkpoints.restore(LIKE), step)
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "10.sha256.json", "2", "2.sha256.json"]
+
+
+def data_files(folder):
+    return sorted(path for path in (folder / "4").rglob("*") if path.is_file())
+
+
+def test_a_flipped_bit_anywhere_falls_back(saved, tmp_path, capsys):
+    names = [path.relative_to(saved) for path in data_files(saved)]
+    assert len(names) > 4
+    for index, name in enumerate(names):
+        folder = shutil.copytree(saved, tmp_path / str(index))
+        data = bytearray((folder / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / name).write_bytes(data)
+        assert_is(restore(folder), 2)
+        assert f"{folder / '4'}: damaged or unfinished; falling back" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [
+    "truncated", "file gone", "file more", "manifest gone", "manifest cut", "manifest odd",
+])
+def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
+    largest = max(data_files(folder), key=lambda path: path.stat().st_size)
+    manifest = folder / "4.sha256.json"
+    if damage == "truncated":
+        largest.write_bytes(largest.read_bytes()[:-1])
+    elif damage == "file gone":
+        largest.unlink()
+    elif damage == "file more":
+        (folder / "4" / "more").write_text("")
+    elif damage == "manifest gone":  # killed between the data and the manifest
+        manifest.unlink()
+    elif damage == "manifest cut":
+        manifest.write_bytes(manifest.read_bytes()[:-3])
+    else:
+        manifest.write_text(json.dumps({}))
+    checkpoints = Checkpoints(folder)
+    assert_is(checkpoints.restore(LIKE), 2)
+    assert not (folder / "4").exists() and not manifest.exists()
+    for step in (4, 6):
+        checkpoints.save(step, state_of(step))
+    assert_is(checkpoints.restore(LIKE), 6)
+    checkpoints.close()
+    assert_is(restore(folder), 6)
+
+
+def test_every_step_damaged(folder):
+    for manifest in folder.glob("*.sha256.json"):
+        manifest.unlink()
+    assert restore(folder) is None
+    assert not list(folder.glob("[0-9]*"))
+
+
+def test_an_unfinished_save_is_passed_over(folder):
+    """kill -9 in the middle of a save leaves a temporary folder behind, and perhaps half a manifest."""
+    shutil.copytree(folder / "4", folder / "6.orbax-checkpoint-tmp")
+    (folder / "6.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink()
+    (folder / "6.sha256.partial").write_text("{")
+    checkpoints = Checkpoints(folder)
+    assert_is(checkpoints.restore(LIKE), 4)
+    checkpoints.save(6, state_of(6))
+    assert_is(checkpoints.restore(LIKE), 6)
+    checkpoints.close()
+
+
+def test_onto_another_mesh_and_back(folder):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    whole, cut = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
+    placed = jax.tree.map(lambda array: jax.device_put(array, cut if array.ndim == 2 else whole), LIKE)
+    checkpoints = Checkpoints(folder)
+    step, found = checkpoints.restore(placed)
+    assert found.params["matrix_DF"].sharding == cut
+    assert found.params["matrix_DF"].addressable_shards[0].data.shape == (4, 8)
+    assert_is((step, found), 4)
+    checkpoints.save(6, jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), state_of(6), placed))
+    checkpoints.close()
+    assert_is(restore(folder), 6)

@@ -1,0 +1,221 @@
+"""Sampling: exact distributions, random numbers by row, early stops, few programs; likelihoods of given answers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import make_model
+
+from raft_jax.sampling import Completion, Sampler, Scorer, make_generate, sample_token
+from raft_jax.sampling.engine import LENGTH_BUCKETS, bucket, row_number
+from raft_jax.sharding import make_mesh
+
+KEY = jax.random.key(0)
+draw = jax.jit(sample_token, static_argnums=3)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return Sampler(model, batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def prompts(model):
+    texts = ("rule", "lantern binds the kettle", "?", "of the tenant and the ferry", "is", "form C-12", "which permit")
+    return [model.tokenizer.chat_prompt([{"role": "user", "content": text}]) for text in texts]
+
+
+def twin(logits_V, uniform, temperature, top_p=1.0) -> tuple[int, float]:
+    """The token of one draw in float64, and how far the draw lies from where it would be another."""
+    logits_V = np.asarray(logits_V, np.float64) / temperature
+    probs = np.exp(logits_V - logits_V.max())
+    probs /= probs.sum()
+    if top_p < 1:
+        order = np.argsort(-probs, kind="stable")
+        num_kept = int(np.searchsorted(np.cumsum(probs[order]), top_p)) + 1
+        probs[order[num_kept:]] = 0
+        probs /= probs.sum()
+    running = np.cumsum(probs)
+    token = min(int(np.searchsorted(running, uniform, side="right")), int(np.flatnonzero(probs)[-1]))
+    return token, min(abs(running[token] - uniform), abs(running[token] - probs[token] - uniform))
+
+
+# One token
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 255, 256, 257, 1000, 4099])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.4, 1.0), (2.5, 1.0), (1.0, 0.9), (0.7, 0.5)])
+def test_draws_are_those_of_the_twin(size, temperature, top_p):
+    random = np.random.default_rng(size)
+    logits = (3 * random.normal(size=(64, size))).astype(np.float32)
+    uniform = random.random(64).astype(np.float32)
+    found = np.asarray(draw(logits, uniform, jnp.float32(temperature), top_p))
+    for row in range(64):
+        token, distance = twin(logits[row], uniform[row], temperature, top_p)
+        assert found[row] == token or distance < 1e-6, (row, distance)
+    assert found.dtype == np.int32
+
+
+def test_frequencies_are_the_probabilities():
+    """Pearson's chi-square of 40,000 draws: 36 degrees of freedom, so 69 is passed once in a thousand keys."""
+    logits = np.random.default_rng(1).normal(size=37).astype(np.float32) * 1.5
+    uniform = jax.random.uniform(jax.random.key(5), (40_000,))
+    for temperature in (1.0, 1.7):
+        found = np.asarray(draw(np.broadcast_to(logits, (40_000, 37)), uniform, jnp.float32(temperature), 1.0))
+        expected = np.exp(logits / temperature, dtype=np.float64)
+        expected *= 40_000 / expected.sum()
+        assert ((np.bincount(found, minlength=37) - expected) ** 2 / expected).sum() < 69
+
+
+def test_what_has_no_probability_is_never_drawn():
+    """Not even where a draw falls on a boundary between blocks or tokens, or next to 0 or 1."""
+    random = np.random.default_rng(0)
+    logits = (3 * random.normal(size=5003)).astype(np.float32)
+    logits[random.random(5003) < 0.7] = -np.inf
+    logits[:300] = logits[-300:] = -np.inf
+    running = np.cumsum(np.exp(logits.astype(np.float64)))
+    on = (running / running[-1])[random.integers(0, 5003, 1500)].astype(np.float32)
+    beside = [np.nextafter(on, np.float32(0)), np.nextafter(on, np.float32(1))]
+    uniform = np.concatenate([on, *beside, [0, 1e-30, 1 - 2**-24]])
+    uniform = np.minimum(uniform, 1 - 2**-24).astype(np.float32)
+    for top_p in (1.0, 0.8):
+        found = np.asarray(draw(np.broadcast_to(logits, (len(uniform), 5003)), uniform, jnp.float32(1), top_p))
+        assert np.isfinite(logits[found]).all()
+    assert found[-1] < 4703 and found[-3] >= 300
+
+
+def test_one_possible_token():
+    uniform = np.array([0, 0.5, 1 - 2**-24], np.float32)
+    for size, token in ((3, 0), (3, 2), (600, 17), (600, 599)):
+        logits = np.full((3, size), -np.inf, np.float32)
+        logits[:, token] = -5
+        for temperature in (0.0, 1e-3, 1.0, 50.0):
+            assert draw(logits, uniform, jnp.float32(temperature), 1.0).tolist() == [token] * 3
+
+
+def test_temperature_0_takes_the_first_of_the_largest():
+    logits = np.array([[1, 3, 3, 0], [-1, -1, -2, -1], [0, 0, 1e30, 0]], np.float32)
+    for top_p in (1.0, 0.1):
+        assert draw(logits, np.full(3, 0.99, np.float32), jnp.float32(0), top_p).tolist() == [1, 0, 2]
+
+
+def test_top_p_keeps_the_smallest_sufficient_set():
+    logits = np.log(np.array([0.1, 0.4, 0.2, 0.3], np.float32))
+    uniform = np.arange(1000, dtype=np.float32) / 1000
+    for top_p, kept, share in ((0.05, {1}, 1), (0.4, {1}, 1), (0.41, {1, 3}, 4 / 7), (0.75, {1, 2, 3}, 4 / 9)):
+        found = np.asarray(draw(np.broadcast_to(logits, (1000, 4)), uniform, jnp.float32(1), top_p))
+        assert set(found.tolist()) == kept and abs((found == 1).mean() - share) < 0.002
+
+
+def test_half_precision_logits_are_widened():
+    logits = np.random.default_rng(0).normal(size=(8, 50)).astype(np.float16)
+    uniform = np.linspace(0.05, 0.95, 8, dtype=np.float32)
+    expected = draw(logits.astype(np.float32), uniform, jnp.float32(1), 1.0)
+    assert draw(logits, uniform, jnp.float32(1), 1.0).tolist() == expected.tolist()
+
+
+# Whole answers
+
+
+def test_draws_follow_each_rows_own_random_numbers(model, sampler, prompts):
+    """Every sampled token is the twin's for the full forward's logits and the row's number at that place."""
+    completions = sampler.generate(model.params, prompts[:4], key=KEY, temperature=1.3, top_p=0.9, max_new_tokens=14)
+    apply = jax.jit(model.apply)
+    for index, (prompt, completion) in enumerate(zip(prompts[:4], completions, strict=True)):
+        row_key = jax.random.fold_in(KEY, row_number(str(index)))
+        tokens = np.zeros((1, 96), int)
+        tokens[0, : len(prompt) + len(completion.tokens)] = prompt + completion.tokens
+        logits_TV = np.asarray(apply(model.params, tokens))[0]
+        for place, token in enumerate(completion.tokens):
+            uniform = float(jax.random.uniform(jax.random.fold_in(row_key, place)))
+            expected, distance = twin(logits_TV[len(prompt) - 1 + place], uniform, 1.3, 0.9)
+            assert token == expected or distance < 1e-4
+
+
+def test_same_key_same_tokens(model, sampler, prompts):
+    def sample(key, **settings):
+        return sampler.generate(model.params, prompts, key=key, max_new_tokens=14, **settings)
+
+    assert sample(KEY) == sample(KEY) == Sampler(model, batch_size=4).generate(
+        model.params, prompts, key=KEY, max_new_tokens=14
+    )
+    assert sample(KEY) != sample(jax.random.key(1))
+    assert sample(KEY, names=list("abcdefg")) != sample(KEY)
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model, sampler, prompts):
+    names = [f"row {index}" for index in range(len(prompts))]
+    together = sampler.generate(model.params, prompts, key=KEY, names=names, max_new_tokens=14)
+    backwards = sampler.generate(model.params, prompts[::-1], key=KEY, names=names[::-1], max_new_tokens=14)
+    assert backwards[::-1] == together
+    alone = [
+        sampler.generate(model.params, [prompt], key=KEY, names=[name], max_new_tokens=14)[0]
+        for name, prompt in zip(names, prompts, strict=True)
+    ]
+    assert alone == together
+    assert Sampler(model, batch_size=3).generate(
+        model.params, prompts, key=KEY, names=names, max_new_tokens=14
+    ) == together
+
+
+def test_a_mesh_changes_nothing(model, sampler, prompts):
+    expected = sampler.generate(model.params, prompts, key=KEY, max_new_tokens=14)
+    on_mesh = Sampler(model, batch_size=4, mesh=make_mesh(data=4, fsdp=2))
+    assert on_mesh.generate(model.params, prompts, key=KEY, max_new_tokens=14) == expected
+
+
+def test_batches_and_callbacks(model, sampler, prompts):
+    seen = {}
+
+    def on_batch(indices, completions):
+        assert 1 <= len(indices) <= 4 and all(isinstance(completion, Completion) for completion in completions)
+        seen.update(zip(indices, completions, strict=True))
+
+    found = sampler.generate(model.params, prompts, key=KEY, max_new_tokens=14, on_batch=on_batch)
+    assert [seen[index] for index in range(len(prompts))] == found
+    assert sorted(index for batch in sampler.batches(prompts) for index in batch) == list(range(len(prompts)))
+    assert sampler.generate(model.params, [], key=KEY, max_new_tokens=14) == []
+
+
+def test_a_prompt_may_use_the_last_position(model):
+    room = model.config.max_positions - 2
+    sampler = Sampler(model, batch_size=1)
+    assert sampler.generate(model.params, [[5] * room], key=KEY, max_new_tokens=2)[0].tokens
+    with pytest.raises(ValueError, match=rf"prompt long has {room + 1} tokens; .* leave room for {room}"):
+        sampler.generate(model.params, [[5] * (room + 1)], names=["long"], key=KEY, max_new_tokens=2)
+
+
+def test_wrong_arguments(model):
+    sampler = Sampler(model, batch_size=2)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        sampler.generate(model.params, [[5], []], key=KEY, max_new_tokens=2)
+    with pytest.raises(ValueError, match="max_new_tokens 0 must be at least 1"):
+        sampler.generate(model.params, [[5]], key=KEY, max_new_tokens=0)
+    for top_p in (0.0, -1.0, 1.1):
+        with pytest.raises(ValueError, match=r"top_p .* must be above 0 and up to 1"):
+            sampler.generate(model.params, [[5]], key=KEY, max_new_tokens=2, top_p=top_p)
+    with pytest.raises(ValueError, match="batch_size 0 must be at least 1"):
+        Sampler(model, batch_size=0)
+
+
+# Given answers
+
+
+def test_scores_are_those_of_the_full_forward(model, prompts):
+    answers = [model.tokenizer.encode(text) or [9] for text in ("Yes.", "Rule 3 binds each kettle.", "", "a " * 20)]
+    scores = Scorer(model, batch_size=3).mean_logprob(model.params, prompts[:4], answers)
+    apply = jax.jit(model.apply)
+    for prompt, answer, score in zip(prompts, answers, scores, strict=False):
+        tokens = np.zeros((1, 96), int)
+        tokens[0, : len(prompt + answer)] = prompt + answer
+        logits_TV = np.asarray(apply(model.params, tokens), np.float64)[0]
+        logprobs_TV = logits_TV - np.log(np.exp(logits_TV).sum(-1, keepdims=True))
+        expected = [logprobs_TV[len(prompt) - 1 + place, token] for place, token in enumerate(answer)]
+        np.testing.assert_allclose(score, np.mean(expected), atol=1e-4)
+    on_mesh = Scorer(model, batch_size=3, mesh=make_mesh(data=2)).mean_logprob(model.params, prompts[:4], answers)
+    np.testing.assert_allclose(on_mesh, scores, atol=1e-5)
