@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny import make_model
 
-from raft_jax.sampling import Completion, Sampler, Scorer, make_generate, sample_token
-from raft_jax.sampling.engine import LENGTH_BUCKETS, bucket, row_number
+from raft_jax.sampling import Completion, Sampler, Scorer, sample_token
+from raft_jax.sampling.engine import row_number
 from raft_jax.sharding import make_mesh
 
 KEY = jax.random.key(0)
