@@ -118,12 +118,13 @@ def train(
                 "seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds,
             })
             bar.advance(note=_note(metrics))
-            if done % settings.checkpoint_every == 0 or done == num_steps or stopped:
+            stop = bool(stopped)
+            if done % settings.checkpoint_every == 0 or done == num_steps or stop:
                 checkpoints.save(done, state)
-            if stopped:
+            if stop:
                 break
     checkpoints.close()
-    if done < num_steps:
+    if stopped:
         raise KeyboardInterrupt(f"stopped by signal {stopped[0]} after step {done}; the same command goes on there")
     return state.params
 
