@@ -110,7 +110,7 @@ def test_the_best_round_wins_and_a_good_one_ends_the_rounds(ledger):
     fuser = FakeWriter()
     rows = refine(examples("slow", "quick", "tie", "late"), parts(fuser=fuser, judges=[FakeJudge("one", scores)]),
                   RefineConfig(rounds=3), ledger)
-    slow, quick, tie, late = rows
+    slow, quick, _, late = rows
     assert [row.chosen_round for row in rows] == [2, 1, 2, 2]
     assert [len(row.rounds) for row in rows] == [3, 1, 3, 2]
     assert fuser.rounds == [(1, ["slow", "quick", "tie", "late"]), (2, ["slow", "tie", "late"]), (3, ["slow", "tie"])]
@@ -302,6 +302,6 @@ def test_the_likelihood_judge_compares_with_the_rewriting():
 
 def test_a_ledger_that_contradicts_is_refused(tmp_path):
     path = tmp_path / "ledger.jsonl"
-    path.write_text('{"stage": "rewrite", "key": "a#1", "text": "x"}\n{"stage": "rewrite", "key": "a#1", "text": "y"}\n')
+    path.write_text("".join(f'{{"stage": "rewrite", "key": "a#1", "text": "{text}"}}\n' for text in "xy"))
     with pytest.raises(InputError, match="contradicts"):
         Ledger.open(path)

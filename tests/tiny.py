@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -37,6 +40,25 @@ GENERAL = [
     {"id": "g2", "category": "chat", "prompt": "Tell me of the sea.", "check": None},
     {"id": "g3", "category": "words", "prompt": "Say yes.", "check": {"kind": "contains_any", "value": ["yes"]}},
 ]
+
+
+@contextmanager
+def compile_cache(folder: Path) -> Iterator[None]:
+    """Programs that are built anew inside are compiled once."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0,
+                "jax_persistent_cache_min_entry_size_bytes": -1}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def make_tokenizer() -> Tokenizer:

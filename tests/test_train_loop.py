@@ -1,0 +1,225 @@
+"""The loop: every method, the optimiser, resuming, signals, and what it refuses to save."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from raft_jax.config import RolloutConfig, TrainConfig
+from raft_jax.data.batches import TokenRow
+from raft_jax.errors import InputError
+from raft_jax.sharding import make_mesh
+from raft_jax.train import loop
+from raft_jax.train.loop import MetricsLog, TrainingDiverged, read_metrics, tokens_trained, train
+from raft_jax.train.methods import METHODS
+from raft_jax.train.state import init_state, make_optimizer, state_shardings
+
+TIMES = ("seconds", "rollout_seconds")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """Each call of train() builds its programs anew; the cache compiles each of them once."""
+    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.make_model()
+
+
+@pytest.fixture(scope="module")
+def rows():
+    random = np.random.default_rng(0)
+
+    def ids(length):
+        return random.integers(0, 200, length).tolist()
+
+    return [TokenRow(ids(9), ids(5 + number % 3), ids(12), number) for number in range(8)]
+
+
+def settings(**changes) -> TrainConfig:
+    return TrainConfig(**{
+        "batch_size": 4, "epochs": 2.0, "learning_rate": 1e-3, "top_k": 16, "checkpoint_every": 2,
+        "rollout": RolloutConfig(max_new_tokens=8), **changes,
+    })
+
+
+def run(model, rows, folder, name="sft", **changes):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    params = train(model, rows, METHODS[name], settings(**changes), folder, seed=5, mesh=mesh)
+    return params, read_metrics(folder / "metrics.jsonl")
+
+
+def without_times(lines):
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model, rows, tmp_path_factory):
+    return run(model, rows, tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp_path):
+    before = jax.device_get(model.params)
+    params, lines = run(model, rows, tmp_path, "raft")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line.keys() == {
+            "step", "loss", "sft_loss", "kl_loss", "weight", "sft_average", "kl_average", "gradient_norm",
+            "learning_rate", "sft_tokens", "rollout_tokens", "empty_rollouts", "teacher_mass", "student_mass",
+            "teacher_entropy", "student_entropy", "agreement", "seconds", "rollout_seconds",
+        }
+        assert line["loss"] == pytest.approx(line["sft_loss"] + line["weight"] * line["kl_loss"], rel=1e-5)
+        assert line["weight"] == pytest.approx(line["sft_average"] / (line["kl_average"] + 1e-8), rel=1e-5)
+        assert 4 <= line["rollout_tokens"] <= 32 and line["empty_rollouts"] == 0 and line["learning_rate"] == 1e-3
+        assert 0 < line["teacher_mass"] <= 1 and 0 < line["student_mass"] <= 1 and 0 <= line["agreement"] <= 1
+        assert line["seconds"] > line["rollout_seconds"] > 0
+    average = 0.0
+    for line in lines:
+        average = 0.9 * average + 0.1 * line["kl_loss"]
+        assert line["kl_average"] == pytest.approx(average / (1 - 0.9 ** line["step"]), rel=1e-4)
+    assert tokens_trained(lines) == sum(line["sft_tokens"] + line["rollout_tokens"] for line in lines)
+    # The state was donated at each step; the teacher's arrays are still there, and unchanged.
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), before)
+    assert not np.array_equal(params["query_LDNH"], before["query_LDNH"])
+
+
+def test_without_distillation_there_are_no_lines_about_it(undisturbed, rows):
+    lines = undisturbed[1]
+    assert all(line.keys() == {"step", "loss", "sft_loss", "gradient_norm", "learning_rate", "sft_tokens", "seconds",
+                               "rollout_seconds"} for line in lines)
+    assert sum(line["sft_tokens"] for line in lines) == 2 * sum(len(row.answer) for row in rows)
+    assert lines[-1]["sft_loss"] < lines[0]["sft_loss"]
+
+
+def test_going_on_repeats_the_undisturbed_run_to_the_bit(model, rows, tmp_path, undisturbed):
+    run(model, rows, tmp_path, max_steps=3)
+    assert (tmp_path / "checkpoints/3").is_dir()
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # lines after the checkpoint, the last one torn
+        file.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
+    params, lines = run(model, rows, tmp_path)
+    assert without_times(lines) == without_times(undisturbed[1])
+    jax.tree.map(np.testing.assert_array_equal, params, undisturbed[0])
+    # What is finished is not begun again.
+    params, again = run(model, rows, tmp_path)
+    assert again == lines
+    jax.tree.map(np.testing.assert_array_equal, params, undisturbed[0])
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_signal_saves_the_step_and_stops(model, rows, tmp_path, undisturbed, monkeypatch, last):
+    number = 4 if last else 1
+
+    class Interrupting:
+        def advance(self, count=1, note=""):
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    class Shown:
+        def __enter__(self):
+            return Interrupting()
+
+        def __exit__(self, *_):
+            return False
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "progress", lambda *_: Shown())
+        with pytest.raises(KeyboardInterrupt, match=f"stopped by signal 15 after step {number}; the same command"):
+            run(model, rows, tmp_path, checkpoint_every=100)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert (tmp_path / f"checkpoints/{number}").is_dir()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == number
+    lines = run(model, rows, tmp_path, checkpoint_every=100)[1]
+    assert without_times(lines) == without_times(undisturbed[1])
+
+
+def test_what_is_not_finite_is_not_saved(model, rows, tmp_path):
+    broken = {**model.params, "final_norm_D": model.params["final_norm_D"].at[0].set(jnp.nan)}
+    words = r"step 1 is not finite \(.*sft_loss nan.*train\.learning_rate"
+    with pytest.raises(TrainingDiverged, match=words) as caught:
+        run(type(model)(model.config, broken, model.tokenizer), rows, tmp_path)
+    assert isinstance(caught.value, InputError) and "\n" not in str(caught.value)
+    assert read_metrics(tmp_path / "metrics.jsonl") == []
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == []
+
+
+def test_the_metrics_of_steps_that_were_lost_are_cut_off(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    log = MetricsLog(path, keep=0)
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": 1.0 / step})
+    MetricsLog(path, keep=2).append({"step": 3, "loss": 7.0})
+    assert [line["loss"] for line in read_metrics(path)] == [1.0, 0.5, 7.0]
+    assert path.read_text().count("\n") == 3
+    assert MetricsLog(path, keep=0) and path.read_text() == ""
+
+
+# --- the optimiser ---
+
+
+def adamw(params, gradients, *, rates, weight_decay, decays, clip=None, b1=0.9, b2=0.999, epsilon=1e-8):
+    """AdamW in NumPy: decoupled decay, times the learning rate, of the parameters named in `decays`."""
+    params = {name: np.array(value, np.float64) for name, value in params.items()}
+    first, second = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
+    for step, (grads, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
+        scale = 1 if clip is None else min(1, clip / norm)
+        for name in params:
+            grad = grads[name] * scale
+            first[name] = b1 * first[name] + (1 - b1) * grad
+            second[name] = b2 * second[name] + (1 - b2) * grad**2
+            move = first[name] / (1 - b1**step) / (np.sqrt(second[name] / (1 - b2**step)) + epsilon)
+            params[name] = params[name] - rate * (move + weight_decay * params[name] * (name in decays))
+    return params
+
+
+@pytest.mark.parametrize(("warmup", "clip"), [(0, None), (3, 0.5), (1, None)])
+def test_the_optimiser_is_adamw_and_spares_norms_and_biases(warmup, clip):
+    random = np.random.default_rng(0)
+    shapes = {"query_LDNH": (2, 3, 2, 2), "embedding_VD": (5, 3), "attention_norm_LD": (2, 3), "final_norm_D": (3,),
+              "query_bias_LNH": (2, 2, 2)}
+    params = {name: random.normal(size=shape) for name, shape in shapes.items()}
+    gradients = [{name: random.normal(size=shape) for name, shape in shapes.items()} for _ in range(5)]
+    rates = [0.01 * min(1, step / max(warmup, 1)) for step in range(1, 6)]
+    expected = adamw(params, gradients, rates=rates, weight_decay=0.3, decays=("query_LDNH", "embedding_VD"), clip=clip)
+    optimizer = make_optimizer(0.01, weight_decay=0.3, warmup_steps=warmup, max_gradient_norm=clip)
+    found = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+    state = optimizer.init(found)
+    for grads in gradients:
+        grads = {name: jnp.asarray(value, jnp.float32) for name, value in grads.items()}
+        updates, state = optimizer.update(grads, state, found)
+        found = optax.apply_updates(found, updates)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=2e-6, err_msg=name)
+
+
+def test_the_moments_lie_where_their_parameters_do(model):
+    from raft_jax.models import parameter_shardings
+
+    mesh = make_mesh(2, 2, 2)
+    layout = parameter_shardings(model.config, mesh)
+    for clip in (None, 1.0):
+        optimizer = make_optimizer(1e-3, max_gradient_norm=clip, warmup_steps=2)
+        state = jax.eval_shape(lambda params, optimizer=optimizer: init_state(params, optimizer), model.params)
+        found = state_shardings(state, layout)
+        adam = next(part for part in jax.tree.leaves(found.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
+                    if hasattr(part, "mu"))
+        assert adam.mu == adam.nu == found.params == layout
+        assert found.step.spec == found.balance.count.spec == adam.count.spec == jax.P()
+
+
+def test_metrics_are_numbers_that_json_reads_back(undisturbed):
+    assert json.loads(json.dumps(undisturbed[1], allow_nan=False)) == undisturbed[1]
