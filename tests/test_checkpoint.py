@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from raft_jax.checkpoint import Checkpoints
+from raft_jax.errors import InputError
 from raft_jax.sharding import make_mesh
 
 
@@ -97,7 +98,7 @@ def test_a_flipped_bit_anywhere_falls_back(saved, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("damage", [
-    "truncated", "file gone", "file more", "manifest gone", "manifest cut", "manifest odd",
+    "truncated", "file gone", "file more", "manifest gone", "manifest cut", "manifest odd", "manifest a list",
 ])
 def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
@@ -113,7 +114,7 @@ def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     elif damage == "manifest cut":
         manifest.write_bytes(manifest.read_bytes()[:-3])
     else:
-        manifest.write_text(json.dumps({}))
+        manifest.write_text(json.dumps([] if damage == "manifest a list" else {}))
     checkpoints = Checkpoints(folder)
     assert_is(checkpoints.restore(LIKE), 2)
     assert not (folder / "4").exists() and not manifest.exists()
@@ -155,3 +156,25 @@ def test_onto_another_mesh_and_back(folder):
     checkpoints.save(6, jax.tree.map(lambda array, like: jax.device_put(array, like.sharding), state_of(6), placed))
     checkpoints.close()
     assert_is(restore(folder), 6)
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_step_that_is_not_newer_is_refused(folder, step):
+    checkpoints = Checkpoints(folder)
+    with pytest.raises(ValueError, match=f"checkpoints: step {step} is not newer than step 4, which is saved; go on"):
+        checkpoints.save(step, state_of(step))
+    assert_is(checkpoints.restore(LIKE), 4)
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"matrix_DF": jnp.zeros((8, 17))}, r"params/matrix_DF is float32\[8, 16\] there and float32\[8, 17\] in this run"),
+    ({"matrix_DF": jnp.zeros((16, 8))}, r"params/matrix_DF is float32\[8, 16\] there and float32\[16, 8\]"),
+    ({"half": jnp.zeros(5)}, r"params/half is bfloat16\[5\] there and float32\[5\]"),
+    ({"more": jnp.zeros(5)}, r"params/more is absent there and float32\[5\]"),
+    ({"half": None}, r"params/half is bfloat16\[5\] there and absent"),
+])
+def test_another_shape_is_refused_by_the_arrays_name(folder, changes, words):
+    with pytest.raises(InputError, match=rf"checkpoints/4: {words}.*set run_dir"):
+        restore(folder, LIKE._replace(params=LIKE.params | changes))
+    assert_is(restore(folder), 4)  # and nothing was thrown away
