@@ -42,8 +42,8 @@ def measure(options: argparse.Namespace) -> dict:
     tokenizer = model.tokenizer
     optimizer = make_optimizer(5e-6)
     state = init_state(jax.tree.map(jnp.copy, model.params), optimizer)
-    generate = make_generate(model, options.max_new_tokens)
-    train_step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer), donate_argnums=0)
+    generate = make_generate(model, options.max_new_tokens, unroll=True)
+    train_step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, forks=True), donate_argnums=0)
 
     def padded(rows: list[list[int]], *, left: bool):
         longest = max(map(len, rows))
@@ -93,9 +93,8 @@ def measure(options: argparse.Namespace) -> dict:
         batch, drawn = batches[index], np.asarray(rollout.mask_BC)
         loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
         prompt, teacher = batch.prompt_mask_BP, batch.teacher_prompt_mask_BQ
-        passes = [  # prefill, decode (until the last row is done), SFT, student, teacher
-            (prompt,), (drawn[:, : drawn.any(0).sum()],), (prompt, batch.answer_mask_BA), (prompt, drawn),
-            (teacher, drawn),
+        passes = [  # prefill, decode (until the last row is done), student, teacher
+            (prompt,), (drawn[:, : drawn.any(0).sum()],), (prompt, batch.answer_mask_BA, drawn), (teacher, drawn),
         ]
         real += sum(int(mask.sum()) for masks in passes for mask in masks)
         computed += sum(mask.size for masks in passes for mask in masks)

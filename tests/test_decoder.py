@@ -47,6 +47,7 @@ class Compiled:
         self.config, self.params = config, random_params(config)
         model = Model(config, self.params)
         self.apply, self.step = jax.jit(model.apply), jax.jit(model.step)
+        self.hidden = jax.jit(model.hidden, static_argnums=4)
         self.prefill = jax.jit(model.prefill, static_argnums=3)
 
     def logits(self, tokens_BT, mask_BT=None, first_position=None) -> np.ndarray:
@@ -147,14 +148,32 @@ def test_padding_changes_nothing(model, left):
         np.testing.assert_allclose(padded[row][mask[row]], expected, atol=1e-4)
 
 
+def test_a_fork_is_two_texts_after_one_prompt(model):
+    """Prompts padded on the left, both continuations on the right, one of them empty."""
+    prompts, firsts, seconds = (4, 2, 3), (5, 3, 0), (2, 4, 3)
+    texts, mask = np.zeros((3, 13), int), np.zeros((3, 13), bool)
+    for row, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
+        for start, length in (4 - prompt, prompt), (4, first), (9, second):
+            texts[row, start : start + length] = TOKENS[row, start : start + length]
+            mask[row, start : start + length] = True
+    found = model.head(model.hidden(model.params, texts, None, mask, (4, 5)))
+    for row, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
+        places = np.arange(13)
+        for branch in (places < 4 + first) & mask[row], ((places < 4) | (places >= 9)) & mask[row]:
+            expected = twin(model.config, model.params, texts[row, branch])
+            np.testing.assert_allclose(found[row, branch], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 @pytest.mark.parametrize("start", [2, 6])
-def test_cached_decoding_is_the_full_forward(model, start):
+def test_cached_decoding_is_the_full_forward(model, start, unroll):
+    layers = Model(model.config, model.params).unstacked(model.params) if unroll else None
     lengths = (13, 9, 13 - start + 1)  # the last row begins with the prompt's last token
     tokens, mask = pad_rows(lengths, left=True)
     hidden_BTD, cache = model.prefill(model.params, tokens[:, :start], mask[:, :start], 15)
     found = [hidden_BTD]
     for t in range(start, 13):
-        hidden_B1D, cache = model.step(model.params, tokens[:, t : t + 1], mask[:, t : t + 1], cache)
+        hidden_B1D, cache = model.step(model.params, tokens[:, t : t + 1], mask[:, t : t + 1], cache, layers)
         found.append(hidden_B1D)
     found = model.head(np.concatenate(found, axis=1))
     np.testing.assert_allclose(found[mask], model.logits(tokens, mask)[mask], atol=2e-5)

@@ -232,6 +232,25 @@ def test_eight_devices_give_the_numbers_of_one():
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(teacher), jax.device_get(model.params))
 
 
+def test_a_prompt_that_is_run_once_changes_nothing():
+    model = tiny.make_model()
+    teacher, optimizer = tiny.make_model(seed=1).params, make_optimizer(LEARNING_RATE)
+    batch = tiny_batch(model)
+    rollout = Rollout(batch.answer_BA[::-1, :6], batch.answer_mask_BA[::-1, :6])
+    results = []
+    for forks in (False, True):
+        step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, top_k=32, forks=forks))
+        state = init_state(model.params, optimizer)
+        for _ in range(2):
+            state, metrics = step(state, teacher, batch, rollout)
+        results.append((metrics, state.params))
+    (expected_metrics, expected), (metrics, params) = results
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)
+    for name, value in params.items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-3 * LEARNING_RATE, err_msg=name)
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing():
     model = tiny.make_model()
     batch = tiny_batch(model)

@@ -32,17 +32,21 @@ class Model:
     tokenizer: Tokenizer | None = None
     hf_config: dict[str, Any] | None = None
 
-    def hidden(self, params, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
+    def hidden(self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
-        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT)
+        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT, fork)
 
     def prefill(self, params, tokens_BT, mask_BT, length: int) -> tuple[jax.Array, Cache]:
         """Hidden states of prompts and a cache that begins with them; see Decoder.prefill."""
         return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length)
 
-    def step(self, params, token_B1, mask_B1, cache: Cache) -> tuple[jax.Array, Cache]:
+    def step(self, params, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states of the next token and the grown cache; see Decoder.step."""
-        return Decoder(self.config, params).step(token_B1, mask_B1, cache)
+        return Decoder(self.config, params).step(token_B1, mask_B1, cache, layers)
+
+    def unstacked(self, params) -> list[dict[str, jax.Array]]:
+        """The weights layer by layer, for `step`; see Decoder.unstacked."""
+        return Decoder(self.config, params).unstacked()
 
     def unembedding(self, params) -> jax.Array:
         """`[D, V]`."""

@@ -75,8 +75,14 @@ def _keep_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(probs_BV >= smallest_B1, logits_BV, MASKED)
 
 
-def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
+def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unroll: bool = False):
     """Builds the jitted sampler of one length.
+
+    Args:
+      max_new_tokens: length.
+      top_p: see `sample_token`.
+      unroll: decode layer by layer, not in a loop over layers: on CPU faster at small batches, slower to compile, and
+        the layers' weights are copied once.
 
     Returns:
       `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature) -> Rollout`. Prompts are left-padded.
@@ -94,6 +100,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
     def generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature) -> Rollout:
         B, P = prompt_BP.shape
         unembedding_DV = model.unembedding(params)
+        layers = model.unstacked(params) if unroll else None
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_B, 0))
 
         def draw(hidden_BD, index):
@@ -116,7 +123,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0):
             out_BC = jax.lax.dynamic_update_slice(out_BC, token_B[:, None], (0, index))
             mask_BC = jax.lax.dynamic_update_slice(mask_BC, ~done_B[:, None], (0, index))
             done_after_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1)
-            hidden_B1D, cache = model.step(params, token_B[:, None], ~done_B[:, None], cache)
+            hidden_B1D, cache = model.step(params, token_B[:, None], ~done_B[:, None], cache, layers)
             return index + 1, draw(hidden_B1D[:, 0], index + 1), done_after_B, out_BC, mask_BC, cache
 
         carry = (jnp.int32(0), first_B, row_B < 0, out_BC, mask_BC, cache)

@@ -83,11 +83,14 @@ def train(
             model.hidden, model.unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
             temperature=settings.temperature, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
             reduction=settings.reduction, num_micro_batches=settings.num_micro_batches,
-            loss_chunk_size=settings.loss_chunk_size,
+            loss_chunk_size=settings.loss_chunk_size, forks=True,
         ),
         donate_argnums=0,
     )
-    generate = make_generate(model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p)
+    # The rollout's program is used at every step: worth its compilation.
+    generate = make_generate(
+        model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p, unroll=jax.default_backend() == "cpu"
+    )
     rollout_key = jax.random.fold_in(jax.random.key(seed), 1)
     temperature = jnp.float32(settings.rollout.temperature)
     done = start

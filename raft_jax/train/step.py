@@ -44,6 +44,7 @@ def make_train_step(
     reduction: str = "sequence",
     num_micro_batches: int = 1,
     loss_chunk_size: int | None = None,
+    forks: bool = False,
 ) -> Callable:
     """Builds the pure train step; jit it and donate the state.
 
@@ -59,6 +60,8 @@ def make_train_step(
       num_micro_batches: rows are run in this many groups, one after the other. The gradients of the two losses are
         summed apart and joined once lambda of the whole batch is known, so nothing changes but memory.
       loss_chunk_size: tokens whose logits are held at once.
+      forks: hidden_fn takes a fifth argument, `fork` (see raft_jax.models.decoder.Decoder.hidden): a batch that is not
+        cut into micro-batches then runs each prompt once, with answer and rollout behind it.
 
     Returns:
       `train_step(state, teacher_params, batch, rollout) -> (state, metrics)`. `batch` is a
@@ -69,76 +72,110 @@ def make_train_step(
     reduce, size = REDUCTIONS[reduction]
     chunk = {} if loss_chunk_size is None else {"chunk_size": loss_chunk_size}
 
-    def predictions(params, prompt_BP, prompt_mask_BP, completion_BC, completion_mask_BC):
-        """Hidden states [B, C, D] from which each token of the completion is predicted."""
-        tokens_BT = jnp.concatenate([prompt_BP, completion_BC], axis=1)
-        mask_BT = jnp.concatenate([prompt_mask_BP, completion_mask_BC], axis=1)
-        return hidden_fn(params, tokens_BT, None, mask_BT)[:, prompt_BP.shape[1] - 1 : -1]
+    def predictions(params, prompt, *completions):
+        """Hidden states [B, C, D] from which each token of a completion is predicted; each one follows the prompt."""
+        if len(completions) > 1 and not forks:
+            return [predictions(params, prompt, completion)[0] for completion in completions]
+        tokens_BT, mask_BT = (jnp.concatenate(parts, axis=1) for parts in zip(prompt, *completions, strict=True))
+        P, A = prompt[0].shape[1], completions[0][0].shape[1]
+        if len(completions) == 1:
+            return [hidden_fn(params, tokens_BT, None, mask_BT)[:, P - 1 : -1]]
+        hidden_BTD = hidden_fn(params, tokens_BT, None, mask_BT, (P, A))
+        second_BCD = jnp.concatenate([hidden_BTD[:, P - 1 : P], hidden_BTD[:, P + A : -1]], axis=1)
+        return [hidden_BTD[:, P - 1 : P + A - 1], second_BCD]
 
-    def sft_loss(params, batch, whole_size):
+    def sft_loss(params, batch, hidden_BAD, whole_size):
         """Eq. 5, this micro-batch's share."""
-        hidden_BAD = predictions(
-            params, batch.prompt_BP, batch.prompt_mask_BP, batch.answer_BA, batch.answer_mask_BA
-        )
         nats_BA = linear_cross_entropy(hidden_BAD, unembedding_fn(params), batch.answer_BA, **chunk)
         return reduce(nats_BA, batch.answer_mask_BA) * size(batch.answer_mask_BA) / whole_size
 
-    def kl_loss(params, teacher_params, batch, rollout, whole_size, num_tokens):
+    def kl_loss(params, teacher_params, batch, rollout, student_BCD, whole_size, num_tokens):
         """Eqs. 7-10, this micro-batch's share: both models at the same prefixes of the student's own answer."""
-        tokens_BC, mask_BC = rollout.tokens_BC, rollout.mask_BC
-        student_BCD = predictions(params, batch.prompt_BP, batch.prompt_mask_BP, tokens_BC, mask_BC)
-        teacher_BCD = predictions(
-            teacher_params, batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ, tokens_BC, mask_BC
-        )
+        (teacher_BCD,) = predictions(teacher_params, (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ), rollout)
         nats_BC, seen = linear_top_k_forward_kl(
             student_BCD, unembedding_fn(params), jax.lax.stop_gradient(teacher_BCD),
             jax.lax.stop_gradient(unembedding_fn(teacher_params)), k=top_k, temperature=temperature,
             return_metrics=True, **chunk,
         )
+        mask_BC = rollout.mask_BC
         seen = {name: jnp.sum(jnp.where(mask_BC, values, 0)) / num_tokens for name, values in seen.items()}
         return reduce(nats_BC, mask_BC) * size(mask_BC) / whole_size, seen
 
     def gradients(params, teacher_params, batch, rollout, sizes):
         """Losses and the gradient of each, of one micro-batch."""
-        sft, sft_grads = jax.value_and_grad(sft_loss)(params, batch, sizes["sft"])
+        prompt, answer = (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA)
+
+        def sft_part(params):
+            return sft_loss(params, batch, *predictions(params, prompt, answer), sizes["sft"])
+
+        def kl_part(params):
+            (student_BCD,) = predictions(params, prompt, rollout)
+            return kl_loss(
+                params, teacher_params, batch, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
+            )
+
+        sft, sft_grads = jax.value_and_grad(sft_part)(params)
         if not distill:
             return {"sft": (sft, sft_grads)}, {}
-        (kl, seen), kl_grads = jax.value_and_grad(kl_loss, has_aux=True)(
-            params, teacher_params, batch, rollout, sizes["kl"], sizes["rollout_tokens"]
-        )
+        (kl, seen), kl_grads = jax.value_and_grad(kl_part, has_aux=True)(params)
         return {"sft": (sft, sft_grads), "kl": (kl, kl_grads)}, seen
+
+    def balanced(balance, sft, kl):
+        """Lambda of Eq. 12, or the fixed one, and the averages that go on."""
+        weight, balance = update_balance(balance, sft, kl, decay=ema_decay)
+        return weight if fixed_weight is None else jnp.float32(fixed_weight), balance
+
+    def at_once(state, teacher_params, batch, rollout, sizes):
+        """Eq. 12 and its gradient: lambda hangs on the losses only, so it is known before the backward pass."""
+
+        def objective(params):
+            answer_BAD, student_BCD = predictions(
+                params, (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA), rollout
+            )
+            sft = sft_loss(params, batch, answer_BAD, sizes["sft"])
+            kl, seen = kl_loss(
+                params, teacher_params, batch, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
+            )
+            weight, balance = balanced(state.balance, *jax.lax.stop_gradient((sft, kl)))
+            return raft_objective(sft, kl, weight), (sft, kl, seen, weight, balance)
+
+        (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        return *parts, grads
+
+    def in_turn(state, teacher_params, batch, rollout, sizes):
+        """The same over micro-batches."""
+        losses, seen = _sum_over(
+            lambda part: gradients(state.params, teacher_params, *part, sizes), (batch, rollout), num_micro_batches
+        )
+        (sft, grads), (kl, kl_grads) = losses["sft"], losses["kl"]
+        weight, balance = balanced(state.balance, sft, kl)
+        grads = jax.tree.map(lambda a, b: a + (weight * b).astype(a.dtype), grads, kl_grads)
+        return sft, kl, seen, weight, balance, grads
 
     def train_step(state: TrainState, teacher_params, batch, rollout):
         sizes = {"sft": size(batch.answer_mask_BA)}
+        metrics = {"sft_tokens": jnp.sum(batch.answer_mask_BA)}
         if distill:
             sizes["kl"] = size(rollout.mask_BC)
             sizes["rollout_tokens"] = jnp.maximum(jnp.sum(rollout.mask_BC), 1)
-        if num_micro_batches == 1:
-            losses, seen = gradients(state.params, teacher_params, batch, rollout, sizes)
-        else:
-            losses, seen = _sum_over(
-                lambda part: gradients(state.params, teacher_params, *part, sizes), (batch, rollout), num_micro_batches
-            )
-
-        sft, grads = losses["sft"]
-        metrics = {"sft_loss": sft, "sft_tokens": jnp.sum(batch.answer_mask_BA)}
-        loss, balance = sft, state.balance
-        if distill:
-            kl, kl_grads = losses["kl"]
-            weight, balance = update_balance(state.balance, sft, kl, decay=ema_decay)
-            sft_average, kl_average = balance.corrected(decay=ema_decay)
-            if fixed_weight is not None:
-                weight = jnp.float32(fixed_weight)
+            run = at_once if num_micro_batches == 1 else in_turn
+            sft, kl, seen, weight, balance, grads = run(state, teacher_params, batch, rollout, sizes)
             loss = raft_objective(sft, kl, weight)
-            grads = jax.tree.map(lambda a, b: a + (weight * b).astype(a.dtype), grads, kl_grads)
+            sft_average, kl_average = balance.corrected(decay=ema_decay)
             metrics |= {
                 "kl_loss": kl, "weight": weight, "sft_average": sft_average, "kl_average": kl_average,
                 "rollout_tokens": jnp.sum(rollout.mask_BC),
                 "empty_rollouts": jnp.sum(~jnp.any(rollout.mask_BC, axis=-1)), **seen,
             }
+        else:
+            losses, _ = _sum_over(
+                lambda part: gradients(state.params, None, *part, sizes), (batch, None), num_micro_batches
+            )
+            (sft, grads), balance = losses["sft"], state.balance
+            loss = sft
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {"loss": loss, "gradient_norm": optax.global_norm(grads)}
+        metrics |= {"sft_loss": sft, "loss": loss, "gradient_norm": optax.global_norm(grads)}
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
         return TrainState(state.step + 1, params, opt_state, balance), metrics
 
@@ -156,6 +193,8 @@ def _sum_over(function: Callable, whole, num_micro_batches: int):
             raise ValueError(f"{array.shape[0]} rows do not divide into {num_micro_batches} micro-batches")
         return array.reshape(-1, num_micro_batches, *array.shape[1:]).swapaxes(0, 1)
 
+    if num_micro_batches == 1:
+        return function(whole)
     parts = jax.tree.map(split, whole)
     zeros = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
