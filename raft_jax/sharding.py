@@ -110,8 +110,8 @@ def put_batch(batch, mesh: Mesh):
     num_rows, parts = len(jax.tree.leaves(batch)[0]), mesh.shape["data"] * mesh.shape["fsdp"]
     if num_rows % parts:
         raise InputError(
-            f"batch_size {num_rows} does not divide over mesh data×fsdp = {parts}; "
-            f"use {num_rows // parts * parts or parts} or {-(-num_rows // parts) * parts}"
+            f"batch_size {num_rows} does not divide over mesh data×fsdp = {parts}; use "
+            + " or ".join(str(count * parts) for count in (num_rows // parts, num_rows // parts + 1) if count)
         )
     return jax.tree.map(
         lambda array: jax.make_array_from_callback(array.shape, sharding, lambda index: array[index]), batch

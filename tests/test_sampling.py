@@ -1,11 +1,15 @@
 """Sampling: exact distributions, random numbers by row, early stops, few programs; likelihoods of given answers."""
 
+from collections import Counter
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import make_model
+from tiny import make_config, make_model, make_tokenizer, random_parameters
 
+from raft_jax.data.batches import pad
+from raft_jax.models import Model
 from raft_jax.sampling import Completion, Sampler, Scorer, sample_token
 from raft_jax.sampling.engine import row_number
 from raft_jax.sharding import make_mesh
@@ -120,6 +124,74 @@ def test_half_precision_logits_are_widened():
 
 
 # Whole answers
+
+
+def test_greedy_answers_are_those_of_full_forwards(prompts):
+    """Token by token: the most likely one after everything so far, without any cache."""
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer.vocab_size)
+    params = {name: jnp.asarray(array) for name, array in random_parameters(config, 0).items()}
+    model = Model(config, params, tokenizer)
+    apply = jax.jit(model.apply)
+    expected = [[] for _ in prompts]
+    for _ in range(14):
+        tokens, mask = pad([*map(list.__add__, prompts, expected)], 96, 0, left=False)
+        logits_BTV = np.asarray(apply(params, tokens))
+        for answer, logits_TV, row in zip(expected, logits_BTV, mask, strict=True):
+            answer.append(int(logits_TV[row.sum() - 1].argmax()))
+    assert min(len(set(answer)) for answer in expected) > 3
+    tokenizer.stop_ids = (*tokenizer.stop_ids, expected[0][4])  # some end early
+    ends = [next((place for place, token in enumerate(answer) if token in tokenizer.stop_ids), 14)
+            for answer in expected]
+    assert len(set(ends)) > 2 and 14 in ends
+    found = Sampler(model, batch_size=4).generate(params, prompts, key=KEY, temperature=0.0, max_new_tokens=14)
+    assert found == [Completion(answer[: end + 1], end < 14) for answer, end in zip(expected, ends, strict=True)]
+
+
+def test_the_mask_ends_with_the_stop_token(model, sampler, prompts):
+    tokens_BP, mask_BP = pad(prompts, 64, model.tokenizer.pad_id, left=True)
+    row_B = np.array([0, 1, 2, 3, 4, 5, -1], np.int32)
+    rollout = sampler.program(14)(model.params, tokens_BP, mask_BP, row_B, KEY, jnp.float32(1))
+    lengths = rollout.mask_BC.sum(axis=1).tolist()
+    assert lengths[-1] == 0 < min(lengths[:-1]) < 14  # a negative row is filler; some rows end early
+    stops_BC = jnp.isin(rollout.tokens_BC, jnp.array(model.tokenizer.stop_ids))
+    for length, tokens, mask, stops in zip(lengths, *rollout, stops_BC, strict=True):
+        assert mask.tolist() == [place < length for place in range(14)]
+        assert not stops[: max(length - 1, 0)].any() and (length in (0, 14) or stops[length - 1])
+        assert set(tokens[length:].tolist()) <= {model.tokenizer.pad_id}
+
+
+def counting(model) -> tuple[Model, Counter]:
+    """The model, and a count of the programs that are built around it and of the steps that they run."""
+    counts = Counter()
+
+    class Counting(Model):
+        def prefill(self, *arguments):
+            counts["programs"] += 1
+            return super().prefill(*arguments)
+
+        def step(self, *arguments):
+            jax.debug.callback(lambda: counts.update(["steps"]))
+            return super().step(*arguments)
+
+    return Counting(model.config, model.params, model.tokenizer), counts
+
+
+def test_decoding_ends_when_every_row_is_done(model, prompts):
+    counted, counts = counting(model)
+    found = Sampler(counted, batch_size=8).generate(model.params, prompts, key=KEY, max_new_tokens=200)
+    jax.effects_barrier()
+    assert all(completion.finished for completion in found)
+    assert counts["steps"] == max(len(completion.tokens) for completion in found) < 200
+
+
+def test_many_lengths_make_few_programs(model):
+    counted, counts = counting(model)
+    sampler = Sampler(counted, batch_size=4)
+    prompts = [[5] * length for length in range(1, 97)]
+    for seed, temperature in ((0, 1.0), (1, 0.0), (2, 0.5)):
+        sampler.generate(model.params, prompts, key=jax.random.key(seed), temperature=temperature, max_new_tokens=2)
+    assert counts["programs"] == 3  # of 32, 64 and 96 tokens
 
 
 def test_draws_follow_each_rows_own_random_numbers(model, sampler, prompts):
