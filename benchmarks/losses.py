@@ -1,24 +1,26 @@
 """Times the losses and says what memory they need, beside others' at the same shapes and dtype, in one process.
 
-    python benchmarks/losses.py                                   # shapes of a small model, on the default device
+    python benchmarks/losses.py                                   # SHAPES in float32 and bfloat16, default device
     python benchmarks/losses.py --tokens 2048 --width 576 --vocabulary 49152 --dtype bfloat16
     python benchmarks/losses.py --memory                          # XLA's accounting at 8192 x 4096 x 128256, no run
     python benchmarks/losses.py --memory --tpu v5e:1x1            # the same, compiled for a TPU chip (needs libtpu)
 
-Every contender computes the value and the gradient, with respect to the hidden states and the unembedding, of one
-of two losses:
+Every contender computes the value and the gradient, with respect to the hidden states and the embedding table that is
+the unembedding, of one of two losses:
 
     raft   cross entropy of N answer tokens, and the KL on the top 512 of N rollout tokens
     jsd    cross entropy and generalised Jensen-Shannon divergence of the same N tokens, which is what Liger fuses
 
 Contenders on torch run where their packages are importable (`pip install trl==1.16.0`, `pip install liger-kernel`).
-Rounds are interleaved and the best of each contender counts, in wall and in processor time.
+Rounds are interleaved; the table gives the median of each contender, and its range.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -28,62 +30,82 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.losses import (
+    Tied,
     cross_entropy,
     jensen_shannon,
     linear_cross_entropy,
     linear_jensen_shannon,
     linear_top_k_forward_kl,
     token_mean,
+    token_weight,
     top_k_forward_kl,
 )
 
 TEMPERATURE, GIB = 1.5, 2**30
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+SHAPES = [  # tokens, width, vocabulary: SmolLM2-135M; the width of Llama-3.2-1B; that of Llama-3.1-8B
+    (256, 576, 49152),
+    (1024, 576, 49152),
+    (128, 2048, 128256),
+    (64, 4096, 128256),
+]
 
 
 def jax_losses(shape, chunk_size):
-    """{name: function of (answer, rollout, unembedding, teacher, teacher_unembedding, labels)}"""
+    """{name: function of (answer, rollout, table, teacher, teacher_table, labels)}"""
     mask = jnp.ones((1, shape.tokens), bool)
+    distil = {"k": shape.k, "temperature": TEMPERATURE}
 
-    def linear(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
-        sft = linear_cross_entropy(answer, unembedding, labels, chunk_size=chunk_size)
+    def linear(answer, rollout, table, teacher, teacher_table, labels):
+        sft = linear_cross_entropy(
+            answer, Tied(table), labels, weight_BT=token_weight(mask), chunk_size=chunk_size
+        )
         kl = linear_top_k_forward_kl(
-            rollout, unembedding, teacher, teacher_unembedding, k=shape.k, temperature=TEMPERATURE,
-            chunk_size=chunk_size,
-        )  # fmt: skip
-        return token_mean(sft, mask) + token_mean(kl, mask)
+            rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
+        )
+        return sft + token_mean(kl, mask)
 
-    def of_logits(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
-        sft = cross_entropy(answer @ unembedding, labels)
-        kl = top_k_forward_kl(
-            rollout @ unembedding, teacher @ teacher_unembedding, k=shape.k, temperature=TEMPERATURE
+    def unreduced(answer, rollout, table, teacher, teacher_table, labels):
+        sft = linear_cross_entropy(answer, Tied(table), labels, chunk_size=chunk_size)
+        kl = linear_top_k_forward_kl(
+            rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
         )
         return token_mean(sft, mask) + token_mean(kl, mask)
 
-    def naive(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
+    def of_logits(answer, rollout, table, teacher, teacher_table, labels):
+        sft = cross_entropy(answer @ table.T, labels)
+        kl = top_k_forward_kl(rollout @ table.T, teacher @ teacher_table.T, **distil)
+        return token_mean(sft, mask) + token_mean(kl, mask)
+
+    def naive(answer, rollout, table, teacher, teacher_table, labels):
         """As usually written: both log-softmaxes whole, then the truncation."""
-        logprobs = jax.nn.log_softmax((answer @ unembedding).astype(jnp.float32))
+        logprobs = jax.nn.log_softmax((answer @ table.T).astype(jnp.float32))
         sft = -jnp.take_along_axis(logprobs, labels[..., None], axis=-1).mean()
-        u = jax.lax.stop_gradient(teacher @ teacher_unembedding).astype(jnp.float32)
+        u = jax.lax.stop_gradient(teacher @ teacher_table.T).astype(jnp.float32)
         q = jax.nn.log_softmax(u / TEMPERATURE)
-        p = jax.nn.log_softmax((rollout @ unembedding).astype(jnp.float32) / TEMPERATURE)
+        p = jax.nn.log_softmax((rollout @ table.T).astype(jnp.float32) / TEMPERATURE)
         q, kept = jax.lax.top_k(q, shape.k)
         q, p = jax.nn.log_softmax(q), jax.nn.log_softmax(jnp.take_along_axis(p, kept, axis=-1))
         return sft + TEMPERATURE**2 * (jnp.exp(q) * (q - p)).sum(-1).mean()
 
-    def linear_jsd(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
-        sft = linear_cross_entropy(answer, unembedding, labels, chunk_size=chunk_size)
-        jsd = linear_jensen_shannon(
-            answer, unembedding, teacher, teacher_unembedding, temperature=1.0, chunk_size=chunk_size
-        )
-        return (token_mean(sft, mask) + token_mean(jsd, mask)) / 2
+    def linear_jsd(answer, rollout, table, teacher, teacher_table, labels):
+        settings = {"weight_BT": token_weight(mask), "chunk_size": chunk_size}
+        sft = linear_cross_entropy(answer, Tied(table), labels, **settings)
+        models = answer, Tied(table), teacher, Tied(teacher_table)
+        return (sft + linear_jensen_shannon(*models, temperature=1.0, **settings)) / 2
 
-    def jsd_of_logits(answer, rollout, unembedding, teacher, teacher_unembedding, labels):
-        logits = answer @ unembedding
-        jsd = jensen_shannon(logits, teacher @ teacher_unembedding, temperature=1.0)
+    def jsd_of_logits(answer, rollout, table, teacher, teacher_table, labels):
+        logits = answer @ table.T
+        jsd = jensen_shannon(logits, teacher @ teacher_table.T, temperature=1.0)
         return (token_mean(cross_entropy(logits, labels), mask) + token_mean(jsd, mask)) / 2
 
     return {
-        "raft": {"raft_jax linear": linear, "raft_jax on logits": of_logits, "naive JAX": naive},
+        "raft": {
+            "raft_jax linear": linear,
+            "raft_jax linear, unreduced": unreduced,
+            "raft_jax on logits": of_logits,
+            "naive JAX": naive,
+        },
         "jsd": {"raft_jax linear": linear_jsd, "raft_jax on logits": jsd_of_logits},
     }
 
@@ -93,12 +115,12 @@ def jax_contenders(shape, kind, chunk_size):
     dtype = jnp.dtype(shape.dtype)
 
     def normal(*size, scale=1.0):
-        return jnp.asarray(random.normal(size=size).astype(np.float32) * scale, dtype)
+        return jnp.asarray(random.standard_normal(size=size, dtype=np.float32) * scale, dtype)
 
-    hidden, head = (1, shape.tokens, shape.width), (shape.width, shape.vocabulary)
+    hidden, table = (1, shape.tokens, shape.width), (shape.vocabulary, shape.width)
     labels = jnp.asarray(random.integers(0, shape.vocabulary, hidden[:2]))
     small = shape.width**-0.5
-    arrays = normal(*hidden), normal(*hidden), normal(*head, scale=small), normal(*hidden), normal(*head, scale=small)
+    arrays = normal(*hidden), normal(*hidden), normal(*table, scale=small), normal(*hidden), normal(*table, scale=small)
     for name, loss in jax_losses(shape, chunk_size)[kind].items():
         program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays, labels).compile()
         yield name, lambda program=program: jax.block_until_ready(program(*arrays, labels)), temporary(program)
@@ -144,7 +166,7 @@ def torch_contenders(shape, kind):
             kl = compute_topk_self_distillation_loss(
                 v, u, distillation_topk=shape.k, distillation_alpha=0.0, distillation_add_tail=False
             )
-            return sft + kl.mean()
+            return sft + TEMPERATURE**2 * kl.mean()
 
         yield "TRL (torch)", lambda: run(trl), None
     else:
@@ -161,16 +183,15 @@ def temporary(program) -> int:
 
 
 def measure(contenders, num_rounds):
-    best = {name: [float("inf"), float("inf")] for name, _, _ in contenders}
-    for _, run, _ in contenders:
-        run()
-    for _ in range(num_rounds):
+    """{name: seconds of each round}, after one round that does not count."""
+    seconds = {name: [] for name, _, _ in contenders}
+    for index in range(num_rounds + 1):
         for name, run, _ in contenders:
-            wall, processor = time.perf_counter(), time.process_time()
+            start = time.perf_counter()
             run()
-            seconds = time.perf_counter() - wall, time.process_time() - processor
-            best[name] = [min(pair) for pair in zip(best[name], seconds, strict=True)]
-    return best
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
 
 
 def peak_growth(shape, kind, chunk_size, wanted):
@@ -189,25 +210,29 @@ def resident() -> int:
         return int(file.read().split()[1]) * resource.getpagesize()
 
 
-def table(shape, num_rounds, chunk_size, with_memory):
-    for kind in "raft", "jsd":
-        contenders = [*jax_contenders(shape, kind, chunk_size), *torch_contenders(shape, kind)]
-        best = measure(contenders, num_rounds)
-        print(
-            f"\n{kind}: {shape.tokens} tokens, width {shape.width}, vocabulary {shape.vocabulary}, K {shape.k}, "
-            f"{shape.dtype}, chunk_size {chunk_size}, {jax.default_backend()}, best of {num_rounds}"
-        )
-        print(f"{'':22}{'wall ms':>10}{'CPU ms':>10}{'XLA temp GiB':>14}{'peak growth GiB':>17}")
-        for name, _, temp in contenders:
-            wall, processor = best[name]
-            temp = "" if temp is None else f"{temp / GIB:.3f}"
-            growth = f"{child_growth(shape, kind, chunk_size, name) / GIB:.3f}" if with_memory else ""
-            print(f"{name:22}{wall * 1e3:10.0f}{processor * 1e3:10.0f}{temp:>14}{growth:>17}", flush=True)
+def table(shape, given):
+    contenders = [*jax_contenders(shape, given.loss, given.chunk_size), *torch_contenders(shape, given.loss)]
+    seconds = measure(contenders, given.rounds)
+    fastest = min(map(statistics.median, seconds.values()))
+    print(
+        f"\n{given.loss}: {shape.tokens} tokens, width {shape.width}, vocabulary {shape.vocabulary}, K {shape.k}, "
+        f"{shape.dtype}, chunk_size {given.chunk_size}, {jax.default_backend()}, {given.rounds} rounds"
+    )
+    print(f"{'':28}{'median ms':>10}{'range':>16}{'/ fastest':>11}{'XLA temp GiB':>14}{'peak growth GiB':>17}")
+    for name, _, temp in contenders:
+        middle, low, high = statistics.median(seconds[name]), min(seconds[name]), max(seconds[name])
+        temp = "" if temp is None else f"{temp / GIB:.3f}"
+        growth = f"{child_growth(shape, given, name) / GIB:.3f}" if given.peak else ""
+        spread = f"{low * 1e3:.0f}-{high * 1e3:.0f}"
+        print(f"{name:28}{middle * 1e3:10.0f}{spread:>16}{middle / fastest:11.2f}{temp:>14}{growth:>17}", flush=True)
 
 
-def child_growth(shape, kind, chunk_size, name) -> int:
+def child_growth(shape, given, name) -> int:
     arguments = [f"--{key}={value}" for key, value in vars(shape).items()]
-    command = [sys.executable, __file__, *arguments, f"--chunk-size={chunk_size}", f"--peak-of={kind}:{name}"]
+    command = [
+        sys.executable, __file__, *arguments, f"--chunk-size={given.chunk_size}", f"--loss={given.loss}",
+        f"--peak-of={name}",
+    ]  # fmt: skip
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -224,13 +249,14 @@ def memory(shape, chunk_size, topology):
     def array(*size, dtype=shape.dtype):
         return jax.ShapeDtypeStruct(size, jnp.dtype(dtype), sharding=sharding)
 
-    hidden, head = array(1, shape.tokens, shape.width), array(shape.width, shape.vocabulary)
+    hidden, embedding = array(1, shape.tokens, shape.width), array(shape.vocabulary, shape.width)
     labels = array(1, shape.tokens, dtype="int32")
-    losses = jax_losses(shape, chunk_size)["raft"]
-    for name in losses if not topology else ["raft_jax linear"]:
-        step = jax.jit(jax.value_and_grad(losses[name], (0, 1, 2)))
-        program = step.lower(hidden, hidden, head, hidden, head, labels).compile()
-        print(f"{where:10} {name:20} {temporary(program) / GIB:8.3f} GiB of temporary memory", flush=True)
+    for name, loss in jax_losses(shape, chunk_size)["raft"].items():
+        if topology and "linear" not in name:
+            continue  # does not fit the chip: the compiler refuses
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        program = step.lower(hidden, hidden, embedding, hidden, embedding, labels).compile()
+        print(f"{where:10} {name:28} {temporary(program) / GIB:8.3f} GiB of temporary memory", flush=True)
 
 
 def main() -> None:
@@ -239,7 +265,8 @@ def main() -> None:
     parser.add_argument("--width", type=int)
     parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--k", type=int, default=512)
-    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: both, one after the other")
+    parser.add_argument("--loss", choices=["raft", "jsd"], default="raft")
     parser.add_argument("--chunk-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", action="store_true", help="also the growth of the resident size, one process each")
@@ -247,22 +274,22 @@ def main() -> None:
     parser.add_argument("--tpu", help="a TPU topology to compile --memory for, such as v5e:1x1")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    small, large = (256, 576, 49152, "float32"), (8192, 4096, 128256, "bfloat16")
-    tokens, width, vocabulary, dtype = large if given.memory else small
-    shape = argparse.Namespace(
-        tokens=given.tokens or tokens,
-        width=given.width or width,
-        vocabulary=given.vocabulary or vocabulary,
-        k=given.k,
-        dtype=given.dtype or dtype,
-    )
-    if given.peak_of:
-        kind, name = given.peak_of.split(":")
-        print(peak_growth(shape, kind, given.chunk_size, name))
-    elif given.memory:
-        memory(shape, given.chunk_size, given.tpu)
-    else:
-        table(shape, given.rounds, given.chunk_size, given.peak)
+    defaults = [(8192, 4096, 128256)] if given.memory else SHAPES
+    if given.tokens or given.width or given.vocabulary:
+        defaults = defaults[:1]
+    dtypes = [given.dtype] if given.dtype else ["bfloat16"] if given.memory else ["float32", "bfloat16"]
+    for dtype in dtypes:
+        for tokens, width, vocabulary in defaults:
+            shape = argparse.Namespace(
+                tokens=given.tokens or tokens, width=given.width or width, vocabulary=given.vocabulary or vocabulary,
+                k=given.k, dtype=dtype,
+            )  # fmt: skip
+            if given.peak_of:
+                print(peak_growth(shape, given.loss, given.chunk_size, given.peak_of))
+            elif given.memory:
+                memory(shape, given.chunk_size, given.tpu)
+            else:
+                table(shape, given)
 
 
 if __name__ == "__main__":

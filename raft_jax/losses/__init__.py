@@ -12,15 +12,17 @@ Only jax is imported.
 
 from raft_jax.losses.balance import BalanceState, init_balance, update_balance
 from raft_jax.losses.divergences import forward_kl, jensen_shannon, reverse_kl
+from raft_jax.losses.head import Tied
 from raft_jax.losses.linear import linear_cross_entropy, linear_top_k, linear_top_k_forward_kl
 from raft_jax.losses.linear_divergences import linear_forward_kl, linear_jensen_shannon, linear_reverse_kl
 from raft_jax.losses.objective import raft_objective
-from raft_jax.losses.reduce import sequence_mean, token_mean
+from raft_jax.losses.reduce import sequence_mean, sequence_weight, token_mean, token_weight
 from raft_jax.losses.tokens import cross_entropy, top_k_forward_kl
 from raft_jax.losses.truncation import TopK, top_k
 
 __all__ = [
     "BalanceState",
+    "Tied",
     "TopK",
     "cross_entropy",
     "forward_kl",
@@ -35,7 +37,9 @@ __all__ = [
     "raft_objective",
     "reverse_kl",
     "sequence_mean",
+    "sequence_weight",
     "token_mean",
+    "token_weight",
     "top_k",
     "top_k_forward_kl",
     "update_balance",

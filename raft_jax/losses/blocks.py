@@ -16,80 +16,95 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.losses import placement
+from raft_jax.losses.head import Form, Head, dtypes
 
 
-class Head(NamedTuple):
-    """The arrays between hidden states and logits."""
-
-    unembedding_DV: jax.Array
-    bias_V: jax.Array | None
-
-
-class Form(NamedTuple):
-    """The numbers: logits = softcap tanh(scale (h W + bias) / softcap) in the first vocab_size columns."""
-
-    scale: float
-    softcap: float | None
-    vocab_size: int
-    padded: bool  # whether there are columns beyond vocab_size
-    chunk_size: int
-    shards: int  # devices over which the vocabulary is split
-
-
-def logits(hidden_ND: jax.Array, head: Head, form: Form, columns_V: jax.Array | None = None) -> jax.Array:
-    """Logits [N, V] of the head's columns, which are the vocabulary's first unless said otherwise."""
-    wide = jnp.promote_types(hidden_ND.dtype, jnp.float32)
-    values_NV = jnp.einsum("nd,dv->nv", hidden_ND, head.unembedding_DV, preferred_element_type=wide)
-    if head.bias_V is not None:
-        values_NV = values_NV + head.bias_V.astype(wide)
-    values_NV = values_NV * form.scale
-    if form.softcap is not None:
-        values_NV = form.softcap * jnp.tanh(values_NV / form.softcap)
-    if form.padded:
-        columns_V = jnp.arange(values_NV.shape[-1]) if columns_V is None else columns_V
-        values_NV = jnp.where(columns_V < form.vocab_size, values_NV, -jnp.inf)
-    return values_NV
-
-
-def logits_slope(values: jax.Array, form: Form) -> jax.Array | float:
-    """d logit / d (h W + bias), from the logit."""
-    if form.softcap is None:
-        return form.scale
-    inside = jnp.where(jnp.isneginf(values), 0, values / form.softcap)
-    return form.scale * (1 - inside**2)
-
-
-def over_tokens(function: Callable, chunk_size: int, *arrays_BT: jax.Array):
-    """function(*[N, ...]) -> pytree of [N, ...] on chunks of about chunk_size tokens, joined to [B, T, ...].
+class Cut(NamedTuple):
+    """How [B, T] falls into chunks of about chunk_size tokens.
 
     Chunks are cut along time, so that a batch split over devices stays where it is. A batch of more rows than that
     is first folded, whole rows behind one another.
     """
-    shape = arrays_BT[0].shape[:2]
-    rows = max(n for n in range(1, max(1, min(shape[0], chunk_size)) + 1) if shape[0] % n == 0)
-    time = math.prod(shape) // rows
-    arrays = [x.reshape(rows, time, *x.shape[2:]) for x in arrays_BT]
-    num_chunks = math.ceil(time / max(1, chunk_size // rows))
-    size = math.ceil(time / max(1, num_chunks))
 
-    def chunk(arrays):
-        values = function(*(x.reshape(-1, *x.shape[2:]) for x in arrays))
-        return jax.tree.map(lambda x: x.reshape(rows, -1, *x.shape[1:]), values)
+    shape: tuple[int, int]
+    rows: int
+    time: int
+    size: int  # time steps of a chunk
+    num_chunks: int
 
-    def chunk_at(index):
-        # The last chunk is moved back to end with the last token; what it repeats is dropped in `join`.
-        start = jnp.minimum(index * size, time - size)
-        return chunk([_slice(x, start, size, axis=1) for x in arrays])
+    @classmethod
+    def of(cls, shape: tuple[int, int], chunk_size: int) -> Cut:
+        rows = max(n for n in range(1, max(1, min(shape[0], chunk_size)) + 1) if shape[0] % n == 0)
+        time = math.prod(shape) // rows
+        num_chunks = max(1, math.ceil(time / max(1, chunk_size // rows)))
+        return cls(shape, rows, time, math.ceil(time / num_chunks), num_chunks)
 
-    def join(x):
-        whole = jnp.moveaxis(x[:-1], 0, 1).reshape(rows, (num_chunks - 1) * size, *x.shape[3:])
-        return jnp.concatenate([whole, x[-1, :, num_chunks * size - time :]], axis=1)
+    def start(self, index):
+        """The last chunk is moved back to end with the last token; what it repeats `join` drops."""
+        return jnp.minimum(index * self.size, self.time - self.size)
 
-    if num_chunks <= 1:
-        values = chunk(arrays)
-    else:
-        values = jax.tree.map(join, jax.lax.map(chunk_at, jnp.arange(num_chunks)))
-    return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), values)
+    def chunk(self, arrays_BT, index):
+        """The tokens of one chunk, [N, ...]."""
+        folded = jax.tree.map(lambda x: x.reshape(self.rows, self.time, *x.shape[2:]), arrays_BT)
+        if self.num_chunks > 1:
+            folded = jax.tree.map(lambda x: _slice(x, self.start(index), self.size, axis=1), folded)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), folded)
+
+    def is_new(self, index):
+        """Which of a chunk's tokens [N] no chunk before it had."""
+        return jnp.tile(self.start(index) + jnp.arange(self.size) >= index * self.size, self.rows)
+
+    def join(self, chunks):
+        """From [chunks, N, ...] to [B, T, ...]."""
+
+        def one(x):
+            x = x.reshape(self.num_chunks, self.rows, self.size, *x.shape[2:])
+            whole = jnp.moveaxis(x[:-1], 0, 1).reshape(self.rows, -1, *x.shape[3:])
+            whole = jnp.concatenate([whole, x[-1, :, self.num_chunks * self.size - self.time :]], axis=1)
+            return whole.reshape(*self.shape, *x.shape[3:])
+
+        return jax.tree.map(one, chunks)
+
+
+def over_tokens(function: Callable, chunk_size: int, *arrays_BT: jax.Array):
+    """function(*[N, ...]) -> pytree of [N, ...] on chunks of tokens, joined to [B, T, ...]."""
+    cut = Cut.of(arrays_BT[0].shape[:2], chunk_size)
+    return cut.join(_each(lambda carry, index: (carry, function(*cut.chunk(arrays_BT, index))), None, cut)[1])
+
+
+def weighted_sum(form: Form, evaluate: Callable, hidden_BTD: jax.Array, head: Head, weight_BT: jax.Array, *arrays_BT):
+    """sum weight * nats with its gradients, formed chunk by chunk while the logits are there.
+
+    evaluate(hidden_ND, *arrays_N) -> (nats_N, slope_NV): nats and their cotangent of the products h W + bias.
+    Returns (sum, nats_BT, gradients of (hidden_BTD, head)).
+    """
+    cut = Cut.of(hidden_BTD.shape[:2], form.chunk_size)
+    exact, factor = dtypes(hidden_BTD, head)
+
+    def chunk(carry, index):
+        total, head_grad = carry
+        hidden, weight, *arrays = cut.chunk((hidden_BTD, weight_BT, *arrays_BT), index)
+        nats, slope = evaluate(hidden, *arrays)
+        weight = jnp.where(cut.is_new(index), weight, 0).astype(exact)
+        slope = jnp.where(weight[:, None] == 0, 0, slope * weight[:, None])
+        narrow = slope.astype(factor)
+        total += jnp.sum(jnp.where(weight == 0, 0, weight * nats))
+        head_grad = jax.tree.map(jnp.add, head_grad, head.gradient(hidden, narrow, slope))
+        return (total, head_grad), (nats, head.hidden_gradient(narrow).astype(hidden_BTD.dtype))
+
+    start = jnp.zeros((), exact), jax.tree.map(lambda x: jnp.zeros_like(x, dtype=exact), head)
+    start = jax.tree.map(lambda x: placement.vary_like(x, hidden_BTD), start)
+    (total, head_grad), chunks = _each(chunk, start, cut)
+    nats_BT, hidden_grad = cut.join(chunks)
+    return total, nats_BT, (hidden_grad, jax.tree.map(lambda x, like: x.astype(like.dtype), head_grad, head))
+
+
+def _each(function, carry, cut):
+    """lax.scan over the chunks; of one chunk, the chunk: the compiler then sees what forward and backward share."""
+    if cut.num_chunks > 1:
+        return jax.lax.scan(function, carry, jnp.arange(cut.num_chunks))
+    carry, values = function(carry, 0)
+    return carry, jax.tree.map(lambda x: x[None], values)
 
 
 def backward(form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[Head, ...]) -> tuple[jax.Array, Head]:
@@ -100,7 +115,7 @@ def backward(form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[He
     """
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     run = functools.partial(_backward, form, slope)
-    if heads[0].unembedding_DV.dtype.itemsize == 2:
+    if heads[0].matrix.dtype.itemsize == 2:
         run = functools.partial(jax.lax.platform_dependent, cpu=functools.partial(run, bits=True), default=run)
     hidden_grad, head_grad = run(hidden_ND, heads)
     return hidden_grad.reshape(hidden_BTD.shape), head_grad
@@ -108,53 +123,46 @@ def backward(form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[He
 
 def _backward(form, slope, hidden_ND, heads, bits=False):
     num_tokens = len(hidden_ND)
-    vocabulary = heads[0].unembedding_DV.shape[-1]
-    shards, rows = form.shards, vocabulary // form.shards
+    shards, rows = form.shards, heads[0].vocabulary // form.shards
     size = math.ceil(rows * form.chunk_size / max(num_tokens, 1))
     size = min(rows, 128 * math.ceil(size / 128))
     num_blocks = math.ceil(rows / size)
-    exact = jnp.promote_types(hidden_ND.dtype, jnp.float32)
-    factor = jnp.result_type(hidden_ND, heads[0].unembedding_DV)
-    factor = exact if factor == jnp.float16 else factor  # float16 has no room for the slope of a mean
+    exact, factor = dtypes(hidden_ND, heads[0])
+    axes = tuple(head.axes for head in heads)
 
     # A vocabulary split over devices is cut within each shard: every block holds a piece of all of them.
-    def split(x):
-        return x if shards == 1 else x.reshape(*x.shape[:-1], shards, rows)
+    def split(x, axis, size=rows):
+        return x if shards == 1 else x.reshape(*x.shape[:axis], shards, size, *x.shape[axis + 1 :])
 
-    def cut(x, start):
-        piece = _slice(x, start, size, axis=x.ndim - 1, bits=bits)
-        return piece if shards == 1 else piece.reshape(*piece.shape[:-2], shards * size)
+    def cut(x, axis, start):
+        piece = _slice(x, start, size, axis=axis + (shards > 1), bits=bits)
+        return piece if shards == 1 else piece.reshape(*piece.shape[:axis], shards * size, *piece.shape[axis + 2 :])
 
-    def paste(x, piece, start):
-        piece = piece if shards == 1 else piece.reshape(*piece.shape[:-1], shards, size)
-        return jax.lax.dynamic_update_slice_in_dim(x, piece, start, x.ndim - 1)
+    def paste(x, piece, axis, start):
+        return jax.lax.dynamic_update_slice_in_dim(x, split(piece, axis, size), start, axis + (shards > 1))
 
     def as_stored(x):
         return jax.lax.bitcast_convert_type(x, jnp.uint16) if bits and x.dtype.itemsize == 2 else x
 
-    split_heads = jax.tree.map(split, heads)
+    split_heads = jax.tree.map(split, heads, axes)
 
     def block(carry, index):
         hidden_grad, head_grad = carry
         start = jnp.minimum(index * size, rows - size)
-        pieces = jax.tree.map(lambda x: cut(x, start), split_heads)
+        pieces = jax.tree.map(lambda x, axis: cut(x, axis, start), split_heads, axes)
         columns_M = (jnp.arange(shards)[:, None] * rows + start + jnp.arange(size)).reshape(-1)
-        raw_grad = slope(pieces, columns_M)
-        narrow = raw_grad.astype(factor)
-        grad = Head(
-            jnp.einsum("nd,nm->dm", hidden_ND, narrow, preferred_element_type=exact),
-            None if heads[0].bias_V is None else raw_grad.sum(0),
-        )
+        slope_NM = slope(pieces, columns_M)
+        narrow_NM = slope_NM.astype(factor)
         head_grad = jax.tree.map(
-            lambda x, piece, like: paste(x, as_stored(piece.astype(like.dtype)), start),
+            lambda x, piece, like, axis: paste(x, as_stored(piece.astype(like.dtype)), axis, start),
             head_grad,
-            grad,
+            pieces[0].gradient(hidden_ND, narrow_NM, slope_NM),
             heads[0],
+            axes[0],
         )
         if rows % size:  # the last block is moved back to end with the vocabulary
-            narrow = jnp.where(columns_M % rows >= index * size, narrow, 0)
-        hidden_grad += jnp.einsum("nm,dm->nd", narrow, pieces[0].unembedding_DV, preferred_element_type=exact)
-        return (hidden_grad, head_grad), None
+            narrow_NM = jnp.where(columns_M % rows >= index * size, narrow_NM, 0)
+        return (hidden_grad + pieces[0].hidden_gradient(narrow_NM), head_grad), None
 
     carry = (
         jnp.zeros_like(hidden_ND, dtype=exact),

@@ -29,11 +29,16 @@ def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> None:
         raise ValueError(f"labels_BT must have shape {want}, got {labels_BT.shape}")
 
 
-def mask(values_BT: jax.Array, mask_BT: jax.Array) -> None:
-    floating("values_BT", values_BT, 2)
+def mask(mask_BT: jax.Array, want: tuple[int, ...] | None = None) -> None:
     _of_type("mask_BT", mask_BT, jnp.bool_, "a bool")
-    if mask_BT.shape != values_BT.shape:
-        raise ValueError(f"mask_BT must have the shape {values_BT.shape} of values_BT, got {mask_BT.shape}")
+    if want is not None and mask_BT.shape != want:
+        raise ValueError(f"mask_BT must have the shape {want} of values_BT, got {mask_BT.shape}")
+
+
+def weight(weight_BT: jax.Array, want: tuple[int, ...]) -> None:
+    floating("weight_BT", weight_BT, 2)
+    if weight_BT.shape != want:
+        raise ValueError(f"weight_BT must have shape {want}, got {weight_BT.shape}")
 
 
 def scalar(name: str, value: jax.Array) -> None:

@@ -7,16 +7,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from raft_jax.losses import blocks, checks, placement, tokens, truncation
-from raft_jax.losses.blocks import Form, Head
+from raft_jax.losses import blocks, checks, placement, reduce, tokens, truncation
+from raft_jax.losses.head import Head, Tied, logits_slope, make_logits, pair
 from raft_jax.losses.truncation import TopK
 
 
 def linear_cross_entropy(
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding_DV: jax.Array | Tied,
     labels_BT: jax.Array,
     *,
+    weight_BT: jax.Array | None = None,
     bias_V: jax.Array | None = None,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -30,8 +31,11 @@ def linear_cross_entropy(
 
     Args:
         hidden_BTD: [B, T, D], float.
-        unembedding_DV: [D, V], float; pass an embedding table [V, D] as its transpose.
+        unembedding_DV: [D, V], float; or `Tied(embedding_VD)`, the embedding table.
         labels_BT: [B, T], int. A negative label is no target: 0 nats, no gradient.
+        weight_BT: [B, T], float. With it the result is the scalar sum_bt weight_bt nats_bt, and its gradient is
+            formed in the forward pass: three products with the unembedding in place of four, and one float32
+            array [D, V] more. `sequence_weight` and `token_weight` make it from a mask.
         bias_V: [V], float. Default: none.
         logit_scale: multiplies h W + bias.
         logit_softcap: > 0. Default: none.
@@ -41,7 +45,7 @@ def linear_cross_entropy(
             mesh axes are explicit, else the most that the number of devices and V allow, up to 16.
 
     Returns:
-        nats_BT: [B, T], float32.
+        nats_BT: [B, T], float32; with weights a scalar.
 
     RAFT (arXiv:2606.00147), Eq. 5.
 
@@ -51,10 +55,15 @@ def linear_cross_entropy(
     """
     checks.floating("hidden_BTD", hidden_BTD, 3)
     checks.labels(labels_BT, hidden_BTD.shape[:2])
-    head = check_head("", hidden_BTD, unembedding_DV, bias_V)
-    vocab_size = checks.vocab_size(vocab_size, unembedding_DV=unembedding_DV.shape[-1])
-    form = make_form(head, logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards)
-    return placement.automatic(functools.partial(_cross_entropy, form), hidden_BTD, head, labels_BT)
+    head = Head.checked("", hidden_BTD, unembedding_DV, bias_V)
+    vocab_size = checks.vocab_size(vocab_size, unembedding_DV=head.vocabulary)
+    form = head.form(logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards)
+    if weight_BT is None:
+        return placement.automatic(functools.partial(_cross_entropy, form), hidden_BTD, head, labels_BT)
+    checks.weight(weight_BT, hidden_BTD.shape[:2])
+    return placement.automatic(
+        functools.partial(_weighted_cross_entropy, form), hidden_BTD, head, weight_BT, labels_BT, scalar=True
+    )
 
 
 def _cross_entropy(form, hidden_BTD, head, labels_BT):
@@ -63,7 +72,7 @@ def _cross_entropy(form, hidden_BTD, head, labels_BT):
 
 def _cross_entropy_forward(form, hidden_BTD, head, labels_BT):
     def chunk(hidden, labels):
-        return tokens.label_nats(blocks.logits(hidden, head, form), labels)
+        return tokens.label_nats(make_logits(hidden, head, form), labels)
 
     nats_BT, normalizer_BT = blocks.over_tokens(chunk, form.chunk_size, hidden_BTD, labels_BT)
     return nats_BT, (hidden_BTD, head, labels_BT, normalizer_BT)
@@ -75,9 +84,9 @@ def _cross_entropy_backward(form, residuals, cotangent_BT):
     labels_N1, normalizer_N1, cotangent_N1 = (x.reshape(-1, 1) for x in (labels_BT, normalizer_BT, cotangent_BT))
 
     def slope(pieces, columns):
-        logits = blocks.logits(hidden_ND, pieces[0], form, columns)
+        logits = make_logits(hidden_ND, pieces[0], form, columns)
         pull = tokens.label_slope(logits, columns, labels_N1, normalizer_N1)
-        return pull * cotangent_N1 * blocks.logits_slope(logits, form)
+        return pull * cotangent_N1 * logits_slope(logits, form)
 
     return *blocks.backward(form, slope, hidden_BTD, (head,)), None
 
@@ -86,9 +95,32 @@ _cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+def _weighted_cross_entropy(form, hidden_BTD, head, weight_BT, labels_BT):
+    return reduce.weighted(_cross_entropy(form, hidden_BTD, head, labels_BT), weight_BT)
+
+
+def _weighted_cross_entropy_forward(form, hidden_BTD, head, weight_BT, labels_BT):
+    def evaluate(hidden, labels):
+        logits = make_logits(hidden, head, form)
+        nats, normalizer = tokens.label_nats(logits, labels)
+        pull = tokens.label_slope(logits, jnp.arange(logits.shape[-1]), labels[:, None], normalizer[:, None])
+        return nats, pull * logits_slope(logits, form)
+
+    total, nats_BT, grads = blocks.weighted_sum(form, evaluate, hidden_BTD, head, weight_BT, labels_BT)
+    return total, (*grads, nats_BT.astype(weight_BT.dtype))
+
+
+def _weighted_cross_entropy_backward(form, grads, cotangent):
+    return *jax.tree.map(lambda x: (x * cotangent).astype(x.dtype), grads), None
+
+
+_weighted_cross_entropy = jax.custom_vjp(_weighted_cross_entropy, nondiff_argnums=(0,))
+_weighted_cross_entropy.defvjp(_weighted_cross_entropy_forward, _weighted_cross_entropy_backward)
+
+
 def linear_top_k(
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array,
+    unembedding_DV: jax.Array | Tied,
     *,
     k: int = 512,
     temperature: float = 1.5,
@@ -109,9 +141,9 @@ def linear_top_k(
     checks.floating("hidden_BTD", hidden_BTD, 3)
     checks.truncation(k, recall)
     checks.temperature(temperature)
-    head = check_head("", hidden_BTD, unembedding_DV, bias_V)
-    vocab_size = checks.vocab_size(vocab_size, unembedding_DV=unembedding_DV.shape[-1])
-    form = make_form(head, logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards)
+    head = Head.checked("", hidden_BTD, unembedding_DV, bias_V)
+    vocab_size = checks.vocab_size(vocab_size, unembedding_DV=head.vocabulary)
+    form = head.form(logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards)
     search = functools.partial(_top_k, form, k, recall, temperature)
     return placement.automatic(search, hidden_BTD, head)
 
@@ -121,7 +153,7 @@ def _top_k(form, k, recall, temperature, hidden_BTD, head):
     hidden_BTD, head = jax.lax.stop_gradient((hidden_BTD, head))
 
     def chunk(hidden):
-        logits = blocks.logits(hidden, head, form)
+        logits = make_logits(hidden, head, form)
         values, indices = truncation.select(logits, min(k, form.vocab_size), recall, form.shards)
         described = (None, None) if temperature is None else truncation.describe(logits, temperature)[1:]
         return TopK(indices, values, *described)
@@ -131,9 +163,9 @@ def _top_k(form, k, recall, temperature, hidden_BTD, head):
 
 def linear_top_k_forward_kl(
     student_hidden_BTD: jax.Array,
-    student_unembedding_DV: jax.Array,
+    student_unembedding_DV: jax.Array | Tied,
     teacher_hidden_BTD: jax.Array | TopK,
-    teacher_unembedding_DV: jax.Array | None = None,
+    teacher_unembedding_DV: jax.Array | Tied | None = None,
     *,
     k: int = 512,
     temperature: float = 1.5,
@@ -153,9 +185,9 @@ def linear_top_k_forward_kl(
 
     Args:
         student_hidden_BTD: [B, T, D], float.
-        student_unembedding_DV: [D, V], float.
+        student_unembedding_DV: [D, V], float, or `Tied`.
         teacher_hidden_BTD: [B, T, D'], float, of any width D'; or the `TopK` of an earlier pass. No gradient.
-        teacher_unembedding_DV: [D', V], float; none with a `TopK`. No gradient.
+        teacher_unembedding_DV: [D', V], float, or `Tied`; none with a `TopK`. No gradient.
         student_bias_V, teacher_bias_V: [V], float. Default: none.
         logit_scale, logit_softcap: as in `linear_cross_entropy`; one for both models, or (student, teacher).
         chunk_size, vocab_size, vocab_shards: as in `linear_cross_entropy`.
@@ -174,18 +206,18 @@ def linear_top_k_forward_kl(
     checks.truncation(k, recall)
     checks.temperature(temperature)
     given = isinstance(teacher_hidden_BTD, TopK)
-    heads = [check_head("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)]
-    sizes = {"student_unembedding_DV": student_unembedding_DV.shape[-1]}
+    heads = [Head.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)]
+    sizes = {"student_unembedding_DV": heads[0].vocabulary}
     if given:
         checks.top_k(teacher_hidden_BTD, student_hidden_BTD.shape[:2])
     else:
         checks.floating("teacher_hidden_BTD", teacher_hidden_BTD, 3)
         checks.tokens("teacher_hidden_BTD", teacher_hidden_BTD, student_hidden_BTD.shape[:2])
-        heads.append(check_head("teacher_", teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V))
-        sizes["teacher_unembedding_DV"] = teacher_unembedding_DV.shape[-1]
+        heads.append(Head.checked("teacher_", teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V))
+        sizes["teacher_unembedding_DV"] = heads[1].vocabulary
     vocab_size = checks.vocab_size(vocab_size, **sizes)
     forms = [
-        make_form(head, scale, softcap, vocab_size, chunk_size, vocab_shards)
+        head.form(scale, softcap, vocab_size, chunk_size, vocab_shards)
         for head, scale, softcap in zip(heads, pair(logit_scale), pair(logit_softcap), strict=False)
     ]
 
@@ -216,7 +248,7 @@ def _logits_at(form, temperature, hidden_BTD, head, indices_BTK):
 
 def _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
     def chunk(hidden, indices):
-        logits = blocks.logits(hidden, head, form)
+        logits = make_logits(hidden, head, form)
         picked = jnp.take_along_axis(logits, indices, axis=-1)
         return picked, None if temperature is None else truncation.describe(logits, temperature)
 
@@ -227,41 +259,14 @@ def _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
 def _logits_at_backward(form, temperature, residuals, cotangents):
     hidden_BTD, head, indices_BTK, picked_BTK = residuals
     k = indices_BTK.shape[-1]
-    pull_NK = (cotangents[0] * blocks.logits_slope(picked_BTK, form)).reshape(-1, k)
+    pull_NK = (cotangents[0] * logits_slope(picked_BTK, form)).reshape(-1, k)
     indices_NK = indices_BTK.reshape(-1, k)
 
     def slope(pieces, columns):
-        return blocks.spread(pull_NK, indices_NK, columns, head.unembedding_DV.shape[-1], form.shards)
+        return blocks.spread(pull_NK, indices_NK, columns, head.vocabulary, form.shards)
 
     return *blocks.backward(form, slope, hidden_BTD, (head,)), None
 
 
 _logits_at = jax.custom_vjp(_logits_at, nondiff_argnums=(0, 1))
 _logits_at.defvjp(_logits_at_forward, _logits_at_backward)
-
-
-def check_head(who: str, hidden_BTD: jax.Array, unembedding_DV: jax.Array, bias_V: jax.Array | None) -> Head:
-    checks.floating(f"{who}unembedding_DV", unembedding_DV, 2)
-    width, vocabulary = unembedding_DV.shape
-    if width != hidden_BTD.shape[-1]:
-        raise ValueError(
-            f"{who}unembedding_DV must have shape [{hidden_BTD.shape[-1]}, V] to meet {who}hidden_BTD, got "
-            f"{unembedding_DV.shape}; pass an embedding table as its transpose"
-        )
-    if bias_V is not None:
-        checks.floating(f"{who}bias_V", bias_V, 1)
-        if bias_V.shape != (vocabulary,):
-            raise ValueError(f"{who}bias_V must have shape [{vocabulary}] like the unembedding, got {bias_V.shape}")
-    return Head(unembedding_DV, bias_V)
-
-
-def make_form(head: Head, scale, softcap, vocab_size: int, chunk_size: int, vocab_shards: int | None) -> Form:
-    checks.softcap(softcap)
-    checks.chunk_size(chunk_size)
-    shards = placement.vocab_shards(vocab_shards, head.unembedding_DV)
-    return Form(scale, softcap, vocab_size, vocab_size < head.unembedding_DV.shape[-1], chunk_size, shards)
-
-
-def pair(value):
-    """(student's, teacher's) from one for both or a pair."""
-    return value if isinstance(value, tuple) else (value, value)

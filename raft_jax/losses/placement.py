@@ -9,9 +9,10 @@ import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
-def vocab_shards(given: int | None, array: jax.Array) -> int:
-    """Devices over which the last axis is split: as given, as typed, or as many as there may be."""
-    size = array.shape[-1]
+def vocab_shards(given: int | None, array: jax.Array, axis: int = -1) -> int:
+    """Devices over which the axis of the vocabulary is split: as given, as typed, or as many as there may be."""
+    axis %= array.ndim
+    size = array.shape[axis]
     if given is not None:
         if given < 1 or size % given:
             raise ValueError(f"vocab_shards must divide the vocabulary of {size}, got {given}")
@@ -19,7 +20,7 @@ def vocab_shards(given: int | None, array: jax.Array) -> int:
     sharding = jax.typeof(array).sharding
     types = set(sharding.mesh.axis_types)
     if AxisType.Explicit in types:
-        names = sharding.spec[array.ndim - 1] if len(sharding.spec) == array.ndim else None
+        names = sharding.spec[axis] if axis < len(sharding.spec) else None
         names = names if isinstance(names, tuple) else (names,)
         return math.prod(sharding.mesh.shape[name] for name in names if name is not None)
     if types == {AxisType.Manual}:
@@ -27,8 +28,8 @@ def vocab_shards(given: int | None, array: jax.Array) -> int:
     return math.gcd(size, jax.device_count(), 16)
 
 
-def automatic(function: Callable, first_BTX: jax.Array, *others):
-    """function(first_BTX, *others) -> pytree of [B, T, ...], split like the first array.
+def automatic(function: Callable, first_BTX: jax.Array, *others, scalar: bool = False):
+    """function(first_BTX, *others) -> pytree of [B, T, ...] split like the first array, or a scalar.
 
     In a mesh with explicit axes the compiler is left to place what is in between. Under `shard_map` every array
     is made to vary over the axes that any of them varies over, so that gradients are summed where they must be.
@@ -41,7 +42,7 @@ def automatic(function: Callable, first_BTX: jax.Array, *others):
     mesh = next((m for m in meshes if AxisType.Explicit in m.axis_types), None)
     if mesh is None:
         return function(*arrays)
-    spec = PartitionSpec(*jax.typeof(first_BTX).sharding.spec[:2])
+    spec = PartitionSpec() if scalar else PartitionSpec(*jax.typeof(first_BTX).sharding.spec[:2])
     return jax.sharding.auto_axes(function, out_sharding=NamedSharding(mesh, spec))(*arrays)
 
 
@@ -56,4 +57,4 @@ def vary_like(array: jax.Array, like: jax.Array) -> jax.Array:
 
 
 def _varying(array: jax.Array) -> frozenset[str]:
-    return getattr(jax.typeof(array), "vma", frozenset())
+    return jax.typeof(array).manual_axis_type.varying

@@ -1,4 +1,4 @@
-"""From unreduced values to one number, never looking at what is masked."""
+"""From unreduced values to one number, never looking at what is masked; and the same as weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def sequence_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     >>> float(sequence_mean(jnp.array([[1.0, 3.0], [8.0, 9.0]]), jnp.array([[True, True], [True, False]])))
     5.0
     """
-    checks.mask(values_BT, mask_BT)
+    checks.floating("values_BT", values_BT, 2)
+    checks.mask(mask_BT, values_BT.shape)
     values_BT = checks.widen(values_BT)
     sums_B = jnp.sum(jnp.where(mask_BT, values_BT, 0), axis=-1)
     counts_B = jnp.sum(mask_BT, axis=-1)
@@ -49,6 +50,33 @@ def token_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     >>> float(token_mean(jnp.array([[1.0, 3.0], [8.0, 9.0]]), jnp.array([[True, True], [True, False]])))
     4.0
     """
-    checks.mask(values_BT, mask_BT)
+    checks.floating("values_BT", values_BT, 2)
+    checks.mask(mask_BT, values_BT.shape)
     values_BT = checks.widen(values_BT)
     return jnp.sum(jnp.where(mask_BT, values_BT, 0)) / jnp.maximum(jnp.sum(mask_BT), 1)
+
+
+def weighted(values_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
+    """sum_bt weight_bt values_bt; values of weight 0 may be inf or NaN."""
+    return jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * checks.widen(values_BT)))
+
+
+def sequence_weight(mask_BT: jax.Array) -> jax.Array:
+    """The weights [B, T] whose weighted sum is `sequence_mean`, for the linear losses' `weight_BT`.
+
+    >>> sequence_weight(jnp.array([[True, True], [True, False]])).tolist()
+    [[0.25, 0.25], [0.5, 0.0]]
+    """
+    checks.mask(mask_BT)
+    counts_B1 = jnp.maximum(jnp.sum(mask_BT, axis=-1, keepdims=True), 1)
+    return mask_BT / (counts_B1 * mask_BT.shape[0]).astype(jnp.float32)
+
+
+def token_weight(mask_BT: jax.Array) -> jax.Array:
+    """The weights [B, T] whose weighted sum is `token_mean`, for the linear losses' `weight_BT`.
+
+    >>> token_weight(jnp.array([[True, True], [True, False]])).tolist()
+    [[0.3333333432674408, 0.3333333432674408], [0.3333333432674408, 0.0]]
+    """
+    checks.mask(mask_BT)
+    return mask_BT / jnp.maximum(jnp.sum(mask_BT), 1).astype(jnp.float32)

@@ -140,9 +140,13 @@ def top_k(
     checks.temperature(temperature)
     vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
     shards = placement.vocab_shards(vocab_shards, logits_BTV)
-    logits_BTV = mask_padding(checks.widen(jax.lax.stop_gradient(logits_BTV)), vocab_size)
-    values_BTK, indices_BTK = select(logits_BTV, min(k, vocab_size), recall, shards)
-    return TopK(indices_BTK, values_BTK, *describe(logits_BTV, temperature)[1:])
+
+    def search(logits_BTV):
+        logits_BTV = mask_padding(checks.widen(jax.lax.stop_gradient(logits_BTV)), vocab_size)
+        values_BTK, indices_BTK = select(logits_BTV, min(k, vocab_size), recall, shards)
+        return TopK(indices_BTK, values_BTK, *describe(logits_BTV, temperature)[1:])
+
+    return placement.automatic(search, logits_BTV)
 
 
 def first(teacher: TopK, k: int) -> TopK:

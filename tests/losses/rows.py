@@ -2,91 +2,107 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax.numpy as jnp
 import losses_twin as twin
 import numpy as np
 
 from raft_jax import losses
+from raft_jax.losses import Tied, sequence_mean, sequence_weight, token_mean, token_weight
 
-B, T, D, D2, V, K = 2, 5, 4, 3, 24, 6
+B, T, D, V, K = 2, 5, 4, 24, 6
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
-    loss: Callable  # (student arrays, fixed arrays) -> nats_BT
-    twin: Callable  # the same, in float64 NumPy
+    loss: Callable  # (*student arrays, *fixed arrays) -> nats_BT
+    twin: Callable  # (student logits, fixed) -> nats_BT in float64 NumPy; fixed: the teacher's logits, or labels
+    of_logits: Callable  # the same in JAX, from logits
     linear: bool  # student arrays: (hidden_BTD, unembedding_DV), else (logits_BTV,)
     distils: bool  # fixed arrays: the teacher's, of the same kind; else (labels_BT,)
-    of_logits: Callable | None = None  # the logits variant of a linear loss
+    weighted: bool = False  # a linear loss that takes weight_BT: its means are its weighted sums
 
-    def student(self, seed=0):
+    def arrays(self, seed, batch=B, time=T, width=D, vocabulary=V):
         random = np.random.default_rng(seed)
         if not self.linear:
-            return (random.normal(size=(B, T, V)).astype(np.float32) * 2,)
-        return random.normal(size=(B, T, D)).astype(np.float32), random.normal(size=(D, V)).astype(np.float32)
+            return (random.normal(size=(batch, time, vocabulary)).astype(np.float32) * 2,)
+        sizes = (batch, time, width), (width, vocabulary)
+        return tuple(random.normal(size=size).astype(np.float32) for size in sizes)
 
-    def fixed(self, seed=1):
-        random = np.random.default_rng(seed)
-        if not self.distils:
-            return (random.integers(0, V, (B, T)),)
-        if not self.linear:
-            return (random.normal(size=(B, T, V)).astype(np.float32) * 2,)
-        return random.normal(size=(B, T, D2)).astype(np.float32), random.normal(size=(D2, V)).astype(np.float32)
+    def student(self, seed=0, **sizes):
+        return self.arrays(seed, **sizes)
+
+    def fixed(self, seed=1, batch=B, time=T, vocabulary=V, **sizes):
+        if self.distils:
+            return self.arrays(seed, batch, time, vocabulary=vocabulary, **sizes)
+        return (np.random.default_rng(seed).integers(0, vocabulary, (batch, time)),)
+
+    def nats(self, student, fixed):
+        return self.loss(*student, *fixed)
+
+    def means(self, student, fixed, mask):
+        """(sequence mean, token mean)"""
+        if self.weighted:
+            return tuple(self.loss(*student, *fixed, weight_BT=of(mask)) for of in (sequence_weight, token_weight))
+        return tuple(of(self.nats(student, fixed), mask) for of in (sequence_mean, token_mean))
+
+    def nats_of_logits(self, student, fixed):
+        return self.of_logits(jnp.matmul(*student), jnp.matmul(*fixed) if self.distils else fixed[0])
+
+    def nats_of_twin(self, student, fixed):
+        if self.linear:
+            student, fixed = (twin.logits(*student),), (twin.logits(*fixed),) if self.distils else fixed
+        return self.twin(*student, *fixed)
 
 
-def on_logits(loss, **settings):
-    return lambda student, fixed: loss(*student, *fixed, **settings)
+def tied(loss):
+    """Every unembedding [D, V] given as the embedding table [V, D]."""
 
-
-def on_hidden(loss, chunk_size, **settings):
-    return lambda student, fixed: loss(*student, *fixed, chunk_size=chunk_size, **settings)
-
-
-def twin_on_hidden(function, distils, **settings):
-    def nats(student, fixed):
-        return function(twin.logits(*student), twin.logits(*fixed) if distils else fixed[0], **settings)
+    def nats(hidden, unembedding, *fixed, **settings):
+        fixed = fixed[:1] + tuple(Tied(x.T) for x in fixed[1:])
+        return loss(hidden, Tied(unembedding.T), *fixed, **settings)
 
     return nats
 
 
-def logits_of_hidden(loss, distils, **settings):
-    def nats(student, fixed):
-        return loss(jnp.matmul(*student), jnp.matmul(*fixed) if distils else fixed[0], **settings)
+def kept(loss, search):
+    """The teacher as the `TopK` of an earlier pass."""
+
+    def nats(*arrays, **settings):
+        half = len(arrays) // 2
+        return loss(*arrays[:half], search(*arrays[half:], **settings), **settings)
 
     return nats
 
 
 def table():
     truncated = {"k": K, "temperature": 1.5}
-    kinds = [  # name, logits variant, linear variant, twin, settings, distils
-        ("cross_entropy", losses.cross_entropy, losses.linear_cross_entropy, twin.cross_entropy, {}, False),
-        ("top_k", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, twin.top_k_forward_kl, truncated, True),
+    kinds = [  # name, logits variant, linear variant, twin, settings, distils, takes weights
+        ("cross_entropy", losses.cross_entropy, losses.linear_cross_entropy, twin.cross_entropy, {}, False, True),
+        ("top_k", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, twin.top_k_forward_kl, truncated, True,
+         False),
         ("top_all", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, twin.top_k_forward_kl,
-         {"k": 10 * V, "temperature": 0.7}, True),
-        ("forward_kl", losses.forward_kl, losses.linear_forward_kl, twin.forward_kl, {}, True),
-        ("reverse_kl", losses.reverse_kl, losses.linear_reverse_kl, twin.reverse_kl, {"temperature": 2.0}, True),
+         {"k": 10 * V, "temperature": 0.7}, True, False),
+        ("kept_top_k", kept(losses.top_k_forward_kl, losses.top_k),
+         kept(losses.linear_top_k_forward_kl, losses.linear_top_k), twin.top_k_forward_kl, truncated, True, False),
+        ("forward_kl", losses.forward_kl, losses.linear_forward_kl, twin.forward_kl, {}, True, True),
+        ("reverse_kl", losses.reverse_kl, losses.linear_reverse_kl, twin.reverse_kl, {"temperature": 2.0}, True, True),
         ("jensen_shannon", losses.jensen_shannon, losses.linear_jensen_shannon, twin.jensen_shannon,
-         {"beta": 0.3, "temperature": 1.0}, True),
+         {"beta": 0.3, "temperature": 1.0}, True, True),
     ]  # fmt: skip
     rows = []
-    for name, of_logits, of_hidden, of_twin, settings, distils in kinds:
-        rows.append(Row(name, on_logits(of_logits, **settings), on_logits(of_twin, **settings), False, distils))
-        shards = [("", 1)] if name != "top_k" else [("", 1), ("-in-shards", 4)]
-        for suffix, vocab_shards in shards:
-            rows.append(
-                Row(
-                    f"linear_{name}{suffix}",
-                    on_hidden(of_hidden, 3, vocab_shards=vocab_shards, **settings),
-                    twin_on_hidden(of_twin, distils, **settings),
-                    True,
-                    distils,
-                    logits_of_hidden(of_logits, distils, **settings),
-                )
-            )
+    for name, of_logits, of_hidden, of_twin, settings, distils, takes_weights in kinds:
+        of_logits, of_twin = partial(of_logits, **settings), partial(of_twin, **settings)
+        rows.append(Row(name, of_logits, of_twin, of_logits, False, distils))
+        linear = {"": of_hidden}
+        if takes_weights or name == "top_k":
+            linear["-tied"] = tied(of_hidden)
+        for suffix, loss in linear.items():
+            loss, weighted = partial(loss, chunk_size=4, **settings), bool(suffix) and takes_weights
+            rows.append(Row(f"linear_{name}{suffix}", loss, of_twin, of_logits, True, distils, weighted))
     return rows
 
 
 ROWS = table()
-MEANS = {"sequence_mean": losses.sequence_mean, "token_mean": losses.token_mean}

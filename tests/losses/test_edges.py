@@ -1,5 +1,7 @@
 """Infinite logits, ties, padding, and the corners of the arguments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import losses_twin as twin
@@ -17,6 +19,7 @@ from raft_jax.losses import (
     reverse_kl,
     sequence_mean,
     token_mean,
+    token_weight,
     top_k,
     top_k_forward_kl,
 )
@@ -119,16 +122,9 @@ def test_binned_top_k_is_exact(size):
         assert all(len(set(row)) == k for row in np.asarray(indices).reshape(-1, k))
 
 
-def test_shards_and_recall():
+def test_shards():
     logits = np.random.default_rng(0).normal(size=(2, 3, 4096)).astype(np.float32)
-    exact = set_of(top_k(logits, k=64, vocab_shards=1))
-    assert set_of(top_k(logits, k=64, vocab_shards=8)) == exact
-    for recall in 0.8, 0.95:
-        for shards in 1, 4:
-            found = set_of(top_k(logits, k=64, recall=recall, vocab_shards=shards))
-            assert len(found & exact) / len(exact) >= recall
-    hidden, unembedding = np.eye(8, dtype=np.float32)[None], logits.reshape(8, -1)[:, :1024]
-    assert set_of(linear_top_k(hidden, unembedding, k=9, chunk_size=3)) == set_of(top_k(hidden @ unembedding, k=9))
+    assert set_of(top_k(logits, k=64, vocab_shards=8)) == set_of(top_k(logits, k=64, vocab_shards=1))
 
 
 def set_of(found):
@@ -141,11 +137,13 @@ def random_models(seed=0, batch=3, time=7, width=4, teacher_width=5, vocabulary=
     return [random.normal(size=size).astype(np.float32) for size in sizes], random
 
 
-@pytest.mark.parametrize("settings", [
-    {"logit_softcap": 3.0}, {"logit_scale": 0.5}, {"vocab_size": 26}, {"bias": True},
-    {"logit_softcap": 3.0, "logit_scale": 0.5, "vocab_size": 23, "bias": True},
+ALL_OF_THE_HEAD = {"logit_softcap": 3.0, "logit_scale": 0.5, "vocab_size": 23, "bias": True}
+
+
+@pytest.mark.parametrize("settings, chunk_size", [
+    ({"logit_softcap": 3.0}, 4), ({"logit_scale": 0.5}, 4), ({"vocab_size": 26}, 4), ({"bias": True}, 4),
+    (ALL_OF_THE_HEAD, 1), (ALL_OF_THE_HEAD, 512),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("chunk_size", [1, 4, 512])
 def test_heads(settings, chunk_size):
     """Every part of the head, value and gradients, against the logits variants on logits made by hand."""
     (hidden, unembedding, teacher_hidden, teacher_unembedding), random = random_models()
@@ -271,7 +269,7 @@ def test_chunks_change_nothing():
         )
 
     want = jax.value_and_grad(loss, (0, 1))(hidden, unembedding, 10**6)
-    for chunk_size in 1, 2, 5, 13, 66:
+    for chunk_size in 2, 13:
         got = jax.value_and_grad(loss, (0, 1))(hidden, unembedding, chunk_size)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), got, want)
 
@@ -280,3 +278,24 @@ def test_temperature_may_be_traced():
     student, teacher = values([0.1, 0.2, 0.4]), values([3.0, 1.0, 2.0])
     got = jax.jit(lambda t: top_k_forward_kl(student, teacher, k=2, temperature=t))(0.7)
     np.testing.assert_allclose(got, twin.top_k_forward_kl(student, teacher, k=2, temperature=0.7), rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 512])
+def test_weights_with_every_part_of_the_head(chunk_size):
+    """The weighted sum and the gradient that its forward pass forms, against the mean of the unreduced nats."""
+    (hidden, unembedding, *teacher), random = random_models()
+    labels, mask = random.integers(-1, 23, (3, 7)), random.random((3, 7)) < 0.7
+    bias = random.normal(size=30).astype(np.float32)
+    settings = {"logit_softcap": 3.0, "logit_scale": 0.5, "vocab_size": 23, "chunk_size": chunk_size}
+    for loss in [
+        lambda h, w, b, **more: linear_cross_entropy(h, w, labels, bias_V=b, **settings, **more),
+        lambda h, w, b, **more: linear_forward_kl(h, w, *teacher, student_bias_V=b, **settings, **more),
+    ]:
+        def weighted(hidden, unembedding, bias, weight, loss=loss):
+            return 3 * loss(hidden, unembedding, bias, weight_BT=weight)
+
+        got = jax.jit(jax.value_and_grad(weighted, (0, 1, 2, 3)))(hidden, unembedding, bias, token_weight(mask))
+        mean = jax.jit(jax.value_and_grad(lambda *x, f=loss: 3 * token_mean(f(*x), mask), (0, 1, 2)))
+        value, grads = mean(hidden, unembedding, bias)
+        want = value, (*grads, 3 * loss(hidden, unembedding, bias))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), got, want)

@@ -1,5 +1,6 @@
 """Batch over data, vocabulary over tensor, on 2 x 4 devices: the same numbers, and no vocabulary is gathered."""
 
+import functools
 import re
 from functools import partial
 
@@ -7,47 +8,47 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import quick_jit
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from rows import ROWS, K, Row
 
 from raft_jax import losses
 
-B, T, D, V, K = 4, 24, 16, 4096, 32
-random = np.random.default_rng(0)
-HIDDEN, TEACHER_HIDDEN = random.normal(size=(2, B, T, D)).astype(np.float32)
-UNEMBEDDING, TEACHER_UNEMBEDDING = random.normal(size=(2, D, V)).astype(np.float32)
-LABELS, MASK = random.integers(0, V, (B, T)), random.random((B, T)) < 0.7
+B, T, D, V = 4, 8, 16, 4096
+SIZES = {"batch": B, "time": T, "width": D, "vocabulary": V}
+MASK = np.random.default_rng(0).random((B, T)) < 0.7
 
 
-def mean(nats):
-    if not isinstance(nats, tuple):
-        return losses.sequence_mean(nats, MASK)
-    return losses.sequence_mean(nats[0], MASK), {name: x.mean() for name, x in nats[1].items()}
+def with_metrics(*arrays):
+    nats_BT, metrics = losses.linear_top_k_forward_kl(*arrays, k=K, chunk_size=4, return_metrics=True)
+    return nats_BT + sum(metrics.values())
 
 
-LINEAR = {"chunk_size": 16}
-LOSSES = {
-    "linear_cross_entropy": lambda h, w, g, u: mean(losses.linear_cross_entropy(h, w, LABELS, **LINEAR)),
-    "linear_top_k": lambda h, w, g, u: mean(losses.linear_top_k_forward_kl(h, w, g, u, k=K, **LINEAR)),
-    "linear_top_k approximate": lambda h, w, g, u: mean(
-        losses.linear_top_k_forward_kl(h, w, g, u, k=K, recall=1.0, **LINEAR)
-    ),
-    "linear_top_k with metrics": lambda h, w, g, u: mean(
-        losses.linear_top_k_forward_kl(h, w, g, u, k=K, return_metrics=True, **LINEAR)
-    ),
-    "linear_forward_kl": lambda h, w, g, u: mean(losses.linear_forward_kl(h, w, g, u, **LINEAR)),
-    "cross_entropy": lambda h, w, g, u: mean(losses.cross_entropy(h @ w, LABELS)),
-    "top_k": lambda h, w, g, u: mean(losses.top_k_forward_kl(h @ w, g @ u, k=K)),
-    "jensen_shannon": lambda h, w, g, u: mean(losses.jensen_shannon(h @ w, g @ u)),
-}
+APPROXIMATE = partial(losses.linear_top_k_forward_kl, k=K, chunk_size=4, recall=1.0)
+MORE = [
+    Row("linear_top_k-approximate", APPROXIMATE, None, None, linear=True, distils=True),
+    Row("linear_top_k-metrics", with_metrics, None, None, linear=True, distils=True),
+]
+every_row = pytest.mark.parametrize("row", ROWS + MORE, ids=lambda row: row.name)
 
 
-def place(mesh):
-    put = lambda x, *axes: jax.device_put(x, NamedSharding(mesh, P(*axes)))  # noqa: E731
-    return (
-        put(HIDDEN, "data"), put(UNEMBEDDING, None, "tensor"),
-        put(TEACHER_HIDDEN, "data"), put(TEACHER_UNEMBEDDING, None, "tensor"),
-    )  # fmt: skip
+@functools.cache
+def step_of(row):
+    return quick_jit(jax.value_and_grad(lambda student, fixed: row.means(student, fixed, MASK)[0]))
+
+
+@functools.cache
+def whole(row):
+    return step_of(row)(row.student(**SIZES), row.fixed(**SIZES))
+
+
+def place(row, mesh):
+    def put(arrays, *specs):
+        return tuple(jax.device_put(x, NamedSharding(mesh, P(*spec))) for x, spec in zip(arrays, specs, strict=False))
+
+    specs = [("data",), (None, "tensor")] if row.linear else [("data", None, "tensor")]
+    return put(row.student(**SIZES), *specs), put(row.fixed(**SIZES), *specs if row.distils else [("data",)])
 
 
 def gathered(program):
@@ -57,54 +58,29 @@ def gathered(program):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("name", LOSSES)
-def test_split_is_whole(name, kind):
+@every_row
+def test_split_is_whole(row, kind):
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(kind, kind))
-    step = jax.jit(jax.value_and_grad(LOSSES[name], (0, 1), has_aux="metrics" in name))
-    arrays = place(mesh)
-    program = step.lower(*arrays).compile()
+    arrays = place(row, mesh)
+    program = step_of(row).lower(*arrays).compile()
     assert not gathered(program.as_text()) & {V, V // 2, V // 4, V // 8}
-    want = step(HIDDEN, UNEMBEDDING, TEACHER_HIDDEN, TEACHER_UNEMBEDDING)
-    got = program(*arrays)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), got, want)
-    assert got[1][1].sharding.spec == P(None, "tensor")
-
-
-NOT_YET = pytest.mark.xfail(reason="not met yet: the scanned backward pass does not type-check under jax.shard_map")
-LINEAR_NAMES = ("linear_cross_entropy", "linear_top_k", "linear_forward_kl")
-
-
-@pytest.mark.parametrize("name", [*(pytest.param(name, marks=NOT_YET) for name in LINEAR_NAMES), "top_k"])
-def test_under_shard_map(name):
-    """Each device has its rows and the whole vocabulary; the unembedding's gradient is summed over devices."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    rows = {"hidden": np.repeat(HIDDEN, 2, 0), "teacher": np.repeat(TEACHER_HIDDEN, 2, 0)}
-    labels = np.repeat(LABELS, 2, 0)
-    losses_of = {
-        "linear_cross_entropy": lambda h, w, g, y: losses.linear_cross_entropy(h, w, y, **LINEAR),
-        "linear_top_k": lambda h, w, g, y: losses.linear_top_k_forward_kl(h, w, g, TEACHER_UNEMBEDDING, k=K, **LINEAR),
-        "linear_forward_kl": lambda h, w, g, y: losses.linear_forward_kl(h, w, g, TEACHER_UNEMBEDDING, **LINEAR),
-        "top_k": lambda h, w, g, y: losses.top_k_forward_kl(h @ w, g @ TEACHER_UNEMBEDDING, k=K),
-    }
-    nats = losses_of[name]
-
-    @partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data"), P("data")), out_specs=P())
-    def split(hidden, unembedding, teacher_hidden, labels):
-        return jax.lax.pmean(nats(hidden, unembedding, teacher_hidden, labels).mean(), "data")
-
-    arrays = rows["hidden"], UNEMBEDDING, rows["teacher"], labels
-    got = jax.jit(jax.value_and_grad(split, (0, 1)))(*arrays)
-    want = jax.jit(jax.value_and_grad(lambda *x: nats(*x).mean(), (0, 1)))(*arrays)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), got, want)
+    value, grads = program(*arrays)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), (value, grads), whole(row))
+    if row.linear:
+        assert grads[1].sharding.spec == P(None, "tensor")
 
 
 def test_gathering_would_be_seen():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    program = jax.jit(lambda h, w, g, u: jax.lax.top_k(h @ w, K)).lower(*place(mesh)).compile()
+    (hidden, unembedding), _ = place(ROWS[1], mesh)
+    program = quick_jit(lambda h, w: jax.lax.top_k(h @ w, K)).lower(hidden, unembedding).compile()
     assert V in gathered(program.as_text())
 
 
 def test_one_device_of_many_is_as_many_shards():
-    got = losses.linear_cross_entropy(HIDDEN, UNEMBEDDING, LABELS, vocab_shards=1)
-    np.testing.assert_allclose(losses.linear_cross_entropy(HIDDEN, UNEMBEDDING, LABELS, vocab_shards=8), got, rtol=1e-6)
+    random = np.random.default_rng(0)
+    hidden, unembedding = random.normal(size=(B, T, D)), random.normal(size=(D, V))
+    labels = random.integers(0, V, (B, T))
+    got = losses.linear_cross_entropy(hidden, unembedding, labels, vocab_shards=1)
+    np.testing.assert_allclose(losses.linear_cross_entropy(hidden, unembedding, labels, vocab_shards=8), got, rtol=1e-6)
     assert jnp.isfinite(got).all()
