@@ -195,7 +195,8 @@ def tiny_batch(model: Model) -> Batch:
 def run_steps(model: Model, mesh, num_steps: int):
     """Rollout and train step in turn, as the loop has them; everything lies on the mesh."""
     optimizer = make_optimizer(1e-3)
-    step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, top_k=32), donate_argnums=0)
+    step = make_train_step(model.hidden, model.unembedding, optimizer, top_k=32, forks=True)
+    step = jax.jit(step, donate_argnums=0)
     generate = make_generate(model, 8)
     layout = parameter_shardings(model.config, mesh)
     teacher, found = jax.device_put(model.params, layout), []

@@ -1,0 +1,134 @@
+"""The attention kernels against a float64 NumPy twin, values and gradients; splash runs in Pallas's interpreter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from raft_jax.models import attention
+from raft_jax.sharding import make_mesh
+
+B, N, K, H = 2, 4, 2, 16
+
+
+def arrays(T, S, seed=0):
+    """Random query, key and value, the slope of the output, and a mask with padding on both sides."""
+    random = np.random.default_rng(seed)
+    query, slope = random.normal(size=(2, B, T, N, H)).astype(np.float32)
+    key, value = random.normal(size=(2, B, S, K, H)).astype(np.float32)
+    mask_BS = np.ones((B, S), bool)
+    mask_BS[0, :3] = mask_BS[1, -2:] = False
+    return query, key, value, mask_BS, slope
+
+
+def twin(query, key, value, mask_BS, scale, softcap, window):
+    """One query and one head after the other, in float64."""
+    T, S = query.shape[1], key.shape[1]
+    mixed = np.zeros(query.shape)
+    for b, t, n in np.ndindex(B, T, N):
+        own = S - T + t
+        seen = [s for s in range(S) if s <= own and mask_BS[b, s] and (window is None or own - s < window)]
+        if not seen:
+            continue
+        keys, values = (array[b, seen, n * K // N].astype(float) for array in (key, value))
+        scores = scale * keys @ query[b, t, n].astype(float)
+        scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+        weight = np.exp(scores - scores.max())
+        mixed[b, t, n] = weight @ values / weight.sum()
+    return mixed
+
+
+CASES = {
+    "whole": (40, 40, None, None), "last of many": (24, 152, None, None), "window": (40, 40, None, 7),
+    "soft-cap": (40, 40, 2.0, None), "all": (24, 140, 5.0, 9),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_splash_is_the_twin(case):
+    T, S, softcap, window = CASES[case]
+    *given, mask_BS, slope = arrays(T, S)
+    run = partial(attention.flash, kernel="splash", scale=0.3, softcap=softcap, window=window, interpret=True)
+    real = mask_BS[:, S - T :]
+    slope = slope * real[..., None, None]
+
+    def weighed(*given):
+        mixed = run(*given, mask_BS)
+        return jnp.sum(mixed * slope), mixed
+
+    (found, whole), grads = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(*given)
+    whole = np.asarray(whole)
+    expected = twin(*given, mask_BS, 0.3, softcap, window)
+    np.testing.assert_allclose(whole[real], expected[real], atol=2e-5)
+    np.testing.assert_allclose(found, np.sum(expected * slope), rtol=1e-4, atol=1e-3)
+    assert np.isfinite(whole).all()
+    for place, grad in enumerate(grads):
+        direction = np.random.default_rng(place).normal(size=grad.shape)
+        moved = []
+        for step in (1e-5, -1e-5):
+            arguments = [x + step * direction if i == place else x for i, x in enumerate(given)]
+            moved.append(np.sum(slope * twin(*arguments, mask_BS, 0.3, softcap, window)))
+        np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), (moved[0] - moved[1]) / 2e-5, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("case", ["whole", "last of many", "window"])
+def test_cudnn_is_asked_for_the_same(case, monkeypatch):
+    """Without the GPU its call is answered by JAX's own implementation: what is tested are the mask and the scale."""
+    real_function = jax.nn.dot_product_attention
+
+    def answered_here(*args, implementation, **settings):
+        assert implementation == "cudnn"
+        return real_function(*args, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered_here)
+    T, S, _, window = CASES[case]
+    *given, mask_BS, _ = arrays(T, S)
+    found = np.asarray(attention.flash(*given, mask_BS, kernel="cudnn", scale=0.3, window=window))
+    real = mask_BS[:, S - T :]
+    np.testing.assert_allclose(found[real], twin(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
+    assert np.isfinite(found).all()
+
+
+def test_splash_on_a_mesh():
+    """Rows over data and fsdp, heads over tensor: the numbers of one device."""
+    *given, mask_BS, _ = arrays(24, 24)
+    given, mask_BS = [np.concatenate([x, x]) for x in given], np.concatenate([mask_BS, mask_BS])
+    run = jax.jit(partial(attention.flash, kernel="splash", scale=0.3, interpret=True))
+    expected = run(*given, mask_BS)
+    with jax.set_mesh(make_mesh(2, 2, 2)):
+        np.testing.assert_allclose(run(*given, mask_BS), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("backend", "softcap", "best"), [
+    ("cpu", None, "plain"), ("tpu", 30.0, "splash"), ("gpu", None, "cudnn"), ("gpu", 30.0, "plain"),
+])
+def test_the_best_kernel(monkeypatch, backend, softcap, best):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert attention.best_kernel(softcap) == best
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "softcap", "window"), [(64, None, None), (128, None, 1024), (256, 50.0, 512)])
+def test_splash_compiles_for_a_tpu(width, softcap, window):
+    """Forward and backward, at the head widths of real models."""
+    pytest.importorskip("libtpu", reason="needs the extra raft-jax[tpu]")
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+
+    def shape(*size, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(size, dtype, sharding=place)
+
+    def weighed(query, key, value, mask):
+        run = partial(attention.flash, kernel="splash", scale=0.1, softcap=softcap, window=window)
+        return jnp.sum(run(query, key, value, mask).astype(jnp.float32))
+
+    key = shape(2, 1280, 4, width)
+    arguments = shape(2, 1024, 8, width), key, key, shape(2, 1280, dtype=jnp.bool_)
+    program = jax.jit(jax.grad(weighed, (0, 1, 2))).lower(*arguments).compile()
+    assert "tpu_custom_call" in program.as_text()
+    # The scores of one model alone would take 2 x 8 x 1,024 x 1,280 floats.
+    assert program.memory_analysis().temp_size_in_bytes < 2 * 8 * 1024 * 1280 * 4
