@@ -70,7 +70,8 @@ def test_splash_is_the_twin(case):
         for step in (1e-5, -1e-5):
             arguments = [x + step * direction if i == place else x for i, x in enumerate(given)]
             moved.append(np.sum(slope * twin(*arguments, mask_BS, 0.3, softcap, window)))
-        np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), (moved[0] - moved[1]) / 2e-5, rtol=1e-3, atol=1e-3)
+        expected_slope = (moved[0] - moved[1]) / 2e-5
+        np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), expected_slope, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("case", ["whole", "last of many", "window"])
