@@ -16,19 +16,27 @@ STAGES = {
     "train": "train every method of the config, refining first where one needs it",
     "export": "write every trained model as a Hugging Face folder",
     "evaluate": "measure the base model and every trained one",
-    "report": "write report.html from what the run folder holds",
+}
+# What is shown at the end of a stage; of a whole run, everything.
+TABLES = {
+    "refine": ("outputs",), "train": ("training", "outputs"), "export": ("outputs",), "evaluate": ("scores", "outputs"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; bad input is one line on stderr and exit code 2."""
     parser = make_parser()
-    args = parser.parse_args(arguments)
+    args, rest = parser.parse_known_args(arguments)
+    if stray := [word for word in rest if word.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(stray)}")
+    args.words += rest  # argparse ends the list at the first option
     try:
         return args.function(args) or 0
     except InputError as error:
         if args.traceback:
-            raise
+            import traceback
+
+            traceback.print_exc()
         print(f"raft-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
@@ -47,21 +55,30 @@ def make_parser() -> argparse.ArgumentParser:
 
     with_config = argparse.ArgumentParser(add_help=False, parents=[shared])
     with_config.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    with_config.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    with_config.add_argument("words", nargs="*", metavar="key.path=value", help="settings that replace the file's")
     for name, text in STAGES.items():
         verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
         verb.set_defaults(function=_stage, stage=name)
-    text = "look at config and data, start nothing, and show one training example"
-    verbs.add_parser("check", parents=[with_config], help=text, description=text).set_defaults(function=_check)
+    for name, text, function in (
+        ("report", "write report.html from what the run folder holds, be it finished or not", _report),
+        ("check", "look at config, data and model, start nothing, and show one training example", _check),
+    ):
+        verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
+        verb.set_defaults(function=function)
 
-    text = "ask a model a question; two models answer side by side"
-    verb = verbs.add_parser("generate", parents=[shared], help=text, description=text)
-    verb.add_argument("question")
-    verb.add_argument("--model", action="append", required=True, metavar="SOURCE",
-                      help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME; may be given twice")
-    verb.add_argument("--max-new-tokens", type=int, default=256)
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
-    verb.add_argument("--seed", type=int, default=0)
+    text = "ask a question; base and tuned model answer side by side"
+    verb = verbs.add_parser(
+        "generate", parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+        usage="raft-jax generate [options] CONFIG QUESTION [key.path=value ...]\n"
+              "       raft-jax generate [options] QUESTION --model SOURCE [--model SOURCE ...]",
+    )
+    verb.add_argument("words", nargs="+", metavar="CONFIG QUESTION", help="of a run: its base model and every model "
+                      "that it has exported are asked; with --model, the question alone")
+    verb.add_argument("--model", action="append", metavar="SOURCE",
+                      help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME; may be given again")
+    verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
+    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, at temperatures above 0")
     verb.set_defaults(function=_generate)
     return parser
 
@@ -69,22 +86,28 @@ def make_parser() -> argparse.ArgumentParser:
 def _stage(args) -> int:
     from raft_jax.config import load_config
 
-    config = load_config(args.config, args.overrides)
+    config = load_config(args.config, args.words)
     _start_jax()
     from rich.console import Console
 
     from raft_jax.report import print_summary
-    from raft_jax.run import Run, open_run_dir
+    from raft_jax.run import Run
+    from raft_jax.run_dir import open_run_dir
 
     with open_run_dir(config) as run_dir:
         run = Run(config, run_dir)
-        if args.stage == "run":
-            run.all()
-            print_summary(run_dir, Console())
-        else:
-            made = getattr(run, args.stage)()
-            if args.stage == "report":
-                print(made)
+        getattr(run, "all" if args.stage == "run" else args.stage)()
+        run.report()
+        print_summary(run_dir, Console(), TABLES.get(args.stage))
+    return 0
+
+
+def _report(args) -> int:
+    """Reads the folder and nothing else, so that a run in progress may be looked at."""
+    from raft_jax.config import load_config
+    from raft_jax.report import write_report
+
+    print(write_report(load_config(args.config, args.words).run_dir))
     return 0
 
 
@@ -92,50 +115,39 @@ def _check(args) -> int:
     from rich.console import Console
 
     from raft_jax.config import load_config
-    from raft_jax.run import check
+    from raft_jax.preflight import check
 
-    check(load_config(args.config, args.overrides), Console())
+    # Names and texts of the user's are no markup.
+    check(load_config(args.config, args.words), Console(markup=False, highlight=False, soft_wrap=True))
     return 0
 
 
 def _generate(args) -> int:
-    if len(args.model) > 2:
-        raise InputError(f"--model was given {len(args.model)} times; give one or two")
     if args.max_new_tokens < 1 or args.temperature < 0:
         raise InputError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
-    _start_jax()
-    import jax
-    from rich.columns import Columns
-    from rich.console import Console
-    from rich.panel import Panel
-
-    from raft_jax.data.prompts import question_prompt
-    from raft_jax.models import load_pretrained
-    from raft_jax.sampling import Sampler
-
-    panels = []
-    for source in args.model:
-        model = load_pretrained(source)
-        prompt = model.tokenizer.chat_prompt(question_prompt(args.question))
-        (completion,) = Sampler(model, batch_size=1).generate(
-            model.params, [prompt], key=jax.random.key(args.seed), temperature=args.temperature,
-            max_new_tokens=args.max_new_tokens,
-        )
-        answer = model.tokenizer.decode(completion.tokens).strip()
-        panels.append((source, answer if completion.finished else answer + " …"))
-    console = Console()
-    if len(panels) == 1:
-        console.print(panels[0][1], markup=False)
+    if not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed {args.seed} is outside 0 to 2**32 - 1")
+    if args.model and len(args.words) > 1:
+        raise InputError(f"with --model there is the question alone, in quotes; what is {args.words[1]!r}?")
+    if not args.model and len(args.words) < 2:
+        raise InputError("which model? give a config before the question, or --model SOURCE")
+    asked = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    if args.model:
+        question, config = args.words[0], None
     else:
-        width = max(30, console.width // 2 - 1)
-        console.print(Columns([Panel(_plain(text), title=_plain(name), width=width) for name, text in panels]))
+        from raft_jax.config import load_config
+
+        path, question, *overrides = args.words
+        config = load_config(path, overrides)
+        asked["dtype"] = config.model.dtype
+    _start_jax()
+    from rich.console import Console
+
+    from raft_jax.generate import generate, models_of
+
+    models = models_of(config) if config else [(source, source) for source in args.model]
+    generate(models, question, Console(), **asked)
     return 0
-
-
-def _plain(text: str):
-    from rich.text import Text
-
-    return Text(text)
 
 
 def _start_jax() -> None:

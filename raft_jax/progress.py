@@ -17,6 +17,8 @@ class _Plain:
         self.title, self.total, self.unit = title, total, unit
         self.done, self.first, self.start = done, done, time.monotonic()
         self.last = self.start
+        if done < total:
+            print(f"{title}: {done}/{total} {unit}", flush=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
@@ -26,8 +28,8 @@ class _Plain:
         self.last = now
         speed = (self.done - self.first) / max(now - self.start, 1e-9)
         line = f"{self.title}: {self.done}/{self.total} {self.unit}, {speed:.2f}/s"
-        if self.done < self.total:
-            line += f", {_clock((self.total - self.done) / max(speed, 1e-9))} left"
+        if self.done < self.total and speed:
+            line += f", {_clock((self.total - self.done) / speed)} left"
         print(line + (f", {note}" if note else ""), flush=True)
 
 

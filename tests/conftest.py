@@ -21,6 +21,22 @@ GGUF_NAMES = {
 
 
 @pytest.fixture(scope="session")
+def program_environment(tmp_path_factory):
+    """For the program in a process of its own: one device, and what one process compiles the next one finds.
+
+    The folder is shared by all workers of a session. Whole runs are compared with each other, not with constants: XLA
+    may save itself its dearest optimisations.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return os.environ | {
+        "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+@pytest.fixture(scope="session")
 def smollm2():
     """The real model, read once."""
     from raft_jax.models import load_pretrained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,18 +42,21 @@ def summary_tables(run: Run | Path) -> list[Table]:
     return [_scores(run), _training(run), _stages(run), _outputs(run)]
 
 
-def print_summary(run_dir: Path, console: Console) -> None:
+def print_summary(run_dir: Path, console: Console, names: Collection[str] | None = None) -> None:
     """Prints the tables of `summary_tables`.
 
     Args:
       run_dir: a run folder.
       console: where to print.
+      names: of the tables to print; default all.
     """
     from rich import box
     from rich.table import Table as RichTable
     from rich.text import Text
 
     for table in summary_tables(run_dir):
+        if names is not None and table.name not in names:
+            continue
         console.print(Text(f"\n{table.title}", style="bold"))
         if not table.rows:
             console.print(Text("not run yet", style="dim"))
@@ -213,6 +217,8 @@ def _stage(stage: str, method: str, seconds: float, tokens: int) -> tuple[str, .
 
 def _outputs(run: Run) -> Table:
     rows = [("report", str(run.path / "report.html"))]
+    if run.refined:
+        rows.append(("refined rows", str(run.path / "refined" / "refined.jsonl")))
     rows += [
         (f"{label(method)} model", str(run.path / method / "hf"))
         for method in run.methods

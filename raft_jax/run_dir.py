@@ -1,0 +1,94 @@
+"""The folder of a run: held by one process, and tied to the config and the data that it was begun with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+
+from raft_jax.config import METHOD_NAMES, Config, changed_keys, to_yaml
+from raft_jax.data.examples import fingerprint
+from raft_jax.errors import InputError
+
+
+@contextmanager
+def open_run_dir(config: Config):
+    """The run folder, held by this process alone.
+
+    A folder in which nothing has been computed yet takes any config and data: what a first try complained about
+    may be mended and tried again.
+
+    Raises:
+      InputError: the folder cannot be made, another process uses it, or it was begun with another config (says which
+        keys) or other data.
+    """
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / "run.lock").open("w")
+    except OSError as error:
+        raise InputError(f"{run_dir}: cannot be used as run folder ({error.strerror}); set run_dir") from error
+    with lock:
+        if is_writer():
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(
+                    f"{run_dir}: another process is running in this folder; wait for it, or set run_dir"
+                ) from error
+        digest = fingerprint(config.data.path)
+        if any((run_dir / name).exists() for name in ("refined", "evaluation.json", *METHOD_NAMES)):
+            _require_unchanged(config, run_dir, digest)
+        write_atomically(run_dir / "config.yaml", to_yaml(config))
+        write_atomically(run_dir / "data.sha256", digest + "\n")
+        yield run_dir
+
+
+def _require_unchanged(config: Config, run_dir: Path, digest: str) -> None:
+    """Results of two configs or of two versions of the data must not mix."""
+    saved, data = run_dir / "config.yaml", run_dir / "data.sha256"
+    if saved.exists() and (changed := changed_keys(config, saved.read_text("utf-8"))):
+        raise InputError(
+            f"{run_dir}: was made with another config ({'; '.join(changed)}); "
+            "change that back, or set run_dir to a new folder"
+        )
+    if data.exists() and data.read_text().strip() not in ("", digest):
+        raise InputError(f"{config.data.path}: has changed since {run_dir} was started; set run_dir to a new folder")
+
+
+def is_writer() -> bool:
+    """Whether this process writes the run folder: of several that share it, the first."""
+    return jax.process_index() == 0
+
+
+def wait_for_writer(what: str) -> None:
+    """Holds the other processes until the first has written something that they are about to look for."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole."""
+    if not is_writer():
+        return
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def record_time(run_dir: Path, stage: str, method: str | None, seconds: float, tokens: int) -> None:
+    """Writes a stage's line in timings.jsonl, in place of one that a killed process left."""
+    path = run_dir / "timings.jsonl"
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    lines = [line for line in lines if (line["stage"], line["method"]) != (stage, method)]
+    lines.append({"stage": stage, "method": method, "seconds": round(seconds, 3), "tokens": tokens})
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))

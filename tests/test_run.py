@@ -1,0 +1,307 @@
+"""A whole run of every method on a tiny model: what it leaves behind, and what it does when it is started again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from raft_jax.cli import main
+from raft_jax.config import load_config
+from raft_jax.data.examples import Example
+from raft_jax.data.refined import RefinedRow, load_refined
+from raft_jax.errors import InputError
+from raft_jax.preflight import fitting, read_data, token_rows
+from raft_jax.run_dir import open_run_dir, record_time
+from raft_jax.train.methods import METHODS
+
+TIMES = ("seconds", "rollout_seconds")
+
+
+@pytest.fixture(scope="module")
+def command(program_environment):
+    def run(*arguments: object) -> str:
+        done = subprocess.run([sys.executable, "-m", "raft_jax", *map(str, arguments)], env=program_environment,
+                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200, check=False)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, command) -> tuple[Path, str]:
+    """A folder with a finished run of all methods, and what the run printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny.write_run(folder, methods=list(METHODS), train={"max_steps": 2, "checkpoint_every": 1})
+    return folder, command("run", config)
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> Path:
+    """A copy of the finished run, to be spoilt."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0] / "run", folder / "run")
+    for name in ("data.jsonl", "general.jsonl"):
+        shutil.copy(finished[0] / name, folder / name)
+    for name in ("config.yaml", "run/config.yaml"):
+        text = (finished[0] / name).read_text()
+        for moved in ("run", "data.jsonl", "general.jsonl"):
+            text = text.replace(str(finished[0] / moved), str(folder / moved))
+        (folder / name).write_text(text)
+    return folder
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def metrics(folder: Path, name: str) -> list[dict]:
+    found = lines(folder / "run" / name / "metrics.jsonl")
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in found]
+
+
+def files(run_dir: Path) -> dict[str, int]:
+    """When each file was last written, but for those that are written at every start."""
+    return {str(path.relative_to(run_dir)): path.stat().st_mtime_ns for path in run_dir.rglob("*")
+            if path.is_file() and path.name not in ("config.yaml", "data.sha256", "report.html", "run.lock")}
+
+
+def test_the_rows_have_their_history(finished):
+    folder, _ = finished
+    rows = load_refined(folder / "run" / "refined")
+    assert [row.id for row in rows] == [row["id"] for row in tiny.ROWS if row["split"] == "train"]
+    # The tiny model is random, but what it writes is fixed: there is something of everything.
+    assert {row.chosen for row in rows} == {"fusion", "gold"}
+    assert {"ok", "truncated"} <= {row.rewrite_status for row in rows}
+    for row in rows:
+        gold = next(given["answer"] for given in tiny.ROWS if given["id"] == row.id)
+        assert row.gold == gold and row.reason.endswith(".")
+        assert row.accepted == (row.rewrite_status == "ok" and row.similarity >= 0.5) == bool(row.rounds)
+        if row.chosen == "gold":
+            assert row.answer == gold and row.chosen_round is None
+        else:
+            won = row.rounds[row.chosen_round - 1]
+            assert row.answer == won.candidate and won.status == "ok"
+            assert won.mean == max(found.mean for found in row.rounds if found.mean is not None)
+            assert won.scores.keys() == {"similarity", "coverage", "likelihood"}
+    ledger = lines(folder / "run" / "refined" / "ledger.jsonl")
+    assert len({(record["stage"], record["key"]) for record in ledger}) == len(ledger)
+
+
+def test_every_method_trains_on_its_own_targets(finished):
+    folder, _ = finished
+    found = {name: metrics(folder, name) for name in METHODS}
+    first = {name: steps[0]["sft_loss"] for name, steps in found.items()}
+    assert all([line["step"] for line in steps] == [1, 2] for steps in found.values())
+    # All start from the same weights, on the same rows: equal targets give equal losses.
+    assert first["sft"] == pytest.approx(first["on_policy"], rel=1e-5)
+    assert first["fused_sft"] == pytest.approx(first["raft"], rel=1e-5)
+    assert len({round(first[name], 4) for name in ("sft", "sdft", "fused_sft")}) == 3
+    for name, steps in found.items():
+        assert all(("kl_loss" in line) == METHODS[name].distill for line in steps)
+    # A teacher that sees what the student sees says the same as long as the student has learned nothing.
+    assert found["on_policy"][0]["kl_loss"] < 1e-6 < 1e-4 < found["raft"][0]["kl_loss"]
+    assert found["on_policy"][1]["kl_loss"] > found["on_policy"][0]["kl_loss"]
+
+
+def test_every_model_has_its_marks(finished):
+    folder, _ = finished
+    models = json.loads((folder / "run" / "evaluation.json").read_text())["models"]
+    assert list(models) == ["base", *METHODS]
+    for name, marks in models.items():
+        is_base = name == "base"
+        assert (marks["general"]["divergence"]["mean"] == 0) == (marks["weight_distance"]["mean"] == 0) == is_base
+        assert marks["general"]["divergence"]["count"] == 3 and marks["general"]["accuracy"]["count"] == 2
+        assert [entry["id"] for entry in marks["answers"]] == ["q03", "q07", "q11", "q15"]
+        assert len(marks["weight_distance"]["layers"]) == 2 and marks["domain"]["gold_logprob"]["mean"] < 0
+    assert len({marks["domain"]["gold_logprob"]["mean"] for marks in models.values()}) == len(models)
+
+
+def test_every_model_is_exported(finished):
+    folder, _ = finished
+    base = load_file(folder / "model" / "model.safetensors")
+    for name in METHODS:
+        hf = folder / "run" / name / "hf"
+        tuned = load_file(hf / "model.safetensors")
+        assert tuned.keys() == base.keys() and any((tuned[key] != base[key]).any() for key in base)
+        assert {"config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= {p.name for p in hf.iterdir()}
+        assert not hf.with_name("hf.partial").exists()
+
+
+def test_the_log_is_plain_and_ends_with_the_table(finished):
+    folder, output = finished
+    assert "\x1b" not in output and "\r" not in output and "Traceback" not in output
+    for title in ("rewrite", "fuse, round 1", *(f"train {name}" for name in METHODS)):
+        assert re.search(rf"^{title}: 0/\d+ (rows|steps)$", output, re.MULTILINE), title
+        assert re.search(rf"^{title}: (\d+)/\1 (rows|steps), [\d.]+/s", output, re.MULTILINE), title
+    told = r"^refined 12 rows: \d+ passed the filter, \d+ have a fused answer, \d+ keep the gold one$"
+    assert re.search(told, output, re.MULTILINE)
+    for words in ("Learned and forgotten", "\nTraining\n", "base", "RAFT", "SDFT", str(folder / "run/report.html")):
+        assert words in output
+    stages = lines(folder / "run" / "timings.jsonl")
+    assert len({(line["stage"], line["method"]) for line in stages}) == len(stages) == 1 + 2 * 5 + 6
+    assert all(line["seconds"] > 0 for line in stages)
+
+
+def test_a_finished_run_has_nothing_left_to_do(copy):
+    before = files(copy / "run")
+    assert main(["run", str(copy / "config.yaml")]) == 0
+    assert files(copy / "run") == before
+
+
+def test_a_moved_run_goes_on_but_a_changed_one_is_refused(copy, capsys):
+    before = files(copy / "run")
+    moved = copy / "elsewhere"
+    (copy / "run").rename(moved)
+    config = copy / "config.yaml"
+    assert main(["run", str(config), f"run_dir={moved}"]) == 0
+    capsys.readouterr()
+    assert main(["run", str(config), f"run_dir={moved}", "train.learning_rate=0.5", "refine.rounds=7"]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and str(moved) in message
+    assert "refine.rounds: 2 → 7; train.learning_rate: 0.001 → 0.5" in message and "run_dir to a new folder" in message
+    with (copy / "data.jsonl").open("a") as file:
+        file.write("\n")
+    assert main(["run", str(config), f"run_dir={moved}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"raft-jax: error: {copy / 'data.jsonl'}: has changed") and message.count("\n") == 1
+    assert files(moved) == before
+
+
+def test_a_damaged_data_set_comes_back_from_the_ledger(copy, capsys):
+    path, ledger = copy / "run/refined/refined.jsonl", copy / "run/refined/ledger.jsonl"
+    whole, recorded = path.read_bytes(), ledger.read_bytes()
+    path.write_bytes(whole[:-40])
+    assert main(["refine", str(copy / "config.yaml")]) == 0
+    assert "refined.jsonl: expected" in capsys.readouterr().out
+    assert path.read_bytes() == whole and ledger.read_bytes() == recorded
+    assert len(lines(copy / "run/timings.jsonl")) == 17
+
+
+def test_an_export_that_was_interrupted_is_made_again_without_training(copy):
+    hf = copy / "run/sft/hf"
+    weights, steps = (hf / "model.safetensors").read_bytes(), (copy / "run/sft/metrics.jsonl").read_bytes()
+    hf.rename(hf.with_name("hf.partial"))
+    assert main(["export", str(copy / "config.yaml")]) == 0
+    assert (hf / "model.safetensors").read_bytes() == weights
+    assert (copy / "run/sft/metrics.jsonl").read_bytes() == steps
+    assert len(lines(copy / "run/timings.jsonl")) == 17
+
+
+def test_an_evaluation_that_was_interrupted_is_completed(copy, command):
+    path = copy / "run/evaluation.json"
+    whole = json.loads(path.read_text())
+    kept = {name: marks for name, marks in whole["models"].items() if name in ("base", "raft")}
+    path.write_text(json.dumps({**whole, "models": kept}))
+    command("evaluate", copy / "config.yaml")
+    assert json.loads(path.read_text())["models"] == whole["models"]
+
+
+def test_base_and_tuned_model_answer_side_by_side(finished, command):
+    folder, _ = finished
+    question = tiny.ROWS[0]["question"]
+    models = ("--model", folder / "model", "--model", folder / "run/raft/hf")
+    output = command("generate", question, *models, "--max-new-tokens", 5)
+    assert len(output.splitlines()[-1]) <= 80 and "─ " in output and "…" in output
+    of_the_run = command("generate", folder / "config.yaml", question, "--max-new-tokens", 5, "methods=[raft]")
+    assert re.findall(r"─ (\S+) ─", of_the_run) == ["base", "RAFT"]
+    assert re.sub(r"─ .*? ─", "", of_the_run).split("\n")[1:] == re.sub(r"─ .*? ─", "", output).split("\n")[1:]
+
+
+# --- the parts ---
+
+ROWS = [
+    RefinedRow("a", "Why?", "gold a", "rewritten a", "ok", 0.9, True, [], "fused a", "fusion", 1, "Because."),
+    RefinedRow("b", "Who?", "gold b", "rewritten b", "ok", 0.3, False, [], "gold b", "gold", None, "Because."),
+]
+TARGETS = {
+    "raft": ("fused a", "gold b"), "sft": ("gold a", "gold b"), "sdft": ("rewritten a", "gold b"),
+    "fused_sft": ("fused a", "gold b"), "on_policy": ("gold a", "gold b"),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_targets_and_teacher_prompts_of_each_method(name):
+    tokenizer, method = tiny.make_tokenizer(), METHODS[name]
+    made = token_rows(ROWS, ["", "It is Monday."], tokenizer, method)
+    asked = ["Why?", "It is Monday.\n\nWho?"]
+    for row, question, target in zip(made, asked, TARGETS[name], strict=True):
+        def text(ids):
+            return "".join(map(tokenizer.token_text, ids))
+
+        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        assert text(row.prompt) == prompt and text(row.answer) == f"{target}<|im_end|>"
+        if name == "raft":  # reference knowledge, then the question, then the answer begins
+            told = text(row.teacher_prompt)
+            assert told.index(target) < told.index(question)
+            assert told.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n")
+        else:
+            assert text(row.teacher_prompt) == (prompt if name == "on_policy" else "")
+    assert [row.number for row in made] == [0, 1]
+
+
+def test_what_does_not_fit_is_left_out_and_never_cut(tmp_path):
+    tokenizer = tiny.make_tokenizer()
+    config = load_config(tiny.write_run(tmp_path, data={"max_question_tokens": 8, "max_answer_tokens": 12},
+                                        refine={"max_new_tokens": 12}))
+    examples = [
+        Example("fits", "Why?", "So."), Example("question", "Why " * 9, "So."), Example("answer", "Why?", "So " * 20),
+        Example("context", "Why?", "So.", context="On Monday " * 9), Example("also", "Who?", "He."),
+        Example("late", "Who?", "She."),
+    ]
+    kept, left_out = fitting(examples, tokenizer, config, None)
+    assert [example.id for example in kept] == ["fits", "also", "late"]
+    assert {key: why.rsplit(" of ")[0] for key, why in left_out.items()} == {
+        "question": "question", "answer": "answer", "context": "question",
+    }
+    assert all(int(re.search(r"of (\d+) tokens", why)[1]) > 8 for why in left_out.values())
+    kept, left_out = fitting(examples, tokenizer, config, 2)  # the first two that fit
+    assert [example.id for example in kept] == ["fits", "also"] and len(left_out) == 3
+
+
+def test_rows_are_held_out_where_the_file_has_no_split(tmp_path):
+    path = tiny.write_run(tmp_path)
+    config = load_config(path)
+    train, test = read_data(config)
+    assert (len(train), len(test)) == (12, 4)
+    tiny.write_jsonl(tmp_path / "data.jsonl", [{k: v for k, v in row.items() if k != "split"} for row in tiny.ROWS])
+    train, test = read_data(load_config(path, ["data.held_out=5"]))
+    assert (len(train), len(test)) == (11, 5) and not {row.id for row in train} & {row.id for row in test}
+
+
+def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):
+    path = tiny.write_run(tmp_path)
+    with open_run_dir(load_config(path)):
+        pass
+    tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS[:-1])
+    other = load_config(path, ["seed=3"])
+    with open_run_dir(other) as run_dir:  # nothing was computed: config and data may still change
+        assert load_config(run_dir / "config.yaml") == other
+        with pytest.raises(InputError, match="another process is running"), open_run_dir(other):
+            pass
+        (run_dir / "refined").mkdir()
+    with open_run_dir(other):
+        pass
+    with pytest.raises(InputError, match="seed: 3 → 4"), open_run_dir(load_config(path, ["seed=4"])):
+        pass
+    tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS)
+    with pytest.raises(InputError, match="has changed since"), open_run_dir(other):
+        pass
+
+
+def test_a_stage_has_one_line_of_time(tmp_path):
+    record_time(tmp_path, "train", "sft", 1.23456, 10)
+    record_time(tmp_path, "train", "raft", 2.0, 20)
+    record_time(tmp_path, "train", "sft", 3.0, 30)
+    assert lines(tmp_path / "timings.jsonl") == [
+        {"stage": "train", "method": "raft", "seconds": 2.0, "tokens": 20},
+        {"stage": "train", "method": "sft", "seconds": 3.0, "tokens": 30},
+    ]
