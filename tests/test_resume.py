@@ -1,7 +1,6 @@
 """kill -9 at several moments, then the same command: nothing done twice, nothing lost, the undisturbed numbers."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -16,17 +15,18 @@ TIMES = ("seconds", "rollout_seconds")
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """Starts a run. All runs share what they compile, and none looks for the eight devices of the other tests."""
-    environment = os.environ | {
-        "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def config(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("given"))
 
-    def start(config: Path) -> subprocess.Popen:
+
+@pytest.fixture(scope="module")
+def start(config, program_environment):
+    """Starts a run."""
+
+    def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-m", "raft_jax", "run", str(config)], env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-m", "raft_jax", "run", str(config), f"run_dir={run_dir}", *overrides],
+            env=program_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
 
     return start
@@ -73,53 +73,50 @@ def results(run_dir: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, start):
-    config = write_run(tmp_path_factory.mktemp("undisturbed"))
-    finish(start(config))
-    return results(config.parent / "run")
+    """The folder of a run that nothing stopped."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(start(run_dir))
+    assert [line["step"] for line in results(run_dir)["metrics"]] == list(range(1, 7))
+    return run_dir
+
+
+@pytest.fixture
+def refined(undisturbed, tmp_path):
+    """The folder of a run that has its refined rows."""
+    shutil.copytree(undisturbed / "refined", tmp_path / "run/refined")
+    return tmp_path / "run"
 
 
 def test_killed_while_refining_and_while_training(tmp_path, start, undisturbed):
-    config = write_run(tmp_path)
     run_dir = tmp_path / "run"
-    stop_after(start(config), run_dir / "refined/ledger.jsonl", 1, signal.SIGKILL)
+    stop_after(start(run_dir), run_dir / "refined/ledger.jsonl", 1, signal.SIGKILL)
     ledger_then = (run_dir / "refined/ledger.jsonl").read_text("utf-8")
-    stop_after(start(config), run_dir / "raft/metrics.jsonl", 3, signal.SIGKILL)
+    stop_after(start(run_dir), run_dir / "raft/metrics.jsonl", 3, signal.SIGKILL)
     ledger = (run_dir / "refined/ledger.jsonl").read_text("utf-8")
     assert ledger.startswith(ledger_then[: ledger_then.rfind("\n") + 1])
     done = [(record["stage"], record["key"]) for record in lines(run_dir / "refined/ledger.jsonl")]
     assert len(done) == len(set(done))
-    finish(start(config))
-    assert results(run_dir) == undisturbed
-    assert [line["step"] for line in undisturbed["metrics"]] == list(range(1, len(undisturbed["metrics"]) + 1))
-
-    # A whole run has nothing left to do.
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")}
-    finish(start(config))
-    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*.safetensors")} == before
+    finish(start(run_dir))
+    assert results(run_dir) == results(undisturbed)
 
 
-def test_asked_to_stop_it_saves_and_goes_on_there(tmp_path, start, undisturbed):
-    config = write_run(tmp_path, train={"checkpoint_every": 100})
-    process = start(config)
-    stop_after(process, tmp_path / "run/raft/metrics.jsonl", 2, signal.SIGTERM)
+def test_asked_to_stop_it_saves_and_goes_on_there(refined, start, undisturbed):
+    process = start(refined, "train.checkpoint_every=100")
+    stop_after(process, refined / "raft/metrics.jsonl", 2, signal.SIGTERM)
     assert process.returncode == 130
-    kept = len(lines(tmp_path / "run/raft/metrics.jsonl"))
-    assert (tmp_path / f"run/raft/checkpoints/{kept}").is_dir()
-    finish(start(config))
-    assert results(tmp_path / "run")["metrics"] == undisturbed["metrics"]
+    kept = len(lines(refined / "raft/metrics.jsonl"))
+    assert (refined / f"raft/checkpoints/{kept}").is_dir()
+    finish(start(refined, "train.checkpoint_every=100"))
+    assert results(refined) == results(undisturbed)
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, start, undisturbed):
-    config = write_run(tmp_path)
-    run_dir = tmp_path / "run"
-    stop_after(start(config), run_dir / "raft/metrics.jsonl", 5, signal.SIGKILL)
-    steps = [int(path.name.partition(".")[0]) for path in (run_dir / "raft/checkpoints").glob("*.sha256.json")]
-    folder = run_dir / "raft/checkpoints" / str(max(steps))
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(refined, start, undisturbed):
+    stop_after(start(refined), refined / "raft/metrics.jsonl", 5, signal.SIGKILL)
+    steps = [int(path.name.partition(".")[0]) for path in (refined / "raft/checkpoints").glob("*.sha256.json")]
+    folder = refined / "raft/checkpoints" / str(max(steps))
     largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(bytes(content))
-    output = finish(start(config))
-    assert "falling back" in output
-    assert results(run_dir)["metrics"] == undisturbed["metrics"]
-    shutil.rmtree(run_dir)
+    assert "falling back" in finish(start(refined))
+    assert results(refined) == results(undisturbed)
