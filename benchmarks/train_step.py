@@ -32,6 +32,7 @@ def measure(options: argparse.Namespace) -> dict:
 
     from raft_jax.data.batches import Batch, pad
     from raft_jax.data.prompts import question_prompt, teacher_prompt
+    from raft_jax.losses import Tied
     from raft_jax.models import load_pretrained
     from raft_jax.sampling import make_generate
     from raft_jax.train.state import init_state, make_optimizer
@@ -43,7 +44,9 @@ def measure(options: argparse.Namespace) -> dict:
     optimizer = make_optimizer(5e-6)
     state = init_state(jax.tree.map(jnp.copy, model.params), optimizer)
     generate = make_generate(model, options.max_new_tokens, unroll=True)
-    train_step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer, forks=True), donate_argnums=0)
+    tied = model.config.tied_embeddings
+    unembedding = (lambda params: Tied(params["embedding_VD"])) if tied else model.unembedding
+    train_step = jax.jit(make_train_step(model.hidden, unembedding, optimizer, forks=True), donate_argnums=0)
 
     def padded(rows: list[list[int]], *, left: bool):
         longest = max(map(len, rows))

@@ -19,6 +19,7 @@ from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
 from raft_jax.errors import InputError
+from raft_jax.losses import Tied
 from raft_jax.models import Model, parameter_shardings
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
@@ -78,9 +79,12 @@ def train(
     start, state = restored or (0, state)
     log = MetricsLog(folder / "metrics.jsonl", keep=start)
 
+    # A tied table is taken as it lies, without a transposed copy.
+    tied = model.config.tied_embeddings
+    unembedding = (lambda params: Tied(params["embedding_VD"])) if tied else model.unembedding
     train_step = jax.jit(
         make_train_step(
-            model.hidden, model.unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
+            model.hidden, unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
             temperature=settings.temperature, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
             reduction=settings.reduction, num_micro_batches=settings.num_micro_batches,
             loss_chunk_size=settings.loss_chunk_size, forks=True,

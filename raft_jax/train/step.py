@@ -19,15 +19,18 @@ from raft_jax.losses import (
     linear_top_k_forward_kl,
     raft_objective,
     sequence_mean,
+    sequence_weight,
     token_mean,
+    token_weight,
     update_balance,
 )
 from raft_jax.train.state import TrainState
 
-# How unmasked values become one number, and what a micro-batch counts for in the whole batch's number.
+# How unmasked values become one number, the same as weights, and what a micro-batch counts for in the whole batch's
+# number.
 REDUCTIONS = {
-    "sequence": (sequence_mean, lambda mask_BT: mask_BT.shape[0]),
-    "token": (token_mean, lambda mask_BT: jnp.maximum(jnp.sum(mask_BT), 1)),
+    "sequence": (sequence_mean, sequence_weight, lambda mask_BT: mask_BT.shape[0]),
+    "token": (token_mean, token_weight, lambda mask_BT: jnp.maximum(jnp.sum(mask_BT), 1)),
 }
 
 
@@ -50,7 +53,7 @@ def make_train_step(
 
     Args:
       hidden_fn: `(params, tokens_BT, positions_BT, mask_BT) -> hidden_BTD`, any model at all.
-      unembedding_fn: `(params) -> unembedding_DV`.
+      unembedding_fn: `(params) -> unembedding_DV`, or `raft_jax.losses.Tied(embedding_VD)`.
       optimizer: an optax transformation.
       distill: False leaves cross entropy alone; teacher and rollout may then be None.
       top_k, temperature: K and T of Eqs. 8-10.
@@ -69,7 +72,7 @@ def make_train_step(
 
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
-    reduce, size = REDUCTIONS[reduction]
+    reduce, weigh, size = REDUCTIONS[reduction]
     chunk = {} if loss_chunk_size is None else {"chunk_size": loss_chunk_size}
 
     def predictions(params, prompt, *completions):
@@ -86,8 +89,11 @@ def make_train_step(
 
     def sft_loss(params, batch, hidden_BAD, whole_size):
         """Eq. 5, this micro-batch's share."""
-        nats_BA = linear_cross_entropy(hidden_BAD, unembedding_fn(params), batch.answer_BA, **chunk)
-        return reduce(nats_BA, batch.answer_mask_BA) * size(batch.answer_mask_BA) / whole_size
+        mask_BA = batch.answer_mask_BA
+        loss = linear_cross_entropy(
+            hidden_BAD, unembedding_fn(params), batch.answer_BA, weight_BT=weigh(mask_BA), **chunk
+        )
+        return loss * size(mask_BA) / whole_size
 
     def kl_loss(params, teacher_params, batch, rollout, student_BCD, whole_size, num_tokens):
         """Eqs. 7-10, this micro-batch's share: both models at the same prefixes of the student's own answer."""
