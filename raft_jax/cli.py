@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if stray := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    args.words += rest  # argparse ends the list at the first option
+    args.words = [*args.words, *rest]  # argparse ends the list at the first option
     try:
         return args.function(args) or 0
     except InputError as error:
@@ -55,7 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     with_config = argparse.ArgumentParser(add_help=False, parents=[shared])
     with_config.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    with_config.add_argument("words", nargs="*", metavar="key.path=value", help="settings that replace the file's")
+    with_config.add_argument("words", nargs="*", default=[], metavar="key.path=value",
+                             help="settings that replace the file's")
     for name, text in STAGES.items():
         verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
         verb.set_defaults(function=_stage, stage=name)

@@ -34,7 +34,8 @@ def resolve(source: str) -> Path:
     else:
         path = Path(source).expanduser()
     if not path.exists():
-        raise InputError(f"{source}: no such file or folder" + ("" if str(path) == source else f" ({path})"))
+        place = "" if str(path) == source else f" ({path})"
+        raise InputError(f"{source}: no such file or folder{place}; check the path")
     return path
 
 

@@ -106,10 +106,14 @@ def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
     for arguments in (["check", path, "seed=1", "--trace-back", "seed=2"], ["chekc", path], [], ["generate"]):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(["check"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("data.path={folder}/none.jsonl", ("none.jsonl: no such file",)),
+    ("data.path={folder}/none.jsonl", ("none.jsonl: no such file or folder; check the path",)),
     ("data.path={folder}/data.xlsx", ("no such file",)),
     ("model.source={folder}/none", ("none: no such file",)),
     ("model.source=package://none_such_module/x", ("none_such_module is not installed", "pip install")),
