@@ -44,7 +44,7 @@ GENERAL = [
 
 @contextmanager
 def compile_cache(folder: Path) -> Iterator[None]:
-    """Programs that are built anew inside are compiled once."""
+    """Programs that are built anew inside are compiled once, and without XLA's dearest optimisations."""
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0,
@@ -52,12 +52,14 @@ def compile_cache(folder: Path) -> Iterator[None]:
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
+    jax.config.update("jax_disable_most_optimizations", True)  # a flag, which can be set but not read
     compilation_cache.reset_cache()
     try:
         yield
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+        jax.config.update("jax_disable_most_optimizations", False)
         compilation_cache.reset_cache()
 
 
