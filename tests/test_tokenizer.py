@@ -180,7 +180,7 @@ def test_templates_that_fail(template, named):
 
 def test_templates_that_do_not_compile():
     for template in ("{% for %}", "{{ x | nosuchfilter }}", "{% generation %}"):
-        with pytest.raises(InputError, match="^here: the chat template does not compile"):
+        with pytest.raises(InputError, match=r"^here: the chat template does not compile"):
             with_template(template)
 
 
