@@ -15,17 +15,19 @@ import pytest
 
 from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, init_parameters, parameter_table
+from raft_jax.models.families.rope import make_rope, plain_rope
 
 LLAMA = DecoderConfig(
     family="llama", vocab_size=61, num_layers=3, width=20, num_heads=4, num_kv_heads=2, head_width=6, ffn_width=28,
-    max_positions=64, rope_theta=100.0,
+    max_positions=64, ropes=(plain_rope(100.0, 6),),
 )
-LLAMA3_ROPE = (
-    ("factor", 8.0), ("high_freq_factor", 4.0), ("low_freq_factor", 1.0), ("original_max_position_embeddings", 40.0),
-)
+LLAMA3 = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 40.0,
+}
+LLAMA3_ROPE = make_rope({"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}, 6, 64)
 CONFIGS = {
     "llama": LLAMA,
-    "llama 3": replace(LLAMA, rope_scaling=LLAMA3_ROPE, num_kv_heads=1, norm_epsilon=1e-3),
+    "llama 3": replace(LLAMA, ropes=(LLAMA3_ROPE,), num_kv_heads=1, norm_epsilon=1e-3),
     "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True, tied_embeddings=True, num_kv_heads=4),
 }
 TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (3, 13))
@@ -76,9 +78,9 @@ def twin(config: DecoderConfig, params, tokens_T, first_position=0) -> np.ndarra
         """Rotates each pair (x_j, x_{j + H/2}), a complex number, by its angle."""
         half, out = len(x_H) // 2, x_H.copy()
         for j in range(half):
-            frequency = config.rope_theta ** (-2 * j / len(x_H))
-            if config.rope_scaling:
-                scaling = dict(config.rope_scaling)
+            frequency = 100.0 ** (-2 * j / len(x_H))
+            if config.ropes == (LLAMA3_ROPE,):
+                scaling = LLAMA3
                 wavelength, original = 2 * math.pi / frequency, scaling["original_max_position_embeddings"]
                 if wavelength > original / scaling["low_freq_factor"]:
                     frequency /= scaling["factor"]
@@ -157,7 +159,7 @@ def test_a_fork_is_two_texts_after_one_prompt(model):
             texts[row, start : start + length] = TOKENS[row, start : start + length]
             mask[row, start : start + length] = True
     found = model.head(model.hidden(model.params, texts, None, mask, (4, 5)))
-    for row, (prompt, first, second) in enumerate(zip(prompts, firsts, seconds, strict=True)):
+    for row, first in enumerate(firsts):
         places = np.arange(13)
         for branch in (places < 4 + first) & mask[row], ((places < 4) | (places >= 9)) & mask[row]:
             expected = twin(model.config, model.params, texts[row, branch])

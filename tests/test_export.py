@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,7 +90,7 @@ def test_random_models_in_and_out(tmp_path, name, seed):
     model = load_pretrained(str(tmp_path / "theirs"))
     assert_close(ours(model), expected)
 
-    export_hf(model, model.params, tmp_path / "ours")
+    export_hf(model, model.params, tmp_path / "ours", dtype=jnp.float32)
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert again.dtype == torch.float32
@@ -106,7 +107,7 @@ def test_older_configs(tmp_path, llama_config, random_tensors, write_folder):
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model = load_pretrained(str(folder))
     assert_close(ours(model), logits_of(reference))
-    export_hf(model, model.params, tmp_path / "out")
+    export_hf(model, model.params, tmp_path / "out", dtype=jnp.float32)
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
@@ -129,7 +130,7 @@ def test_gguf_files(tmp_path, llama_config, random_tensors, write_gguf, family, 
     model = load_pretrained(str(path))
     expected = logits_of(reference)
     assert_close(ours(model), expected)
-    export_hf(model, model.params, tmp_path / "out")
+    export_hf(model, model.params, tmp_path / "out", dtype=jnp.float32)
     assert_close(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()), expected, atol=1e-5)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == family
 
@@ -137,7 +138,7 @@ def test_gguf_files(tmp_path, llama_config, random_tensors, write_gguf, family, 
 def test_shards_and_bfloat16(tmp_path, monkeypatch, llama_config, random_tensors, write_folder):
     monkeypatch.setattr("raft_jax.models.export.SHARD_BYTES", 20_000)
     model = load_pretrained(str(write_folder(tmp_path / "model", llama_config, random_tensors(llama_config))))
-    export_hf(model, model.params, tmp_path / "out", dtype=jax.numpy.bfloat16)
+    export_hf(model, model.params, tmp_path / "out", dtype=jnp.bfloat16)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     reference, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", dtype="auto", output_loading_info=True

@@ -233,7 +233,7 @@ def test_a_user_defined_token_is_one_token_and_no_special_one():
 
 
 @pytest.mark.parametrize(("changes", "named"), [
-    ({"tokenizer.ggml.model": "llama"}, "tokenizer type 'llama' is not supported; supported: gpt2"),
+    ({"tokenizer.ggml.model": "bert"}, "tokenizer type 'bert' is not supported; supported: gpt2"),
     ({"tokenizer.ggml.pre": "chatglm-bpe"}, "pre-tokenizer 'chatglm-bpe' is not supported; supported: smollm"),
     ({"tokenizer.ggml.pre": None}, "pre-tokenizer 'missing' is not supported"),
 ])

@@ -17,6 +17,7 @@ from raft_jax.data import prompts
 from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, parameter_table
 from raft_jax.models.export import export_hf
+from raft_jax.models.families.rope import plain_rope
 from raft_jax.models.tokenizer import Tokenizer
 
 CHAT_TEMPLATE = (
@@ -25,6 +26,7 @@ CHAT_TEMPLATE = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 ENCODER = Path(__file__).parent / "fixtures" / "encoder" / "tiny_bert"
+ROPE_THETA = 10_000.0
 TOPICS = ("kettle", "bridge", "lantern", "tenant", "harbour", "tablet", "ladder", "permit", "engine", "orchard",
           "ferry", "meadow", "quarry", "signal", "chimney", "cellar")
 ROWS = [
@@ -86,7 +88,8 @@ def make_tokenizer() -> Tokenizer:
 
 def make_config(vocab_size: int, **changes) -> DecoderConfig:
     sizes = dict(num_layers=2, width=32, num_heads=4, num_kv_heads=2, head_width=8, ffn_width=48, max_positions=512)
-    return DecoderConfig(family="llama", vocab_size=vocab_size, **{**sizes, **changes})
+    ropes = (plain_rope(ROPE_THETA, changes.get("head_width", sizes["head_width"])),)
+    return DecoderConfig(family="llama", vocab_size=vocab_size, **{"ropes": ropes, **sizes, **changes})
 
 
 def random_parameters(config: DecoderConfig, seed: int) -> dict[str, np.ndarray]:
@@ -113,7 +116,7 @@ def make_model(seed: int = 0) -> Model:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
         "vocab_size": config.vocab_size, "hidden_size": config.width, "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width, "intermediate_size": config.ffn_width, "rope_theta": config.rope_theta,
+        "head_dim": config.head_width, "intermediate_size": config.ffn_width, "rope_theta": ROPE_THETA,
         "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": False,
     }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
+from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table, softcap
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, load_parameters, open_weights
@@ -49,13 +49,22 @@ class Model:
         return Decoder(self.config, params).unstacked()
 
     def unembedding(self, params) -> jax.Array:
-        """`[D, V]`."""
+        """`[D, V]`, with the padding of the vocabulary."""
         return Decoder(self.config, params).unembedding()
 
     def apply(self, params, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
         """Logits `[B, T, V]`, float32. For evaluation of short texts: training never holds this array."""
-        hidden_BTD = self.hidden(params, tokens_BT, positions_BT, mask_BT)
-        return jnp.einsum("btd,dv->btv", hidden_BTD, self.unembedding(params), preferred_element_type=jnp.float32)
+        return self.logits(self.hidden(params, tokens_BT, positions_BT, mask_BT), self.unembedding(params))
+
+    def logits(self, hidden_XD, unembedding_DV) -> jax.Array:
+        """Logits `[..., V]`, float32, of hidden states `[..., D]`, capped where the family caps them."""
+        logits_XV = jnp.einsum("...d,dv->...v", hidden_XD, unembedding_DV, preferred_element_type=jnp.float32)
+        return softcap(logits_XV[..., : self.config.vocab_size], self.config.logit_softcap)
+
+    @property
+    def head_settings(self) -> dict[str, Any]:
+        """What the losses over hidden states have to know of the unembedding: their `logit_softcap`, `vocab_size`."""
+        return {"logit_softcap": self.config.logit_softcap, "vocab_size": self.config.vocab_size}
 
 
 def parameter_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
@@ -78,7 +87,9 @@ def load_pretrained(source: str, dtype=jnp.float32, mesh: Mesh | None = None, re
     """
     path = resolve(source)
     weights = open_weights(path)
-    config = replace(config_from_hf(weights.hf_config), remat=remat)
+    config = config_from_hf(weights.hf_config)
+    padding = 0 if mesh is None else -config.vocab_size % mesh.shape["tensor"]
+    config = replace(config, remat=remat, vocab_padding=padding)
     if isinstance(weights, GgufFile):
         tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
     else:

@@ -1,7 +1,10 @@
-"""One decoder for the llama family: parameter table, forward pass, and the same pass with a cache.
+"""One decoder for every family: parameter table, forward pass, and the same pass with a cache.
 
 Letters: B batch, T time, S cache length, D model width, N query heads, K key/value heads, G = N/K,
 H head width, F feed-forward, V vocabulary, L layers. A parameter's name ends in its dimensions.
+
+Families differ in numbers only, and layers too: each layer's window and kind of rotary positions are scanned along
+with its weights.
 """
 
 from __future__ import annotations
@@ -9,15 +12,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from raft_jax.models.rope import Rope, of_kind, rope_tables, rotate
 from raft_jax.sharding import constrain
 
 MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
+
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclass(frozen=True)
@@ -33,19 +41,29 @@ class DecoderConfig:
     head_width: int
     ffn_width: int
     max_positions: int
-    rope_theta: float = 10_000.0
-    rope_scaling: tuple[tuple[str, float], ...] | None = None  # llama3: factor, low, high, original length
+    ropes: tuple[Rope, ...]  # all of one width
+    layer_ropes: tuple[int, ...] | None = None  # which of them each layer has; None: the first
+    windows: tuple[int, ...] | None = None  # how many tokens each layer sees, itself among them; None: all
     norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0  # norms multiply by offset + scale
+    post_norms: bool = False  # attention and feed-forward are normed behind, too
+    qk_norm: bool = False  # queries and keys are normed within each head
+    activation: str = "silu"  # of ACTIVATIONS
+    embedding_scale: float = 1.0
+    query_scale: float | None = None  # None: H^-1/2
+    attention_softcap: float | None = None  # scores become cap tanh(score / cap)
+    logit_softcap: float | None = None
     tied_embeddings: bool = False
     qkv_bias: bool = False
+    vocab_padding: int = 0  # rows of the embedding beyond the vocabulary, so that it divides over a mesh
     remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     @property
     def sizes(self) -> dict[str, int]:
         """The size behind each letter of a parameter's name."""
         return {
-            "L": self.num_layers, "V": self.vocab_size, "D": self.width, "N": self.num_heads,
-            "K": self.num_kv_heads, "H": self.head_width, "F": self.ffn_width,
+            "L": self.num_layers, "V": self.vocab_size + self.vocab_padding, "D": self.width, "F": self.ffn_width,
+            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_width,
         }
 
 
@@ -57,7 +75,7 @@ class ParameterInfo(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    fan_in: int | None  # None: a norm's scale, made of ones; 0: a bias, made of zeros
+    fan_in: int | None  # None: a norm's scale, which begins as multiplying by one; 0: a bias, made of zeros
 
 
 def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
@@ -70,6 +88,10 @@ def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
     }
     if config.qkv_bias:
         fan_in |= {"query_bias_LNH": 0, "key_bias_LKH": 0, "value_bias_LKH": 0}
+    if config.qk_norm:
+        fan_in |= {"query_norm_LH": None, "key_norm_LH": None}
+    if config.post_norms:
+        fan_in |= {"attention_post_norm_LD": None, "mlp_post_norm_LD": None}
     if not config.tied_embeddings:
         fan_in["unembedding_DV"] = config.width
     table = {}
@@ -87,7 +109,7 @@ def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) ->
 
     def init(name: str, info: ParameterInfo, key: jax.Array) -> jax.Array:
         if info.fan_in is None or info.fan_in == 0:
-            return jnp.full(info.shape, 1 if info.fan_in is None else 0, dtype)
+            return jnp.full(info.shape, 1 - config.norm_offset if info.fan_in is None else 0, dtype)
         return jax.random.normal(key, info.shape, dtype) / math.sqrt(info.fan_in)
 
     table = parameter_table(config)
@@ -143,8 +165,8 @@ class Decoder(nnx.Module):
 
     def prefill(self, tokens_BT, mask_BT, length: int) -> tuple[jax.Array, Cache]:
         """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them."""
-        hidden_BTD, (keys, values) = self._forward(tokens_BT, None, mask_BT, keep=True)
         room = length - tokens_BT.shape[1]
+        hidden_BTD, (keys, values) = self._forward(tokens_BT, None, mask_BT, keep=True, room=room)
         keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, room),))
         values = jnp.pad(values, ((0, 0),) * 3 + ((0, room), (0, 0)))
         return hidden_BTD, Cache(keys, values, jnp.pad(mask_BT, ((0, 0), (0, room))), jnp.int32(tokens_BT.shape[1]))
@@ -154,24 +176,28 @@ class Decoder(nnx.Module):
 
         With `layers` from `unstacked` they are run one by one instead of in a loop.
         """
+        config, positions_BS = self.config, positions_from_mask(cache.mask_BS)
         position_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
-        rope = rope_table(self.config, position_B1)
+        ropes = rope_tables(config.ropes, position_B1, position_B1[:, 0] + cache.mask_BS.shape[1] - cache.length)
 
         def layer(x_BTD, scanned):
             # The layers only read the cache; it is written once, below. Written here it would be copied.
-            weights, past_key_BKHS, past_value_BKSH = scanned
-            query, key, value = _project(self.config, x_BTD, weights, rope)
-            mixed = _attend_one(query, key, value, past_key_BKHS, past_value_BKSH, cache.mask_BS)
-            x_BTD = x_BTD + _output(mixed, weights)
-            return _mlp(self.config, x_BTD, weights), (key, value)
+            (weights, numbers), past_key_BKHS, past_value_BKSH = scanned
+            query, key, value = _project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
+            visible_BS = cache.mask_BS
+            if "window" in numbers:
+                visible_BS &= position_B1 - positions_BS < numbers["window"]
+            mixed = _attend_one(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
+            return _residual(config, x_BTD, mixed, weights), (key, value)
 
         x_BTD = self._embed(token_B1)
         if layers is None:
             x_BTD, (key, value) = jax.lax.scan(layer, x_BTD, (self._layers(), cache.key_LBKHS, cache.value_LBKSH))
         else:
             new = []
-            for scanned in zip(layers, cache.key_LBKHS, cache.value_LBKSH, strict=True):
-                x_BTD, key_value = layer(x_BTD, scanned)
+            for i, weights in enumerate(layers):
+                numbers = {name: of_L[i] for name, of_L in self._numbers().items()}
+                x_BTD, key_value = layer(x_BTD, ((weights, numbers), cache.key_LBKHS[i], cache.value_LBKSH[i]))
                 new.append(key_value)
             key, value = (jnp.stack(arrays) for arrays in zip(*new, strict=True))
         place = cache.length
@@ -181,12 +207,12 @@ class Decoder(nnx.Module):
             jax.lax.dynamic_update_slice(cache.mask_BS, mask_B1, (0, place)),
             place + 1,
         )
-        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon), cache
+        return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
     def unstacked(self) -> list[dict[str, jax.Array]]:
         """The weights layer by layer. A loop over layers copies each slice at every token, which XLA on CPU does
         in memory: made once, before decoding, the slices cost one copy of the weights and save a third of the time."""
-        stacked = self._layers()
+        stacked, _ = self._layers()
         layers = [{name: array[layer] for name, array in stacked.items()} for layer in range(self.config.num_layers)]
         return jax.lax.optimization_barrier(layers)
 
@@ -194,64 +220,53 @@ class Decoder(nnx.Module):
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
 
-    def _forward(self, tokens_BT, positions_BT, mask_BT, fork=None, *, keep: bool = False):
+    def _forward(self, tokens_BT, positions_BT, mask_BT, fork=None, *, keep: bool = False, room: int = 0):
         """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
+        config = self.config
         positions_BT = positions_from_mask(mask_BT, fork) if positions_BT is None else positions_BT
-        rope = rope_table(self.config, positions_BT)
+        length_B = jnp.max(jnp.where(mask_BT, positions_BT + 1, 0), axis=-1)
+        ropes = rope_tables(config.ropes, positions_BT, length_B + room)
 
-        def layer(x_BTD, weights):
-            query, key, value = _project(self.config, x_BTD, weights, rope)
-            x_BTD = x_BTD + _output(_attend(query, key, value, mask_BT, fork), weights)
-            return _mlp(self.config, x_BTD, weights), (key, value) if keep else None
+        def layer(x_BTD, scanned):
+            weights, numbers = scanned
+            query, key, value = _project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
+            mixed = _attend(config, query, key, value, positions_BT, mask_BT, fork, numbers.get("window"))
+            return _residual(config, x_BTD, mixed, weights), (key, value) if keep else None
 
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
-        policy = None if self.config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         layer = jax.checkpoint(layer, policy=policy)
         x_BTD, kept = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
-        return rms_norm(x_BTD, self.final_norm_D[...], self.config.norm_epsilon), kept
+        return rms_norm(config, x_BTD, self.final_norm_D[...]), kept
 
     def _embed(self, tokens_BT) -> jax.Array:
-        return constrain(self.embedding_VD[...][tokens_BT], "batch", None, None)
+        x_BTD = self.embedding_VD[...][tokens_BT]
+        x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
+        return constrain(x_BTD, "batch", None, None)
 
-    def _layers(self) -> dict[str, jax.Array]:
+    def _layers(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """What is scanned: each layer's weights, and the numbers in which layers differ."""
         stacked = (name for name in parameter_table(self.config) if name.rpartition("_")[2].startswith("L"))
-        return {name: getattr(self, name)[...] for name in stacked}
+        return (
+            {name: getattr(self, name)[...] for name in stacked},
+            {name: jnp.array(of_L, jnp.int32) for name, of_L in self._numbers().items()},
+        )
+
+    def _numbers(self) -> dict[str, tuple[int, ...]]:
+        numbers = {"rope": self.config.layer_ropes, "window": self.config.windows}
+        return {name: of_L for name, of_L in numbers.items() if of_L is not None}
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """x / rms(x) · scale over the last axis, computed in float32."""
+def rms_norm(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / rms(x) · (offset + scale) over the last axis, computed in float32."""
     x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + epsilon)
-    return x32.astype(x.dtype) * scale
-
-
-def rope_table(config: DecoderConfig, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, H/2]` of the rotary angles, float32."""
-    half = config.head_width // 2
-    frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if config.rope_scaling:
-        frequency = _llama3_frequency(frequency, dict(config.rope_scaling))
-    angle = positions_BT[..., None].astype(jnp.float32) * frequency
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def _llama3_frequency(frequency: jax.Array, scaling: dict[str, float]) -> jax.Array:
-    """Llama 3's long context: slow rotations are divided by `factor`, fast ones kept, blended in between."""
-    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = jnp.clip((turns - low) / (high - low), 0, 1)
-    return keep * frequency + (1 - keep) * frequency / scaling["factor"]
-
-
-def _rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    cos, sin = (table[:, :, None, :].astype(x_BTNH.dtype) for table in rope)
-    first, second = jnp.split(x_BTNH, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
+    return (x32 * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 def _project(config: DecoderConfig, x_BTD, weights, rope):
-    """Query `[B,T,N,H]`, key `[B,K,H,T]` and value `[B,K,T,H]` of one layer, rotated."""
-    x_BTD = rms_norm(x_BTD, weights["attention_norm_LD"], config.norm_epsilon)
+    """Query `[B,T,N,H]`, scaled, key `[B,K,H,T]` and value `[B,K,T,H]` of one layer, rotated."""
+    x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
     query = jnp.einsum("btd,dnh->btnh", x_BTD, weights["query_LDNH"])
     key = jnp.einsum("btd,dkh->btkh", x_BTD, weights["key_LDKH"])
     value = jnp.einsum("btd,dkh->btkh", x_BTD, weights["value_LDKH"])
@@ -259,46 +274,58 @@ def _project(config: DecoderConfig, x_BTD, weights, rope):
         query = query + weights["query_bias_LNH"]
         key = key + weights["key_bias_LKH"]
         value = value + weights["value_bias_LKH"]
-    query, key = _rotate(query, rope), _rotate(key, rope)
-    return query, key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+    if config.qk_norm:
+        query = rms_norm(config, query, weights["query_norm_LH"])
+        key = rms_norm(config, key, weights["key_norm_LH"])
+    query, key = rotate(query, rope), rotate(key, rope)
+    scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
+    return query * scale, key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
 
 
-def _attend(query_BTNH, key_BKHT, value_BKTH, mask_BT, fork) -> jax.Array:
+def _attend(config, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, fork, window) -> jax.Array:
     """Mixed values `[B, T, N, H]` of tokens that see themselves and what stands before them, up to a fork."""
+    attend = partial(_attend_last, config, window)
     if fork is None:
-        return _attend_last(query_BTNH, key_BKHT, value_BKTH, mask_BT)
+        return attend(query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT)
     length, end = fork[0], sum(fork)
 
     def second(array, axis):
         before, _, after = jnp.split(array, (length, end), axis)
         return jnp.concatenate([before, after], axis)
 
-    first_BTNH = _attend_last(query_BTNH[:, :end], key_BKHT[..., :end], value_BKTH[:, :, :end], mask_BT[:, :end])
-    second_BTNH = _attend_last(query_BTNH[:, end:], second(key_BKHT, 3), second(value_BKTH, 2), second(mask_BT, 1))
+    first_BTNH = attend(
+        query_BTNH[:, :end], key_BKHT[..., :end], value_BKTH[:, :, :end], positions_BT[:, :end], mask_BT[:, :end]
+    )
+    second_BTNH = attend(
+        query_BTNH[:, end:], second(key_BKHT, 3), second(value_BKTH, 2), second(positions_BT, 1), second(mask_BT, 1)
+    )
     return jnp.concatenate([first_BTNH, second_BTNH], axis=1)
 
 
-def _attend_last(query_BTNH, key_BKHS, value_BKSH, mask_BS) -> jax.Array:
+def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
     """Mixed values `[B, T, N, H]` of the last T of S tokens."""
     B, T, N, H = query_BTNH.shape
     S = key_BKHS.shape[-1]
     visible_BTS = jnp.tri(T, S, S - T, dtype=bool) & mask_BS[:, None, :]
+    if window is not None:
+        visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
     query_BTKGH = _grouped(query_BTNH, key_BKHS.shape[1])
     scores = jnp.einsum("btkgh,bkhs->bkgts", query_BTKGH, key_BKHS, preferred_element_type=jnp.float32)
+    scores = softcap(scores, config.attention_softcap)
     probs = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1)
     return jnp.einsum("bkgts,bksh->btkgh", probs.astype(value_BKSH.dtype), value_BKSH).reshape(B, T, N, H)
 
 
-def _attend_one(query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, mask_BS) -> jax.Array:
+def _attend_one(config, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS) -> jax.Array:
     """The same for one new token, which sees itself and the cache.
 
     Written as sums: XLA fuses them with reading the cache, where a product of matrices would first copy it.
     """
     B, _, N, H = query_B1NH.shape
     query_BKGH1 = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0, ..., None].astype(jnp.float32)
-    past_BKGS = jnp.sum(query_BKGH1 * past_key_BKHS[:, :, None], axis=3)
-    past_BKGS = jnp.where(mask_BS[:, None, None], past_BKGS, MASKED)
-    own_BKG1 = jnp.sum(query_BKGH1 * key_BKH1[:, :, None], axis=3)
+    past_BKGS = softcap(jnp.sum(query_BKGH1 * past_key_BKHS[:, :, None], axis=3), config.attention_softcap)
+    past_BKGS = jnp.where(visible_BS[:, None, None], past_BKGS, MASKED)
+    own_BKG1 = softcap(jnp.sum(query_BKGH1 * key_BKH1[:, :, None], axis=3), config.attention_softcap)
     highest = jnp.maximum(jnp.max(past_BKGS, axis=-1, keepdims=True), own_BKG1)
     past_BKGS, own_BKG1 = jnp.exp(past_BKGS - highest), jnp.exp(own_BKG1 - highest)
     mixed_BKGH = jnp.sum(past_BKGS[..., None] * past_value_BKSH[:, :, None], axis=3) + own_BKG1 * value_BK1H
@@ -307,21 +334,28 @@ def _attend_one(query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH
 
 
 def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:
-    """Queries `[B, T, K, G, H]`, scaled, beside the key head that each group shares."""
+    """Queries `[B, T, K, G, H]` beside the key head that each group shares."""
     B, T, N, H = query_BTNH.shape
-    return query_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H) * H**-0.5
+    return query_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
 
 
-def _output(mixed_BTNH, weights) -> jax.Array:
-    return jnp.einsum("btnh,nhd->btd", mixed_BTNH, weights["output_LNHD"])
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(x / cap), which keeps what is small and bounds what is large; without a cap x itself."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def _mlp(config: DecoderConfig, x_BTD, weights) -> jax.Array:
-    """x plus the gated feed-forward of its norm (SwiGLU)."""
-    normed = rms_norm(x_BTD, weights["mlp_norm_LD"], config.norm_epsilon)
+def _residual(config: DecoderConfig, x_BTD, mixed_BTNH, weights) -> jax.Array:
+    """x plus the attention's output plus the gated feed-forward, each normed behind where the config asks for it."""
+
+    def behind(out_BTD, name):
+        return rms_norm(config, out_BTD, weights[name]) if config.post_norms else out_BTD
+
+    output_BTD = jnp.einsum("btnh,nhd->btd", mixed_BTNH, weights["output_LNHD"])
+    x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
+    normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
     gate, up = _product(normed, weights["gate_LDF"]), _product(normed, weights["up_LDF"])
-    x_BTD = x_BTD + _product(jax.nn.silu(gate) * up, weights["down_LFD"])
-    return constrain(x_BTD, "batch", None, None)
+    output_BTD = _product(ACTIVATIONS[config.activation](gate) * up, weights["down_LFD"])
+    return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
 
 
 @jax.custom_vjp

@@ -74,7 +74,8 @@ def _mpnet_key(key: str) -> str:
 
 MPNET_KEYS = {
     "relative_bias_RN": Stored("encoder.relative_attention_bias.weight", ("R", "N")),
-    **{name: Stored(_mpnet_key(key), dims) for name, (key, dims) in BERT_KEYS.items() if name != "token_type_YD"},
+    **{name: stored._replace(key=_mpnet_key(stored.key)) for name, stored in BERT_KEYS.items()
+       if name != "token_type_YD"},
 }
 
 

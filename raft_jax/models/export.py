@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from raft_jax.models import Model
-from raft_jax.models.weights import stored_tensors
+from raft_jax.models.weights import SAFETENSORS_DTYPES, stored_tensors
 
 SHARD_BYTES = 4 << 30
+SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def export_hf(
-    model: Model, params: Mapping[str, jax.Array], folder: Path, *, dtype=jnp.float32, card: str = ""
+    model: Model, params: Mapping[str, jax.Array], folder: Path, *, dtype=jnp.bfloat16, card: str = ""
 ) -> Path:
     """Writes config.json, generation_config.json, the tokenizer, its chat template, the weights and a model card.
 
@@ -42,7 +46,8 @@ def export_hf(
     work.mkdir(parents=True)
     tokenizer = model.tokenizer
     config = {**model.hf_config, "dtype": jnp.dtype(dtype).name}
-    config.pop("torch_dtype", None)  # the older name of dtype
+    for key in ("torch_dtype", "auto_map"):  # the older name of dtype; code that is not exported
+        config.pop(key, None)
     _write_json(work / "config.json", config)
     generation = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     if config.get("bos_token_id") is not None:
@@ -62,24 +67,40 @@ def _write_json(path: Path, value) -> None:
 
 def _write_weights(model: Model, params, folder: Path, dtype) -> None:
     """One model.safetensors, or shards of at most 4 GiB with an index."""
-    from safetensors.numpy import save_file
-
-    shards: list[dict[str, int]] = [{}]
-    width = jnp.dtype(dtype).itemsize
-    tensors = {key: (size * width, make) for key, size, make in stored_tensors(params, model.config)}
-    for key, (size, _) in tensors.items():
-        if shards[-1] and sum(shards[-1].values()) + size > SHARD_BYTES:
+    dtype = jnp.dtype(dtype)
+    shards: list[dict[str, tuple]] = [{}]
+    room = SHARD_BYTES
+    for key, shape, make in stored_tensors(params, model.config):
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and size > room:
             shards.append({})
-        shards[-1][key] = size
+            room = SHARD_BYTES
+        room -= size
+        shards[-1][key] = (shape, make)
     names = ["model.safetensors"] if len(shards) == 1 else [
         f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
     ]
-    for name, shard in zip(names, shards, strict=True):
-        # Every process takes part in making the tensors; one writes them.
-        made = {key: tensors[key][1]().astype(dtype) for key in shard}
-        if jax.process_index() == 0:
-            save_file(made, folder / name, metadata={"format": "pt"})
+    total = sum(_write_shard(folder / name, shard, dtype) for name, shard in zip(names, shards, strict=True))
     if len(shards) > 1 and jax.process_index() == 0:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         _write_json(folder / "model.safetensors.index.json",
-                    {"metadata": {"total_size": sum(size for size, _ in tensors.values())}, "weight_map": weight_map})
+                    {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_shard(path: Path, shard: dict[str, tuple], dtype) -> int:
+    """The safetensors format, a tensor at a time, so that no second copy of the model is held; its bytes of data."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for key, (shape, _) in shard.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    writes = jax.process_index() == 0
+    with path.open("wb") if writes else nullcontext() as file:
+        if writes:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for _, make in shard.values():
+            array = make()  # every process takes part in making the tensors; one writes them
+            if writes:
+                file.write(np.array(array, dtype, order="C").view(np.uint8).data)
+    return end

@@ -31,7 +31,17 @@ PRE_TOKENIZERS = {
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )),
 }
-GGUF_CONTROL, GGUF_USER_DEFINED = 3, 4
+# The same of "gpt-4o" (Phi-4-mini): words end where their case does.
+LOWER, UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+PRE_TOKENIZERS["gpt-4o"] = dict(pattern=(
+    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{SUFFIX}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+))
+GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
+SPACE = "▁"  # how sentencepiece writes a space
+# A chat turn may end with another token than a text does.
+END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
 class Tokenizer:
@@ -60,9 +70,7 @@ class Tokenizer:
         pad = self._special("pad_token")
         self.pad_id = self.eos_id if pad is None else self.id_of(pad)
         stops = {self.eos_id, *self.settings.get("extra_stop_ids", ())}
-        # A chat turn may end with another token than a text does.
-        stops |= {self.special_ids[name] for name in ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
-                  if name in self.special_ids}
+        stops |= {self.special_ids[name] for name in END_OF_TURN if name in self.special_ids}
         self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
 
     def _special(self, name: str) -> str | None:
@@ -148,7 +156,7 @@ class Tokenizer:
         ends = [index for index, token in enumerate(answer) if token in self.stop_ids]
         if not ends:
             return [*answer, self.eos_id]
-        return answer[: ends[-1] + 1]
+        return answer[: ends[0] + 1]
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
@@ -219,18 +227,20 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
-    """Rebuilds a byte-pair tokenizer from the fields of a GGUF file."""
+    """Rebuilds a byte-pair or a sentencepiece tokenizer from the fields of a GGUF file."""
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "missing")
-    if kind != "gpt2":
-        raise InputError(f"{source}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-pair)")
-    if pre not in PRE_TOKENIZERS:
+    if kind not in ("gpt2", "llama"):
+        raise InputError(f"{source}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-pair), llama "
+                         "(sentencepiece)")
+    if kind == "gpt2" and pre not in PRE_TOKENIZERS:
         raise InputError(f"{source}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
         "chat_template": metadata.get("tokenizer.chat_template"),
     }
     try:
-        backend = _backend_from_gguf(metadata, **PRE_TOKENIZERS[pre])
+        backend = _byte_pairs(metadata, **PRE_TOKENIZERS[pre]) if kind == "gpt2" else _sentencepiece(metadata)
+        _add_tokens(backend, metadata)
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             if (index := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
                 settings[f"{ours}_token"] = metadata["tokenizer.ggml.tokens"][index]
@@ -241,13 +251,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     return Tokenizer(backend, settings, source)
 
 
-def _backend_from_gguf(metadata, pattern: str, digits: bool = False, whole: bool = False, nfc: bool = False):
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+def _byte_pairs(metadata, pattern: str, digits: bool = False, whole: bool = False, nfc: bool = False):
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
-    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    vocab = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    vocab = {token: index for index, token in enumerate(tokens)}
     backend = Backend(models.BPE(vocab, merges, ignore_merges=whole))
     if nfc:
         backend.normalizer = normalizers.NFC()
@@ -259,11 +268,42 @@ def _backend_from_gguf(metadata, pattern: str, digits: bool = False, whole: bool
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
-    backend.add_tokens([
-        AddedToken(token, special=kind == GGUF_CONTROL, normalized=False)
-        for token, kind in zip(tokens, types, strict=True) if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
-    ])
     return backend
+
+
+def _sentencepiece(metadata):
+    """Pieces that join by their scores are byte pairs whose merges are all ways to split a piece, best score first."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    tokens, scores, kinds = (metadata[f"tokenizer.ggml.{field}"] for field in ("tokens", "scores", "token_type"))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = sorted(
+        (-score, vocab[token[:cut]], vocab[token[cut:]], cut, token)
+        for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == GGUF_NORMAL
+        for cut in range(1, len(token)) if token[:cut] in vocab and token[cut:] in vocab
+    )
+    backend = Backend(models.BPE(
+        vocab, [(token[:cut], token[cut:]) for *_, cut, token in merges], byte_fallback=True, fuse_unk=True,
+        unk_token=tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)],
+    ))
+    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = normalizers.Replace(" ", SPACE)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+    return backend
+
+
+def _add_tokens(backend, metadata) -> None:
+    """Tokens that are found before all else; a chat's marks are special even where a file calls them the user's."""
+    from tokenizers import AddedToken
+
+    kinds = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
+    backend.add_tokens([
+        AddedToken(token, special=kind == GGUF_CONTROL or token in END_OF_TURN, normalized=False)
+        for token, kind in kinds if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
+    ])
 
 
 def load_tokenizer(source: str) -> Tokenizer:

@@ -12,14 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
 from raft_jax.models.decoder import DecoderConfig, parameter_table
-from raft_jax.models.families import GGUF_KEYS, Stored, config_from_hf, hf_config_from_gguf, stored_keys
+from raft_jax.models.families import Stored, config_from_hf, stored_keys
+from raft_jax.models.families.metadata import ROPE_TENSORS, gguf_names, hf_config_from_gguf
 from raft_jax.sharding import named_sharding, to_host
 
 INDEX_NAME = "model.safetensors.index.json"
+SAFETENSORS_DTYPES = {name: jnp.dtype(ours) for name, ours in (
+    ("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("F64", "float64"), ("I64", "int64"),
+    ("I32", "int32"), ("I16", "int16"), ("I8", "int8"), ("U8", "uint8"), ("BOOL", "bool"),
+)}
 
 
 def read_json(path: Path) -> Any:
@@ -46,6 +51,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self.hf_config = read_object(folder / "config.json")
+        self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._file_of = self._index()
 
     def _index(self) -> dict[str, Path]:
@@ -62,15 +68,15 @@ class SafetensorsFolder:
         if not path.exists():
             found = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
             raise InputError(f"{self.folder}: neither model.safetensors nor {INDEX_NAME} is there (found {found})")
-        with self._open(path) as file:
-            return dict.fromkeys(file.keys(), path)
+        return dict.fromkeys(self._header(path)[1].keys() - {"__metadata__"}, path)
 
     @staticmethod
-    def _open(path: Path):
+    def _check(path: Path) -> None:
         from safetensors import SafetensorError, safe_open
 
         try:
-            return safe_open(path, framework="numpy")
+            with safe_open(path, framework="numpy"):
+                pass
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
 
@@ -78,11 +84,26 @@ class SafetensorsFolder:
         return set(self._file_of)
 
     def read(self, key: str) -> np.ndarray:
+        """A view of the tensor in its file: what is not looked at is not read."""
         path = self._file_of[key]
-        with self._open(path) as file:
-            if key not in set(file.keys()):
-                raise InputError(f"{path}: the index says that {key} is here, and it is not")
-            return file.get_tensor(key)
+        start, header = self._header(path)
+        if key not in header:
+            raise InputError(f"{path}: the index says that {key} is here, and it is not")
+        found = header[key]
+        if found["dtype"] not in SAFETENSORS_DTYPES:
+            raise InputError(f"{path}: {key} has dtype {found['dtype']}, which is not supported; supported: "
+                             + ", ".join(SAFETENSORS_DTYPES))
+        dtype, shape, (first, end) = SAFETENSORS_DTYPES[found["dtype"]], tuple(found["shape"]), found["data_offsets"]
+        return np.zeros(shape, dtype) if first == end else np.memmap(path, dtype, "r", start + first, shape)
+
+    def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Where the data of a shard begins, and what its header says; the library looks it over first."""
+        if path not in self._headers:
+            self._check(path)
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + size, json.loads(file.read(size))
+        return self._headers[path]
 
 
 class GgufFile:
@@ -101,16 +122,21 @@ class GgufFile:
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: a truncated or damaged GGUF file ({error}); fetch it again") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.hf_config = hf_config_from_gguf(self.metadata, "output.weight" in self._tensors)
+        arch = self.metadata.get("general.architecture")
+        rope = {name: self._dequantised(name) for name in ROPE_TENSORS.get(arch, ()) if name in self._tensors}
+        self.hf_config = hf_config_from_gguf(self.metadata, "output.weight" in self._tensors, rope)
         config = config_from_hf(self.hf_config)
+        names = gguf_names(config.family)
         self._name_of = {
-            stored.key.format(layer): GGUF_KEYS[name].format(layer)
+            stored.key.format(layer): names[name].format(layer)
             for name, stored in stored_keys(config).items()
             for layer in (range(config.num_layers) if "{}" in stored.key else (0,))
         }
-        self._num_heads = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
-        self._permuted = config.family == "llama"
-        known = set(self._name_of.values())
+        self._norm_offset = config.norm_offset
+        self._num_heads = {}
+        if arch == "llama":
+            self._num_heads = {"attn_q.weight": config.num_heads, "attn_k.weight": config.num_kv_heads}
+        known = {*self._name_of.values(), *rope}
         if surplus := sorted(set(self._tensors) - known):
             raise InputError(f"{path}: the tensor {surplus[0]} is not part of a {config.family} model")
 
@@ -118,20 +144,23 @@ class GgufFile:
         return {key for key, name in self._name_of.items() if name in self._tensors}
 
     def read(self, key: str) -> np.ndarray:
+        name = self._name_of[key]
+        array = self._dequantised(name)
+        if heads := self._num_heads.get(name.split(".", 2)[-1]):
+            # llama.cpp keeps the two halves of each rotated head interleaved.
+            array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        # It keeps a norm's scale as what is multiplied by.
+        return array - self._norm_offset if name.endswith("norm.weight") else array
+
+    def _dequantised(self, name: str) -> np.ndarray:
         import gguf
 
-        name = self._name_of[key]
         tensor = self._tensors[name]
         try:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape.tolist())))
+            return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape.tolist())))
         except (NotImplementedError, ValueError) as error:
             kind = tensor.tensor_type.name
             raise InputError(f"{self.path}: {name} of type {kind} cannot be read ({error})") from error
-        heads = self._num_heads.get(name.split(".", 2)[-1])
-        if heads and self._permuted:
-            # llama.cpp keeps the two halves of each rotated head interleaved.
-            array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        return array
 
 
 def open_weights(path: Path) -> SafetensorsFolder | GgufFile:
@@ -165,16 +194,44 @@ def load_parameters(
         raise InputError(f"{_place(weights)}: {min(surplus)} is not part of a {config.family} model with this config")
     parameters = {}
     for name, stored in keys.items():
-        info = table[name]
-        shape = info.shape[1:] if "{}" in stored.key else info.shape
-        array = np.empty(info.shape, dtype)
-        targets = [array[layer] for layer in layers] if "{}" in stored.key else [array]
-        for layer, target in enumerate(targets):
-            key = stored.key.format(layer)
-            target[...] = _from_stored(weights, key, name, stored, shape, config)
-        sharding = named_sharding(mesh, info.axes, info.shape, name) if mesh else None
-        parameters[name] = jax.device_put(array, sharding)
+        sharding = None if mesh is None else named_sharding(mesh, table[name].axes, table[name].shape, name)
+        parameters[name] = _load(weights, name, stored, config, dtype, sharding)
     return parameters
+
+
+def _load(weights, name: str, stored: Stored, config: DecoderConfig, dtype, sharding) -> jax.Array:
+    """One parameter; a stacked one is made on the devices and filled a layer at a time. The devices transpose."""
+    letters, ours = "".join(stored.dims), _letters(name)
+    order = tuple(letters.index(letter) for letter in ours)
+    as_stored = None
+    if sharding is not None:
+        spec = dict(zip(ours, sharding.spec[-len(ours) :], strict=True))
+        as_stored = NamedSharding(sharding.mesh, PartitionSpec(*(spec[letter] for letter in letters)))
+    if "{}" not in stored.key:
+        return _transposed(_put(_from_stored(weights, stored.key, stored, config), dtype, as_stored), order)
+    stack_LX = jnp.zeros(parameter_table(config)[name].shape, dtype, device=sharding)
+    for layer in range(config.num_layers):
+        array = _from_stored(weights, stored.key.format(layer), stored, config)
+        stack_LX = _set_layer(stack_LX, _transposed(_put(array, dtype, as_stored), order), layer)
+        stack_LX.block_until_ready()  # else the host runs ahead and holds many layers
+    return stack_LX
+
+
+@partial(jax.jit, static_argnums=1)
+def _transposed(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
+    return array.transpose(order)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set_layer(stack_LX: jax.Array, layer_X: jax.Array, layer) -> jax.Array:
+    return jax.lax.dynamic_update_index_in_dim(stack_LX, layer_X, layer, 0)
+
+
+def _put(array: np.ndarray, dtype, sharding: NamedSharding | None) -> jax.Array:
+    """To the default device, or to those of this process, each of which is given its own part."""
+    if sharding is None:
+        return jnp.asarray(np.array(array, dtype))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype))
 
 
 def _place(weights: SafetensorsFolder | GgufFile) -> Path:
@@ -185,33 +242,47 @@ def _letters(name: str) -> str:
     return name.rpartition("_")[2].removeprefix("L")
 
 
-def _from_stored(weights, key: str, name: str, stored: Stored, shape: tuple[int, ...], config: DecoderConfig):
-    """One tensor of the file in our order of dimensions."""
-    array, sizes = weights.read(key), config.sizes
-    expected = tuple(int(np.prod([sizes[letter] for letter in dim])) for dim in stored.dims)
+def _rows(dims: tuple[str, ...], sizes: Mapping[str, int]) -> list[int]:
+    return [math.prod(sizes[letter] for letter in dim) for dim in dims]
+
+
+def _from_stored(weights, key: str, stored: Stored, config: DecoderConfig) -> np.ndarray:
+    """One layer's share of a parameter, in the file's order of dimensions; a view wherever it can be."""
+    array, sizes = weights.read(key), config.sizes | {"V": config.vocab_size}
+    first, rest = _rows(stored.fused or stored.dims[:1], sizes), _rows(stored.dims[1:], sizes)
+    expected = (sum(first), *rest)
     if array.shape != expected:
         raise InputError(f"{_place(weights)}: {key} has shape {array.shape}, and the config asks for {expected}")
-    letters = "".join(stored.dims)
-    array = array.reshape([sizes[letter] for letter in letters])
-    return array.transpose([letters.index(letter) for letter in _letters(name)]).reshape(shape)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise InputError(f"{_place(weights)}: {key} holds {array.dtype}; expected float32, float16 or bfloat16")
+    if stored.fused:
+        array = array[sum(first[: stored.part]) : sum(first[: stored.part + 1])]
+    if stored.dims[0] == "V" and config.vocab_padding:
+        array, sizes = np.pad(array, ((0, config.vocab_padding), (0, 0))), config.sizes
+    return array.reshape([sizes[letter] for letter in "".join(stored.dims)])
 
 
 def stored_tensors(
     params: Mapping[str, Any], config: DecoderConfig
-) -> Iterator[tuple[str, int, Callable[[], np.ndarray]]]:
-    """Key, number of elements and maker of every tensor of an exported model, in the file's order of dimensions."""
-    sizes, table = config.sizes, parameter_table(config)
-
-    def make(array, name: str, stored: Stored) -> np.ndarray:
-        ours, letters = _letters(name), "".join(stored.dims)
-        array = to_host(array).transpose([ours.index(letter) for letter in letters])
-        return np.ascontiguousarray(array.reshape([math.prod(sizes[letter] for letter in dim) for dim in stored.dims]))
-
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
+    """Key, shape and maker of every tensor of an exported model, as the file has it, without the padding."""
+    sizes, together = config.sizes | {"V": config.vocab_size}, {}
     for name, stored in stored_keys(config).items():
-        elements = math.prod(table[name].shape)
-        if "{}" not in stored.key:
-            yield stored.key, elements, partial(make, params[name], name, stored)
-            continue
-        for layer in range(config.num_layers):
-            of_layer = lambda name=name, stored=stored, layer=layer: make(params[name][layer], name, stored)  # noqa: E731
-            yield stored.key.format(layer), elements // config.num_layers, of_layer
+        together.setdefault(stored.key, []).append((name, stored))
+
+    def make(parts, layer: int | None) -> np.ndarray:
+        arrays = []
+        for name, stored in parts:
+            array = to_host(params[name] if layer is None else params[name][layer])
+            ours, letters = _letters(name), "".join(stored.dims)
+            array = array.transpose([ours.index(letter) for letter in letters])
+            array = array[: config.vocab_size] if stored.dims[0] == "V" else array
+            arrays.append(array.reshape(_rows(stored.dims, sizes)))
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    for key, parts in together.items():
+        parts.sort(key=lambda part: part[1].part)
+        dims = parts[0][1].dims
+        shape = (sum(_rows(parts[0][1].fused or dims[:1], sizes)), *_rows(dims[1:], sizes))
+        for layer in range(config.num_layers) if "{}" in key else (None,):
+            yield key.format(layer), shape, partial(make, parts, layer)
