@@ -69,7 +69,9 @@ class Cut(NamedTuple):
 def over_tokens(function: Callable, chunk_size: int, *arrays_BT: jax.Array):
     """function(*[N, ...]) -> pytree of [N, ...] on chunks of tokens, joined to [B, T, ...]."""
     cut = Cut.of(arrays_BT[0].shape[:2], chunk_size)
-    return cut.join(_each(lambda carry, index: (carry, function(*cut.chunk(arrays_BT, index))), None, cut)[1])
+    if cut.num_chunks == 1:  # without a loop: the compiler then sees what forward and backward share
+        return cut.join(jax.tree.map(lambda x: x[None], function(*cut.chunk(arrays_BT, 0))))
+    return cut.join(jax.lax.map(lambda index: function(*cut.chunk(arrays_BT, index)), jnp.arange(cut.num_chunks)))
 
 
 def weighted_sum(form: Form, evaluate: Callable, hidden_BTD: jax.Array, head: Head, weight_BT: jax.Array, *arrays_BT):
@@ -81,30 +83,29 @@ def weighted_sum(form: Form, evaluate: Callable, hidden_BTD: jax.Array, head: He
     cut = Cut.of(hidden_BTD.shape[:2], form.chunk_size)
     exact, factor = dtypes(hidden_BTD, head)
 
-    def chunk(carry, index):
-        total, head_grad = carry
+    def chunk(index, dtype):
         hidden, weight, *arrays = cut.chunk((hidden_BTD, weight_BT, *arrays_BT), index)
         nats, slope = evaluate(hidden, *arrays)
         weight = jnp.where(cut.is_new(index), weight, 0).astype(exact)
         slope = jnp.where(weight[:, None] == 0, 0, slope * weight[:, None])
         narrow = slope.astype(factor)
-        total += jnp.sum(jnp.where(weight == 0, 0, weight * nats))
-        head_grad = jax.tree.map(jnp.add, head_grad, head.gradient(hidden, narrow, slope))
+        total = jnp.sum(jnp.where(weight == 0, 0, weight * nats))
+        head_grad = head.gradient(hidden, narrow, slope, dtype, form.shards == 1)
         return (total, head_grad), (nats, head.hidden_gradient(narrow).astype(hidden_BTD.dtype))
 
-    start = jnp.zeros((), exact), jax.tree.map(lambda x: jnp.zeros_like(x, dtype=exact), head)
-    start = jax.tree.map(lambda x: placement.vary_like(x, hidden_BTD), start)
-    (total, head_grad), chunks = _each(chunk, start, cut)
+    def add(carry, index):
+        sums, values = chunk(index, exact)
+        return jax.tree.map(jnp.add, carry, sums), values
+
+    if cut.num_chunks == 1:
+        (total, head_grad), values = chunk(0, head.dtype)
+        chunks = jax.tree.map(lambda x: x[None], values)
+    else:
+        start = jnp.zeros((), exact), jax.tree.map(lambda x: jnp.zeros_like(x, dtype=exact), head)
+        start = jax.tree.map(lambda x: placement.vary_like(x, hidden_BTD), start)
+        (total, head_grad), chunks = jax.lax.scan(add, start, jnp.arange(cut.num_chunks))
     nats_BT, hidden_grad = cut.join(chunks)
     return total, nats_BT, (hidden_grad, jax.tree.map(lambda x, like: x.astype(like.dtype), head_grad, head))
-
-
-def _each(function, carry, cut):
-    """lax.scan over the chunks; of one chunk, the chunk: the compiler then sees what forward and backward share."""
-    if cut.num_chunks > 1:
-        return jax.lax.scan(function, carry, jnp.arange(cut.num_chunks))
-    carry, values = function(carry, 0)
-    return carry, jax.tree.map(lambda x: x[None], values)
 
 
 def backward(form: Form, slope: Callable, hidden_BTD: jax.Array, heads: tuple[Head, ...]) -> tuple[jax.Array, Head]:
@@ -156,7 +157,7 @@ def _backward(form, slope, hidden_ND, heads, bits=False):
         head_grad = jax.tree.map(
             lambda x, piece, like, axis: paste(x, as_stored(piece.astype(like.dtype)), axis, start),
             head_grad,
-            pieces[0].gradient(hidden_ND, narrow_NM, slope_NM),
+            pieces[0].gradient(hidden_ND, narrow_NM, slope_NM, heads[0].dtype, shards == 1),
             heads[0],
             axes[0],
         )

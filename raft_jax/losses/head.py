@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -73,6 +75,10 @@ class Head(NamedTuple):
         return self.unembedding.embedding_VD if self.tied else self.unembedding
 
     @property
+    def dtype(self):
+        return self.matrix.dtype
+
+    @property
     def vocabulary(self) -> int:
         return self.matrix.shape[0 if self.tied else 1]
 
@@ -94,20 +100,46 @@ class Head(NamedTuple):
         values_NV = jnp.einsum(indices, hidden_ND, self.matrix, preferred_element_type=exact)
         return values_NV if self.bias_V is None else values_NV + self.bias_V.astype(exact)
 
-    def gradient(self, hidden_ND: jax.Array, narrow_NV: jax.Array, slope_NV: jax.Array) -> Head:
-        """The head's cotangent, wide, from that of the products: narrow as a factor, wide in the bias's sum."""
+    def gradient(self, hidden_ND: jax.Array, narrow_NV: jax.Array, slope_NV: jax.Array, dtype, whole: bool) -> Head:
+        """The head's cotangent from that of the products: narrow as a factor, wide in the bias's sum.
+
+        whole: the vocabulary is not split over devices.
+        """
         exact, _ = dtypes(hidden_ND, self)
-        if self.tied:
-            matrix = Tied(jnp.einsum("nv,nd->vd", narrow_NV, hidden_ND, preferred_element_type=exact))
+        factors = (narrow_NV, hidden_ND) if self.tied else (hidden_ND, narrow_NV)
+        product = functools.partial(_gradient, exact, dtype)
+        if whole and narrow_NV.dtype.itemsize == 2:
+            by_rows = functools.partial(_gradient_by_rows, exact, dtype)
+            matrix = jax.lax.platform_dependent(*factors, cpu=by_rows, default=product)
         else:
-            matrix = jnp.einsum("nd,nv->dv", hidden_ND, narrow_NV, preferred_element_type=exact)
-        return Head(matrix, None if self.bias_V is None else slope_NV.sum(0))
+            matrix = product(*factors)
+        bias_V = None if self.bias_V is None else slope_NV.sum(0).astype(dtype)
+        return Head(Tied(matrix) if self.tied else matrix, bias_V)
 
     def hidden_gradient(self, narrow_NV: jax.Array) -> jax.Array:
         """The hidden states' cotangent, wide."""
         exact, _ = dtypes(narrow_NV, self)
         indices = "nv,vd->nd" if self.tied else "nv,dv->nd"
         return jnp.einsum(indices, narrow_NV, self.matrix, preferred_element_type=exact)
+
+
+def _gradient(exact, dtype, left_NR, right_NC):
+    return jnp.einsum("nr,nc->rc", left_NR, right_NC, preferred_element_type=exact).astype(dtype)
+
+
+def _gradient_by_rows(exact, dtype, left_NR, right_NC):
+    """For XLA's CPU backend, which widens 16-bit factors whole unless the left one is summed over its last axis.
+
+    It would undo a transposition in place; of one outside of a loop it makes an array.
+    """
+    num_rows = left_NR.shape[1]
+    num_blocks = math.gcd(num_rows, 8)
+
+    def block(carry, left_RN):
+        return carry, jnp.einsum("rn,nc->rc", left_RN, right_NC, preferred_element_type=exact).astype(dtype)
+
+    _, blocks = jax.lax.scan(block, None, left_NR.T.reshape(num_blocks, num_rows // num_blocks, -1))
+    return blocks.reshape(num_rows, -1)
 
 
 def dtypes(hidden_ND: jax.Array, head: Head):
