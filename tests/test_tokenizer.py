@@ -1,5 +1,6 @@
 """Tokenizers and chat templates against llama.cpp's ids, transformers' chat ids and splits worked by hand."""
 
+import itertools
 import json
 
 import numpy as np
@@ -202,6 +203,7 @@ def gguf_fields(pre: str, tokens: list[str], merges: list[str], special=()) -> d
     ("gpt-2", ["It", "'s", "Ġ12345", "ĠCAN", "'", "T", ",", "Ġ", "Ġx", "Ċ", "Ċ", "y", "!!", "Ċ"]),
     ("smollm", ["It", "'s", "Ġ", *"12345", "ĠCAN", "'", "T", ",", "Ġ", "Ġx", "Ċ", "Ċ", "y", "!!", "Ċ"]),
     ("qwen2", ["It", "'s", "Ġ", *"12345", "ĠCAN", "'T", ",", "Ġ", "Ġx", "ĊĊ", "y", "!!Ċ"]),
+    ("gpt-4o", ["It's", "Ġ", "123", "45", "ĠCAN'T", ",", "Ġ", "Ġx", "ĊĊ", "y", "!!Ċ"]),
     ("llama-bpe", ["It", "'s", "Ġ", "123", "45", "ĠCAN", "'T", ",", "Ġ", "Ġx", "ĊĊ", "y", "!!Ċ"]),
 ])
 def test_how_a_text_is_cut(pre, pieces):
@@ -217,6 +219,49 @@ def test_llama_3_takes_whole_words_without_merges():
     assert tokenizer_from_gguf(fields, "here").encode("cat") == [fields["tokenizer.ggml.tokens"].index("cat")]
     fields["tokenizer.ggml.pre"] = "gpt-2"
     assert len(tokenizer_from_gguf(fields, "here").encode("cat")) == 2
+
+
+def test_gpt_4o_cuts_words_where_their_case_ends():
+    tokenizer = tokenizer_from_gguf(gguf_fields("gpt-4o", [], []), "here")
+    pieces = [piece for piece, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str("camelCase HTTPServer a/b//\n")]
+    assert pieces == ["camel", "Case", "ĠHTTPServer", "Ġa", "/b", "//Ċ"]
+
+
+def pieces_by_score(text: str, scores: dict[str, float]) -> list[str]:
+    """sentencepiece by its definition: the neighbours whose join has the best score are joined, the leftmost first."""
+    pieces = list(text)
+    while joins := [(-scores[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(pieces)) if a + b in scores]:
+        place = min(joins)[1]
+        pieces[place : place + 2] = ["".join(pieces[place : place + 2])]
+    return [p for piece in pieces for p in ([piece] if piece in scores else [f"<0x{b:02X}>" for b in piece.encode()])]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_sentencepiece_tokenizer_from_gguf(prefix):
+    random = np.random.default_rng(5)
+    words = sorted({"".join(random.choice(list("▁abc"), size)) for size in random.integers(2, 6, 150)})
+    normal = ["▁", *"abc</s>", "</", "s>", *words]
+    scores = {word: float(score) for word, score in zip(normal, -random.permutation(len(normal)), strict=True)}
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *scores, "<end_of_turn>", "  x"]
+    fields = {
+        "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [scores.get(token, 0.0) for token in tokens],
+        "tokenizer.ggml.token_type": [2, 3, 3, *[6] * 256, *[1] * len(scores), 4, 4],
+        "tokenizer.ggml.add_space_prefix": prefix, "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 2, "tokenizer.chat_template": CHAT_TEMPLATE,
+    }
+    tokenizer = tokenizer_from_gguf(fields, "here")
+    for text in [*("".join(random.choice(list("  aabbcc"), 12)) for _ in range(60)), "é 東", "a</s>b"]:
+        text = text.replace("  x", "")
+        ids = tokenizer.encode(text)
+        expected = pieces_by_score(("▁" if prefix else "") + text.replace(" ", "▁"), scores)
+        assert [tokens[index] for index in ids] == expected, text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.stop_ids == (2, tokens.index("<end_of_turn>"))
+    assert tokens.index("  x") in tokenizer.encode("a  xb") and 2 not in tokenizer.encode("</s>")
+    lacking = {key: value for key, value in fields.items() if not key.endswith("scores")}
+    with pytest.raises(InputError, match=r"lacks tokenizer\.ggml\.scores"):
+        tokenizer_from_gguf(lacking, "here")
 
 
 def test_qwen2_composes_characters():
