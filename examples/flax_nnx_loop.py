@@ -13,6 +13,7 @@ import optax
 from flax import nnx
 
 from raft_jax.losses import (
+    Tied,
     init_balance,
     linear_cross_entropy,
     linear_top_k_forward_kl,
@@ -37,7 +38,7 @@ class TinyModel(nnx.Module):
         return jnp.tanh(self.mix(jnp.concatenate([tokens_BTD, before_BTD], axis=-1)))
 
     def unembedding(self):
-        return self.embed.embedding[...].T  # tied: the transpose is not copied
+        return Tied(self.embed.embedding[...])
 
 
 def predictions(model, prompt_BP, answer_BA):
@@ -51,7 +52,7 @@ def rollout(graphdef, params, question_BP, key, num_tokens):
     model = nnx.merge(graphdef, params)
 
     def next_token(tokens_BT, step):
-        logits_BTV = model.hidden(tokens_BT) @ model.unembedding()
+        logits_BTV = model.embed.attend(model.hidden(tokens_BT))
         at = question_BP.shape[1] + step
         drawn_B = jax.random.categorical(jax.random.fold_in(key, step), logits_BTV[:, at - 1])
         return tokens_BT.at[:, at].set(drawn_B), None
