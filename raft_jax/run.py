@@ -44,13 +44,14 @@ class Run:
 
     @cached_property
     def model(self) -> Model:
+        given = self.config.model
         return load_pretrained(
-            self.config.model.source, jnp.dtype(self.config.model.dtype), self.mesh, self.config.model.remat
+            given.source, jnp.dtype(given.dtype), self.mesh, remat=given.remat, attention=given.attention
         )
 
     @cached_property
     def encoder(self):
-        return load_encoder(self.config.encoder.source)
+        return load_encoder(self.config.encoder.source, prefix=self.config.encoder.prefix)
 
     @cached_property
     def rows(self) -> Rows:

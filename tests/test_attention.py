@@ -1,11 +1,13 @@
 """The attention kernels against a float64 NumPy twin, values and gradients; splash runs in Pallas's interpreter."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from raft_jax.models import attention
 from raft_jax.sharding import make_mesh
@@ -102,12 +104,38 @@ def test_splash_on_a_mesh():
         np.testing.assert_allclose(run(*given, mask_BS), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize(("backend", "softcap", "best"), [
-    ("cpu", None, "plain"), ("tpu", 30.0, "splash"), ("gpu", None, "cudnn"), ("gpu", 30.0, "plain"),
+@pytest.mark.parametrize("windows", [None, (4, 99)])
+def test_the_decoder_by_a_kernel(monkeypatch, windows):
+    """Whole texts, a fork and a prompt, padded on the left; layers with and without a window."""
+    plain = tiny.make_model()
+    plain = replace(plain, config=replace(plain.config, windows=windows, attention_softcap=3.0))
+    model = replace(plain, config=replace(plain.config, kernel="splash"))
+    calls = []
+
+    def flash(*arguments, **settings):
+        calls.append(settings["window"])
+        return real_flash(*arguments, interpret=True, **settings)
+
+    real_flash = attention.flash
+    monkeypatch.setattr(attention, "flash", flash)
+    tokens = np.random.default_rng(0).integers(0, 200, (2, 20))
+    mask = np.ones((2, 20), bool)
+    mask[0, :3] = False
+    for fork in (None, (8, 7)):
+        found, expected = (x.hidden(x.params, tokens, None, mask, fork) for x in (model, plain))
+        np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
+    found, expected = (x.prefill(x.params, tokens, mask, 24)[0] for x in (model, plain))
+    np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
+    assert set(calls) == ({None} if windows is None else {4, None})
+
+
+@pytest.mark.parametrize(("backend", "dtype", "softcap", "best"), [
+    ("cpu", "bfloat16", None, "plain"), ("tpu", "float32", 30.0, "splash"), ("gpu", "bfloat16", None, "cudnn"),
+    ("gpu", "bfloat16", 30.0, "plain"), ("gpu", "float32", None, "plain"),
 ])
-def test_the_best_kernel(monkeypatch, backend, softcap, best):
+def test_the_best_kernel(monkeypatch, backend, dtype, softcap, best):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert attention.best_kernel(softcap) == best
+    assert attention.best_kernel(dtype, softcap) == best
 
 
 @pytest.mark.slow

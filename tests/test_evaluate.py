@@ -22,7 +22,7 @@ from raft_jax.evaluate.drift import divergence, weight_distance
 from raft_jax.sampling import Completion, Scorer
 
 TOY = SimpleNamespace(
-    hidden=tiny.toy_hidden, unembedding=tiny.toy_unembedding, tokenizer=SimpleNamespace(pad_id=3)
+    hidden=tiny.toy_hidden, unembedding=tiny.toy_unembedding, tokenizer=SimpleNamespace(pad_id=3), head_settings={}
 )
 
 

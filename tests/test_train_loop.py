@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
-from raft_jax.config import RolloutConfig, TrainConfig
+from raft_jax.config import LoraConfig, RolloutConfig, TrainConfig
 from raft_jax.data.batches import TokenRow
 from raft_jax.errors import InputError
 from raft_jax.sharding import make_mesh
@@ -223,3 +224,27 @@ def test_the_moments_lie_where_their_parameters_do(model):
 
 def test_metrics_are_numbers_that_json_reads_back(undisturbed):
     assert json.loads(json.dumps(undisturbed[1], allow_nan=False)) == undisturbed[1]
+
+
+@pytest.mark.parametrize("name", ["raft", "sft"])
+def test_adapters_are_trained_beside_the_teacher(model, rows, tmp_path, name):
+    """They are all that is kept, they go on where they stopped, and whole weights come out."""
+    before = jax.device_get(model.params)
+    lora = LoraConfig(rank=2, alpha=4.0, targets=["q_proj", "down_proj"])
+    params, lines = run(model, rows, tmp_path / "one", name, lora=lora)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), before)
+    moved = {key for key in before if np.any(np.asarray(params[key]) != before[key])}
+    assert moved == {"query_LDNH", "down_LFD"}
+    for key in moved:  # by no more than the rank
+        layer = np.asarray(params[key] - before[key])[0]
+        layer = layer.reshape(len(layer), -1)
+        assert np.linalg.matrix_rank(layer, tol=1e-6) <= 2
+    saved = load_file(tmp_path / "one/adapter/adapter_model.safetensors")
+    assert {key.rpartition("layers.")[2] for key in saved} == {
+        f"{layer}.{module}.lora_{half}.weight"
+        for layer in (0, 1) for module in ("self_attn.q_proj", "mlp.down_proj") for half in "AB"
+    }
+    run(model, rows, tmp_path / "two", name, lora=lora, max_steps=2)
+    again, more = run(model, rows, tmp_path / "two", name, lora=lora)
+    assert without_times(more) == without_times(lines)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(params))

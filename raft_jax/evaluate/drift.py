@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raft_jax.losses import linear_forward_kl, sequence_mean
 from raft_jax.models import Model
 from raft_jax.sampling import Scorer, answer_hidden
-
-CHUNK = 8  # time steps whose logits of both models are held at once
 
 
 def divergence(
@@ -30,18 +29,11 @@ def divergence(
     def mean_kl(base_params, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
         arrays = (prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
         base_BAD, tuned_BAD = answer_hidden(model, base_params, *arrays), answer_hidden(model, params, *arrays)
-        base_DV, tuned_DV = model.unembedding(base_params), model.unembedding(params)
-
-        def kl(hidden):
-            base, tuned = (
-                jax.nn.log_softmax(jnp.einsum("bd,dv->bv", h, w, preferred_element_type=jnp.float32))
-                for h, w in zip(hidden, (base_DV, tuned_DV), strict=True)
-            )
-            return jnp.sum(jnp.exp(base) * (base - tuned), axis=-1)
-
-        kl_AB = jax.lax.map(kl, (base_BAD.swapaxes(0, 1), tuned_BAD.swapaxes(0, 1)), batch_size=CHUNK)
-        mask_BA = answer_mask_BA.astype(jnp.float32)
-        return jnp.sum(kl_AB.T * mask_BA, axis=-1) / jnp.maximum(jnp.sum(mask_BA, axis=-1), 1)
+        nats_BA = linear_forward_kl(
+            tuned_BAD, model.unembedding(params), base_BAD, model.unembedding(base_params), temperature=1.0,
+            **model.head_settings,
+        )
+        return jax.vmap(lambda nats_A, mask_A: sequence_mean(nats_A[None], mask_A[None]))(nats_BA, answer_mask_BA)
 
     return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers)
 

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table, softcap
+from raft_jax.models.attention import best_kernel, softcap
+from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, load_parameters, open_weights
@@ -31,6 +32,7 @@ class Model:
     params: dict[str, jax.Array]
     tokenizer: Tokenizer | None = None
     hf_config: dict[str, Any] | None = None
+    source: str = ""  # where it was loaded from
 
     def hidden(self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
@@ -73,7 +75,9 @@ def parameter_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSha
     return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
 
 
-def load_pretrained(source: str, dtype=jnp.float32, mesh: Mesh | None = None, remat: bool = False) -> Model:
+def load_pretrained(
+    source: str, dtype=jnp.float32, mesh: Mesh | None = None, *, remat: bool = False, attention: str = "auto"
+) -> Model:
     """Loads an instruction-tuned decoder.
 
     Args:
@@ -81,6 +85,7 @@ def load_pretrained(source: str, dtype=jnp.float32, mesh: Mesh | None = None, re
       dtype: of the parameters and the activations.
       mesh: where the parameters go; default the first device.
       remat: recompute each layer in the backward pass (less memory, a third more work).
+      attention: "plain", "splash" (TPU), "cudnn" (GPU) or "auto", which takes what suits dtype and device.
 
     Raises:
       InputError: nothing there, an unsupported architecture or tokenizer, or weights that do not fit the config.
@@ -89,9 +94,10 @@ def load_pretrained(source: str, dtype=jnp.float32, mesh: Mesh | None = None, re
     weights = open_weights(path)
     config = config_from_hf(weights.hf_config)
     padding = 0 if mesh is None else -config.vocab_size % mesh.shape["tensor"]
-    config = replace(config, remat=remat, vocab_padding=padding)
+    kernel = best_kernel(dtype, config.attention_softcap) if attention == "auto" else attention
+    config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
     if isinstance(weights, GgufFile):
         tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
     else:
         tokenizer = tokenizer_from_folder(path)
-    return Model(config, load_parameters(weights, config, dtype, mesh), tokenizer, dict(weights.hf_config))
+    return Model(config, load_parameters(weights, config, dtype, mesh), tokenizer, dict(weights.hf_config), source)

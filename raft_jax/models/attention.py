@@ -1,6 +1,7 @@
-"""Attention by kernels that never hold the scores: Pallas splash attention on TPU, cuDNN's on GPU.
+"""Attention: the plain one, and kernels that never hold the scores: Pallas splash attention on TPU, cuDNN's on GPU.
 
-The decoder's own attention is the plain one, and what these two are measured against.
+Letters: B batch, T time, S tokens that may be seen, N query heads, K key/value heads, G = N/K, H head width. A config
+is a DecoderConfig.
 """
 
 from __future__ import annotations
@@ -12,17 +13,100 @@ import jax.numpy as jnp
 
 from raft_jax.sharding import partition_spec
 
+MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
 KERNELS = ("plain", "splash", "cudnn")
 BLOCK = 128  # splash attention's unit of query and key positions
 LARGEST_BLOCK = 512
 
 
-def best_kernel(softcap: float | None) -> str:
-    """The kernel for the default backend; cuDNN's has no soft-cap."""
+def attend(config, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, fork, window) -> jax.Array:
+    """Mixed values `[B, T, N, H]` of tokens that see themselves and what stands before them, up to a fork."""
+    attend_last = partial(_attend_last, config, window)
+    if fork is None:
+        return attend_last(query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT)
+    length, end = fork[0], sum(fork)
+
+    def second(array, axis):
+        before, _, after = jnp.split(array, (length, end), axis)
+        return jnp.concatenate([before, after], axis)
+
+    first_BTNH = attend_last(
+        query_BTNH[:, :end], key_BKHT[..., :end], value_BKTH[:, :, :end], positions_BT[:, :end], mask_BT[:, :end]
+    )
+    second_BTNH = attend_last(
+        query_BTNH[:, end:], second(key_BKHT, 3), second(value_BKTH, 2), second(positions_BT, 1), second(mask_BT, 1)
+    )
+    return jnp.concatenate([first_BTNH, second_BTNH], axis=1)
+
+
+def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
+    """Mixed values `[B, T, N, H]` of the last T of S tokens."""
+    if config.kernel != "plain":
+        return _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS)
+    B, T, N, H = query_BTNH.shape
+    S = key_BKHS.shape[-1]
+    visible_BTS = jnp.tri(T, S, S - T, dtype=bool) & mask_BS[:, None, :]
+    if window is not None:
+        visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
+    query_BTKGH = _grouped(query_BTNH, key_BKHS.shape[1])
+    scores = jnp.einsum("btkgh,bkhs->bkgts", query_BTKGH, key_BKHS, preferred_element_type=jnp.float32)
+    scores = softcap(scores, config.attention_softcap)
+    probs = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1)
+    return jnp.einsum("bkgts,bksh->btkgh", probs.astype(value_BKSH.dtype), value_BKSH).reshape(B, T, N, H)
+
+
+def _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS) -> jax.Array:
+    """The same by a kernel, into which the window is compiled: one branch for each that the layers have."""
+    S = mask_BS.shape[1]
+
+    def attend(size):
+        size = None if size is None or size >= S else size
+        return partial(
+            flash, kernel=config.kernel, scale=1.0, softcap=config.attention_softcap, window=size
+        )
+
+    arguments = query_BTNH, key_BKHS.transpose(0, 3, 1, 2), value_BKSH.swapaxes(1, 2), mask_BS
+    if window is None:
+        return attend(None)(*arguments)
+    sizes = sorted(set(config.windows))
+    branch = jnp.searchsorted(jnp.array(sizes, jnp.int32), window)
+    return jax.lax.switch(branch, [attend(size) for size in sizes], *arguments)
+
+
+def attend_one(config, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS) -> jax.Array:
+    """The same for one new token, which sees itself and the cache.
+
+    Written as sums: XLA fuses them with reading the cache, where a product of matrices would first copy it.
+    """
+    B, _, N, H = query_B1NH.shape
+    query_BKGH1 = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0, ..., None].astype(jnp.float32)
+    past_BKGS = softcap(jnp.sum(query_BKGH1 * past_key_BKHS[:, :, None], axis=3), config.attention_softcap)
+    past_BKGS = jnp.where(visible_BS[:, None, None], past_BKGS, MASKED)
+    own_BKG1 = softcap(jnp.sum(query_BKGH1 * key_BKH1[:, :, None], axis=3), config.attention_softcap)
+    highest = jnp.maximum(jnp.max(past_BKGS, axis=-1, keepdims=True), own_BKG1)
+    past_BKGS, own_BKG1 = jnp.exp(past_BKGS - highest), jnp.exp(own_BKG1 - highest)
+    mixed_BKGH = jnp.sum(past_BKGS[..., None] * past_value_BKSH[:, :, None], axis=3) + own_BKG1 * value_BK1H
+    mixed_BKGH = mixed_BKGH / (jnp.sum(past_BKGS, axis=-1, keepdims=True) + own_BKG1)
+    return mixed_BKGH.astype(value_BK1H.dtype).reshape(B, 1, N, H)
+
+
+def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:
+    """Queries `[B, T, K, G, H]` beside the key head that each group shares."""
+    B, T, N, H = query_BTNH.shape
+    return query_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap tanh(x / cap), which keeps what is small and bounds what is large; without a cap x itself."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def best_kernel(dtype, softcap: float | None) -> str:
+    """The kernel for the default backend; cuDNN's takes 16-bit floats and has no soft-cap."""
     backend = jax.default_backend()
     if backend == "tpu":
         return "splash"
-    return "cudnn" if backend in ("gpu", "cuda") and softcap is None else "plain"
+    return "cudnn" if backend == "gpu" and jnp.dtype(dtype).itemsize == 2 and softcap is None else "plain"
 
 
 def flash(

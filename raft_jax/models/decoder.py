@@ -19,11 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from raft_jax.models.attention import attend, attend_one
 from raft_jax.models.rope import Rope, of_kind, rope_tables, rotate
 from raft_jax.sharding import constrain
-
-MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
-
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
@@ -56,6 +54,8 @@ class DecoderConfig:
     tied_embeddings: bool = False
     qkv_bias: bool = False
     vocab_padding: int = 0  # rows of the embedding beyond the vocabulary, so that it divides over a mesh
+    adapter_scale: float = 1.0  # of low-rank adapters, where the parameters have some
+    kernel: str = "plain"  # of raft_jax.models.attention
     remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     @property
@@ -144,6 +144,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, parameters: Mapping[str, jax.Array]):
         self.config = config
+        self._stacked = tuple(name for name in parameters if name.rpartition("_")[2].startswith("L"))
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
 
@@ -187,7 +188,7 @@ class Decoder(nnx.Module):
             visible_BS = cache.mask_BS
             if "window" in numbers:
                 visible_BS &= position_B1 - positions_BS < numbers["window"]
-            mixed = _attend_one(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
+            mixed = attend_one(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
             return _residual(config, x_BTD, mixed, weights), (key, value)
 
         x_BTD = self._embed(token_B1)
@@ -230,7 +231,7 @@ class Decoder(nnx.Module):
         def layer(x_BTD, scanned):
             weights, numbers = scanned
             query, key, value = _project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
-            mixed = _attend(config, query, key, value, positions_BT, mask_BT, fork, numbers.get("window"))
+            mixed = attend(config, query, key, value, positions_BT, mask_BT, fork, numbers.get("window"))
             return _residual(config, x_BTD, mixed, weights), (key, value) if keep else None
 
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
@@ -246,9 +247,8 @@ class Decoder(nnx.Module):
 
     def _layers(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """What is scanned: each layer's weights, and the numbers in which layers differ."""
-        stacked = (name for name in parameter_table(self.config) if name.rpartition("_")[2].startswith("L"))
         return (
-            {name: getattr(self, name)[...] for name in stacked},
+            {name: getattr(self, name)[...] for name in self._stacked},
             {name: jnp.array(of_L, jnp.int32) for name, of_L in self._numbers().items()},
         )
 
@@ -267,9 +267,10 @@ def rms_norm(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array
 def _project(config: DecoderConfig, x_BTD, weights, rope):
     """Query `[B,T,N,H]`, scaled, key `[B,K,H,T]` and value `[B,K,T,H]` of one layer, rotated."""
     x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
-    query = jnp.einsum("btd,dnh->btnh", x_BTD, weights["query_LDNH"])
-    key = jnp.einsum("btd,dkh->btkh", x_BTD, weights["key_LDKH"])
-    value = jnp.einsum("btd,dkh->btkh", x_BTD, weights["value_LDKH"])
+    adapted = partial(_adapted, config, weights)
+    query = adapted("query_LDNH", jnp.einsum("btd,dnh->btnh", x_BTD, weights["query_LDNH"]), x_BTD)
+    key = adapted("key_LDKH", jnp.einsum("btd,dkh->btkh", x_BTD, weights["key_LDKH"]), x_BTD)
+    value = adapted("value_LDKH", jnp.einsum("btd,dkh->btkh", x_BTD, weights["value_LDKH"]), x_BTD)
     if config.qkv_bias:
         query = query + weights["query_bias_LNH"]
         key = key + weights["key_bias_LKH"]
@@ -282,80 +283,42 @@ def _project(config: DecoderConfig, x_BTD, weights, rope):
     return query * scale, key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
 
 
-def _attend(config, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, fork, window) -> jax.Array:
-    """Mixed values `[B, T, N, H]` of tokens that see themselves and what stands before them, up to a fork."""
-    attend = partial(_attend_last, config, window)
-    if fork is None:
-        return attend(query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT)
-    length, end = fork[0], sum(fork)
-
-    def second(array, axis):
-        before, _, after = jnp.split(array, (length, end), axis)
-        return jnp.concatenate([before, after], axis)
-
-    first_BTNH = attend(
-        query_BTNH[:, :end], key_BKHT[..., :end], value_BKTH[:, :, :end], positions_BT[:, :end], mask_BT[:, :end]
-    )
-    second_BTNH = attend(
-        query_BTNH[:, end:], second(key_BKHT, 3), second(value_BKTH, 2), second(positions_BT, 1), second(mask_BT, 1)
-    )
-    return jnp.concatenate([first_BTNH, second_BTNH], axis=1)
-
-
-def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
-    """Mixed values `[B, T, N, H]` of the last T of S tokens."""
-    B, T, N, H = query_BTNH.shape
-    S = key_BKHS.shape[-1]
-    visible_BTS = jnp.tri(T, S, S - T, dtype=bool) & mask_BS[:, None, :]
-    if window is not None:
-        visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
-    query_BTKGH = _grouped(query_BTNH, key_BKHS.shape[1])
-    scores = jnp.einsum("btkgh,bkhs->bkgts", query_BTKGH, key_BKHS, preferred_element_type=jnp.float32)
-    scores = softcap(scores, config.attention_softcap)
-    probs = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1)
-    return jnp.einsum("bkgts,bksh->btkgh", probs.astype(value_BKSH.dtype), value_BKSH).reshape(B, T, N, H)
-
-
-def _attend_one(config, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS) -> jax.Array:
-    """The same for one new token, which sees itself and the cache.
-
-    Written as sums: XLA fuses them with reading the cache, where a product of matrices would first copy it.
-    """
-    B, _, N, H = query_B1NH.shape
-    query_BKGH1 = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0, ..., None].astype(jnp.float32)
-    past_BKGS = softcap(jnp.sum(query_BKGH1 * past_key_BKHS[:, :, None], axis=3), config.attention_softcap)
-    past_BKGS = jnp.where(visible_BS[:, None, None], past_BKGS, MASKED)
-    own_BKG1 = softcap(jnp.sum(query_BKGH1 * key_BKH1[:, :, None], axis=3), config.attention_softcap)
-    highest = jnp.maximum(jnp.max(past_BKGS, axis=-1, keepdims=True), own_BKG1)
-    past_BKGS, own_BKG1 = jnp.exp(past_BKGS - highest), jnp.exp(own_BKG1 - highest)
-    mixed_BKGH = jnp.sum(past_BKGS[..., None] * past_value_BKSH[:, :, None], axis=3) + own_BKG1 * value_BK1H
-    mixed_BKGH = mixed_BKGH / (jnp.sum(past_BKGS, axis=-1, keepdims=True) + own_BKG1)
-    return mixed_BKGH.astype(value_BK1H.dtype).reshape(B, 1, N, H)
-
-
-def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:
-    """Queries `[B, T, K, G, H]` beside the key head that each group shares."""
-    B, T, N, H = query_BTNH.shape
-    return query_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap tanh(x / cap), which keeps what is small and bounds what is large; without a cap x itself."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
 def _residual(config: DecoderConfig, x_BTD, mixed_BTNH, weights) -> jax.Array:
     """x plus the attention's output plus the gated feed-forward, each normed behind where the config asks for it."""
 
     def behind(out_BTD, name):
         return rms_norm(config, out_BTD, weights[name]) if config.post_norms else out_BTD
 
+    adapted = partial(_adapted, config, weights)
     output_BTD = jnp.einsum("btnh,nhd->btd", mixed_BTNH, weights["output_LNHD"])
+    output_BTD = adapted("output_LNHD", output_BTD, mixed_BTNH)
     x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
     normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
-    gate, up = _product(normed, weights["gate_LDF"]), _product(normed, weights["up_LDF"])
-    output_BTD = _product(ACTIVATIONS[config.activation](gate) * up, weights["down_LFD"])
+    gate = adapted("gate_LDF", _product(normed, weights["gate_LDF"]), normed)
+    up = adapted("up_LDF", _product(normed, weights["up_LDF"]), normed)
+    inner_BTF = ACTIVATIONS[config.activation](gate) * up
+    output_BTD = adapted("down_LFD", _product(inner_BTF, weights["down_LFD"]), inner_BTF)
     return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
+
+
+def adapter_names(parameter: str) -> tuple[str, str]:
+    """The two arrays of the low-rank adapter (raft_jax.models.lora) that adds to a parameter of the layers.
+
+    >>> adapter_names("query_LDNH")
+    ('query_a_LDR', 'query_b_LRNH')
+    """
+    stem, _, letters = parameter.rpartition("_")
+    num_inputs = 2 if stem == "output" else 1
+    return f"{stem}_a_L{letters[1 : 1 + num_inputs]}R", f"{stem}_b_LR{letters[1 + num_inputs :]}"
+
+
+def _adapted(config: DecoderConfig, weights, parameter: str, y, x) -> jax.Array:
+    """y = x W plus what an adapter beside W adds, scale x a b."""
+    down, up = adapter_names(parameter)
+    if down not in weights:
+        return y
+    num_inputs = weights[down].ndim - 1
+    return y + config.adapter_scale * jnp.tensordot(jnp.tensordot(x, weights[down], num_inputs), weights[up], 1)
 
 
 @jax.custom_vjp

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.models import Model
-from raft_jax.models.decoder import MASKED
+from raft_jax.models.attention import MASKED
 
 
 class Rollout(NamedTuple):
@@ -104,7 +104,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_B, 0))
 
         def draw(hidden_BD, index):
-            logits_BV = jnp.einsum("bd,dv->bv", hidden_BD, unembedding_DV, preferred_element_type=jnp.float32)
+            logits_BV = model.logits(hidden_BD, unembedding_DV)
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 

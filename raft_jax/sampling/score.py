@@ -24,7 +24,7 @@ class Scorer:
         @jax.jit
         def mean_logprob(params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
             hidden_BAD = answer_hidden(model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
-            nats_BA = linear_cross_entropy(hidden_BAD, model.unembedding(params), answer_BA)
+            nats_BA = linear_cross_entropy(hidden_BAD, model.unembedding(params), answer_BA, **model.head_settings)
             return -jax.vmap(lambda nats_A, mask_A: sequence_mean(nats_A[None], mask_A[None]))(nats_BA, answer_mask_BA)
 
         self._mean_logprob = mean_logprob

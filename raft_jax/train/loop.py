@@ -19,14 +19,15 @@ from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
 from raft_jax.errors import InputError
-from raft_jax.losses import Tied
-from raft_jax.models import Model, parameter_shardings
+from raft_jax.models import Model
+from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
-from raft_jax.sharding import put_batch
+from raft_jax.sharding import put_batch, to_host
 from raft_jax.train.methods import Method
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
+from raft_jax.train.student import make_student
 
 
 class TrainingDiverged(InputError):
@@ -43,7 +44,7 @@ def train(
     seed: int,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.Array]:
-    """Trains a copy of the model, or goes on where an earlier run stopped, and returns its parameters.
+    """Trains a copy of the model or adapters over it, or goes on where an earlier run stopped; returns whole weights.
 
     Every batch, rollout and key is a function of the seed and the step, so a run that was killed and started again
     repeats the uninterrupted one's numbers.
@@ -69,33 +70,38 @@ def train(
         settings.learning_rate, weight_decay=settings.weight_decay, b1=settings.adam_b1, b2=settings.adam_b2,
         epsilon=settings.adam_epsilon, warmup_steps=settings.warmup_steps, max_gradient_norm=settings.max_gradient_norm,
     )
-    # The state is donated to every step: the student must be a copy that shares no buffers with the teacher.
-    start_state = lambda params: init_state(jax.tree.map(jnp.copy, params), optimizer)  # noqa: E731
-    layout = state_shardings(jax.eval_shape(start_state, model.params), parameter_shardings(model.config, mesh))
-    state = jax.jit(start_state, out_shardings=layout)(model.params)
+    student, teacher_params = make_student(model, settings.lora, mesh), model.params
+    key = jax.random.key(seed)
+
+    # The state is donated to every step: the student is a copy that shares no buffers with the teacher.
+    def start_state(teacher_params):
+        return init_state(student.init(teacher_params, jax.random.fold_in(key, 2)), optimizer)
+
+    layout = state_shardings(jax.eval_shape(start_state, teacher_params), student.shardings)
+    state = jax.jit(start_state, out_shardings=layout)(teacher_params)
 
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
     restored = checkpoints.restore(state)
     start, state = restored or (0, state)
     log = MetricsLog(folder / "metrics.jsonl", keep=start)
 
-    # A tied table is taken as it lies, without a transposed copy.
-    tied = model.config.tied_embeddings
-    unembedding = (lambda params: Tied(params["embedding_VD"])) if tied else model.unembedding
     train_step = jax.jit(
         make_train_step(
-            model.hidden, unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
+            student.model.hidden, student.unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
             temperature=settings.temperature, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
             reduction=settings.reduction, num_micro_batches=settings.num_micro_batches,
             loss_chunk_size=settings.loss_chunk_size, forks=True,
+            effective=student.effective, head_settings=model.head_settings,
         ),
         donate_argnums=0,
     )
     # The rollout's program is used at every step: worth its compilation.
     generate = make_generate(
-        model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p, unroll=jax.default_backend() == "cpu"
+        student.model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p,
+        unroll=jax.default_backend() == "cpu",
     )
-    rollout_key = jax.random.fold_in(jax.random.key(seed), 1)
+    draw = jax.jit(lambda params, teacher_params, *given: generate(student.effective(params, teacher_params), *given))
+    rollout_key = jax.random.fold_in(key, 1)
     temperature = jnp.float32(settings.rollout.temperature)
     done = start
 
@@ -107,10 +113,12 @@ def train(
             rollout, rollout_seconds = None, 0.0
             if method.distill:
                 key = jax.random.fold_in(rollout_key, step)
-                rollout = generate(state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature)
+                rollout = draw(
+                    state.params, teacher_params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature
+                )
                 jax.block_until_ready(rollout)
                 rollout_seconds = time.perf_counter() - began
-            state, metrics = train_step(state, model.params if method.distill else None, batch, rollout)
+            state, metrics = train_step(state, teacher_params, batch, rollout)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not all(map(math.isfinite, metrics.values())):
                 bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
@@ -133,7 +141,11 @@ def train(
     checkpoints.close()
     if stopped:
         raise KeyboardInterrupt(f"stopped by signal {stopped[0]} after step {done}; the same command goes on there")
-    return state.params
+    if settings.lora.rank:
+        adapters = jax.tree.map(to_host, state.params)
+        if jax.process_index() == 0:
+            save_peft(adapters, model.config, folder / "adapter", alpha=settings.lora.alpha, base=model.source)
+    return jax.jit(student.whole)(state.params, teacher_params) if settings.lora.rank else state.params
 
 
 def _note(metrics: dict[str, float]) -> str:

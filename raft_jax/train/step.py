@@ -7,7 +7,7 @@ predicted at the same place, and the unembedding is applied to nothing but predi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,6 +48,8 @@ def make_train_step(
     num_micro_batches: int = 1,
     loss_chunk_size: int | None = None,
     forks: bool = False,
+    effective: Callable[[Any, Any], Any] = lambda params, teacher_params: params,
+    head_settings: Mapping[str, Any] | None = None,
 ) -> Callable:
     """Builds the pure train step; jit it and donate the state.
 
@@ -55,7 +57,8 @@ def make_train_step(
       hidden_fn: `(params, tokens_BT, positions_BT, mask_BT) -> hidden_BTD`, any model at all.
       unembedding_fn: `(params) -> unembedding_DV`, or `raft_jax.losses.Tied(embedding_VD)`.
       optimizer: an optax transformation.
-      distill: False leaves cross entropy alone; teacher and rollout may then be None.
+      distill: False leaves cross entropy alone; the rollout may then be None, and the teacher where `effective` does
+        not need it.
       top_k, temperature: K and T of Eqs. 8-10.
       ema_decay: beta of Eq. 11.
       fixed_weight: lambda as a constant instead of Eq. 12.
@@ -65,6 +68,9 @@ def make_train_step(
       loss_chunk_size: tokens whose logits are held at once.
       forks: hidden_fn takes a fifth argument, `fork` (see raft_jax.models.decoder.Decoder.hidden): a batch that is not
         cut into micro-batches then runs each prompt once, with answer and rollout behind it.
+      effective: `(params, teacher_params) -> params of hidden_fn`, differentiated with them: where what is trained are
+        float32 master weights of a bfloat16 model, or adapters of the teacher.
+      head_settings: what else the linear losses take of the unembedding: logit_scale, logit_softcap, vocab_size.
 
     Returns:
       `train_step(state, teacher_params, batch, rollout) -> (state, metrics)`. `batch` is a
@@ -73,7 +79,9 @@ def make_train_step(
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
     reduce, weigh, size = REDUCTIONS[reduction]
-    chunk = {} if loss_chunk_size is None else {"chunk_size": loss_chunk_size}
+    head = dict(head_settings or {})
+    if loss_chunk_size is not None:
+        head["chunk_size"] = loss_chunk_size
 
     def predictions(params, prompt, *completions):
         """Hidden states [B, C, D] from which each token of a completion is predicted; each one follows the prompt."""
@@ -91,7 +99,7 @@ def make_train_step(
         """Eq. 5, this micro-batch's share."""
         mask_BA = batch.answer_mask_BA
         loss = linear_cross_entropy(
-            hidden_BAD, unembedding_fn(params), batch.answer_BA, weight_BT=weigh(mask_BA), **chunk
+            hidden_BAD, unembedding_fn(params), batch.answer_BA, weight_BT=weigh(mask_BA), **head
         )
         return loss * size(mask_BA) / whole_size
 
@@ -101,7 +109,7 @@ def make_train_step(
         nats_BC, seen = linear_top_k_forward_kl(
             student_BCD, unembedding_fn(params), jax.lax.stop_gradient(teacher_BCD),
             jax.lax.stop_gradient(unembedding_fn(teacher_params)), k=top_k, temperature=temperature,
-            return_metrics=True, **chunk,
+            return_metrics=True, **head,
         )
         mask_BC = rollout.mask_BC
         seen = {name: jnp.sum(jnp.where(mask_BC, values, 0)) / num_tokens for name, values in seen.items()}
@@ -112,9 +120,11 @@ def make_train_step(
         prompt, answer = (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA)
 
         def sft_part(params):
+            params = effective(params, teacher_params)
             return sft_loss(params, batch, *predictions(params, prompt, answer), sizes["sft"])
 
         def kl_part(params):
+            params = effective(params, teacher_params)
             (student_BCD,) = predictions(params, prompt, rollout)
             return kl_loss(
                 params, teacher_params, batch, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
@@ -135,6 +145,7 @@ def make_train_step(
         """Eq. 12 and its gradient: lambda hangs on the losses only, so it is known before the backward pass."""
 
         def objective(params):
+            params = effective(params, teacher_params)
             answer_BAD, student_BCD = predictions(
                 params, (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA), rollout
             )
@@ -175,7 +186,7 @@ def make_train_step(
             }
         else:
             losses, _ = _sum_over(
-                lambda part: gradients(state.params, None, *part, sizes), (batch, None), num_micro_batches
+                lambda part: gradients(state.params, teacher_params, *part, sizes), (batch, None), num_micro_batches
             )
             (sft, grads), balance = losses["sft"], state.balance
             loss = sft

@@ -1,0 +1,144 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685): W + (alpha / rank) a b, with a and b trained and W frozen.
+
+An adapter's arrays lie in the parameters beside the matrix that they add to; the decoder adds x a b to x W. So a
+student with adapters and its teacher share one copy of the model.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from raft_jax.models.decoder import LOGICAL_AXES, DecoderConfig, ParameterInfo, adapter_names
+from raft_jax.models.families import stored_keys
+from raft_jax.sharding import named_sharding
+
+# Our parameter behind each name that users know from Hugging Face.
+TARGETS = {
+    "q_proj": "query_LDNH", "k_proj": "key_LDKH", "v_proj": "value_LDKH", "o_proj": "output_LNHD",
+    "gate_proj": "gate_LDF", "up_proj": "up_LDF", "down_proj": "down_LFD",
+}
+
+
+def adapter_table(config: DecoderConfig, rank: int, targets: Sequence[str]) -> dict[str, ParameterInfo]:
+    """Shape, logical axes and fan-in of every adapter array."""
+    sizes, axes = config.sizes | {"R": rank}, LOGICAL_AXES | {"R": None}
+    table = {}
+    for target in targets:
+        down, up = adapter_names(TARGETS[target])
+        for name in (down, up):
+            letters = name.rpartition("_")[2]
+            shape = tuple(sizes[letter] for letter in letters)
+            fan_in = math.prod(shape[1:-1]) if name == down else 0
+            table[name] = ParameterInfo(shape, tuple(axes[letter] for letter in letters), fan_in)
+    return table
+
+
+def adapter_shardings(
+    config: DecoderConfig, rank: int, targets: Sequence[str], mesh: Mesh
+) -> dict[str, NamedSharding]:
+    """The layout of the adapters on a mesh: cut as the matrices that they add to, never along the rank."""
+    table = adapter_table(config, rank, targets)
+    return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
+
+
+def init_adapters(
+    config: DecoderConfig, rank: int, targets: Sequence[str], key: jax.Array, dtype=jnp.float32
+) -> dict[str, jax.Array]:
+    """a uniform within ± fan_in^-1/2, as PEFT has it, and b zeros: at first nothing is added."""
+    table = adapter_table(config, rank, targets)
+    keys = jax.random.split(key, len(table))
+
+    def init(info, key):
+        if not info.fan_in:
+            return jnp.zeros(info.shape, dtype)
+        return jax.random.uniform(key, info.shape, dtype, -1, 1) / math.sqrt(info.fan_in)
+
+    return {name: init(info, key) for (name, info), key in zip(table.items(), keys, strict=True)}
+
+
+def merge(params: Mapping[str, jax.Array], adapters: Mapping[str, jax.Array], scale: float) -> dict[str, jax.Array]:
+    """The parameters with the adapters added in: W + scale a b, summed in float32.
+
+    Args:
+      params: all of the model's.
+      adapters: from `init_adapters`, trained.
+      scale: alpha / rank.
+    """
+    merged = dict(params)
+    for parameter in TARGETS.values():
+        down, up = adapter_names(parameter)
+        if down in adapters:
+            a, b = (adapters[name].astype(jnp.float32) for name in (down, up))
+            added = jax.vmap(lambda a, b: jnp.tensordot(a, b, 1))(a, b)
+            merged[parameter] = (params[parameter] + scale * added).astype(params[parameter].dtype)
+    return merged
+
+
+def save_peft(
+    adapters: Mapping[str, jax.Array], config: DecoderConfig, folder: Path, *, alpha: float, base: str
+) -> None:
+    """Writes adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors.
+
+    Where a file keeps several of our matrices in one (Phi-3's qkv_proj), theirs become one adapter of the summed rank.
+
+    Args:
+      adapters: from `init_adapters`, trained.
+      config: of the decoder.
+      folder: made if it is not there.
+      alpha: adapters are scaled by alpha / rank.
+      base: the name of the model that they belong to.
+    """
+    from safetensors.numpy import save_file
+
+    stored, modules = stored_keys(config), {}
+    for parameter in TARGETS.values():
+        if adapter_names(parameter)[0] in adapters:
+            modules.setdefault(stored[parameter].key.removesuffix(".weight"), []).append(parameter)
+    tensors, ranks = {}, {}
+    for module, parameters in modules.items():
+        a_LRI, b_LOR = _joined(parameters, adapters, config, stored)
+        ranks[module.rpartition(".")[2]] = a_LRI.shape[1]
+        for layer in range(config.num_layers):
+            name = "base_model.model." + module.format(layer)
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_LRI[layer])
+            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_LOR[layer])
+    rank = min(ranks.values())
+    wider = {name: size for name, size in ranks.items() if size != rank}
+    own_rank = adapters[next(iter(adapters))].shape[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "lora_alpha": alpha * rank / own_rank, "rank_pattern": wider,
+        "alpha_pattern": {name: alpha * size / own_rank for name, size in wider.items()},
+        "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "inference_mode": True,
+    }, indent=2) + "\n", "utf-8")
+
+
+def _joined(parameters, adapters, config, stored):
+    """One module's a `[L, R, I]` and b `[L, O, R]`; of several parameters, theirs behind one another."""
+    sizes = config.sizes
+    found = {}
+    for parameter in parameters:
+        a, b = (np.asarray(adapters[name], np.float32) for name in adapter_names(parameter))
+        L, R = b.shape[:2]
+        found[stored[parameter].part] = a.reshape(L, -1, R).swapaxes(1, 2), b.reshape(L, R, -1).swapaxes(1, 2)
+    fused = stored[parameters[0]].fused
+    if not fused:
+        return found[0]
+    heights = [math.prod(sizes[letter] for letter in letters) for letters in fused]
+    R = next(iter(found.values()))[0].shape[1]
+    b_LOR = np.zeros((config.num_layers, sum(heights), R * len(found)), np.float32)
+    for place, (part, (_, b)) in enumerate(sorted(found.items())):
+        start = sum(heights[:part])
+        b_LOR[:, start : start + heights[part], place * R : (place + 1) * R] = b
+    return np.concatenate([a for _, (a, _) in sorted(found.items())], axis=1), b_LOR

@@ -1,0 +1,60 @@
+"""What is trained: a copy of all weights, or adapters over the teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from raft_jax.config import LoraConfig
+from raft_jax.losses import Tied
+from raft_jax.models import Model, parameter_shardings
+from raft_jax.models.lora import adapter_shardings, init_adapters, merge
+
+Params = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Student:
+    """The trained parameters, always float32, and what they mean beside a teacher."""
+
+    model: Model
+    init: Callable[[Params, jax.Array], Params]  # (teacher_params, key) -> params
+    effective: Callable[[Params, Params], Params]  # (params, teacher_params) -> what the model runs with
+    whole: Callable[[Params, Params], Params]  # (params, teacher_params) -> weights of a model of its own
+    shardings: dict[str, NamedSharding]
+
+    def unembedding(self, params: Params) -> jax.Array | Tied:
+        """As the losses take it; a tied table lies as it is, without a transposed copy."""
+        tied = self.model.config.tied_embeddings
+        return Tied(params["embedding_VD"]) if tied else self.model.unembedding(params)
+
+
+def make_student(model: Model, lora: LoraConfig, mesh: Mesh) -> Student:
+    """The student of a teacher.
+
+    Args:
+      model: the teacher. Where it is not float32, the student's weights are float32 masters that are rounded to its
+        dtype in every step.
+      lora: with a rank, the student is adapters: one copy of the model serves both.
+      mesh: where the parameters lie.
+    """
+    dtype = model.params["final_norm_D"].dtype
+    rounded = partial(jax.tree.map, lambda array: array.astype(dtype))
+    if not lora.rank:
+        return Student(
+            model, lambda teacher, key: jax.tree.map(lambda array: jnp.copy(array.astype(jnp.float32)), teacher),
+            lambda params, teacher: rounded(params), lambda params, teacher: params,
+            parameter_shardings(model.config, mesh),
+        )
+    config = replace(model.config, adapter_scale=lora.alpha / lora.rank)
+    return Student(
+        replace(model, config=config), lambda teacher, key: init_adapters(config, lora.rank, lora.targets, key),
+        lambda params, teacher: jax.lax.stop_gradient(teacher) | rounded(params),
+        lambda params, teacher: merge(teacher, params, config.adapter_scale),
+        adapter_shardings(config, lora.rank, lora.targets, mesh),
+    )
