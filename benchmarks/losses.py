@@ -1,6 +1,6 @@
 """Times the losses and says what memory they need, beside others' at the same shapes and dtype, in one process.
 
-    python benchmarks/losses.py                                   # SHAPES in float32 and bfloat16 (5 minutes on two cores)
+    python benchmarks/losses.py                                   # SHAPES in both dtypes: 5 minutes on two cores
     python benchmarks/losses.py --tokens 2048 --width 576 --vocabulary 49152 --dtype bfloat16
     python benchmarks/losses.py --memory                          # XLA's accounting at 8192 x 4096 x 128256, no run
     python benchmarks/losses.py --memory --tpu v5e:1x1            # the same, compiled for a TPU chip (needs libtpu)
@@ -110,7 +110,7 @@ def jax_losses(shape, chunk_size):
     }
 
 
-def jax_contenders(shape, kind, chunk_size):
+def jax_contenders(shape, kind, chunk_size, leave_out=()):
     random = np.random.default_rng(0)
     dtype = jnp.dtype(shape.dtype)
 
@@ -122,6 +122,8 @@ def jax_contenders(shape, kind, chunk_size):
     small = shape.width**-0.5
     arrays = normal(*hidden), normal(*hidden), normal(*table, scale=small), normal(*hidden), normal(*table, scale=small)
     for name, loss in jax_losses(shape, chunk_size)[kind].items():
+        if name in leave_out:
+            continue
         program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays, labels).compile()
         yield name, lambda program=program: jax.block_until_ready(program(*arrays, labels)), temporary(program)
 
@@ -211,9 +213,10 @@ def resident() -> int:
 
 
 def table(shape, given):
-    contenders = [*jax_contenders(shape, given.loss, given.chunk_size), *torch_contenders(shape, given.loss)]
-    if not given.all:
-        contenders = [x for x in contenders if x[0] not in ("raft_jax linear, unreduced", "raft_jax on logits")]
+    leave_out = () if given.all else ("raft_jax linear, unreduced", "raft_jax on logits")
+    contenders = [
+        *jax_contenders(shape, given.loss, given.chunk_size, leave_out), *torch_contenders(shape, given.loss)
+    ]  # fmt: skip
     seconds = measure(contenders, given.rounds)
     fastest = min(map(statistics.median, seconds.values()))
     print(
