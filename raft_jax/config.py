@@ -205,7 +205,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    dtype: str = "float32"
+    dtype: str = "bfloat16"  # of the weights on disk
 
     def __post_init__(self):
         _require(self.dtype in DTYPES, "export.dtype", self.dtype, ", ".join(DTYPES))

@@ -16,7 +16,6 @@ CHIP_BYTES = 16e9  # of a v5e
 
 PROGRAM = """
 import json, sys
-from functools import partial
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
@@ -29,22 +28,25 @@ from raft_jax.sampling.decode import Rollout
 from raft_jax.sharding import make_mesh, partition_spec
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
+from raft_jax.train.student import make_student
 from dataclasses import replace
 
 config = load_config(sys.argv[1])
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
 mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
-decoder = replace(config_from_hf(json.loads(sys.argv[2])), remat=config.model.remat)
+decoder = replace(config_from_hf(json.loads(sys.argv[2])), remat=config.model.remat, kernel="splash")
 dtype = jnp.dtype(config.model.dtype)
 shardings = parameter_shardings(decoder, mesh)
 params = {name: jax.ShapeDtypeStruct(info.shape, dtype, sharding=shardings[name])
           for name, info in parameter_table(decoder).items()}
 model = Model(decoder, params)
 optimizer = make_optimizer(config.train.learning_rate)
-state = jax.eval_shape(partial(init_state, optimizer=optimizer), params)
+student = make_student(model, config.train.lora, mesh)
+start = lambda params: init_state(student.init(params, jax.random.key(0)), optimizer)
+state = jax.eval_shape(start, params)
 state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    state, state_shardings(state, shardings),
+    state, state_shardings(state, student.shardings),
 )
 rows = NamedSharding(mesh, partition_spec(("batch",)))
 B, P, A = config.train.batch_size, 256, config.data.max_answer_tokens
@@ -53,7 +55,9 @@ array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
 batch = Batch(array(jnp.int32, B, P), array(bool, B, P), array(jnp.int32, B, A), array(bool, B, A),
               array(jnp.int32, B, Q), array(bool, B, Q), array(jnp.int32, B))
 rollout = Rollout(array(jnp.int32, B, C), array(bool, B, C))
-step = jax.jit(make_train_step(model.hidden, model.unembedding, optimizer), donate_argnums=0)
+step = make_train_step(student.model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
+                       head_settings=model.head_settings)
+step = jax.jit(step, donate_argnums=0)
 with jax.set_mesh(mesh):
     compiled = step.lower(state, params, batch, rollout).compile()
 memory = compiled.memory_analysis()

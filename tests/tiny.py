@@ -171,7 +171,7 @@ def write_run(folder: Path, **changes) -> Path:
                   "rollout": {"max_new_tokens": 8}},
         "evaluate": {"general_path": str(folder / "general.jsonl"), "max_new_tokens": 8, "general_new_tokens": 6,
                      "batch_size": 4},
-        "mesh": {"data": 1},
+        "mesh": {"data": 1}, "export": {"dtype": "float32"},
     }
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value
