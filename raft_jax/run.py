@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,9 @@ class Run:
             marks = evaluation.evaluate(name, self._params_of(name))
             found["models"][name] = marks
             write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False))
+            for method in self.methods:
+                if method.name == name:
+                    write_atomically(self.run_dir / name / "hf" / "README.md", self._card(method, found["models"]))
             wait_for_writer(f"evaluate {name}")
             record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, marks["tokens"])
 
@@ -175,16 +179,15 @@ class Run:
 
     def _export(self, method: Method, params) -> None:
         began = time.perf_counter()
-        base, train_settings = self.config.model.source, self.config.train
-        card = (
-            f"# {method.title}\n\nBase model: {base}. Data: {self.config.data.path}, {len(self.rows.train)} rows. "
-            f"Learning rate {train_settings.learning_rate:g}, batch {train_settings.batch_size}, "
-            f"{train_settings.epochs:g} epoch(s). Made with raft_jax; the method is RAFT (arXiv:2606.00147).\n"
-        )
         folder = self.run_dir / method.name / "hf"
-        export_hf(self.model, params, folder, dtype=jnp.dtype(self.config.export.dtype), card=card)
+        export_hf(self.model, params, folder, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
         wait_for_writer(f"export {method.name}")
         record_time(self.run_dir, "export", method.name, time.perf_counter() - began, 0)
+
+    def _card(self, method: Method, models: Mapping[str, Any] | None = None) -> str:
+        from raft_jax.report.card import model_card
+
+        return model_card(self.config, method.name, method.title, len(self.rows.train), models)
 
     def _exported(self, name: str) -> bool:
         return (self.run_dir / name / "hf" / "config.json").exists()

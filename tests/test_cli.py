@@ -165,7 +165,7 @@ def test_damaged_models_are_named(template, folder, capsys):
     weights.write_bytes(whole)
 
     hf = json.loads((model / "config.json").read_text())
-    for change, words in (({"model_type": "mamba"}, "'mamba' is not supported; supported: llama"),
+    for change, words in (({"model_type": "mamba"}, "'mamba' is not supported; supported: gemma2, gemma3_text, llama,"),
                           ({"hidden_size": 48}, "has shape"), ({"num_hidden_layers": 3}, "is missing")):
         (model / "config.json").write_text(json.dumps({**hf, **change}))
         assert words in message()
@@ -185,9 +185,10 @@ def test_damaged_gguf_files_are_named(folder, capsys, llama_config, random_tenso
         path = write_gguf(folder / "model.gguf", llama_config, tensors, **metadata)
         return complaint(capsys, "train", folder / "config.yaml", f"model.source={path}")
 
-    assert "tokenizer type 'llama' is not supported; supported: gpt2" in message(tokenizer__ggml__model="llama")
+    assert "tokenizer type 'bert' is not supported; supported: gpt2" in message(tokenizer__ggml__model="bert")
+    assert "lacks tokenizer.ggml.scores" in message(tokenizer__ggml__model="llama")
     assert "pre-tokenizer 'tekken' is not supported; supported: smollm" in message(tokenizer__ggml__pre="tekken")
-    assert "GGUF architecture 'rwkv' is not supported; supported: llama" in message(family="rwkv")
+    assert "GGUF architecture 'rwkv' is not supported; supported: gemma2, " in message(family="rwkv")
     path = write_gguf(folder / "model.gguf", llama_config, tensors)
     whole = path.read_bytes()
     for size, words in ((len(whole) // 2, "a truncated or damaged GGUF file"), (0, "not a GGUF file")):

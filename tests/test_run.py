@@ -186,6 +186,18 @@ def test_a_damaged_data_set_comes_back_from_the_ledger(copy, capsys):
     assert len(lines(copy / "run/timings.jsonl")) == 17
 
 
+def test_a_model_card_says_what_it_is_and_how_good(finished):
+    run = finished[0] / "run"
+    marks = json.loads((run / "evaluation.json").read_text("utf-8"))["models"]
+    for name in METHODS:
+        card = (run / name / "hf/README.md").read_text("utf-8")
+        assert f"# {METHODS[name].title}\n" in card and "12 rows of" in card and "| learning rate | 0.001 |" in card
+        assert ("distillation" in card) == METHODS[name].distill
+        for key in ("base", name):
+            for part, score in (("domain", "similarity"), ("general", "divergence")):
+                assert f"{marks[key][part][score]['mean']:.3f} ±" in card
+
+
 def test_an_export_that_was_interrupted_is_made_again_without_training(copy):
     hf = copy / "run/sft/hf"
     weights, steps = (hf / "model.safetensors").read_bytes(), (copy / "run/sft/metrics.jsonl").read_bytes()

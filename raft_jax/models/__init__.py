@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from raft_jax.errors import InputError
 from raft_jax.models.attention import best_kernel, softcap
 from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
 from raft_jax.models.families import config_from_hf
@@ -92,7 +93,10 @@ def load_pretrained(
     """
     path = resolve(source)
     weights = open_weights(path)
-    config = config_from_hf(weights.hf_config)
+    try:
+        config = config_from_hf(weights.hf_config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     padding = 0 if mesh is None else -config.vocab_size % mesh.shape["tensor"]
     kernel = best_kernel(dtype, config.attention_softcap) if attention == "auto" else attention
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)

@@ -1,0 +1,60 @@
+"""The model card: README.md of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from raft_jax.config import Config
+from raft_jax.report.summary import estimate, number
+
+SCORES = (
+    ("domain", "gold_logprob", "log-likelihood of held-out gold answers, nats per token"),
+    ("domain", "token_f1", "token F1 of greedy answers"),
+    ("domain", "similarity", "embedding similarity of greedy answers"),
+    ("general", "divergence", "KL(base ‖ model) on general prompts, nats per token"),
+    ("general", "accuracy", "accuracy on general prompts"),
+)
+
+
+def model_card(
+    config: Config, name: str, title: str, num_rows: int, models: Mapping[str, Mapping[str, Any]] | None = None
+) -> str:
+    """Base model, method, data, settings and, once they are there, scores.
+
+    Args:
+      config: of the run.
+      name, title: of the method.
+      num_rows: rows that it was trained on.
+      models: marks of each evaluated model, "base" among them.
+    """
+    train = config.train
+    settings = {
+        "epochs": train.epochs if train.max_steps is None else f"{train.epochs:g}, at most {train.max_steps} steps",
+        "batch size": train.batch_size, "learning rate": f"{train.learning_rate:g}",
+        "weight decay": train.weight_decay, "seed": config.seed,
+    }
+    if train.lora.rank:
+        settings["LoRA"] = f"rank {train.lora.rank}, alpha {train.lora.alpha:g}, merged"
+    if name in ("raft", "on_policy"):
+        settings |= {
+            "distillation": f"top {train.top_k}, temperature {train.temperature:g}, rollouts of "
+                            f"{train.rollout.max_new_tokens} tokens",
+            "λ": f"averages with decay {train.ema_decay:g}" if train.fixed_weight is None else train.fixed_weight,
+        }
+    lines = [
+        "---", "library_name: transformers", "tags: [raft_jax]", "---", "", f"# {title}", "",
+        f"Fine-tuned from `{config.model.source}` on {num_rows} rows of `{config.data.path}` with raft_jax "
+        "(method: RAFT, arXiv:2606.00147, and its baselines).",
+        "", "| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items()),
+    ]
+    if models and name in models:
+        shown = [key for key in ("base", name) if key in models]
+        lines += ["", "| score | " + " | ".join("base model" if key == "base" else "this model" for key in shown) + " |",
+                  "|---|" + "---|" * len(shown)]
+        for part, score, meaning in SCORES:
+            values = [estimate(models[key].get(part, {}).get(score)) for key in shown]
+            lines.append(f"| {meaning} | {' | '.join(values)} |")
+        distance = number(models[name].get("weight_distance", {}).get("mean"), 4)
+        lines += ["", f"Mean ± standard error. Mean relative distance of the weights to the base model's: {distance}."]
+    return "\n".join(lines) + "\n"
