@@ -9,6 +9,7 @@ with its weights.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.models.attention import attend, attend_one
 from raft_jax.models.rope import Rope, of_kind, rope_tables, rotate
 from raft_jax.sharding import constrain
 
+# What the backward pass finds where there is memory for it: products of matrices, and those behind `_product`'s rule.
+KEPT = "product"
+POLICY = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
+)
+QKV, GATE_UP = ("query_LDNH", "key_LDKH", "value_LDKH"), ("gate_LDF", "up_LDF")
+JOINED = (QKV, GATE_UP)
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -212,9 +221,14 @@ class Decoder(nnx.Module):
 
     def unstacked(self) -> list[dict[str, jax.Array]]:
         """The weights layer by layer. A loop over layers copies each slice at every token, which XLA on CPU does
-        in memory: made once, before decoding, the slices cost one copy of the weights and save a third of the time."""
+        in memory: made once, before decoding, the slices cost one copy of the weights and save a third of the time.
+        Matrices of one input are laid side by side, for one larger product."""
         stacked, _ = self._layers()
-        layers = [{name: array[layer] for name, array in stacked.items()} for layer in range(self.config.num_layers)]
+        L, D = self.config.num_layers, self.config.width
+        for names in JOINED:
+            parts = [stacked.pop(name).reshape(L, D, -1) for name in names]
+            stacked["+".join(names)] = jnp.concatenate(parts, axis=-1)
+        layers = [{name: array[layer] for name, array in stacked.items()} for layer in range(L)]
         return jax.lax.optimization_barrier(layers)
 
     def unembedding(self) -> jax.Array:
@@ -235,7 +249,7 @@ class Decoder(nnx.Module):
             return _residual(config, x_BTD, mixed, weights), (key, value) if keep else None
 
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
-        policy = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        policy = None if config.remat else POLICY
         layer = jax.checkpoint(layer, policy=policy)
         x_BTD, kept = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
         return rms_norm(config, x_BTD, self.final_norm_D[...]), kept
@@ -268,9 +282,9 @@ def _project(config: DecoderConfig, x_BTD, weights, rope):
     """Query `[B,T,N,H]`, scaled, key `[B,K,H,T]` and value `[B,K,T,H]` of one layer, rotated."""
     x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
     adapted = partial(_adapted, config, weights)
-    query = adapted("query_LDNH", jnp.einsum("btd,dnh->btnh", x_BTD, weights["query_LDNH"]), x_BTD)
-    key = adapted("key_LDKH", jnp.einsum("btd,dkh->btkh", x_BTD, weights["key_LDKH"]), x_BTD)
-    value = adapted("value_LDKH", jnp.einsum("btd,dkh->btkh", x_BTD, weights["value_LDKH"]), x_BTD)
+    query, key, value = (
+        adapted(name, product, x_BTD) for name, product in _products(config, x_BTD, weights, QKV).items()
+    )
     if config.qkv_bias:
         query = query + weights["query_bias_LNH"]
         key = key + weights["key_bias_LKH"]
@@ -294,11 +308,29 @@ def _residual(config: DecoderConfig, x_BTD, mixed_BTNH, weights) -> jax.Array:
     output_BTD = adapted("output_LNHD", output_BTD, mixed_BTNH)
     x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
     normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
-    gate = adapted("gate_LDF", _product(normed, weights["gate_LDF"]), normed)
-    up = adapted("up_LDF", _product(normed, weights["up_LDF"]), normed)
+    gate, up = (
+        checkpoint_name(adapted(name, product, normed), KEPT)
+        for name, product in _products(config, normed, weights, GATE_UP).items()
+    )
     inner_BTF = ACTIVATIONS[config.activation](gate) * up
     output_BTD = adapted("down_LFD", _product(inner_BTF, weights["down_LFD"]), inner_BTF)
     return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
+
+
+def _products(config: DecoderConfig, x_BTD, weights, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """x W for matrices of one input, in one product where `unstacked` has joined them."""
+    joined_DO = weights.get("+".join(names))
+    if joined_DO is None:
+        return {
+            name: _product(x_BTD, weights[name]) if weights[name].ndim == 2 else jnp.tensordot(x_BTD, weights[name], 1)
+            for name in names
+        }
+    shapes = [tuple(config.sizes[letter] for letter in name.rpartition("_")[2][2:]) for name in names]
+    ends = list(itertools.accumulate(map(math.prod, shapes)))
+    parts = jnp.split(_product(x_BTD, joined_DO), ends[:-1], axis=-1)
+    return {
+        name: part.reshape(*part.shape[:2], *shape) for name, part, shape in zip(names, parts, shapes, strict=True)
+    }
 
 
 def adapter_names(parameter: str) -> tuple[str, str]:

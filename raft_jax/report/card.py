@@ -50,8 +50,8 @@ def model_card(
     ]
     if models and name in models:
         shown = [key for key in ("base", name) if key in models]
-        lines += ["", "| score | " + " | ".join("base model" if key == "base" else "this model" for key in shown) + " |",
-                  "|---|" + "---|" * len(shown)]
+        heads = " | ".join("base model" if key == "base" else "this model" for key in shown)
+        lines += ["", f"| score | {heads} |", "|---|" + "---|" * len(shown)]
         for part, score, meaning in SCORES:
             values = [estimate(models[key].get(part, {}).get(score)) for key in shown]
             lines.append(f"| {meaning} | {' | '.join(values)} |")
