@@ -41,13 +41,7 @@ MODELS = {
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 48))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small for more, and waiting threads would burn the cores that other tests need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def random_reference(config, seed):

@@ -84,13 +84,7 @@ def hf_config(name: str) -> dict:
     return {"model_type": name.partition(",")[0], **SIZES, **CASES[name]}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small for more, and waiting threads would burn the cores that other tests need."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def random_reference(hf: dict, seed: int):

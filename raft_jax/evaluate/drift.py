@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raft_jax.losses import linear_forward_kl, sequence_mean
+from raft_jax.losses import linear_forward_kl
 from raft_jax.models import Model
-from raft_jax.sampling import Scorer, answer_hidden
+from raft_jax.sampling import Scorer, answer_hidden, answer_means
 
 
 def divergence(
@@ -33,7 +33,7 @@ def divergence(
             tuned_BAD, model.unembedding(params), base_BAD, model.unembedding(base_params), temperature=1.0,
             **model.head_settings,
         )
-        return jax.vmap(lambda nats_A, mask_A: sequence_mean(nats_A[None], mask_A[None]))(nats_BA, answer_mask_BA)
+        return answer_means(nats_BA, answer_mask_BA)
 
     return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers)
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from raft_jax.sharding import partition_spec
 
 MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
-KERNELS = ("plain", "splash", "cudnn")
 BLOCK = 128  # splash attention's unit of query and key positions
 LARGEST_BLOCK = 512
 
@@ -45,7 +44,7 @@ def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS,
         return _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS)
     B, T, N, H = query_BTNH.shape
     S = key_BKHS.shape[-1]
-    visible_BTS = jnp.tri(T, S, S - T, dtype=bool) & mask_BS[:, None, :]
+    visible_BTS = visible(T, S, None) & mask_BS[:, None, :]
     if window is not None:
         visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
     query_BTKGH = _grouped(query_BTNH, key_BKHS.shape[1])

@@ -2,6 +2,8 @@
 
 from raft_jax.sampling.decode import Rollout, make_generate, sample_token
 from raft_jax.sampling.engine import Completion, Sampler
-from raft_jax.sampling.score import Scorer, answer_hidden
+from raft_jax.sampling.score import Scorer, answer_hidden, answer_means
 
-__all__ = ["Completion", "Rollout", "Sampler", "Scorer", "answer_hidden", "make_generate", "sample_token"]
+__all__ = [
+    "Completion", "Rollout", "Sampler", "Scorer", "answer_hidden", "answer_means", "make_generate", "sample_token",
+]

@@ -25,7 +25,7 @@ class Scorer:
         def mean_logprob(params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
             hidden_BAD = answer_hidden(model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
             nats_BA = linear_cross_entropy(hidden_BAD, model.unembedding(params), answer_BA, **model.head_settings)
-            return -jax.vmap(lambda nats_A, mask_A: sequence_mean(nats_A[None], mask_A[None]))(nats_BA, answer_mask_BA)
+            return -answer_means(nats_BA, answer_mask_BA)
 
         self._mean_logprob = mean_logprob
 
@@ -55,6 +55,11 @@ class Scorer:
             with use_mesh(self.mesh):
                 values[chosen] = to_host(function(*arrays))[: len(chosen)]
         return values
+
+
+def answer_means(values_BA: jax.Array, mask_BA: jax.Array) -> jax.Array:
+    """Mean of each answer over its own tokens: `[B]`."""
+    return jax.vmap(lambda values_A, mask_A: sequence_mean(values_A[None], mask_A[None]))(values_BA, mask_BA)
 
 
 def answer_hidden(model: Model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> jax.Array:
