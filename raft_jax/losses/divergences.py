@@ -95,7 +95,7 @@ def jensen_shannon(
 def expect(logprobs: jax.Array, values: jax.Array) -> jax.Array:
     """exp(logprobs) * values, 0 where the probability is."""
     probs = jnp.exp(logprobs)
-    return jnp.where(probs > 0, probs * values, 0)
+    return jnp.where(probs == 0, 0, probs * values)  # not "where probs > 0": a NaN would be no loss
 
 
 class ForwardKL(NamedTuple):

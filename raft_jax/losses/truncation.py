@@ -50,8 +50,8 @@ def describe(logits: jax.Array, temperature: float) -> tuple[jax.Array, jax.Arra
     shifted = (logits - top[..., None]) / temperature
     weights = jnp.exp(shifted)
     total = jnp.sum(weights, axis=-1)
-    moment = jnp.sum(jnp.where(weights > 0, weights * shifted, 0), axis=-1)
-    entropy = jnp.where(total > 0, jnp.log(total) - moment / total, 0)
+    moment = jnp.sum(jnp.where(weights == 0, 0, weights * shifted), axis=-1)
+    entropy = jnp.where(total == 0, 0, jnp.log(total) - moment / total)
     return best, jnp.log(total) + top / temperature, entropy
 
 
@@ -168,7 +168,8 @@ def _truncated_forward(student_BTK, teacher_BTK, temperature):
     student_BTK, teacher_BTK = student_BTK / temperature, teacher_BTK / temperature
     student_logprobs_BTK, teacher_logprobs_BTK = log_softmax(student_BTK), log_softmax(teacher_BTK)
     p_BTK, q_BTK = jnp.exp(student_logprobs_BTK), jnp.exp(teacher_logprobs_BTK)
-    terms_BTK = jnp.where(q_BTK > 0, q_BTK * (teacher_logprobs_BTK - student_logprobs_BTK), 0)
+    # Not "where q > 0": a NaN would be no loss.
+    terms_BTK = jnp.where(q_BTK == 0, 0, q_BTK * (teacher_logprobs_BTK - student_logprobs_BTK))
     # Between close distributions the terms cancel to rounding. There, with d = log q - log p up to a constant,
     # KL = sum q d + log sum q exp(-d): precise, and exactly 0 where d is.
     apart_BTK = jnp.where(student_BTK == teacher_BTK, 0, teacher_BTK - student_BTK)
