@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> dict:
     import numpy as np
 
     from raft_jax.config import LoraConfig
-    from raft_jax.data.batches import Batch, pad
+    from raft_jax.data.batches import Batch, Room, pad
     from raft_jax.data.prompts import question_prompt, teacher_prompt
     from raft_jax.models import load_pretrained
     from raft_jax.sampling import make_generate
@@ -51,11 +51,13 @@ def measure(options: argparse.Namespace) -> dict:
         model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
         head_settings=model.head_settings,
     )
-    train_step = jax.jit(train_step, donate_argnums=0)
+    train_step = jax.jit(train_step, donate_argnums=0, static_argnames="room")
+
+    def rounded(count) -> int:
+        return -(-int(count) // options.round) * options.round
 
     def padded(rows: list[list[int]], *, left: bool):
-        longest = max(map(len, rows))
-        return pad(rows, -(-longest // options.round) * options.round, tokenizer.pad_id, left=left)
+        return pad(rows, rounded(max(map(len, rows))), tokenizer.pad_id, left=left)
 
     def batch_of(rows: list[dict[str, str]]) -> Batch:
         asked = [question_prompt(row["question"]) for row in rows]
@@ -73,18 +75,24 @@ def measure(options: argparse.Namespace) -> dict:
     rows = read_rows(Path(options.rows), (options.warmup + options.steps) * size)
     batches = [batch_of(rows[start : start + size]) for start in range(0, len(rows), size)]
 
+    def room_of(batch: Batch) -> Room:
+        masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
+        return Room(*(rounded(mask.sum()) for mask in masks))
+
     def step(state, index: int):
-        batch = jax.device_put(batches[index])
+        batch, room = jax.device_put(batches[index]), room_of(batches[index])
         key = jax.random.fold_in(jax.random.key(0), index)
         rollout = generate(
-            state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
+            state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0),
+            num_prompt_tokens=room.prompt,
         )
-        state, metrics = train_step(state, model.params, batch, rollout)
+        state, metrics = train_step(state, model.params, batch, rollout, room=room)
         return state, metrics, rollout
 
     # Every shape is compiled before the clock starts; a training run compiles each once.
     compiling = time.perf_counter()
-    for index in {tuple(array.shape for array in batch): index for index, batch in enumerate(batches)}.values():
+    shapes = {(room_of(batch), *(array.shape for array in batch)): index for index, batch in enumerate(batches)}
+    for index in shapes.values():
         state, metrics, _ = step(state, index)
         jax.block_until_ready(metrics)
     compiling = time.perf_counter() - compiling
@@ -98,14 +106,15 @@ def measure(options: argparse.Namespace) -> dict:
         state, metrics, rollout = step(state, index)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - began)
-        batch, drawn = batches[index], np.asarray(rollout.mask_BC)
+        batch, room, drawn = batches[index], room_of(batches[index]), np.asarray(rollout.mask_BC)
         loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
-        prompt, teacher = batch.prompt_mask_BP, batch.teacher_prompt_mask_BQ
-        passes = [  # prefill, decode (until the last row is done), student, teacher
-            (prompt,), (drawn[:, : drawn.any(0).sum()],), (prompt, batch.answer_mask_BA, drawn), (teacher, drawn),
-        ]
-        real += sum(int(mask.sum()) for masks in passes for mask in masks)
-        computed += sum(mask.size for masks in passes for mask in masks)
+        # Prefill, decode (until the last row is done), student, teacher: places outside the attention.
+        prompt, answer, teacher = (int(mask.sum()) for mask in (
+            batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
+        ))
+        decoded, generated = drawn[:, : drawn.any(0).sum()].size, int(drawn.sum())
+        real += 2 * prompt + answer + teacher + 3 * generated
+        computed += 2 * room.prompt + room.answer + room.teacher_prompt + decoded + 2 * drawn.size
     return {
         "side": "raft_jax", "jax": jax.__version__, "seconds": seconds, "loss_tokens": loss_tokens,
         "compile_seconds": compiling, "padding": 1 - real / computed, "peak_memory_bytes": take_peak_memory(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -94,6 +95,12 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(axes))
+
+
+def num_batch_parts() -> int:
+    """How many parts a batch is cut into under `jax.set_mesh`; without a mesh, one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
 
 
 def use_mesh(mesh: Mesh | None):

@@ -1,4 +1,4 @@
-"""The attention kernels against a float64 NumPy twin, values and gradients; splash runs in Pallas's interpreter."""
+"""The attention, plain and by kernels, against a float64 NumPy twin; splash runs in Pallas's interpreter."""
 
 from dataclasses import replace
 from functools import partial
@@ -10,18 +10,22 @@ import pytest
 import tiny
 
 from raft_jax.models import attention
+from raft_jax.models.decoder import positions_from_mask
 from raft_jax.sharding import make_mesh
 
 B, N, K, H = 2, 4, 2, 16
 
 
-def arrays(T, S, seed=0):
-    """Random query, key and value, the slope of the output, and a mask with padding on both sides."""
+def arrays(T, S, seed=0, packed=False):
+    """Random query, key and value, the slope of the output, and a mask with padding on both sides, or packed texts."""
     random = np.random.default_rng(seed)
     query, slope = random.normal(size=(2, B, T, N, H)).astype(np.float32)
     key, value = random.normal(size=(2, B, S, K, H)).astype(np.float32)
     mask_BS = np.ones((B, S), bool)
     mask_BS[0, :3] = mask_BS[1, -2:] = False
+    if packed:  # texts of other lengths in each row
+        mask_BS = mask_BS * (1 + (np.arange(S) >= np.array([[S // 3], [S // 2]])) + (np.arange(S) >= S - 5))
+        mask_BS = mask_BS.astype(np.int32)
     return query, key, value, mask_BS, slope
 
 
@@ -31,7 +35,8 @@ def twin(query, key, value, mask_BS, scale, softcap, window):
     mixed = np.zeros(query.shape)
     for b, t, n in np.ndindex(B, T, N):
         own = S - T + t
-        seen = [s for s in range(S) if s <= own and mask_BS[b, s] and (window is None or own - s < window)]
+        text = mask_BS[b, own]
+        seen = [s for s in range(own + 1) if text and mask_BS[b, s] == text and (window is None or own - s < window)]
         if not seen:
             continue
         keys, values = (array[b, seen, n * K // N].astype(float) for array in (key, value))
@@ -42,18 +47,16 @@ def twin(query, key, value, mask_BS, scale, softcap, window):
     return mixed
 
 
-CASES = {
-    "whole": (40, 40, None, None), "last of many": (24, 152, None, None), "window": (40, 40, None, 7),
-    "soft-cap": (40, 40, 2.0, None), "all": (24, 140, 5.0, 9),
+CASES = {  # T, S, soft-cap, window, packed
+    "whole": (40, 40, None, None, False), "last of many": (24, 152, None, None, False),
+    "window": (40, 40, None, 7, False), "soft-cap": (40, 40, 2.0, None, False), "all": (24, 140, 5.0, 9, False),
+    "packed": (40, 40, None, None, True), "packed, all": (24, 140, 5.0, 9, True),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_splash_is_the_twin(case):
-    T, S, softcap, window = CASES[case]
-    *given, mask_BS, slope = arrays(T, S)
-    run = partial(attention.flash, kernel="splash", scale=0.3, softcap=softcap, window=window, interpret=True)
-    real = mask_BS[:, S - T :]
+def compare_with_the_twin(run, given, mask_BS, slope, *settings):
+    """Values, and the gradient of each argument along a direction, by finite differences of the twin."""
+    real = mask_BS[:, mask_BS.shape[1] - given[0].shape[1] :] != 0
     slope = slope * real[..., None, None]
 
     def weighed(*given):
@@ -62,7 +65,7 @@ def test_splash_is_the_twin(case):
 
     (found, whole), grads = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(*given)
     whole = np.asarray(whole)
-    expected = twin(*given, mask_BS, 0.3, softcap, window)
+    expected = twin(*given, mask_BS, *settings)
     np.testing.assert_allclose(whole[real], expected[real], atol=2e-5)
     np.testing.assert_allclose(found, np.sum(expected * slope), rtol=1e-4, atol=1e-3)
     assert np.isfinite(whole).all()
@@ -71,12 +74,36 @@ def test_splash_is_the_twin(case):
         moved = []
         for step in (1e-5, -1e-5):
             arguments = [x + step * direction if i == place else x for i, x in enumerate(given)]
-            moved.append(np.sum(slope * twin(*arguments, mask_BS, 0.3, softcap, window)))
+            moved.append(np.sum(slope * twin(*arguments, mask_BS, *settings)))
         expected_slope = (moved[0] - moved[1]) / 2e-5
         np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), expected_slope, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("case", ["whole", "last of many", "window"])
+@pytest.mark.parametrize("case", CASES)
+def test_splash_is_the_twin(case):
+    T, S, softcap, window, packed = CASES[case]
+    *given, mask_BS, slope = arrays(T, S, packed=packed)
+    run = partial(attention.flash, kernel="splash", scale=0.3, softcap=softcap, window=window, interpret=True)
+    compare_with_the_twin(run, given, mask_BS, slope, 0.3, softcap, window)
+
+
+@pytest.mark.parametrize("case", [case for case, (T, S, *_) in CASES.items() if T == S])
+@pytest.mark.parametrize("length", [40, 140])  # within a block of queries, and across two
+def test_the_plain_one_is_the_twin(case, length):
+    _, _, softcap, window, packed = CASES[case]
+    *given, mask_BS, slope = arrays(length, length, packed=packed)
+    config = tiny.make_config(8, num_heads=N, num_kv_heads=K, head_width=H, attention_softcap=softcap)
+
+    def run(query, key, value, mask_BS):
+        positions = positions_from_mask(jnp.asarray(mask_BS))
+        return attention.attend(
+            config, 0.3 * query, *attention.for_attention(key, value), positions, jnp.asarray(mask_BS), None, window
+        )
+
+    compare_with_the_twin(run, given, mask_BS, slope, 0.3, softcap, window)
+
+
+@pytest.mark.parametrize("case", ["whole", "last of many", "window", "packed"])
 def test_cudnn_is_asked_for_the_same(case, monkeypatch):
     """Without the GPU its call is answered by JAX's own implementation: what is tested are the mask and the scale."""
     real_function = jax.nn.dot_product_attention
@@ -86,10 +113,10 @@ def test_cudnn_is_asked_for_the_same(case, monkeypatch):
         return real_function(*args, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answered_here)
-    T, S, _, window = CASES[case]
-    *given, mask_BS, _ = arrays(T, S)
+    T, S, _, window, packed = CASES[case]
+    *given, mask_BS, _ = arrays(T, S, packed=packed)
     found = np.asarray(attention.flash(*given, mask_BS, kernel="cudnn", scale=0.3, window=window))
-    real = mask_BS[:, S - T :]
+    real = mask_BS[:, S - T :] != 0
     np.testing.assert_allclose(found[real], twin(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
     assert np.isfinite(found).all()
 

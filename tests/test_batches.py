@@ -74,6 +74,31 @@ def test_there_are_no_more_shapes_than_buckets_and_they_pad_less():
     assert sizes[4] < sizes[1]
 
 
+@pytest.mark.parametrize(("num_parts", "num_micro_batches"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_rooms_hold_every_batch_of_their_class_and_no_more(num_parts, num_micro_batches):
+    batches = Batches(rows(64, longest=80), 4, seed=1, pad_id=PAD, length_buckets=3)
+    num_steps = 3 * batches.steps_per_epoch
+    rooms = batches.rooms(num_steps, num_parts, num_micro_batches)
+    needed = {}
+    for step, room in enumerate(rooms):
+        batch = batches.at(step)
+        masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
+        counts = [
+            max(int(part[m::num_micro_batches].sum()) for part in np.split(mask, num_parts)
+                for m in range(num_micro_batches))
+            for mask in masks
+        ]
+        shape = (room, *(mask.shape for mask in masks))
+        needed[shape] = np.maximum(needed.get(shape, 0), counts)
+    assert len(rooms) == num_steps and len(needed) == 3
+    for (room, *_), counts in needed.items():
+        assert (counts <= room).all() and (np.array(room) < counts + 8).all()
+
+
+def test_there_is_no_room_where_rows_do_not_divide():
+    assert Batches(rows(8), 4, seed=0, pad_id=PAD).rooms(2, 4, 2) is None
+
+
 def test_padding_stands_outside_and_the_masks_say_so():
     batch = Batches(rows(4), 4, seed=0, pad_id=PAD).at(0)
     sides = ((batch.prompt_mask_BP, True), (batch.answer_mask_BA, False), (batch.teacher_prompt_mask_BQ, True))

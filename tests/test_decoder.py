@@ -49,8 +49,8 @@ class Compiled:
         self.config, self.params = config, random_params(config)
         model = Model(config, self.params)
         self.apply, self.step = jax.jit(model.apply), jax.jit(model.step)
-        self.hidden = jax.jit(model.hidden, static_argnums=4)
-        self.prefill = jax.jit(model.prefill, static_argnums=3)
+        self.hidden = jax.jit(model.hidden, static_argnums=(4, 5))
+        self.prefill = jax.jit(model.prefill, static_argnums=(3, 4))
 
     def logits(self, tokens_BT, mask_BT=None, first_position=None) -> np.ndarray:
         mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
@@ -166,13 +166,40 @@ def test_a_fork_is_two_texts_after_one_prompt(model):
             np.testing.assert_allclose(found[row, branch], expected, atol=1e-4)
 
 
+def test_packed_texts_do_not_see_each_other(model):
+    """Three texts in a row, padding before, between and behind them."""
+    texts = ((1, 5), (5, 9), (10, 12))
+    tokens, mask = TOKENS[:1], np.zeros((1, 13), np.int32)
+    for number, (start, end) in enumerate(texts, start=1):
+        mask[0, start:end] = number
+    found = model.head(model.hidden(model.params, tokens, None, mask))
+    for start, end in texts:
+        expected = twin(model.config, model.params, tokens[0, start:end])
+        np.testing.assert_allclose(found[0, start:end], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("room", [19, 24, 99])
+def test_leaving_padding_out_changes_nothing(model, room):
+    """18 real tokens and padding on both sides; whole texts, and two texts after a prompt."""
+    tokens, mask = pad_rows((12, 5, 1), left=True)
+    mask[1, -2:] = False
+    for fork in (None, (6, 3)):
+        expected = np.asarray(model.hidden(model.params, tokens, None, mask, fork))
+        found = np.asarray(model.hidden(model.params, tokens, None, mask, fork, room))
+        np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
+        assert (found[~mask] == 0).all()
+    assert np.isnan(model.hidden(model.params, tokens, None, mask, None, mask.sum() - 1)).all()
+
+
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 @pytest.mark.parametrize("start", [2, 6])
 def test_cached_decoding_is_the_full_forward(model, start, unroll):
     layers = Model(model.config, model.params).unstacked(model.params) if unroll else None
     lengths = (13, 9, 13 - start + 1)  # the last row begins with the prompt's last token
     tokens, mask = pad_rows(lengths, left=True)
-    hidden_BTD, cache = model.prefill(model.params, tokens[:, :start], mask[:, :start], 15)
+    num_tokens = int(mask[:, :start].sum()) if unroll else None
+    hidden_BTD, cache = model.prefill(model.params, tokens[:, :start], mask[:, :start], 15, num_tokens)
+    cache = cache.unstacked() if unroll else cache
     found = [hidden_BTD]
     for t in range(start, 13):
         hidden_B1D, cache = model.step(model.params, tokens[:, t : t + 1], mask[:, t : t + 1], cache, layers)

@@ -23,13 +23,14 @@ ALLOWED = {
     "raft_jax.progress": (),
     "raft_jax.sharding": ("raft_jax.errors",),
     "raft_jax.losses": ("raft_jax.losses",),
-    "raft_jax.models": ("raft_jax.models", "raft_jax.sharding"),
+    "raft_jax.packing": ("raft_jax.sharding",),
+    "raft_jax.models": ("raft_jax.models", "raft_jax.packing", "raft_jax.sharding"),
     "raft_jax.data": ("raft_jax.data",),
     "raft_jax.sampling": (
         "raft_jax.sampling", "raft_jax.models", "raft_jax.data", "raft_jax.losses", "raft_jax.sharding",
     ),
     "raft_jax.train.state": ("raft_jax.losses", "raft_jax.sharding"),
-    "raft_jax.train.step": ("raft_jax.losses", "raft_jax.sharding", "raft_jax.train.state"),
+    "raft_jax.train.step": ("raft_jax.losses", "raft_jax.packing", "raft_jax.sharding", "raft_jax.train.state"),
     "raft_jax.train.methods": (),
 }
 STAGES = ("raft_jax.refine", "raft_jax.evaluate", "raft_jax.report", "raft_jax.train")
@@ -40,6 +41,7 @@ THIRD_PARTIES = {
     "raft_jax.config": {"omegaconf", "yaml"},
     "raft_jax.progress": {"rich"},
     "raft_jax.sharding": {"jax", "numpy"},
+    "raft_jax.packing": {"jax"},
     "raft_jax.losses": {"jax"},
     "raft_jax.train.state": {"jax", "optax"},
     "raft_jax.train.step": {"jax", "optax"},

@@ -10,7 +10,7 @@ import tiny
 
 from raft_jax.config import LORA_TARGETS, LoraConfig
 from raft_jax.models import Model, load_pretrained
-from raft_jax.models.decoder import adapter_names
+from raft_jax.models.layer import adapter_names
 from raft_jax.models.lora import TARGETS, adapter_table, init_adapters, merge, save_peft
 from raft_jax.sharding import make_mesh
 from raft_jax.train.student import make_student

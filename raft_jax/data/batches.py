@@ -23,6 +23,14 @@ class Batch(NamedTuple):
     row_B: np.ndarray  # int32: names the row's stream of random numbers
 
 
+class Room(NamedTuple):
+    """How many real tokens the rows of one (micro-)batch on one part of the mesh hold at most."""
+
+    prompt: int
+    answer: int
+    teacher_prompt: int
+
+
 @dataclass(frozen=True)
 class TokenRow:
     """One example as ids: what the student sees, what it should say, and what the teacher sees."""
@@ -86,9 +94,7 @@ class Batches:
     def at(self, step: int) -> Batch:
         """The batch of a step, counted from 0."""
         epoch, index = divmod(step, self.steps_per_epoch)
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._plan(epoch))
-        number, members = self._epoch[1][index]
+        number, members = self._planned(epoch)[index]
         P, A, Q = self._shapes[number]
         rows = [self.rows[member] for member in members]
         return Batch(
@@ -97,6 +103,35 @@ class Batches:
             *pad([row.teacher_prompt for row in rows], Q, self.pad_id, left=True),
             np.array([row.number for row in rows], np.int32),
         )
+
+    def rooms(self, num_steps: int, num_parts: int = 1, num_micro_batches: int = 1) -> list[Room] | None:
+        """The room that each step's batch needs: the largest of its class, so that a class remains one program.
+
+        Args:
+          num_steps: of the whole run.
+          num_parts: into how many runs of rows the mesh cuts a batch.
+          num_micro_batches: M of them; rows m, m + M, ... are one.
+
+        Returns:
+          A Room a step; None where rows do not divide evenly.
+        """
+        if self.batch_size % (num_parts * num_micro_batches):
+            return None
+        needed = [np.zeros(len(Room._fields), int) for _ in self._classes]
+        classes = []
+        for step in range(num_steps):
+            epoch, index = divmod(step, self.steps_per_epoch)
+            number, members = self._planned(epoch)[index]
+            lengths = [[len(getattr(self.rows[member], name)) for name in Room._fields] for member in members]
+            cells = np.reshape(lengths, (num_parts, -1, num_micro_batches, len(Room._fields))).sum(axis=1)
+            needed[number] = np.maximum(needed[number], cells.max(axis=(0, 1)))
+            classes.append(number)
+        return [Room(*(_round_up(int(count)) for count in needed[number])) for number in classes]
+
+    def _planned(self, epoch: int) -> list[tuple[int, list[int]]]:
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, self._plan(epoch))
+        return self._epoch[1]
 
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
         """The batches of one epoch: the class whose shape each has, and its rows."""

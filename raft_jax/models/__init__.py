@@ -35,13 +35,17 @@ class Model:
     hf_config: dict[str, Any] | None = None
     source: str = ""  # where it was loaded from
 
-    def hidden(self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None) -> jax.Array:
+    def hidden(
+        self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None, num_tokens: int | None = None
+    ) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
-        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT, fork)
+        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT, fork, num_tokens)
 
-    def prefill(self, params, tokens_BT, mask_BT, length: int) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, params, tokens_BT, mask_BT, length: int, num_tokens: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """Hidden states of prompts and a cache that begins with them; see Decoder.prefill."""
-        return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length)
+        return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length, num_tokens)
 
     def step(self, params, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states of the next token and the grown cache; see Decoder.step."""

@@ -10,12 +10,15 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.sharding import partition_spec
 
+KEPT = "product"  # the name under which the backward pass finds what is dear to make again
 MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
 BLOCK = 128  # splash attention's unit of query and key positions
 LARGEST_BLOCK = 512
+PLAIN_BLOCK = 128  # queries of the plain attention that share the keys they see
 
 
 def attend(config, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, fork, window) -> jax.Array:
@@ -42,16 +45,82 @@ def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS,
     """Mixed values `[B, T, N, H]` of the last T of S tokens."""
     if config.kernel != "plain":
         return _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS)
+    T, S = query_BTNH.shape[1], mask_BS.shape[1]
+    mixed = []
+    for start in range(0, T, PLAIN_BLOCK):
+        end = min(start + PLAIN_BLOCK, T)
+        seen = slice(S - T + end)  # what comes after a block's last query is not computed
+        mixed.append(_attend_plain(
+            config, window, query_BTNH[:, start:end], key_BKHS[..., seen], value_BKSH[:, :, seen],
+            positions_BS[:, seen], mask_BS[:, seen],
+        ))
+    return jnp.concatenate(mixed, axis=1)
+
+
+def _attend_plain(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
+    """The same with all the scores."""
     B, T, N, H = query_BTNH.shape
-    S = key_BKHS.shape[-1]
-    visible_BTS = visible(T, S, None) & mask_BS[:, None, :]
+    K, S = key_BKHS.shape[1], key_BKHS.shape[-1]
+    visible_BTS = visible(T, S, None) & same_text(mask_BS, T)
     if window is not None:
         visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
-    query_BTKGH = _grouped(query_BTNH, key_BKHS.shape[1])
-    scores = jnp.einsum("btkgh,bkhs->bkgts", query_BTKGH, key_BKHS, preferred_element_type=jnp.float32)
-    scores = softcap(scores, config.attention_softcap)
-    probs = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores, MASKED), axis=-1)
-    return jnp.einsum("bkgts,bksh->btkgh", probs.astype(value_BKSH.dtype), value_BKSH).reshape(B, T, N, H)
+    # The queries of a group of heads stand behind one another, so that every product is one of plain matrices.
+    query_BKMH = _grouped(query_BTNH, K).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    mixed_BKMH = _mix(config.attention_softcap, query_BKMH, key_BKHS, value_BKSH, visible_BTS)
+    return mixed_BKMH.reshape(B, N, T, H).swapaxes(1, 2)
+
+
+def _scores(cap, query_BKMH, key_BKHS, visible_BTS) -> jax.Array:
+    scores_BKMS = jnp.einsum("bkmh,bkhs->bkms", query_BKMH, key_BKHS, preferred_element_type=jnp.float32)
+    B, K, M, S = scores_BKMS.shape
+    scores_BKGTS = softcap(scores_BKMS, cap).reshape(B, K, -1, *visible_BTS.shape[1:])
+    return jnp.where(visible_BTS[:, None, None], scores_BKGTS, MASKED).reshape(B, K, M, S)
+
+
+def _mix(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS) -> jax.Array:
+    """softmax(scores) V; M are the T queries of every head of a group.
+
+    The rule below is the one of flash attention without its tiles: the backward pass makes the probabilities again
+    from their normaliser, and no product in it needs an array of scores transposed.
+    """
+    return _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS)[0]
+
+
+def _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS):
+    scores_BKMS = _scores(cap, query_BKMH, key_BKHS, visible_BTS)
+    highest_BKM1 = jnp.max(scores_BKMS, axis=-1, keepdims=True)
+    weight_BKMS = jnp.exp(scores_BKMS - highest_BKM1)
+    # XLA on CPU joins a maximum with one use and the exp into another exp: where the normaliser is dropped (a teacher)
+    # the numbers would not be to the bit those where it is kept (a student). So the maximum has a second use.
+    total_BKM1 = jnp.sum(weight_BKMS, axis=-1, keepdims=True) + 0 * highest_BKM1
+    dtype = value_BKSH.dtype
+    mixed_BKMH = jnp.einsum(
+        "bkms,bksh->bkmh", weight_BKMS.astype(dtype), value_BKSH, preferred_element_type=jnp.float32
+    )
+    mixed_BKMH = checkpoint_name((mixed_BKMH / total_BKM1).astype(dtype), KEPT)
+    normalizer_BKM1 = checkpoint_name(highest_BKM1 + jnp.log(total_BKM1), KEPT)
+    return mixed_BKMH, (query_BKMH, key_BKHS, value_BKSH, visible_BTS, mixed_BKMH, normalizer_BKM1)
+
+
+def _mix_backward(cap, saved, slope_BKMH):
+    query_BKMH, key_BKHS, value_BKSH, visible_BTS, mixed_BKMH, normalizer_BKM1 = saved
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    dtype = value_BKSH.dtype
+    scores_BKMS = _scores(cap, query_BKMH, key_BKHS, visible_BTS)
+    probs_BKMS = jnp.exp(scores_BKMS - normalizer_BKM1)
+    mean_BKM1 = jnp.sum(slope_BKMH.astype(jnp.float32) * mixed_BKMH, axis=-1, keepdims=True)
+    pull_BKMS = probs_BKMS * (product("bkmh,bksh->bkms", slope_BKMH, value_BKSH) - mean_BKM1)
+    if cap is not None:
+        pull_BKMS *= 1 - jnp.square(jnp.where(scores_BKMS == MASKED, 0, scores_BKMS / cap))
+    pull_BKMS = pull_BKMS.astype(dtype)
+    query = product("bkms,bkhs->bkmh", pull_BKMS, key_BKHS)
+    key = product("bkmh,bkms->bkhs", query_BKMH, pull_BKMS)
+    value = product("bkmh,bkms->bkhs", slope_BKMH, probs_BKMS.astype(dtype)).swapaxes(2, 3)
+    return query.astype(dtype), key.astype(dtype), value.astype(dtype), None
+
+
+_mix = jax.custom_vjp(_mix, nondiff_argnums=(0,))
+_mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS) -> jax.Array:
@@ -120,11 +189,12 @@ def flash(
     window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Mixed values of the last T of S tokens; each sees the real tokens up to itself.
+    """Mixed values of the last T of S tokens; each sees the real tokens of its text up to itself.
 
     Args:
       query_BTNH, key_BSKH, value_BSKH: bfloat16 or float32; cuDNN takes 16-bit floats only.
-      mask_BS: bool, True on real tokens. What comes out at padding means nothing, but is finite.
+      mask_BS: bool, True on real tokens; or int32, the number of each token's text, 0 at padding: a token sees its own
+        text only. What comes out at padding means nothing, but is finite.
       kernel: "splash" or "cudnn".
       scale: of the scores.
       softcap: scores are softcap tanh(scores / softcap).
@@ -147,7 +217,7 @@ def flash(
 
 def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
     T, S = query_BTNH.shape[1], key_BSKH.shape[1]
-    visible_BTS = visible(T, S, window) & mask_BS[:, None, :]
+    visible_BTS = visible(T, S, window) & same_text(mask_BS, T)
     # A row of padding before its prompt sees nothing: it is given itself, so that its softmax has a term.
     visible_BTS |= jnp.eye(T, S, S - T, dtype=bool)
     return jax.nn.dot_product_attention(
@@ -159,6 +229,16 @@ def visible(T: int, S: int, window: int | None) -> jax.Array:
     """Which of S tokens each of the last T may see [T, S]: none that come after it, none beyond the window."""
     seen_TS = jnp.tri(T, S, S - T, dtype=bool)
     return seen_TS if window is None else seen_TS & ~jnp.tri(T, S, S - T - window, dtype=bool)
+
+
+def same_text(mask_BS: jax.Array, T: int) -> jax.Array:
+    """Which of S tokens belong to the text of each of the last T [B, T, S]; padding belongs to none."""
+    return (mask_BS[:, mask_BS.shape[1] - T :, None] == mask_BS[:, None, :]) & (mask_BS[:, None, :] != 0)
+
+
+def for_attention(key_BTKH: jax.Array, value_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys `[B, K, H, T]` and values `[B, K, T, H]`, as the cache holds them."""
+    return key_BTKH.transpose(0, 2, 3, 1), value_BTKH.swapaxes(1, 2)
 
 
 def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, interpret):
@@ -186,7 +266,7 @@ def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, inter
             block_kv_dkv_compute=block_S, block_q_dq=block_T, block_kv_dq=block_S,
         ),
     )
-    # Real tokens are one segment and padding another; so padding sees itself at least.
+    # Padding is a segment of its own, and so sees itself at least.
     segment_BS = jnp.pad(mask_BS, ((0, 0), (0, padded_S - S))).astype(jnp.int32)
     query_segment_BT = jnp.pad(mask_BS[:, S - T :], ((0, 0), (0, padded_T - T))).astype(jnp.int32)
     mixed = jax.vmap(kernel)(query, key, value, splash.SegmentIds(query_segment_BT, segment_BS))

@@ -9,30 +9,25 @@ with its weights.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
-from raft_jax.models.attention import attend, attend_one
-from raft_jax.models.rope import Rope, of_kind, rope_tables, rotate
+from raft_jax.models.attention import KEPT, attend, attend_one, for_attention
+from raft_jax.models.layer import JOINED, as_matrix, project, residual, rms_norm
+from raft_jax.models.rope import Rope, of_kind, rope_tables
+from raft_jax.packing import Packing
 from raft_jax.sharding import constrain
 
-# What the backward pass finds where there is memory for it: products of matrices, and those behind `_product`'s rule.
-KEPT = "product"
+# What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
 POLICY = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
 )
-QKV, GATE_UP = ("query_LDNH", "key_LDKH", "value_LDKH"), ("gate_LDF", "up_LDF")
-JOINED = (QKV, GATE_UP)
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
 @dataclass(frozen=True)
@@ -134,18 +129,35 @@ class Cache(NamedTuple):
     mask_BS: jax.Array  # bool: a real token lies here
     length: jax.Array  # int32 scalar: how many places are written
 
+    def unstacked(self) -> Cache:
+        """Keys and values as one array a layer, for layers that are run one by one."""
+        return self._replace(key_LBKHS=tuple(self.key_LBKHS), value_LBKSH=tuple(self.value_LBKSH))
+
 
 def positions_from_mask(mask_BT: jax.Array, fork: tuple[int, int] | None = None) -> jax.Array:
-    """Position of each real token within its row, counted from 0; padding gets 0 before, the last one after.
+    """Position of each real token within its text, counted from 0; padding gets 0 before, the last one after.
 
     After a fork (P, A) the count goes on from the first P places, as if the A behind them were not there.
+
+    Example:
+      >>> positions_from_mask(jnp.array([[0, 1, 1, 2, 2, 2]])).tolist()  # two texts in one row
+      [[0, 0, 1, 0, 1, 2]]
     """
-    count_BT = jnp.cumsum(mask_BT.astype(jnp.int32), axis=-1)
+    text_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)  # at padding: the text before it
+    count_BT = jnp.cumsum(mask_BT != 0, axis=-1, dtype=jnp.int32)
+    begins_BT = jnp.diff(text_BT, axis=-1, prepend=0) > 0
+    count_BT = count_BT - jax.lax.cummax(jnp.where(begins_BT, count_BT - 1, 0), axis=1)
     if fork is not None:
         end = sum(fork)
         passed_B1 = count_BT[:, end - 1 : end] - count_BT[:, fork[0] - 1 : fork[0]]
         count_BT = jnp.concatenate([count_BT[:, :end], count_BT[:, end:] - passed_B1], axis=-1)
     return jnp.maximum(count_BT - 1, 0)
+
+
+def text_lengths(mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """How many tokens the text of each token has, `[B, T]`; those of the longer branch of a fork."""
+    same_BTS = mask_BT[:, :, None] == mask_BT[:, None, :]
+    return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :] + 1, 0), axis=-1)
 
 
 class Decoder(nnx.Module):
@@ -157,26 +169,36 @@ class Decoder(nnx.Module):
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
 
-    def hidden(self, tokens_BT, positions_BT=None, mask_BT=None, fork: tuple[int, int] | None = None) -> jax.Array:
+    def hidden(
+        self, tokens_BT, positions_BT=None, mask_BT=None, fork: tuple[int, int] | None = None,
+        num_tokens: int | None = None,
+    ) -> jax.Array:
         """Final hidden states, after the last norm, of whole sequences.
 
         Args:
           tokens_BT: int32.
           positions_BT: int32; default counts the real tokens of each row.
-          mask_BT: bool, True on real tokens; padding may stand on either side. Default all real.
+          mask_BT: bool, True on real tokens; padding may stand on either side. Or int32, the number of the text that
+            a token belongs to, 0 at padding: texts packed in one row, in the order of their numbers, do not see each
+            other. Default: all one text.
           fork: (P, A): the rows hold two continuations of their first P places. What stands behind P + A does not
             see the A in between; it follows the P.
+          num_tokens: how many real tokens the rows on one device hold at most: padding is then left out of everything
+            but the attention. More of them than that make NaN.
 
         Returns:
           hidden_BTD in the parameters' dtype; what stands at padding means nothing.
         """
         mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        return self._forward(tokens_BT, positions_BT, mask_BT, fork)[0]
+        return self._forward(tokens_BT, positions_BT, mask_BT, fork, num_tokens)[0]
 
-    def prefill(self, tokens_BT, mask_BT, length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them."""
+    def prefill(self, tokens_BT, mask_BT, length: int, num_tokens: int | None = None) -> tuple[jax.Array, Cache]:
+        """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them.
+
+        `num_tokens` as in `hidden`.
+        """
         room = length - tokens_BT.shape[1]
-        hidden_BTD, (keys, values) = self._forward(tokens_BT, None, mask_BT, keep=True, room=room)
+        hidden_BTD, (keys, values) = self._forward(tokens_BT, None, mask_BT, None, num_tokens, keep=True, room=room)
         keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, room),))
         values = jnp.pad(values, ((0, 0),) * 3 + ((0, room), (0, 0)))
         return hidden_BTD, Cache(keys, values, jnp.pad(mask_BT, ((0, 0), (0, room))), jnp.int32(tokens_BT.shape[1]))
@@ -184,39 +206,48 @@ class Decoder(nnx.Module):
     def step(self, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states `[B, 1, D]` of the next token, and the cache with it in it.
 
-        With `layers` from `unstacked` they are run one by one instead of in a loop.
+        With `layers` from `unstacked` they are run one by one instead of in a loop, over an unstacked cache.
         """
         config, positions_BS = self.config, positions_from_mask(cache.mask_BS)
         position_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
-        ropes = rope_tables(config.ropes, position_B1, position_B1[:, 0] + cache.mask_BS.shape[1] - cache.length)
+        ropes = rope_tables(config.ropes, position_B1, position_B1 + cache.mask_BS.shape[1] - cache.length)
 
-        def layer(x_BTD, scanned):
-            # The layers only read the cache; it is written once, below. Written here it would be copied.
-            (weights, numbers), past_key_BKHS, past_value_BKSH = scanned
-            query, key, value = _project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
-            visible_BS = cache.mask_BS
+        place = cache.length
+
+        def written(new, past, axis):
+            return jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), place, axis)
+
+        def write(key, value, past_key, past_value):
+            return written(key, past_key, -1), written(value, past_value, -2)
+
+        def layer(x_BTD, scanned, first=lambda *new_and_past: new_and_past):
+            (weights, numbers), *past = scanned
+            query, key, value = project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
+            key, value = for_attention(key, value)
+            visible_BS = cache.mask_BS  # not the new token, wherever it is written
             if "window" in numbers:
                 visible_BS &= position_B1 - positions_BS < numbers["window"]
+            *new, past_key_BKHS, past_value_BKSH = first(key, value, *past)
             mixed = attend_one(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
-            return _residual(config, x_BTD, mixed, weights), (key, value)
+            return residual(config, x_BTD, mixed, weights), new
 
-        x_BTD = self._embed(token_B1)
+        x_BTD, keys, values = self._embed(token_B1), cache.key_LBKHS, cache.value_LBKSH
         if layers is None:
-            x_BTD, (key, value) = jax.lax.scan(layer, x_BTD, (self._layers(), cache.key_LBKHS, cache.value_LBKSH))
+            # A loop over layers only reads the cache, which is written once, behind it: inside it would be copied.
+            x_BTD, new = jax.lax.scan(layer, x_BTD, (self._layers(), keys, values))
+            keys, values = write(*new, keys, values)
         else:
-            new = []
+            # Layers one by one write before they read, in place: after it, XLA on CPU would copy the cache.
+            def write_first(key, value, *past):
+                return 2 * write(key, value, *past)
+
+            kept = []
             for i, weights in enumerate(layers):
                 numbers = {name: of_L[i] for name, of_L in self._numbers().items()}
-                x_BTD, key_value = layer(x_BTD, ((weights, numbers), cache.key_LBKHS[i], cache.value_LBKSH[i]))
-                new.append(key_value)
-            key, value = (jnp.stack(arrays) for arrays in zip(*new, strict=True))
-        place = cache.length
-        cache = Cache(
-            jax.lax.dynamic_update_slice(cache.key_LBKHS, key.astype(cache.key_LBKHS.dtype), (0, 0, 0, 0, place)),
-            jax.lax.dynamic_update_slice(cache.value_LBKSH, value.astype(cache.value_LBKSH.dtype), (0, 0, 0, place, 0)),
-            jax.lax.dynamic_update_slice(cache.mask_BS, mask_B1, (0, place)),
-            place + 1,
-        )
+                x_BTD, written_layer = layer(x_BTD, ((weights, numbers), keys[i], values[i]), write_first)
+                kept.append(written_layer)
+            keys, values = zip(*kept, strict=True)
+        cache = Cache(keys, values, written(mask_B1, cache.mask_BS, -1), place + 1)
         return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
     def unstacked(self) -> list[dict[str, jax.Array]]:
@@ -224,35 +255,45 @@ class Decoder(nnx.Module):
         in memory: made once, before decoding, the slices cost one copy of the weights and save a third of the time.
         Matrices of one input are laid side by side, for one larger product."""
         stacked, _ = self._layers()
-        L, D = self.config.num_layers, self.config.width
-        for names in JOINED:
-            parts = [stacked.pop(name).reshape(L, D, -1) for name in names]
-            stacked["+".join(names)] = jnp.concatenate(parts, axis=-1)
-        layers = [{name: array[layer] for name, array in stacked.items()} for layer in range(L)]
-        return jax.lax.optimization_barrier(layers)
+
+        def of_layer(number):
+            weights = {name: array[number] for name, array in stacked.items()}
+            for names in JOINED:
+                parts = [as_matrix(name, weights.pop(name)) for name in names]
+                weights["+".join(names)] = jnp.concatenate(parts, axis=-1)
+            return weights
+
+        return jax.lax.optimization_barrier([of_layer(number) for number in range(self.config.num_layers)])
 
     def unembedding(self) -> jax.Array:
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
 
-    def _forward(self, tokens_BT, positions_BT, mask_BT, fork=None, *, keep: bool = False, room: int = 0):
+    def _forward(
+        self, tokens_BT, positions_BT, mask_BT, fork=None, num_tokens=None, *, keep: bool = False, room: int = 0
+    ):
         """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
         config = self.config
         positions_BT = positions_from_mask(mask_BT, fork) if positions_BT is None else positions_BT
-        length_B = jnp.max(jnp.where(mask_BT, positions_BT + 1, 0), axis=-1)
-        ropes = rope_tables(config.ropes, positions_BT, length_B + room)
+        pack = unpack = lambda x: x
+        if num_tokens is not None:
+            packing = Packing(mask_BT, num_tokens)
+            pack, unpack = packing.pack, packing.unpack
+        length_BT = text_lengths(mask_BT, positions_BT) + room
+        ropes = rope_tables(config.ropes, pack(positions_BT), pack(length_BT))
 
-        def layer(x_BTD, scanned):
+        def layer(x, scanned):
             weights, numbers = scanned
-            query, key, value = _project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
+            query, key, value = map(unpack, project(config, x, weights, of_kind(ropes, numbers.get("rope", 0))))
+            key, value = for_attention(key, value)
             mixed = attend(config, query, key, value, positions_BT, mask_BT, fork, numbers.get("window"))
-            return _residual(config, x_BTD, mixed, weights), (key, value) if keep else None
+            return residual(config, x, pack(mixed), weights), (key, value) if keep else None
 
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
         policy = None if config.remat else POLICY
         layer = jax.checkpoint(layer, policy=policy)
-        x_BTD, kept = jax.lax.scan(layer, self._embed(tokens_BT), self._layers())
-        return rms_norm(config, x_BTD, self.final_norm_D[...]), kept
+        x, kept = jax.lax.scan(layer, self._embed(pack(tokens_BT)), self._layers())
+        return unpack(rms_norm(config, x, self.final_norm_D[...])), kept
 
     def _embed(self, tokens_BT) -> jax.Array:
         x_BTD = self.embedding_VD[...][tokens_BT]
@@ -269,100 +310,3 @@ class Decoder(nnx.Module):
     def _numbers(self) -> dict[str, tuple[int, ...]]:
         numbers = {"rope": self.config.layer_ropes, "window": self.config.windows}
         return {name: of_L for name, of_L in numbers.items() if of_L is not None}
-
-
-def rms_norm(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
-    """x / rms(x) · (offset + scale) over the last axis, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
-    return (x32 * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
-
-
-def _project(config: DecoderConfig, x_BTD, weights, rope):
-    """Query `[B,T,N,H]`, scaled, key `[B,K,H,T]` and value `[B,K,T,H]` of one layer, rotated."""
-    x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
-    adapted = partial(_adapted, config, weights)
-    query, key, value = (
-        adapted(name, product, x_BTD) for name, product in _products(config, x_BTD, weights, QKV).items()
-    )
-    if config.qkv_bias:
-        query = query + weights["query_bias_LNH"]
-        key = key + weights["key_bias_LKH"]
-        value = value + weights["value_bias_LKH"]
-    if config.qk_norm:
-        query = rms_norm(config, query, weights["query_norm_LH"])
-        key = rms_norm(config, key, weights["key_norm_LH"])
-    query, key = rotate(query, rope), rotate(key, rope)
-    scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
-    return query * scale, key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
-
-
-def _residual(config: DecoderConfig, x_BTD, mixed_BTNH, weights) -> jax.Array:
-    """x plus the attention's output plus the gated feed-forward, each normed behind where the config asks for it."""
-
-    def behind(out_BTD, name):
-        return rms_norm(config, out_BTD, weights[name]) if config.post_norms else out_BTD
-
-    adapted = partial(_adapted, config, weights)
-    output_BTD = jnp.einsum("btnh,nhd->btd", mixed_BTNH, weights["output_LNHD"])
-    output_BTD = adapted("output_LNHD", output_BTD, mixed_BTNH)
-    x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
-    normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
-    gate, up = (
-        checkpoint_name(adapted(name, product, normed), KEPT)
-        for name, product in _products(config, normed, weights, GATE_UP).items()
-    )
-    inner_BTF = ACTIVATIONS[config.activation](gate) * up
-    output_BTD = adapted("down_LFD", _product(inner_BTF, weights["down_LFD"]), inner_BTF)
-    return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
-
-
-def _products(config: DecoderConfig, x_BTD, weights, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """x W for matrices of one input, in one product where `unstacked` has joined them."""
-    joined_DO = weights.get("+".join(names))
-    if joined_DO is None:
-        return {
-            name: _product(x_BTD, weights[name]) if weights[name].ndim == 2 else jnp.tensordot(x_BTD, weights[name], 1)
-            for name in names
-        }
-    shapes = [tuple(config.sizes[letter] for letter in name.rpartition("_")[2][2:]) for name in names]
-    ends = list(itertools.accumulate(map(math.prod, shapes)))
-    parts = jnp.split(_product(x_BTD, joined_DO), ends[:-1], axis=-1)
-    return {
-        name: part.reshape(*part.shape[:2], *shape) for name, part, shape in zip(names, parts, shapes, strict=True)
-    }
-
-
-def adapter_names(parameter: str) -> tuple[str, str]:
-    """The two arrays of the low-rank adapter (raft_jax.models.lora) that adds to a parameter of the layers.
-
-    >>> adapter_names("query_LDNH")
-    ('query_a_LDR', 'query_b_LRNH')
-    """
-    stem, _, letters = parameter.rpartition("_")
-    num_inputs = 2 if stem == "output" else 1
-    return f"{stem}_a_L{letters[1 : 1 + num_inputs]}R", f"{stem}_b_LR{letters[1 + num_inputs :]}"
-
-
-def _adapted(config: DecoderConfig, weights, parameter: str, y, x) -> jax.Array:
-    """y = x W plus what an adapter beside W adds, scale x a b."""
-    down, up = adapter_names(parameter)
-    if down not in weights:
-        return y
-    num_inputs = weights[down].ndim - 1
-    return y + config.adapter_scale * jnp.tensordot(jnp.tensordot(x, weights[down], num_inputs), weights[up], 1)
-
-
-@jax.custom_vjp
-def _product(x_BTI, weight_IO) -> jax.Array:
-    """x W. The rule that JAX derives forms the weight's gradient transposed, and XLA then computes the slope of SiLU in
-    a strided copy, on CPU a tenth of the whole train step."""
-    return jnp.einsum("bti,io->bto", x_BTI, weight_IO)
-
-
-def _product_backward(saved, slope_BTO):
-    x_BTI, weight_IO = saved
-    return jnp.einsum("bto,io->bti", slope_BTO, weight_IO), jnp.einsum("bti,bto->io", x_BTI, slope_BTO)
-
-
-_product.defvjp(lambda x_BTI, weight_IO: (_product(x_BTI, weight_IO), (x_BTI, weight_IO)), _product_backward)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from raft_jax.models.decoder import LOGICAL_AXES, DecoderConfig, ParameterInfo, adapter_names
+from raft_jax.models.decoder import LOGICAL_AXES, DecoderConfig, ParameterInfo
 from raft_jax.models.families import stored_keys
+from raft_jax.models.layer import adapter_names
 from raft_jax.sharding import named_sharding
 
 # Our parameter behind each name that users know from Hugging Face.

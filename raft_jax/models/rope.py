@@ -18,19 +18,19 @@ class Rope(NamedTuple):
 
 
 def rope_tables(
-    ropes: tuple[Rope, ...], positions_BT: jax.Array, length_B: jax.Array
+    ropes: tuple[Rope, ...], positions_BT: jax.Array, length_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angles of every kind of rope, `[kinds, B, T, R/2]`, float32.
 
-    `length_B` is how long each row is, or may become in its cache: rows beyond a rope's switch turn by its long
-    frequencies from their first token on.
+    `length_BT` is how long each token's text is, or may become in its cache: texts beyond a rope's switch turn by its
+    long frequencies from their first token on.
     """
     cos, sin = [], []
     for rope in ropes:
         frequency = jnp.array(rope.frequencies, jnp.float32)
         if rope.long_frequencies is not None:
             long = jnp.array(rope.long_frequencies, jnp.float32)
-            frequency = jnp.where(length_B[:, None, None] > rope.switch, long, frequency)
+            frequency = jnp.where(length_BT[..., None] > rope.switch, long, frequency)
         angle = positions_BT[..., None].astype(jnp.float32) * frequency
         cos.append(jnp.cos(angle) * rope.scale)
         sin.append(jnp.sin(angle) * rope.scale)

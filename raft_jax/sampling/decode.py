@@ -85,7 +85,9 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         the layers' weights are copied once.
 
     Returns:
-      `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature) -> Rollout`. Prompts are left-padded.
+      `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None) -> Rollout`. Prompts
+      are left-padded; with `num_prompt_tokens`, at least the most real ones on any device, padding is left out of the
+      prefill.
       `row_B` (int32) names each row's own stream of random numbers, so a row draws the same whatever stands beside
       it; a negative row is filler and is finished from the start. Decoding ends when every row is done.
     """
@@ -96,8 +98,8 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     stop_ids = jnp.array(model.tokenizer.stop_ids, jnp.int32)
     pad_id = model.tokenizer.pad_id
 
-    @jax.jit
-    def generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature) -> Rollout:
+    @partial(jax.jit, static_argnames="num_prompt_tokens")
+    def generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None) -> Rollout:
         B, P = prompt_BP.shape
         unembedding_DV = model.unembedding(params)
         layers = model.unstacked(params) if unroll else None
@@ -108,7 +110,9 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 
-        hidden_BPD, cache = model.prefill(params, prompt_BP, prompt_mask_BP, P + max_new_tokens)
+        hidden_BPD, cache = model.prefill(params, prompt_BP, prompt_mask_BP, P + max_new_tokens, num_prompt_tokens)
+        if unroll:
+            cache = cache.unstacked()
         first_B = draw(hidden_BPD[:, -1], 0)
         out_BC = jnp.full((B, max_new_tokens), pad_id, jnp.int32)
         mask_BC = jnp.zeros((B, max_new_tokens), bool)

@@ -23,7 +23,7 @@ from raft_jax.models import Model
 from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
-from raft_jax.sharding import put_batch, to_host
+from raft_jax.sharding import num_batch_parts, put_batch, to_host
 from raft_jax.train.methods import Method
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
@@ -93,14 +93,23 @@ def train(
             loss_chunk_size=settings.loss_chunk_size, forks=True,
             effective=student.effective, head_settings=model.head_settings,
         ),
-        donate_argnums=0,
+        donate_argnums=0, static_argnames="room",
     )
+    with jax.set_mesh(mesh):
+        num_parts = num_batch_parts()
+    rooms = batches.rooms(num_steps, num_parts, settings.num_micro_batches)
+    prompt_rooms = batches.rooms(num_steps, num_parts)
     # The rollout's program is used at every step: worth its compilation.
     generate = make_generate(
         student.model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p,
         unroll=jax.default_backend() == "cpu",
     )
-    draw = jax.jit(lambda params, teacher_params, *given: generate(student.effective(params, teacher_params), *given))
+    draw = jax.jit(
+        lambda params, teacher_params, *given, **static: generate(
+            student.effective(params, teacher_params), *given, **static
+        ),
+        static_argnames="num_prompt_tokens",
+    )
     rollout_key = jax.random.fold_in(key, 1)
     temperature = jnp.float32(settings.rollout.temperature)
     done = start
@@ -114,11 +123,12 @@ def train(
             if method.distill:
                 key = jax.random.fold_in(rollout_key, step)
                 rollout = draw(
-                    state.params, teacher_params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature
+                    state.params, teacher_params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature,
+                    num_prompt_tokens=prompt_rooms[step].prompt,
                 )
                 jax.block_until_ready(rollout)
                 rollout_seconds = time.perf_counter() - began
-            state, metrics = train_step(state, teacher_params, batch, rollout)
+            state, metrics = train_step(state, teacher_params, batch, rollout, room=rooms and rooms[step])
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not all(map(math.isfinite, metrics.values())):
                 bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))

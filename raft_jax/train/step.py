@@ -24,6 +24,8 @@ from raft_jax.losses import (
     token_weight,
     update_balance,
 )
+from raft_jax.packing import Packing
+from raft_jax.sharding import num_batch_parts
 from raft_jax.train.state import TrainState
 
 # How unmasked values become one number, the same as weights, and what a micro-batch counts for in the whole batch's
@@ -66,15 +68,17 @@ def make_train_step(
       num_micro_batches: rows are run in this many groups, one after the other. The gradients of the two losses are
         summed apart and joined once lambda of the whole batch is known, so nothing changes but memory.
       loss_chunk_size: tokens whose logits are held at once.
-      forks: hidden_fn takes a fifth argument, `fork` (see raft_jax.models.decoder.Decoder.hidden): a batch that is not
-        cut into micro-batches then runs each prompt once, with answer and rollout behind it.
+      forks: hidden_fn takes `fork=` (see raft_jax.models.decoder.Decoder.hidden): a batch that is not cut into
+        micro-batches then runs each prompt once, with answer and rollout behind it.
       effective: `(params, teacher_params) -> params of hidden_fn`, differentiated with them: where what is trained are
         float32 master weights of a bfloat16 model, or adapters of the teacher.
       head_settings: what else the linear losses take of the unembedding: logit_scale, logit_softcap, vocab_size.
 
     Returns:
-      `train_step(state, teacher_params, batch, rollout) -> (state, metrics)`. `batch` is a
+      `train_step(state, teacher_params, batch, rollout, room=None) -> (state, metrics)`. `batch` is a
       raft_jax.data.batches.Batch, `rollout` has tokens_BC and mask_BC; metrics are float32 scalars, losses in nats.
+      `room` (static) is a raft_jax.data.batches.Room: with it hidden_fn is given `num_tokens=`, and padding is computed
+      in the attention alone.
 
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
@@ -84,50 +88,69 @@ def make_train_step(
         head["chunk_size"] = loss_chunk_size
 
     def predictions(params, prompt, *completions):
-        """Hidden states [B, C, D] from which each token of a completion is predicted; each one follows the prompt."""
+        """Hidden states [B, C, D] from which each token of a completion is predicted; each one follows the prompt.
+
+        Prompt and completions are (tokens, mask, how many real ones there are at most or None).
+        """
         if len(completions) > 1 and not forks:
             return [predictions(params, prompt, completion)[0] for completion in completions]
-        tokens_BT, mask_BT = (jnp.concatenate(parts, axis=1) for parts in zip(prompt, *completions, strict=True))
-        P, A = prompt[0].shape[1], completions[0][0].shape[1]
+        tokens, masks, counts = zip(prompt, *completions, strict=True)
+        tokens_BT, mask_BT = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
+        settings = {} if None in counts else {"num_tokens": sum(counts)}
+        P, A = tokens[0].shape[1], tokens[1].shape[1]
         if len(completions) == 1:
-            return [hidden_fn(params, tokens_BT, None, mask_BT)[:, P - 1 : -1]]
-        hidden_BTD = hidden_fn(params, tokens_BT, None, mask_BT, (P, A))
+            return [hidden_fn(params, tokens_BT, None, mask_BT, **settings)[:, P - 1 : -1]]
+        hidden_BTD = hidden_fn(params, tokens_BT, None, mask_BT, fork=(P, A), **settings)
         second_BCD = jnp.concatenate([hidden_BTD[:, P - 1 : P], hidden_BTD[:, P + A : -1]], axis=1)
         return [hidden_BTD[:, P - 1 : P + A - 1], second_BCD]
 
-    def sft_loss(params, batch, hidden_BAD, whole_size):
+    def sft_loss(params, answer, hidden_BAD, whole_size):
         """Eq. 5, this micro-batch's share."""
-        mask_BA = batch.answer_mask_BA
-        loss = linear_cross_entropy(
-            hidden_BAD, unembedding_fn(params), batch.answer_BA, weight_BT=weigh(mask_BA), **head
-        )
+        answer_BA, mask_BA, count = answer
+        predicted = hidden_BAD, answer_BA, weigh(mask_BA)
+        if count is not None:
+            predicted = map(Packing(mask_BA, count).pack, predicted)
+        hidden_BTD, labels_BT, weight_BT = predicted
+        loss = linear_cross_entropy(hidden_BTD, unembedding_fn(params), labels_BT, weight_BT=weight_BT, **head)
         return loss * size(mask_BA) / whole_size
 
-    def kl_loss(params, teacher_params, batch, rollout, student_BCD, whole_size, num_tokens):
+    def kl_loss(params, teacher_params, teacher_prompt, rollout, student_BCD, whole_size, num_tokens):
         """Eqs. 7-10, this micro-batch's share: both models at the same prefixes of the student's own answer."""
-        (teacher_BCD,) = predictions(teacher_params, (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ), rollout)
+        (teacher_BCD,) = predictions(teacher_params, teacher_prompt, rollout)
         nats_BC, seen = linear_top_k_forward_kl(
             student_BCD, unembedding_fn(params), jax.lax.stop_gradient(teacher_BCD),
             jax.lax.stop_gradient(unembedding_fn(teacher_params)), k=top_k, temperature=temperature,
             return_metrics=True, **head,
         )
-        mask_BC = rollout.mask_BC
+        mask_BC = rollout[1]
         seen = {name: jnp.sum(jnp.where(mask_BC, values, 0)) / num_tokens for name, values in seen.items()}
         return reduce(nats_BC, mask_BC) * size(mask_BC) / whole_size, seen
 
-    def gradients(params, teacher_params, batch, rollout, sizes):
+    def parts_of(batch, rollout, room):
+        """Prompt, answer, the teacher's prompt and the rollout, as `predictions` takes them."""
+        counts = [None] * 3 if room is None else room
+        # A rollout may end early, but its length is not known when the program is compiled.
+        count = None if rollout is None or room is None else rollout.mask_BC.size // num_batch_parts()
+        return (
+            (batch.prompt_BP, batch.prompt_mask_BP, counts[0]),
+            (batch.answer_BA, batch.answer_mask_BA, counts[1]),
+            (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ, counts[2]),
+            None if rollout is None else (rollout.tokens_BC, rollout.mask_BC, count),
+        )
+
+    def gradients(params, teacher_params, batch, rollout, sizes, room):
         """Losses and the gradient of each, of one micro-batch."""
-        prompt, answer = (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA)
+        prompt, answer, teacher_prompt, rollout = parts_of(batch, rollout, room)
 
         def sft_part(params):
             params = effective(params, teacher_params)
-            return sft_loss(params, batch, *predictions(params, prompt, answer), sizes["sft"])
+            return sft_loss(params, answer, *predictions(params, prompt, answer), sizes["sft"])
 
         def kl_part(params):
             params = effective(params, teacher_params)
             (student_BCD,) = predictions(params, prompt, rollout)
             return kl_loss(
-                params, teacher_params, batch, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
+                params, teacher_params, teacher_prompt, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
             )
 
         sft, sft_grads = jax.value_and_grad(sft_part)(params)
@@ -141,17 +164,16 @@ def make_train_step(
         weight, balance = update_balance(balance, sft, kl, decay=ema_decay)
         return weight if fixed_weight is None else jnp.float32(fixed_weight), balance
 
-    def at_once(state, teacher_params, batch, rollout, sizes):
+    def at_once(state, teacher_params, batch, rollout, sizes, room):
         """Eq. 12 and its gradient: lambda hangs on the losses only, so it is known before the backward pass."""
+        prompt, answer, teacher_prompt, rollout = parts_of(batch, rollout, room)
 
         def objective(params):
             params = effective(params, teacher_params)
-            answer_BAD, student_BCD = predictions(
-                params, (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA), rollout
-            )
-            sft = sft_loss(params, batch, answer_BAD, sizes["sft"])
+            answer_BAD, student_BCD = predictions(params, prompt, answer, rollout)
+            sft = sft_loss(params, answer, answer_BAD, sizes["sft"])
             kl, seen = kl_loss(
-                params, teacher_params, batch, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
+                params, teacher_params, teacher_prompt, rollout, student_BCD, sizes["kl"], sizes["rollout_tokens"]
             )
             weight, balance = balanced(state.balance, *jax.lax.stop_gradient((sft, kl)))
             return raft_objective(sft, kl, weight), (sft, kl, seen, weight, balance)
@@ -159,24 +181,25 @@ def make_train_step(
         (_, parts), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         return *parts, grads
 
-    def in_turn(state, teacher_params, batch, rollout, sizes):
+    def in_turn(state, teacher_params, batch, rollout, sizes, room):
         """The same over micro-batches."""
         losses, seen = _sum_over(
-            lambda part: gradients(state.params, teacher_params, *part, sizes), (batch, rollout), num_micro_batches
+            lambda part: gradients(state.params, teacher_params, *part, sizes, room), (batch, rollout),
+            num_micro_batches,
         )
         (sft, grads), (kl, kl_grads) = losses["sft"], losses["kl"]
         weight, balance = balanced(state.balance, sft, kl)
         grads = jax.tree.map(lambda a, b: a + (weight * b).astype(a.dtype), grads, kl_grads)
         return sft, kl, seen, weight, balance, grads
 
-    def train_step(state: TrainState, teacher_params, batch, rollout):
+    def train_step(state: TrainState, teacher_params, batch, rollout, room=None):
         sizes = {"sft": size(batch.answer_mask_BA)}
         metrics = {"sft_tokens": jnp.sum(batch.answer_mask_BA)}
         if distill:
             sizes["kl"] = size(rollout.mask_BC)
             sizes["rollout_tokens"] = jnp.maximum(jnp.sum(rollout.mask_BC), 1)
             run = at_once if num_micro_batches == 1 else in_turn
-            sft, kl, seen, weight, balance, grads = run(state, teacher_params, batch, rollout, sizes)
+            sft, kl, seen, weight, balance, grads = run(state, teacher_params, batch, rollout, sizes, room)
             loss = raft_objective(sft, kl, weight)
             sft_average, kl_average = balance.corrected(decay=ema_decay)
             metrics |= {
@@ -186,7 +209,8 @@ def make_train_step(
             }
         else:
             losses, _ = _sum_over(
-                lambda part: gradients(state.params, teacher_params, *part, sizes), (batch, None), num_micro_batches
+                lambda part: gradients(state.params, teacher_params, *part, sizes, room), (batch, None),
+                num_micro_batches,
             )
             (sft, grads), balance = losses["sft"], state.balance
             loss = sft

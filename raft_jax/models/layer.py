@@ -1,0 +1,132 @@
+"""One layer of the decoder: queries, keys and values of its input, and what it adds to it.
+
+Letters as in raft_jax.models.decoder; a config is a DecoderConfig, `weights` are those of one layer. Where tokens are
+packed, [B, T] is [G, N] of raft_jax.packing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from raft_jax.models.attention import KEPT
+from raft_jax.models.rope import rotate
+from raft_jax.sharding import constrain
+
+QKV, GATE_UP = ("query_LDNH", "key_LDKH", "value_LDKH"), ("gate_LDF", "up_LDF")
+JOINED = (QKV, GATE_UP)  # matrices of one input
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
+
+
+def rms_norm(config, x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / rms(x) · (offset + scale) over the last axis, computed in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
+    return (x32 * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+def project(config, x_BTD, weights, rope):
+    """Query `[B,T,N,H]`, scaled, key and value `[B,T,K,H]` of one layer, rotated."""
+    x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
+    adapted = partial(_adapted, config, weights)
+    query, key, value = (
+        adapted(name, product, x_BTD) for name, product in _products(config, x_BTD, weights, QKV).items()
+    )
+    if config.qkv_bias:
+        query = query + weights["query_bias_LNH"]
+        key = key + weights["key_bias_LKH"]
+        value = value + weights["value_bias_LKH"]
+    if config.qk_norm:
+        query = rms_norm(config, query, weights["query_norm_LH"])
+        key = rms_norm(config, key, weights["key_norm_LH"])
+    query, key = rotate(query, rope), rotate(key, rope)
+    scale = config.head_width**-0.5 if config.query_scale is None else config.query_scale
+    return query * scale, key, value
+
+
+def residual(config, x_BTD, mixed_BTNH, weights) -> jax.Array:
+    """x plus the attention's output plus the gated feed-forward, each normed behind where the config asks for it."""
+
+    def behind(out_BTD, name):
+        return rms_norm(config, out_BTD, weights[name]) if config.post_norms else out_BTD
+
+    adapted = partial(_adapted, config, weights)
+    mixed_BTI = mixed_BTNH.reshape(*x_BTD.shape[:2], -1)
+    output_BTD = mixed_BTI @ as_matrix("output_LNHD", weights["output_LNHD"])
+    output_BTD = adapted("output_LNHD", output_BTD, mixed_BTNH)
+    x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
+    normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
+    gate, up = (
+        checkpoint_name(adapted(name, product, normed), KEPT)
+        for name, product in _products(config, normed, weights, GATE_UP, _product).items()
+    )
+    inner_BTF = ACTIVATIONS[config.activation](gate) * up
+    output_BTD = adapted("down_LFD", _product(inner_BTF, weights["down_LFD"]), inner_BTF)
+    return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
+
+
+def _products(
+    config, x_BTD, weights, names: tuple[str, ...], multiply=jnp.matmul
+) -> dict[str, jax.Array]:
+    """x W for matrices of one input, in one product where `unstacked` has joined them."""
+    shapes = [tuple(config.sizes[letter] for letter in name.rpartition("_")[2][2:]) for name in names]
+    joined_DO = weights.get("+".join(names))
+    if joined_DO is None:
+        parts = [multiply(x_BTD, as_matrix(name, weights[name])) for name in names]
+    else:
+        ends = list(itertools.accumulate(map(math.prod, shapes)))
+        parts = jnp.split(multiply(x_BTD, joined_DO), ends[:-1], axis=-1)
+    return {
+        name: part.reshape(*part.shape[:2], *shape) for name, part, shape in zip(names, parts, shapes, strict=True)
+    }
+
+
+def as_matrix(name: str, weight: jax.Array) -> jax.Array:
+    """`[inputs, outputs]` of a weight of one layer, heads and their width as one dimension."""
+    num_inputs = _num_inputs(name)
+    return weight.reshape(math.prod(weight.shape[:num_inputs]), -1)
+
+
+def _num_inputs(parameter: str) -> int:
+    """How many of a weight's dimensions are summed over; they come first."""
+    return 2 if parameter.startswith("output") else 1
+
+
+def adapter_names(parameter: str) -> tuple[str, str]:
+    """The two arrays of the low-rank adapter (raft_jax.models.lora) that adds to a parameter of the layers.
+
+    >>> adapter_names("query_LDNH")
+    ('query_a_LDR', 'query_b_LRNH')
+    """
+    stem, _, letters = parameter.rpartition("_")
+    num_inputs = _num_inputs(parameter)
+    return f"{stem}_a_L{letters[1 : 1 + num_inputs]}R", f"{stem}_b_LR{letters[1 + num_inputs :]}"
+
+
+def _adapted(config, weights, parameter: str, y, x) -> jax.Array:
+    """y = x W plus what an adapter beside W adds, scale x a b."""
+    down, up = adapter_names(parameter)
+    if down not in weights:
+        return y
+    num_inputs = weights[down].ndim - 1
+    return y + config.adapter_scale * jnp.tensordot(jnp.tensordot(x, weights[down], num_inputs), weights[up], 1)
+
+
+@jax.custom_vjp
+def _product(x_BTI, weight_IO) -> jax.Array:
+    """x W. The rule that JAX derives forms the weight's gradient transposed, and XLA then computes the slope of SiLU in
+    a strided copy, on CPU a tenth of the whole train step."""
+    return jnp.einsum("bti,io->bto", x_BTI, weight_IO)
+
+
+def _product_backward(saved, slope_BTO):
+    x_BTI, weight_IO = saved
+    return jnp.einsum("bto,io->bti", slope_BTO, weight_IO), jnp.einsum("bti,bto->io", x_BTI, slope_BTO)
+
+
+_product.defvjp(lambda x_BTI, weight_IO: (_product(x_BTI, weight_IO), (x_BTI, weight_IO)), _product_backward)
