@@ -86,27 +86,32 @@ def measure(options: argparse.Namespace) -> dict:
             state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0),
             num_prompt_tokens=room.prompt,
         )
+        room = room.with_rollout(int(rollout.mask_BC.sum()), rollout.mask_BC.size)
         state, metrics = train_step(state, model.params, batch, rollout, room=room)
-        return state, metrics, rollout
+        return state, metrics, rollout, room
 
-    # Every shape is compiled before the clock starts; a training run compiles each once.
+    # Every shape is compiled before the clock starts, rollouts that end early among them; a run compiles each once.
     compiling = time.perf_counter()
     shapes = {(room_of(batch), *(array.shape for array in batch)): index for index, batch in enumerate(batches)}
     for index in shapes.values():
-        state, metrics, _ = step(state, index)
+        state, metrics, rollout, taken = step(state, index)
         jax.block_until_ready(metrics)
+        for end in range(options.max_new_tokens // 4, options.max_new_tokens, options.max_new_tokens // 4):
+            shorter = rollout._replace(mask_BC=rollout.mask_BC.at[:, end:].set(False))
+            room = taken.with_rollout(end * size, rollout.mask_BC.size)
+            state, metrics = train_step(state, model.params, jax.device_put(batches[index]), shorter, room=room)
     compiling = time.perf_counter() - compiling
     for index in range(options.warmup):
-        state, metrics, _ = step(state, index)
+        state, metrics, *_ = step(state, index)
     jax.block_until_ready(metrics)
 
     seconds, loss_tokens, real, computed = [], [], 0, 0
     for index in range(options.warmup, options.warmup + options.steps):
         began = time.perf_counter()
-        state, metrics, rollout = step(state, index)
+        state, metrics, rollout, room = step(state, index)
         jax.block_until_ready((state, metrics))
         seconds.append(time.perf_counter() - began)
-        batch, room, drawn = batches[index], room_of(batches[index]), np.asarray(rollout.mask_BC)
+        batch, drawn = batches[index], np.asarray(rollout.mask_BC)
         loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
         # Prefill, decode (until the last row is done), student, teacher: places outside the attention.
         prompt, answer, teacher = (int(mask.sum()) for mask in (
@@ -114,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict:
         ))
         decoded, generated = drawn[:, : drawn.any(0).sum()].size, int(drawn.sum())
         real += 2 * prompt + answer + teacher + 3 * generated
-        computed += 2 * room.prompt + room.answer + room.teacher_prompt + decoded + 2 * drawn.size
+        computed += 2 * room.prompt + room.answer + room.teacher_prompt + decoded + 2 * room.rollout
     return {
         "side": "raft_jax", "jax": jax.__version__, "seconds": seconds, "loss_tokens": loss_tokens,
         "compile_seconds": compiling, "padding": 1 - real / computed, "peak_memory_bytes": take_peak_memory(),

@@ -6,6 +6,7 @@ no token leaves its device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -39,7 +40,7 @@ class Packing:
         self._rows = (B, T)
         mask_GM = mask_BT.reshape(groups, -1)
         M = mask_GM.shape[1]
-        self.num_tokens = min(num_tokens, M)
+        self.num_tokens = num_tokens
         count_GM = jnp.cumsum(mask_GM, axis=1, dtype=jnp.int32)
         self._place_GM = jnp.where(mask_GM, count_GM - 1, self.num_tokens)
         find = partial(jnp.nonzero, size=self.num_tokens, fill_value=M)
@@ -62,6 +63,15 @@ class Packing:
     @staticmethod
     def _pinned(x: jax.Array) -> jax.Array:
         return constrain(x, "batch", *(None,) * (x.ndim - 1))
+
+
+def make_packing(mask_BT: jax.Array, num_tokens: int | None) -> tuple[Callable, Callable]:
+    """`Packing`'s pack and unpack; both leave alone what they are given where there is no padding to leave out, or
+    where num_tokens is None."""
+    if num_tokens is None or num_tokens >= mask_BT.size // num_batch_parts():
+        return lambda x: x, lambda x: x
+    packing = Packing(mask_BT, num_tokens)
+    return packing.pack, packing.unpack
 
 
 @jax.custom_vjp

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import tiny
 
-from raft_jax.models import attention
+from raft_jax.config import ATTENTION
+from raft_jax.errors import InputError
+from raft_jax.models import attention, load_pretrained
 from raft_jax.models.decoder import positions_from_mask
 from raft_jax.sharding import make_mesh
 
@@ -163,6 +165,12 @@ def test_the_decoder_by_a_kernel(monkeypatch, windows):
 def test_the_best_kernel(monkeypatch, backend, dtype, softcap, best):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert attention.best_kernel(dtype, softcap) == best
+
+
+def test_an_unknown_one_is_refused():
+    with pytest.raises(InputError, match="attention 'flash' is not known; use auto, plain, splash, cudnn"):
+        load_pretrained("nowhere", attention="flash")
+    assert ("auto", *attention.KERNELS) == ATTENTION
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from raft_jax.data.batches import Batches, TokenRow, pad
+from raft_jax.data.batches import Batches, Room, TokenRow, pad
 
 PAD = 0
 
@@ -92,7 +92,13 @@ def test_rooms_hold_every_batch_of_their_class_and_no_more(num_parts, num_micro_
         needed[shape] = np.maximum(needed.get(shape, 0), counts)
     assert len(rooms) == num_steps and len(needed) == 3
     for (room, *_), counts in needed.items():
-        assert (counts <= room).all() and (np.array(room) < counts + 8).all()
+        assert (counts <= room[:3]).all() and (np.array(room[:3]) < counts + 8).all()
+
+
+def test_room_for_rollouts_comes_in_quarters():
+    found = {Room(1, 1, 1).with_rollout(count, 30).rollout for count in range(31)}
+    assert found == {0, 8, 16, 24, 30}
+    assert all(Room(1, 1, 1).with_rollout(count, 30).rollout >= count for count in range(31))
 
 
 def test_there_is_no_room_where_rows_do_not_divide():

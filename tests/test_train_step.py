@@ -193,9 +193,9 @@ def tiny_batch(model: Model) -> Batch:
     )
 
 
-def room_of(batch: Batch, num_parts: int, num_micro_batches: int = 1) -> Room:
+def room_of(batch: Batch, rollout_mask_BC, num_parts: int, num_micro_batches: int = 1) -> Room:
     """The most real tokens that a device has of one micro-batch."""
-    masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
+    masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ, rollout_mask_BC
     return Room(*(
         max(int(part[m::num_micro_batches].sum()) for part in np.split(mask, num_parts)
             for m in range(num_micro_batches))
@@ -231,9 +231,9 @@ def test_eight_devices_give_the_numbers_of_one():
     devices = jax.devices()
     assert len(devices) == 8
     one, expected, _ = run_steps(model, make_mesh(devices=devices[:1]), 2)
-    room = room_of(tiny_batch(model), 4)
+    room = room_of(tiny_batch(model), np.ones((8, 8), bool), 4)
     many, found, teacher = run_steps(model, make_mesh(2, 2, 2), 2, room)
-    assert sum(room) < 0.8 * 2 * (32 + 32 + 48)
+    assert sum(room) < 0.8 * 2 * (32 + 32 + 48 + 8)
     assert len(many.params["query_LDNH"].sharding.device_set) == 8
     for cut in (many.params, many.opt_state[0].mu):
         assert cut["query_LDNH"].addressable_shards[0].data.size == model.params["query_LDNH"].size // 4
@@ -266,7 +266,10 @@ def as_padded():
             state, metrics = step(state, teacher, batch, rollout, room=room)
         return metrics, state.params
 
-    return run, batch, run()
+    def of(num_micro_batches=1):
+        return room_of(batch, rollout.mask_BC, 1, num_micro_batches)
+
+    return run, of, run()
 
 
 @pytest.mark.parametrize("settings", [
@@ -274,10 +277,10 @@ def as_padded():
     {"room": 1, "reduction": "token"},
 ], ids=str)
 def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings):
-    run, batch, (expected_metrics, expected) = as_padded
+    run, room_for, (expected_metrics, expected) = as_padded
     if settings.get("reduction"):
         expected_metrics, expected = run(reduction="token")
-    room = room_of(batch, 1, settings.get("num_micro_batches", 1)) if "room" in settings else None
+    room = room_for(settings.get("num_micro_batches", 1)) if "room" in settings else None
     metrics, params = run(**{**settings, "room": room})
     for name, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)
@@ -286,9 +289,10 @@ def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settin
 
 
 def test_too_little_room_is_seen(as_padded):
-    run, batch, _ = as_padded
-    room = room_of(batch, 1)
-    assert np.isnan(run(room=room._replace(teacher_prompt=room.teacher_prompt // 2))[0]["kl_loss"])
+    run, room_for, _ = as_padded
+    for name, loss in (("teacher_prompt", "kl_loss"), ("rollout", "kl_loss"), ("answer", "sft_loss")):
+        room = room_for()
+        assert np.isnan(run(room=room._replace(**{name: getattr(room, name) - 1}))[0][loss])
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing():

@@ -29,6 +29,17 @@ class Room(NamedTuple):
     prompt: int
     answer: int
     teacher_prompt: int
+    rollout: int = 0
+
+    def with_rollout(self, count: int, capacity: int) -> Room:
+        """With room for `count` tokens of rollouts, in quarters of all they may have: few sizes, few programs.
+
+        Example:
+          >>> Room(8, 16, 24).with_rollout(count=130, capacity=256).rollout
+          192
+        """
+        quarter = -(-capacity // 4)
+        return self._replace(rollout=min(-(-count // quarter) * quarter, capacity))
 
 
 @dataclass(frozen=True)
@@ -113,17 +124,18 @@ class Batches:
           num_micro_batches: M of them; rows m, m + M, ... are one.
 
         Returns:
-          A Room a step; None where rows do not divide evenly.
+          A Room a step, without the rollout's; None where rows do not divide evenly.
         """
         if self.batch_size % (num_parts * num_micro_batches):
             return None
-        needed = [np.zeros(len(Room._fields), int) for _ in self._classes]
+        names = ("prompt", "answer", "teacher_prompt")
+        needed = [np.zeros(len(names), int) for _ in self._classes]
         classes = []
         for step in range(num_steps):
             epoch, index = divmod(step, self.steps_per_epoch)
             number, members = self._planned(epoch)[index]
-            lengths = [[len(getattr(self.rows[member], name)) for name in Room._fields] for member in members]
-            cells = np.reshape(lengths, (num_parts, -1, num_micro_batches, len(Room._fields))).sum(axis=1)
+            lengths = [[len(getattr(self.rows[member], name)) for name in names] for member in members]
+            cells = np.reshape(lengths, (num_parts, -1, num_micro_batches, len(names))).sum(axis=1)
             needed[number] = np.maximum(needed[number], cells.max(axis=(0, 1)))
             classes.append(number)
         return [Room(*(_round_up(int(count)) for count in needed[number])) for number in classes]

@@ -128,6 +128,7 @@ def _backward(form, slope, hidden_ND, heads, bits=False):
     size = math.ceil(rows * form.chunk_size / max(num_tokens, 1))
     size = min(rows, 128 * math.ceil(size / 128))
     num_blocks = math.ceil(rows / size)
+    bits = bits and num_blocks > 1
     exact, factor = dtypes(hidden_ND, heads[0])
     axes = tuple(head.axes for head in heads)
 
@@ -136,6 +137,8 @@ def _backward(form, slope, hidden_ND, heads, bits=False):
         return x if shards == 1 else x.reshape(*x.shape[:axis], shards, size, *x.shape[axis + 1 :])
 
     def cut(x, axis, start):
+        if num_blocks == 1:  # as it lies: the compiler then sees that the forward pass has made its products
+            return x if shards == 1 else x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
         piece = _slice(x, start, size, axis=axis + (shards > 1), bits=bits)
         return piece if shards == 1 else piece.reshape(*piece.shape[:axis], shards * size, *piece.shape[axis + 2 :])
 

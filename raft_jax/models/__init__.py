@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from raft_jax.errors import InputError
-from raft_jax.models.attention import best_kernel, softcap
+from raft_jax.models.attention import KERNELS, best_kernel, softcap
 from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
@@ -93,8 +93,11 @@ def load_pretrained(
       attention: "plain", "splash" (TPU), "cudnn" (GPU) or "auto", which takes what suits dtype and device.
 
     Raises:
-      InputError: nothing there, an unsupported architecture or tokenizer, or weights that do not fit the config.
+      InputError: an unknown attention, nothing there, an unsupported architecture or tokenizer, or weights that do not
+        fit the config.
     """
+    if attention not in ("auto", *KERNELS):
+        raise InputError(f"attention {attention!r} is not known; use auto, {', '.join(KERNELS)}")
     path = resolve(source)
     weights = open_weights(path)
     try:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.sharding import partition_spec
 
+KERNELS = ("plain", "splash", "cudnn")
 KEPT = "product"  # the name under which the backward pass finds what is dear to make again
 MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
 BLOCK = 128  # splash attention's unit of query and key positions

@@ -21,7 +21,7 @@ from flax import nnx
 from raft_jax.models.attention import KEPT, attend, attend_one, for_attention
 from raft_jax.models.layer import JOINED, as_matrix, project, residual, rms_norm
 from raft_jax.models.rope import Rope, of_kind, rope_tables
-from raft_jax.packing import Packing
+from raft_jax.packing import make_packing
 from raft_jax.sharding import constrain
 
 # What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
@@ -275,10 +275,7 @@ class Decoder(nnx.Module):
         """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
         config = self.config
         positions_BT = positions_from_mask(mask_BT, fork) if positions_BT is None else positions_BT
-        pack = unpack = lambda x: x
-        if num_tokens is not None:
-            packing = Packing(mask_BT, num_tokens)
-            pack, unpack = packing.pack, packing.unpack
+        pack, unpack = make_packing(mask_BT, num_tokens)
         length_BT = text_lengths(mask_BT, positions_BT) + room
         ropes = rope_tables(config.ropes, pack(positions_BT), pack(length_BT))
 

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,23 @@ def train(
         num_parts = num_batch_parts()
     rooms = batches.rooms(num_steps, num_parts, settings.num_micro_batches)
     prompt_rooms = batches.rooms(num_steps, num_parts)
+    num_cells = num_parts * settings.num_micro_batches
+    rollout_capacity = settings.batch_size // num_cells * settings.rollout.max_new_tokens
     # The rollout's program is used at every step: worth its compilation.
     generate = make_generate(
         student.model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p,
         unroll=jax.default_backend() == "cpu",
     )
-    draw = jax.jit(
-        lambda params, teacher_params, *given, **static: generate(
-            student.effective(params, teacher_params), *given, **static
-        ),
-        static_argnames="num_prompt_tokens",
-    )
+
+    @partial(jax.jit, static_argnames="num_prompt_tokens")
+    def draw(params, teacher_params, *given, num_prompt_tokens):
+        """A rollout, and the most tokens that any device has of it in one micro-batch."""
+        rollout = generate(student.effective(params, teacher_params), *given, num_prompt_tokens=num_prompt_tokens)
+        if rooms is None:
+            return rollout, None
+        cells = rollout.mask_BC.reshape(num_parts, -1, settings.num_micro_batches, rollout.mask_BC.shape[1])
+        return rollout, jnp.max(jnp.sum(cells, axis=(1, 3)))
+
     rollout_key = jax.random.fold_in(key, 1)
     temperature = jnp.float32(settings.rollout.temperature)
     done = start
@@ -119,16 +126,17 @@ def train(
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = put_batch(batches.at(step), mesh)
-            rollout, rollout_seconds = None, 0.0
+            rollout, rollout_seconds, room = None, 0.0, rooms and rooms[step]
             if method.distill:
                 key = jax.random.fold_in(rollout_key, step)
-                rollout = draw(
+                rollout, count = draw(
                     state.params, teacher_params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature,
                     num_prompt_tokens=prompt_rooms[step].prompt,
                 )
                 jax.block_until_ready(rollout)
+                room = room and room.with_rollout(int(count), rollout_capacity)
                 rollout_seconds = time.perf_counter() - began
-            state, metrics = train_step(state, teacher_params, batch, rollout, room=rooms and rooms[step])
+            state, metrics = train_step(state, teacher_params, batch, rollout, room=room)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not all(map(math.isfinite, metrics.values())):
                 bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))

@@ -24,8 +24,7 @@ from raft_jax.losses import (
     token_weight,
     update_balance,
 )
-from raft_jax.packing import Packing
-from raft_jax.sharding import num_batch_parts
+from raft_jax.packing import make_packing
 from raft_jax.train.state import TrainState
 
 # How unmasked values become one number, the same as weights, and what a micro-batch counts for in the whole batch's
@@ -107,10 +106,8 @@ def make_train_step(
     def sft_loss(params, answer, hidden_BAD, whole_size):
         """Eq. 5, this micro-batch's share."""
         answer_BA, mask_BA, count = answer
-        predicted = hidden_BAD, answer_BA, weigh(mask_BA)
-        if count is not None:
-            predicted = map(Packing(mask_BA, count).pack, predicted)
-        hidden_BTD, labels_BT, weight_BT = predicted
+        pack, _ = make_packing(mask_BA, count)
+        hidden_BTD, labels_BT, weight_BT = map(pack, (hidden_BAD, answer_BA, weigh(mask_BA)))
         loss = linear_cross_entropy(hidden_BTD, unembedding_fn(params), labels_BT, weight_BT=weight_BT, **head)
         return loss * size(mask_BA) / whole_size
 
@@ -128,14 +125,12 @@ def make_train_step(
 
     def parts_of(batch, rollout, room):
         """Prompt, answer, the teacher's prompt and the rollout, as `predictions` takes them."""
-        counts = [None] * 3 if room is None else room
-        # A rollout may end early, but its length is not known when the program is compiled.
-        count = None if rollout is None or room is None else rollout.mask_BC.size // num_batch_parts()
+        counts = [None] * 4 if room is None else room
         return (
             (batch.prompt_BP, batch.prompt_mask_BP, counts[0]),
             (batch.answer_BA, batch.answer_mask_BA, counts[1]),
             (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ, counts[2]),
-            None if rollout is None else (rollout.tokens_BC, rollout.mask_BC, count),
+            None if rollout is None else (rollout.tokens_BC, rollout.mask_BC, counts[3]),
         )
 
     def gradients(params, teacher_params, batch, rollout, sizes, room):
