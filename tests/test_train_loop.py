@@ -137,13 +137,22 @@ def test_a_signal_saves_the_step_and_stops(model, rows, tmp_path, undisturbed, m
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         patch.setattr(loop, "progress", lambda *_: Shown())
-        with pytest.raises(KeyboardInterrupt, match=f"stopped by signal 15 after step {number}; the same command"):
+        with pytest.raises(KeyboardInterrupt, match=f"stopped by SIGTERM after step {number}; the same command"):
             run(model, rows, tmp_path, checkpoint_every=100)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / f"checkpoints/{number}").is_dir()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == number
     lines = run(model, rows, tmp_path, checkpoint_every=100)[1]
     assert without_times(lines) == without_times(undisturbed[1])
+
+
+def test_a_second_signal_does_not_wait():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="by a second SIGINT"), loop._stop_on_signal() as stopped:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_what_is_not_finite_is_not_saved(model, rows, tmp_path):

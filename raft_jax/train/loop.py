@@ -158,7 +158,8 @@ def train(
                 break
     checkpoints.close()
     if stopped:
-        raise KeyboardInterrupt(f"stopped by signal {stopped[0]} after step {done}; the same command goes on there")
+        name = signal.Signals(stopped[0]).name
+        raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
     if settings.lora.rank:
         adapters = jax.tree.map(to_host, state.params)
         if jax.process_index() == 0:
@@ -199,11 +200,16 @@ class MetricsLog:
 
 @contextmanager
 def _stop_on_signal():
-    """Yields a list that stays empty until the process is asked to end; the loop then saves and stops."""
+    """Yields a list that stays empty until the process is asked to end; the loop then saves and stops.
+
+    A second signal does not wait for the step: what follows the last checkpoint is then done again.
+    """
     received: list[int] = []
     previous = {}
 
     def note(number, frame):
+        if received:
+            raise KeyboardInterrupt(f"stopped at once by a second {signal.Signals(number).name}")
         received.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -114,12 +114,14 @@ def make_train_step(
     def kl_loss(params, teacher_params, teacher_prompt, rollout, student_BCD, whole_size, num_tokens):
         """Eqs. 7-10, this micro-batch's share: both models at the same prefixes of the student's own answer."""
         (teacher_BCD,) = predictions(teacher_params, teacher_prompt, rollout)
-        nats_BC, seen = linear_top_k_forward_kl(
-            student_BCD, unembedding_fn(params), jax.lax.stop_gradient(teacher_BCD),
+        _, mask_BC, count = rollout
+        pack, unpack = make_packing(mask_BC, count)
+        found = linear_top_k_forward_kl(
+            pack(student_BCD), unembedding_fn(params), jax.lax.stop_gradient(pack(teacher_BCD)),
             jax.lax.stop_gradient(unembedding_fn(teacher_params)), k=top_k, temperature=temperature,
             return_metrics=True, **head,
         )
-        mask_BC = rollout[1]
+        nats_BC, seen = jax.tree.map(unpack, found)
         seen = {name: jnp.sum(jnp.where(mask_BC, values, 0)) / num_tokens for name, values in seen.items()}
         return reduce(nats_BC, mask_BC) * size(mask_BC) / whole_size, seen
 
