@@ -1,7 +1,7 @@
 """Unpadding: the real tokens of `[B, T]` behind one another, so that what works token by token skips the padding.
 
-Letters: B batch, T time, G groups of rows, N places of a group. A group is the rows that one part of the mesh holds:
-no token leaves its device.
+Letters: B batch, T time, R parts of the mesh that hold rows of the batch, U places of such a part. A part packs its own
+rows: no token leaves its device.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from raft_jax.sharding import constrain, num_batch_parts
+from raft_jax.sharding import UNCONSTRAINED, constrain, num_batch_parts
 
 
 class Packing:
-    """Where the real tokens of `[B, T]` lie in `[G, N]`, and the way there and back.
+    """Where the real tokens of `[B, T]` lie in `[R, U]`, and the way there and back.
 
     Example:
       >>> packing = Packing(jnp.array([[False, True], [True, True]]), 4)
@@ -29,40 +29,38 @@ class Packing:
     def __init__(self, mask_BT: jax.Array, num_tokens: int):
         """
         Args:
-          mask_BT: bool, True on real tokens.
-          num_tokens: N, at least the most real tokens of any group. Where it is too small floats come back as NaN:
-            no text is cut in silence.
+          mask_BT: bool, True on real tokens; or int32, 0 at padding alone.
+          num_tokens: U, at least the most real tokens of any part. Where it is too small floats become NaN, there and
+            back: no text is cut in silence.
         """
         B, T = mask_BT.shape
-        groups = num_batch_parts()
-        if B % groups:
-            raise ValueError(f"{B} rows do not divide over {groups} parts of the mesh")
+        num_parts = num_batch_parts()
+        if B % num_parts:
+            raise ValueError(f"{B} rows do not divide over {num_parts} parts of the mesh")
         self._rows = (B, T)
-        mask_GM = mask_BT.reshape(groups, -1)
-        M = mask_GM.shape[1]
-        self.num_tokens = num_tokens
-        count_GM = jnp.cumsum(mask_GM, axis=1, dtype=jnp.int32)
-        self._place_GM = jnp.where(mask_GM, count_GM - 1, self.num_tokens)
-        find = partial(jnp.nonzero, size=self.num_tokens, fill_value=M)
-        self._source_GN = jax.vmap(lambda mask_M: find(mask_M)[0])(mask_GM).astype(jnp.int32)
-        self._fits = jnp.all(count_GM[:, -1] <= self.num_tokens)
+        mask_RS = mask_BT.reshape(num_parts, -1) != 0
+        S = mask_RS.shape[1]
+        count_RS = jnp.cumsum(mask_RS, axis=1, dtype=jnp.int32)
+        self._place_RS = jnp.where(mask_RS, count_RS - 1, num_tokens)
+        find = partial(jnp.nonzero, size=num_tokens, fill_value=S)
+        self._source_RU = jax.vmap(lambda mask_S: find(mask_S)[0])(mask_RS).astype(jnp.int32)
+        self._fits = jnp.all(count_RS[:, -1] <= num_tokens)
 
     def pack(self, x_BTX: jax.Array) -> jax.Array:
-        """`[B, T, ...]` → `[G, N, ...]`; places without a token hold zeros."""
-        groups = self._place_GM.shape[0]
-        x_GMX = x_BTX.reshape(groups, -1, *x_BTX.shape[2:])
-        return self._pinned(_move(x_GMX, self._source_GN, self._place_GM))
+        """`[B, T, ...]` → `[R, U, ...]`; places without a token hold zeros."""
+        x_RSX = x_BTX.reshape(self._place_RS.shape[0], -1, *x_BTX.shape[2:])
+        return self._whole(_move(x_RSX, self._source_RU, self._place_RS))
 
-    def unpack(self, x_GNX: jax.Array) -> jax.Array:
-        """`[G, N, ...]` → `[B, T, ...]`; zeros at padding."""
-        x_BTX = _move(x_GNX, self._place_GM, self._source_GN).reshape(*self._rows, *x_GNX.shape[2:])
-        if jnp.issubdtype(x_GNX.dtype, jnp.floating):
-            x_BTX = jnp.where(self._fits, x_BTX, jnp.nan)
-        return self._pinned(x_BTX)
+    def unpack(self, x_RUX: jax.Array) -> jax.Array:
+        """`[R, U, ...]` → `[B, T, ...]`; zeros at padding."""
+        x_RSX = _move(x_RUX, self._place_RS, self._source_RU)
+        return self._whole(x_RSX.reshape(*self._rows, *x_RUX.shape[2:]))
 
-    @staticmethod
-    def _pinned(x: jax.Array) -> jax.Array:
-        return constrain(x, "batch", *(None,) * (x.ndim - 1))
+    def _whole(self, x: jax.Array) -> jax.Array:
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            x = jnp.where(self._fits, x, jnp.nan)
+        # The other dimensions stay as they are: heads may be cut, too.
+        return constrain(x, "batch", *(UNCONSTRAINED,) * (x.ndim - 1))
 
 
 def make_packing(mask_BT: jax.Array, num_tokens: int | None) -> tuple[Callable, Callable]:
@@ -75,10 +73,10 @@ def make_packing(mask_BT: jax.Array, num_tokens: int | None) -> tuple[Callable, 
 
 
 @jax.custom_vjp
-def _move(x_GSX, source_GN, back_GS):
+def _move(x_RSX, source_RU, back_RS):
     """x at the sources, zeros where one lies beyond the end. `back` are the sources of the way back, and so of the
     gradient, which is then a gather too: XLA's scatter goes row by row on CPU and sorts on a TPU."""
-    return jax.vmap(lambda x_SX, source_N: x_SX.at[source_N].get(mode="fill", fill_value=0))(x_GSX, source_GN)
+    return jax.vmap(lambda x_SX, source_U: x_SX.at[source_U].get(mode="fill", fill_value=0))(x_RSX, source_RU)
 
 
 _move.defvjp(

@@ -25,6 +25,7 @@ LOGICAL_TO_MESH = {
     "vocabulary": "tensor",
     None: None,
 }
+UNCONSTRAINED = PartitionSpec.UNCONSTRAINED  # for `constrain`: the compiler's choice
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence | None = None) -> Mesh:
@@ -56,14 +57,15 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Mesh axes for logical axes; a mesh axis that two of them want is an error.
+    """Mesh axes for logical axes; a mesh axis that two of them want is an error. UNCONSTRAINED stays what it is.
 
     Example:
       >>> partition_spec(("vocabulary", "width"))
       PartitionSpec('tensor', 'fsdp')
     """
-    mapped = [LOGICAL_TO_MESH[axis] for axis in axes]
-    flat = [name for entry in mapped if entry for name in ((entry,) if isinstance(entry, str) else entry)]
+    mapped = [axis if axis is UNCONSTRAINED else LOGICAL_TO_MESH[axis] for axis in axes]
+    taken = [entry for entry in mapped if entry and entry is not UNCONSTRAINED]
+    flat = [name for entry in taken for name in ((entry,) if isinstance(entry, str) else entry)]
     if len(flat) != len(set(flat)):
         raise ValueError(f"logical axes {tuple(axes)} map to mesh axes {mapped}: one mesh axis is used twice")
     return PartitionSpec(*mapped)

@@ -105,6 +105,41 @@ def test_the_plain_one_is_the_twin(case, length):
     compare_with_the_twin(run, given, mask_BS, slope, 0.3, softcap, window)
 
 
+def test_a_fork_longer_than_a_block_is_two_texts():
+    """The second branch's queries go in blocks, too, and have more keys than queries."""
+    P, A, C = 20, 30, 140
+    query, key, value, _, _ = arrays(P + A + C, P + A + C)
+    config = tiny.make_config(8, num_heads=N, num_kv_heads=K, head_width=H)
+    mask = jnp.ones((B, P + A + C), bool)
+    found = attention.attend(
+        config, 0.3 * query, *attention.for_attention(key, value), positions_from_mask(mask, (P, A)), mask, (P, A), None
+    )
+    places = np.arange(P + A + C)
+    for branch in places < P + A, (places < P) | (places >= P + A):
+        whole = np.ones((B, branch.sum()), bool)
+        expected = twin(query[:, branch], key[:, branch], value[:, branch], whole, 0.3, None, None)
+        np.testing.assert_allclose(found[:, branch], expected, atol=2e-5)
+
+
+def test_the_plain_ones_gradients_in_bfloat16():
+    *given, mask_BS, slope = arrays(40, 40)
+    config = tiny.make_config(8, num_heads=N, num_kv_heads=K, head_width=H)
+    real = mask_BS[..., None, None]
+
+    def weighed(query, key, value):
+        key, value = attention.for_attention(key, value)
+        mixed = attention.attend(config, query, key, value, positions_from_mask(mask_BS), mask_BS, None, None)
+        return jnp.sum(jnp.where(real, mixed, 0) * slope.astype(mixed.dtype), dtype=jnp.float32)
+
+    mask_BS = jnp.asarray(mask_BS)
+    grads = jax.jit(jax.grad(weighed, (0, 1, 2)))
+    expected = grads(*given)
+    for found, wide in zip(grads(*(jnp.asarray(x, jnp.bfloat16) for x in given)), expected, strict=True):
+        assert found.dtype == jnp.bfloat16
+        error = np.asarray(found, np.float32) - wide
+        assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.std(wide)
+
+
 @pytest.mark.parametrize("case", ["whole", "last of many", "window", "packed"])
 def test_cudnn_is_asked_for_the_same(case, monkeypatch):
     """Without the GPU its call is answered by JAX's own implementation: what is tested are the mask and the scale."""

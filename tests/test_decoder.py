@@ -173,6 +173,8 @@ def test_packed_texts_do_not_see_each_other(model):
     for number, (start, end) in enumerate(texts, start=1):
         mask[0, start:end] = number
     found = model.head(model.hidden(model.params, tokens, None, mask))
+    unpadded = model.head(model.hidden(model.params, tokens, None, mask, None, 11))
+    np.testing.assert_allclose(unpadded[mask != 0], found[mask != 0], atol=1e-5)
     for start, end in texts:
         expected = twin(model.config, model.params, tokens[0, start:end])
         np.testing.assert_allclose(found[0, start:end], expected, atol=1e-4)

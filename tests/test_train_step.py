@@ -292,6 +292,8 @@ def test_too_little_room_is_seen(as_padded):
     run, room_for, _ = as_padded
     for name, loss in (("teacher_prompt", "kl_loss"), ("rollout", "kl_loss"), ("answer", "sft_loss")):
         room = room_for()
+        if name == "answer":  # also where the whole text would have room
+            room = room._replace(prompt=room.prompt + 9)
         assert np.isnan(run(room=room._replace(**{name: getattr(room, name) - 1}))[0][loss])
 
 

@@ -77,7 +77,7 @@ class Batches:
     """Shuffled epochs over rows, in batches of one size.
 
     Rows are sorted into `length_buckets` classes of about equal size; a batch draws from one class and is padded to
-    its class's longest row, so the number of shapes, and of compiled programs, is the number of classes. In each
+    its class's longest row, so the number of shapes is the number of classes. In each
     epoch the rows that do not fill a batch go to the next longer class, and what is left at the very end waits for
     the next epoch's shuffle.
     """

@@ -50,7 +50,7 @@ class DecoderConfig:
     norm_offset: float = 0.0  # norms multiply by offset + scale
     post_norms: bool = False  # attention and feed-forward are normed behind, too
     qk_norm: bool = False  # queries and keys are normed within each head
-    activation: str = "silu"  # of ACTIVATIONS
+    activation: str = "silu"  # of raft_jax.models.layer.ACTIVATIONS
     embedding_scale: float = 1.0
     query_scale: float | None = None  # None: H^-1/2
     attention_softcap: float | None = None  # scores become cap tanh(score / cap)
@@ -124,8 +124,9 @@ def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) ->
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far. All rows write at the same place, so prompts are left-padded."""
 
-    key_LBKHS: jax.Array  # positions last: the scores of one new token are then a sum over rows of this, not columns
-    value_LBKSH: jax.Array
+    # Positions last: the scores of one new token are then a sum over rows of this, not columns.
+    key_LBKHS: jax.Array | tuple[jax.Array, ...]
+    value_LBKSH: jax.Array | tuple[jax.Array, ...]
     mask_BS: jax.Array  # bool: a real token lies here
     length: jax.Array  # int32 scalar: how many places are written
 
@@ -177,7 +178,7 @@ class Decoder(nnx.Module):
 
         Args:
           tokens_BT: int32.
-          positions_BT: int32; default counts the real tokens of each row.
+          positions_BT: int32; default counts the real tokens of each text.
           mask_BT: bool, True on real tokens; padding may stand on either side. Or int32, the number of the text that
             a token belongs to, 0 at padding: texts packed in one row, in the order of their numbers, do not see each
             other. Default: all one text.
@@ -211,7 +212,6 @@ class Decoder(nnx.Module):
         config, positions_BS = self.config, positions_from_mask(cache.mask_BS)
         position_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
         ropes = rope_tables(config.ropes, position_B1, position_B1 + cache.mask_BS.shape[1] - cache.length)
-
         place = cache.length
 
         def written(new, past, axis):

@@ -65,8 +65,8 @@ def train(
     batches = Batches(
         rows, settings.batch_size, seed=seed, pad_id=model.tokenizer.pad_id, length_buckets=settings.length_buckets
     )
-    num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
-    num_steps = min(num_steps, settings.max_steps or num_steps)
+    all_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
+    num_steps = min(all_steps, settings.max_steps or all_steps)
     optimizer = make_optimizer(
         settings.learning_rate, weight_decay=settings.weight_decay, b1=settings.adam_b1, b2=settings.adam_b2,
         epsilon=settings.adam_epsilon, warmup_steps=settings.warmup_steps, max_gradient_norm=settings.max_gradient_norm,
@@ -98,8 +98,9 @@ def train(
     )
     with jax.set_mesh(mesh):
         num_parts = num_batch_parts()
-    rooms = batches.rooms(num_steps, num_parts, settings.num_micro_batches)
-    prompt_rooms = batches.rooms(num_steps, num_parts)
+    # Of all the epochs, so that steps that are left for a later run are no reason for other programs.
+    rooms = batches.rooms(all_steps, num_parts, settings.num_micro_batches)
+    prompt_rooms = rooms if settings.num_micro_batches == 1 else batches.rooms(all_steps, num_parts)
     num_cells = num_parts * settings.num_micro_batches
     rollout_capacity = settings.batch_size // num_cells * settings.rollout.max_new_tokens
     # The rollout's program is used at every step: worth its compilation.

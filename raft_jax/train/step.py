@@ -68,7 +68,8 @@ def make_train_step(
         summed apart and joined once lambda of the whole batch is known, so nothing changes but memory.
       loss_chunk_size: tokens whose logits are held at once.
       forks: hidden_fn takes `fork=` (see raft_jax.models.decoder.Decoder.hidden): a batch that is not cut into
-        micro-batches then runs each prompt once, with answer and rollout behind it.
+        micro-batches then runs each prompt once, with answer and rollout behind it. (Where a rope has long frequencies,
+        both branches turn by the length of the longer one.)
       effective: `(params, teacher_params) -> params of hidden_fn`, differentiated with them: where what is trained are
         float32 master weights of a bfloat16 model, or adapters of the teacher.
       head_settings: what else the linear losses take of the unembedding: logit_scale, logit_softcap, vocab_size.
