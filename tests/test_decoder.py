@@ -16,6 +16,7 @@ import pytest
 from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, init_parameters, parameter_table
 from raft_jax.models.families.rope import make_rope, plain_rope
+from raft_jax.models.tiles import Tiled
 
 LLAMA = DecoderConfig(
     family="llama", vocab_size=61, num_layers=3, width=20, num_heads=4, num_kv_heads=2, head_width=6, ffn_width=28,
@@ -28,7 +29,11 @@ LLAMA3_ROPE = make_rope({"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}, 
 CONFIGS = {
     "llama": LLAMA,
     "llama 3": replace(LLAMA, ropes=(LLAMA3_ROPE,), num_kv_heads=1, norm_epsilon=1e-3),
-    "qwen2": replace(LLAMA, family="qwen2", qkv_bias=True, tied_embeddings=True, num_kv_heads=4),
+    # wide enough for tiles (raft_jax.models.tiles)
+    "qwen2": replace(
+        LLAMA, family="qwen2", qkv_bias=True, tied_embeddings=True, width=64, num_kv_heads=4, head_width=16,
+        ffn_width=128, ropes=(plain_rope(100.0, 16),),
+    ),
 }
 TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (3, 13))
 
@@ -196,7 +201,9 @@ def test_leaving_padding_out_changes_nothing(model, room):
 @pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
 @pytest.mark.parametrize("start", [2, 6])
 def test_cached_decoding_is_the_full_forward(model, start, unroll):
-    layers = Model(model.config, model.params).unstacked(model.params) if unroll else None
+    layers = Model(model.config, model.params).unstacked(model.params, 3) if unroll else None
+    if unroll:
+        assert sum(isinstance(weight, Tiled) for weight in layers[0].values()) == 4 * (model.config.width == 64)
     lengths = (13, 9, 13 - start + 1)  # the last row begins with the prompt's last token
     tokens, mask = pad_rows(lengths, left=True)
     num_tokens = int(mask[:, :start].sum()) if unroll else None

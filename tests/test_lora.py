@@ -67,7 +67,7 @@ def test_adapters_add_what_merging_adds():
     np.testing.assert_allclose(found, model.hidden(expected, TOKENS), atol=2e-5)
     # and in decoding, over stacked layers and one by one
     mask = np.ones(TOKENS.shape, bool)
-    for layers in (None, model.unstacked(model.params | adapters)):
+    for layers in (None, model.unstacked(model.params | adapters, 2)):
         _, cache = model.prefill(model.params | adapters, TOKENS[:, :-1], mask[:, :-1], 12)
         last, _ = model.step(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
         np.testing.assert_allclose(last[:, 0], found[:, -1], atol=2e-5)

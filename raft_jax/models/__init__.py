@@ -13,6 +13,7 @@ from raft_jax.errors import InputError
 from raft_jax.models.attention import KERNELS, best_kernel, softcap
 from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
 from raft_jax.models.families import config_from_hf
+from raft_jax.models.tiles import Tiled, product
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, load_parameters, open_weights
 from raft_jax.sharding import named_sharding
@@ -51,9 +52,9 @@ class Model:
         """Hidden states of the next token and the grown cache; see Decoder.step."""
         return Decoder(self.config, params).step(token_B1, mask_B1, cache, layers)
 
-    def unstacked(self, params) -> list[dict[str, jax.Array]]:
+    def unstacked(self, params, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
         """The weights layer by layer, for `step`; see Decoder.unstacked."""
-        return Decoder(self.config, params).unstacked()
+        return Decoder(self.config, params).unstacked(num_rows)
 
     def unembedding(self, params) -> jax.Array:
         """`[D, V]`, with the padding of the vocabulary."""
@@ -63,9 +64,9 @@ class Model:
         """Logits `[B, T, V]`, float32. For evaluation of short texts: training never holds this array."""
         return self.logits(self.hidden(params, tokens_BT, positions_BT, mask_BT), self.unembedding(params))
 
-    def logits(self, hidden_XD, unembedding_DV) -> jax.Array:
+    def logits(self, hidden_XD, unembedding_DV: jax.Array | Tiled) -> jax.Array:
         """Logits `[..., V]`, float32, of hidden states `[..., D]`, capped where the family caps them."""
-        logits_XV = jnp.einsum("...d,dv->...v", hidden_XD, unembedding_DV, preferred_element_type=jnp.float32)
+        logits_XV = product(hidden_XD, unembedding_DV, jnp.float32)
         return softcap(logits_XV[..., : self.config.vocab_size], self.config.logit_softcap)
 
     @property

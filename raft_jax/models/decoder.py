@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from raft_jax.models.attention import KEPT, attend, attend_one, for_attention
-from raft_jax.models.layer import JOINED, as_matrix, project, residual, rms_norm
+from raft_jax.models.layer import project, residual, rms_norm, side_by_side
 from raft_jax.models.rope import Rope, of_kind, rope_tables
+from raft_jax.models.tiles import Tiled
 from raft_jax.packing import make_packing
 from raft_jax.sharding import constrain
 
@@ -250,20 +251,13 @@ class Decoder(nnx.Module):
         cache = Cache(keys, values, written(mask_B1, cache.mask_BS, -1), place + 1)
         return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
-    def unstacked(self) -> list[dict[str, jax.Array]]:
-        """The weights layer by layer. A loop over layers copies each slice at every token, which XLA on CPU does
-        in memory: made once, before decoding, the slices cost one copy of the weights and save a third of the time.
-        Matrices of one input are laid side by side, for one larger product."""
+    def unstacked(self, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
+        """The weights layer by layer, for steps of so many rows. A loop over layers copies each slice at every token,
+        which XLA on CPU does in memory: made once, before decoding, the slices cost one copy of the weights and save
+        a third of the time."""
         stacked, _ = self._layers()
-
-        def of_layer(number):
-            weights = {name: array[number] for name, array in stacked.items()}
-            for names in JOINED:
-                parts = [as_matrix(name, weights.pop(name)) for name in names]
-                weights["+".join(names)] = jnp.concatenate(parts, axis=-1)
-            return weights
-
-        return jax.lax.optimization_barrier([of_layer(number) for number in range(self.config.num_layers)])
+        layers = [{name: array[i] for name, array in stacked.items()} for i in range(self.config.num_layers)]
+        return jax.lax.optimization_barrier([side_by_side(weights, num_rows) for weights in layers])
 
     def unembedding(self) -> jax.Array:
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""

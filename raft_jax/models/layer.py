@@ -16,10 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.models.attention import KEPT
 from raft_jax.models.rope import rotate
+from raft_jax.models.tiles import Tiled, product, tiled
 from raft_jax.sharding import constrain
 
-QKV, GATE_UP = ("query_LDNH", "key_LDKH", "value_LDKH"), ("gate_LDF", "up_LDF")
-JOINED = (QKV, GATE_UP)  # matrices of one input
+QKV, OUTPUT = ("query_LDNH", "key_LDKH", "value_LDKH"), ("output_LNHD",)
+GATE_UP, DOWN = ("gate_LDF", "up_LDF"), ("down_LFD",)
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -35,7 +36,7 @@ def project(config, x_BTD, weights, rope):
     x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
     adapted = partial(_adapted, config, weights)
     query, key, value = (
-        adapted(name, product, x_BTD) for name, product in _products(config, x_BTD, weights, QKV).items()
+        adapted(name, y, x_BTD) for name, y in zip(QKV, _products(config, x_BTD, weights, QKV), strict=True)
     )
     if config.qkv_bias:
         query = query + weights["query_bias_LNH"]
@@ -57,36 +58,49 @@ def residual(config, x_BTD, mixed_BTNH, weights) -> jax.Array:
 
     adapted = partial(_adapted, config, weights)
     mixed_BTI = mixed_BTNH.reshape(*x_BTD.shape[:2], -1)
-    output_BTD = mixed_BTI @ as_matrix("output_LNHD", weights["output_LNHD"])
-    output_BTD = adapted("output_LNHD", output_BTD, mixed_BTNH)
+    output_BTD = adapted(*OUTPUT, *_products(config, mixed_BTI, weights, OUTPUT), mixed_BTNH)
     x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
     normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
     gate, up = (
-        checkpoint_name(adapted(name, product, normed), KEPT)
-        for name, product in _products(config, normed, weights, GATE_UP, _product).items()
+        checkpoint_name(adapted(name, y, normed), KEPT)
+        for name, y in zip(GATE_UP, _products(config, normed, weights, GATE_UP, _product), strict=True)
     )
     inner_BTF = ACTIVATIONS[config.activation](gate) * up
-    output_BTD = adapted("down_LFD", _product(inner_BTF, weights["down_LFD"]), inner_BTF)
+    output_BTD = adapted(*DOWN, *_products(config, inner_BTF, weights, DOWN, _product), inner_BTF)
     return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
 
 
-def _products(
-    config, x_BTD, weights, names: tuple[str, ...], multiply=jnp.matmul
-) -> dict[str, jax.Array]:
-    """x W for matrices of one input, in one product where `unstacked` has joined them."""
-    shapes = [tuple(config.sizes[letter] for letter in name.rpartition("_")[2][2:]) for name in names]
-    joined_DO = weights.get("+".join(names))
-    if joined_DO is None:
-        parts = [multiply(x_BTD, as_matrix(name, weights[name])) for name in names]
+def _products(config, x_BTI, weights, names: tuple[str, ...], multiply=jnp.matmul) -> list[jax.Array]:
+    """x W for matrices of one input, in one product where they lie side by side."""
+    shapes = [tuple(config.sizes[letter] for letter in _letters(name)[1 + _num_inputs(name) :]) for name in names]
+    joined = weights.get(_joined_name(names))
+    if joined is None:
+        parts = [multiply(x_BTI, _as_matrix(name, weights[name])) for name in names]
     else:
         ends = list(itertools.accumulate(map(math.prod, shapes)))
-        parts = jnp.split(multiply(x_BTD, joined_DO), ends[:-1], axis=-1)
-    return {
-        name: part.reshape(*part.shape[:2], *shape) for name, part, shape in zip(names, parts, shapes, strict=True)
-    }
+        parts = jnp.split(product(x_BTI, joined), ends[:-1], axis=-1)
+    return [part.reshape(*part.shape[:2], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def as_matrix(name: str, weight: jax.Array) -> jax.Array:
+def side_by_side(weights: dict[str, jax.Array], num_rows: int) -> dict[str, jax.Array | Tiled]:
+    """One layer's weights for decoding: matrices of one input joined, in the layout for so many rows."""
+    weights = dict(weights)
+    for names in QKV, OUTPUT, GATE_UP, DOWN:
+        joined = jnp.concatenate([_as_matrix(name, weights.pop(name)) for name in names], axis=-1)
+        weights[_joined_name(names)] = tiled(joined, num_rows)
+    return weights
+
+
+def _joined_name(names: tuple[str, ...]) -> str:
+    """Of a product: "gate+up"."""
+    return "+".join(name.partition("_")[0] for name in names)
+
+
+def _letters(parameter: str) -> str:
+    return parameter.rpartition("_")[2]
+
+
+def _as_matrix(name: str, weight: jax.Array) -> jax.Array:
     """`[inputs, outputs]` of a weight of one layer, heads and their width as one dimension."""
     num_inputs = _num_inputs(name)
     return weight.reshape(math.prod(weight.shape[:num_inputs]), -1)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 
 from raft_jax.models import Model
 from raft_jax.models.attention import MASKED
+from raft_jax.models.tiles import tiled
+from raft_jax.sharding import num_batch_parts
 
 
 class Rollout(NamedTuple):
@@ -81,8 +83,8 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     Args:
       max_new_tokens: length.
       top_p: see `sample_token`.
-      unroll: decode layer by layer, not in a loop over layers: on CPU faster at small batches, slower to compile, and
-        the layers' weights are copied once.
+      unroll: decode layer by layer, not in a loop over layers, with weights laid out for few rows on CPU: faster there
+        at small batches, slower to compile, and the weights are copied once.
 
     Returns:
       `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None) -> Rollout`. Prompts
@@ -101,12 +103,14 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     @partial(jax.jit, static_argnames="num_prompt_tokens")
     def generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None) -> Rollout:
         B, P = prompt_BP.shape
-        unembedding_DV = model.unembedding(params)
-        layers = model.unstacked(params) if unroll else None
+        layers, unembedding = None, model.unembedding(params)
+        if unroll:
+            num_rows = B // num_batch_parts()
+            layers, unembedding = model.unstacked(params, num_rows), tiled(unembedding, num_rows)
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_B, 0))
 
         def draw(hidden_BD, index):
-            logits_BV = model.logits(hidden_BD, unembedding_DV)
+            logits_BV = model.logits(hidden_BD, unembedding)
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 

@@ -1,0 +1,63 @@
+"""A matrix laid out for products with a few rows on CPU, which is what decoding waits for.
+
+XLA's product of a few rows there reads a matrix at half of what the memory gives. Sums over tiles that stay in the
+nearest cache read it at nearly all of it (docs/performance.md).
+
+Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks of C.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROWS = range(2, 17)  # one row is XLA's product of a matrix and a vector, which is as fast; of more, its tiles pay
+C = 64
+MAX_Q, MIN_Q = 144, 32
+
+
+class Tiled(NamedTuple):
+    """A matrix `[I, O]` in tiles, float32; see `product`."""
+
+    tiles_OPQC: jax.Array
+
+
+def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
+    """The matrix in the layout for so many rows on CPU: tiles, or as it is where they do not pay.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tiled(jnp.ones((576, 128)), 4).tiles_OPQC.shape
+      (2, 4, 144, 64)
+      >>> tiled(jnp.ones((576, 100)), 4).shape
+      (576, 100)
+    """
+    num_inputs, num_outputs = matrix_IO.shape
+    Q = max(size for size in range(1, MAX_Q + 1) if num_inputs % size == 0)
+    if num_rows not in ROWS or matrix_IO.dtype != jnp.float32 or num_outputs % C or Q < MIN_Q:
+        return matrix_IO
+    tiles_OPQC = matrix_IO.reshape(-1, Q, num_outputs // C, C).transpose(2, 0, 1, 3)
+    return Tiled(jax.lax.optimization_barrier(tiles_OPQC))  # made once
+
+
+def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array:
+    """x W, `[..., O]`, of an array `[I, O]` or its tiles; `dtype` as `preferred_element_type` of jnp.matmul.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> matrix = jnp.arange(64 * 64.).reshape(64, 64)
+      >>> x = jnp.eye(64)[:2]
+      >>> bool(jnp.all(product(x, tiled(matrix, 2)) == x @ matrix))
+      True
+    """
+    if not isinstance(matrix, Tiled):
+        return jnp.matmul(x_XI, matrix, preferred_element_type=dtype)
+    tiles_OPQC = matrix.tiles_OPQC
+    _, P, Q, _ = tiles_OPQC.shape
+    x_BPQ = x_XI.reshape(-1, P, Q)
+    part_OPBC = jnp.sum(x_BPQ.transpose(1, 0, 2)[None, ..., None] * tiles_OPQC[:, :, None], axis=3)
+    # Without the barrier both sums become one, over inputs that no longer fit the cache.
+    sum_OBC = jnp.sum(jax.lax.optimization_barrier(part_OPBC), axis=1)
+    return sum_OBC.transpose(1, 0, 2).reshape(*x_XI.shape[:-1], -1)
