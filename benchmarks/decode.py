@@ -26,11 +26,12 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--unroll", action="store_true", help="layer by layer, as training rollouts on CPU decode")
     options = parser.parse_args()
     loaded = load_pretrained(options.model)
     # No token stops a row, so that every run does the same work.
     tokenizer = SimpleNamespace(stop_ids=(-1,), pad_id=loaded.tokenizer.pad_id)
-    generate = make_generate(Model(loaded.config, loaded.params, tokenizer), options.new_tokens)
+    generate = make_generate(Model(loaded.config, loaded.params, tokenizer), options.new_tokens, unroll=options.unroll)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}; "
           f"{options.prompt_tokens} + {options.new_tokens} tokens")
     print("| batch | seconds, median (range) | new tokens/s |\n|---|---|---|")

@@ -140,7 +140,7 @@ def _generate(args) -> int:
 
         path, question, *overrides = args.words
         config = load_config(path, overrides)
-        asked["dtype"] = config.model.dtype
+        asked |= {"dtype": config.model.dtype, "thinking": config.model.thinking}
     _start_jax()
     from rich.console import Console
 
@@ -154,17 +154,24 @@ def _generate(args) -> int:
 def _start_jax() -> None:
     """Joins the other processes, where the environment says that there are any.
 
-    On TPU slices and under Slurm JAX finds the others itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID say where they are.
+    On TPU slices (with JAX_PLATFORMS=tpu) and under Slurm's srun JAX finds the others itself; elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are.
+
+    Raises:
+      InputError: only some of the three are set, or a number is none.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax
 
-    if "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]), process_id=int(os.environ["JAX_PROCESS_ID"])
-        )
-    elif "tpu" in os.environ.get("JAX_PLATFORMS", "") or "SLURM_NTASKS" in os.environ:
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    address, *numbers = map(os.environ.get, names)
+    if any(numbers):
+        if not address or not all(number and number.isdecimal() for number in numbers):
+            given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise InputError(f"of several processes each needs an address, their number and its own: got {given}")
+        num_processes, process_id = map(int, numbers)
+        jax.distributed.initialize(address, num_processes, process_id)
+    elif "tpu" in os.environ.get("JAX_PLATFORMS", "") or "SLURM_STEP_NODELIST" in os.environ:
         jax.distributed.initialize()
 
 

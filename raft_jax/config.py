@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ class ModelConfig:
     source: str = "???"  # a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME
     dtype: str = "float32"  # of parameters and activations; what is trained is float32 in any case
     attention: str = "auto"  # plain, splash (TPU), cudnn (GPU, bfloat16), or what suits the device
+    thinking: bool | None = None  # whether the chat template lets the model think first; null: as the template has it
     remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     def __post_init__(self):
@@ -163,7 +165,7 @@ class TrainConfig:
         _require(self.batch_size % self.num_micro_batches == 0, "train.num_micro_batches", self.num_micro_batches,
                  f"a divisor of train.batch_size {self.batch_size}")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
-        _require(self.epochs > 0, "train.epochs", self.epochs, "above 0")
+        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
         _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")

@@ -29,7 +29,7 @@ def models_of(config: Config) -> list[tuple[str, str]]:
 
 def generate(
     models: Sequence[tuple[str, str]], question: str, console: Console, *, max_new_tokens: int, temperature: float,
-    seed: int, dtype: str = "float32",
+    seed: int, dtype: str = "float32", thinking: bool | None = None,
 ) -> None:
     """Prints each model's answer; an answer that was cut at the limit ends with an ellipsis.
 
@@ -39,6 +39,7 @@ def generate(
     answers = []
     for name, source in models:
         model = load_pretrained(source, jnp.dtype(dtype))
+        model.tokenizer.thinking = thinking
         prompt = model.tokenizer.chat_prompt(question_prompt(question))
         room = model.config.max_positions - len(prompt)
         if room < 1:

@@ -12,7 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from raft_jax.sharding import UNCONSTRAINED, constrain, num_batch_parts
+from raft_jax.sharding import UNCONSTRAINED, constrain, num_shards
 
 
 class Packing:
@@ -34,7 +34,7 @@ class Packing:
             back: no text is cut in silence.
         """
         B, T = mask_BT.shape
-        num_parts = num_batch_parts()
+        num_parts = num_shards("batch")
         if B % num_parts:
             raise ValueError(f"{B} rows do not divide over {num_parts} parts of the mesh")
         self._rows = (B, T)
@@ -66,7 +66,7 @@ class Packing:
 def make_packing(mask_BT: jax.Array, num_tokens: int | None) -> tuple[Callable, Callable]:
     """`Packing`'s pack and unpack; both leave alone what they are given where there is no padding to leave out, or
     where num_tokens is None."""
-    if num_tokens is None or num_tokens >= mask_BT.size // num_batch_parts():
+    if num_tokens is None or num_tokens >= mask_BT.size // num_shards("batch"):
         return lambda x: x, lambda x: x
     packing = Packing(mask_BT, num_tokens)
     return packing.pack, packing.unpack

@@ -195,6 +195,7 @@ def check(config: Config, console) -> None:
         tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
     else:
         tokenizer = tokenizer_from_folder(path)
+    tokenizer.thinking = config.model.thinking
     rows = Rows(config, tokenizer, config_from_hf(weights.hf_config).max_positions)
     methods = [METHODS[name] for name in config.methods]
     console.print(f"data: {config.data.path}")

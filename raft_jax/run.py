@@ -25,7 +25,7 @@ from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudg
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.run import Parts, refine
 from raft_jax.refine.write import LocalWriter
-from raft_jax.run_dir import is_writer, record_time, wait_for_writer, write_atomically
+from raft_jax.run_dir import is_writer, record_time, start_date, wait_for_writer, write_atomically
 from raft_jax.sampling import Sampler, Scorer
 from raft_jax.sharding import make_mesh
 from raft_jax.train.loop import read_metrics, tokens_trained, train
@@ -46,9 +46,11 @@ class Run:
     @cached_property
     def model(self) -> Model:
         given = self.config.model
-        return load_pretrained(
+        model = load_pretrained(
             given.source, jnp.dtype(given.dtype), self.mesh, remat=given.remat, attention=given.attention
         )
+        model.tokenizer.date, model.tokenizer.thinking = start_date(self.run_dir), given.thinking
+        return model
 
     @cached_property
     def encoder(self):

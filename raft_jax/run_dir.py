@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
 import json
 import os
@@ -58,6 +59,16 @@ def _require_unchanged(config: Config, run_dir: Path, digest: str) -> None:
         )
     if data.exists() and data.read_text().strip() not in ("", digest):
         raise InputError(f"{config.data.path}: has changed since {run_dir} was started; set run_dir to a new folder")
+
+
+def start_date(run_dir: Path) -> datetime.date:
+    """The day on which the run was begun. Some chat templates print today's: a run that goes on another day must not
+    ask other questions."""
+    path = run_dir / "date"
+    if not path.exists():
+        write_atomically(path, datetime.date.today().isoformat() + "\n")
+    wait_for_writer("date")
+    return datetime.date.fromisoformat(path.read_text("utf-8").strip())
 
 
 def is_writer() -> bool:

@@ -99,10 +99,20 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, partition_spec(axes))
 
 
-def num_batch_parts() -> int:
-    """How many parts a batch is cut into under `jax.set_mesh`; without a mesh, one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in LOGICAL_TO_MESH["batch"])
+def num_shards(axis: str) -> int:
+    """How many parts a logical axis is cut into under `jax.set_mesh`; without a mesh, one."""
+    mesh, cut_over = jax.sharding.get_abstract_mesh(), LOGICAL_TO_MESH[axis]
+    names = (cut_over,) if isinstance(cut_over, str) else cut_over
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any of the processes, which all have to ask."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
 def use_mesh(mesh: Mesh | None):

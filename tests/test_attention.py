@@ -140,17 +140,20 @@ def test_the_plain_ones_gradients_in_bfloat16():
         assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.std(wide)
 
 
+@pytest.mark.parametrize("odd", [(0, 0), (1, 1), (0, 1), (1, 2)])
 @pytest.mark.parametrize("case", ["whole", "last of many", "window", "packed"])
-def test_cudnn_is_asked_for_the_same(case, monkeypatch):
+def test_cudnn_is_asked_for_the_same(case, odd, monkeypatch):
     """Without the GPU its call is answered by JAX's own implementation: what is tested are the mask and the scale."""
     real_function = jax.nn.dot_product_attention
 
     def answered_here(*args, implementation, **settings):
         assert implementation == "cudnn"
+        assert all(array.shape[1] % 2 == 0 for array in args)  # which JAX wants of it in training
         return real_function(*args, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answered_here)
     T, S, _, window, packed = CASES[case]
+    T, S = T + odd[0], S + odd[1]
     *given, mask_BS, _ = arrays(T, S, packed=packed)
     found = np.asarray(attention.flash(*given, mask_BS, kernel="cudnn", scale=0.3, window=window))
     real = mask_BS[:, S - T :] != 0
@@ -193,13 +196,14 @@ def test_the_decoder_by_a_kernel(monkeypatch, windows):
     assert set(calls) == ({None} if windows is None else {4, None})
 
 
-@pytest.mark.parametrize(("backend", "dtype", "softcap", "best"), [
-    ("cpu", "bfloat16", None, "plain"), ("tpu", "float32", 30.0, "splash"), ("gpu", "bfloat16", None, "cudnn"),
-    ("gpu", "bfloat16", 30.0, "plain"), ("gpu", "float32", None, "plain"),
+@pytest.mark.parametrize(("backend", "dtype", "softcap", "head_width", "best"), [
+    ("cpu", "bfloat16", None, 64, "plain"), ("tpu", "float32", 30.0, 256, "splash"),
+    ("gpu", "bfloat16", None, 128, "cudnn"), ("gpu", "bfloat16", 30.0, 128, "plain"),
+    ("gpu", "float32", None, 128, "plain"), ("gpu", "bfloat16", None, 256, "plain"),
 ])
-def test_the_best_kernel(monkeypatch, backend, dtype, softcap, best):
+def test_the_best_kernel(monkeypatch, backend, dtype, softcap, head_width, best):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    assert attention.best_kernel(dtype, softcap) == best
+    assert attention.best_kernel(dtype, softcap, head_width) == best
 
 
 def test_an_unknown_one_is_refused():

@@ -1,5 +1,7 @@
 """Chats in the manner of each family's template: ids equal to transformers', and text stays text."""
 
+import datetime
+
 import pytest
 from tiny import make_tokenizer
 from tokenizers import AddedToken
@@ -106,19 +108,33 @@ def style(request):
     return marks, Tokenizer(base.backend, settings, "here")
 
 
-def test_ids_are_those_of_transformers(tmp_path, style):
+@pytest.mark.parametrize("thinking", [None, False, True])
+def test_ids_are_those_of_transformers(tmp_path, style, thinking):
     _, ours = style
+    ours.thinking = thinking
+    given = {} if thinking is None else {"enable_thinking": thinking}
     ours.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for messages in CHATS.values():
         for generate in (True, False):
             found = ours.chat_prompt(messages, generate)
-            assert found == theirs.apply_chat_template(messages, add_generation_prompt=generate, return_dict=False)
+            assert found == theirs.apply_chat_template(
+                messages, add_generation_prompt=generate, return_dict=False, **given
+            )
             assert set(ours.special_ids.values()) & set(found)
 
 
-def test_answers_end_their_turn(style):
+def test_the_day_is_the_one_that_is_set(style):
     _, ours = style
+    ours.date = datetime.date(2001, 2, 3)
+    dated = "Today" in ours.settings["chat_template"]
+    assert ("03 Feb 2001" in ours.render([ASKED])) == dated
+
+
+@pytest.mark.parametrize("thinking", [None, False])
+def test_answers_end_their_turn(style, thinking):
+    _, ours = style
+    ours.thinking = thinking
     for messages in (CHATS["assistant"], CHATS["answered"]):
         answer = ours.chat_answer(messages)
         assert ours.decode(answer).strip().endswith(SAID["content"]) and answer[-1] in ours.stop_ids

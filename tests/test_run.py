@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import shutil
@@ -19,7 +20,8 @@ from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, load_refined
 from raft_jax.errors import InputError
 from raft_jax.preflight import fitting, read_data, token_rows
-from raft_jax.run_dir import open_run_dir, record_time
+from raft_jax.run import Run
+from raft_jax.run_dir import open_run_dir, record_time, start_date
 from raft_jax.train.methods import METHODS
 
 TIMES = ("seconds", "rollout_seconds")
@@ -307,6 +309,15 @@ def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS)
     with pytest.raises(InputError, match="has changed since"), open_run_dir(other):
         pass
+
+
+def test_a_run_keeps_the_day_on_which_it_was_begun(tmp_path):
+    config = load_config(tiny.write_run(tmp_path), [])
+    with open_run_dir(config) as run_dir:
+        today = datetime.date.today()
+        assert today <= start_date(run_dir) <= datetime.date.today()
+        (run_dir / "date").write_text("2001-02-03\n")
+        assert Run(config, run_dir).model.tokenizer.date == datetime.date(2001, 2, 3)
 
 
 def test_a_stage_has_one_line_of_time(tmp_path):

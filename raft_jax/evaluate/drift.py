@@ -12,6 +12,7 @@ import numpy as np
 from raft_jax.losses import linear_forward_kl
 from raft_jax.models import Model
 from raft_jax.sampling import Scorer, answer_hidden, answer_means
+from raft_jax.sharding import num_shards
 
 
 def divergence(
@@ -31,7 +32,7 @@ def divergence(
         base_BAD, tuned_BAD = answer_hidden(model, base_params, *arrays), answer_hidden(model, params, *arrays)
         nats_BA = linear_forward_kl(
             tuned_BAD, model.unembedding(params), base_BAD, model.unembedding(base_params), temperature=1.0,
-            **model.head_settings,
+            vocab_shards=num_shards("vocabulary"), **model.head_settings,
         )
         return answer_means(nats_BA, answer_mask_BA)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 
@@ -98,10 +100,10 @@ def _of_type(name: str, values: jax.Array, kind, words: str) -> None:
 
 
 def _count(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
 
 
 def _positive(name: str, value: float) -> None:
-    if not isinstance(value, jax.Array) and not value > 0:
+    if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
         raise ValueError(f"{name} must be > 0, got {value}")

@@ -170,4 +170,6 @@ def logits_slope(values: jax.Array, form: Form) -> jax.Array | float:
 
 def pair(value):
     """(student's, teacher's) from one for both or a pair."""
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ValueError(f"logit_scale and logit_softcap must be one for both or a (student's, teacher's), got {value}")
     return value if isinstance(value, tuple) else (value, value)

@@ -210,6 +210,8 @@ def linear_top_k_forward_kl(
     sizes = {"student_unembedding_DV": heads[0].vocabulary}
     if given:
         checks.top_k(teacher_hidden_BTD, student_hidden_BTD.shape[:2])
+        if teacher_unembedding_DV is not None or teacher_bias_V is not None:
+            raise ValueError("teacher_unembedding_DV and teacher_bias_V must be None where the teacher is a TopK")
     else:
         checks.floating("teacher_hidden_BTD", teacher_hidden_BTD, 3)
         checks.tokens("teacher_hidden_BTD", teacher_hidden_BTD, student_hidden_BTD.shape[:2])

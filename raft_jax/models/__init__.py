@@ -106,7 +106,7 @@ def load_pretrained(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     padding = 0 if mesh is None else -config.vocab_size % mesh.shape["tensor"]
-    kernel = best_kernel(dtype, config.attention_softcap) if attention == "auto" else attention
+    kernel = best_kernel(dtype, config.attention_softcap, config.head_width) if attention == "auto" else attention
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
     if isinstance(weights, GgufFile):
         tokenizer = tokenizer_from_gguf(weights.metadata, str(path))

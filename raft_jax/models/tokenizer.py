@@ -55,6 +55,9 @@ class Tokenizer:
         self.backend = backend  # tokenizers.Tokenizer
         self.settings = dict(settings)  # what tokenizer_config.json keeps
         self.source = source
+        # What templates are told: which day it is (default today), and whether the model may think first (its default).
+        self.date: datetime.date | None = None
+        self.thinking: bool | None = None
         self.special_ids = {
             token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }
@@ -132,9 +135,12 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text in the model's template."""
         special = {name: self._special(name) for name in self.settings if name.endswith("_token")}
+        now = datetime.datetime.now() if self.date is None else self.date
+        thinking = {} if self.thinking is None else {"enable_thinking": self.thinking}
         try:
             return self._template.render(
                 messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
+                strftime_now=now.strftime, **thinking,
                 **{name: token for name, token in special.items() if isinstance(token, str)},
             )
         except Exception as error:  # a template can raise anything
@@ -193,7 +199,6 @@ def _compile(template: str, source: str):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     try:
         return environment.from_string(template)
     except TemplateError as error:

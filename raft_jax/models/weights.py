@@ -80,8 +80,15 @@ class SafetensorsFolder:
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path}: not a whole safetensors file ({error}); fetch it again") from error
 
+    @property
+    def place(self) -> Path:
+        return self.folder
+
     def keys(self) -> set[str]:
         return set(self._file_of)
+
+    def file_of(self, key: str) -> Path:
+        return self._file_of[key]
 
     def read(self, key: str) -> np.ndarray:
         """A view of the tensor in its file: what is not looked at is not read."""
@@ -140,8 +147,15 @@ class GgufFile:
         if surplus := sorted(set(self._tensors) - known):
             raise InputError(f"{path}: the tensor {surplus[0]} is not part of a {config.family} model")
 
+    @property
+    def place(self) -> Path:
+        return self.path
+
     def keys(self) -> set[str]:
         return {key for key, name in self._name_of.items() if name in self._tensors}
+
+    def file_of(self, key: str) -> Path:
+        return self.path
 
     def read(self, key: str) -> np.ndarray:
         name = self._name_of[key]
@@ -185,13 +199,18 @@ def load_parameters(
     wanted = {stored.key.format(layer) for stored in keys.values() for layer in layers}
     found = weights.keys()
     if missing := sorted(wanted - found):
-        raise InputError(f"{_place(weights)}: {missing[0]} is missing ({len(missing)} of {len(wanted)} tensors are)")
+        name = next(name for name, stored in keys.items() for layer in layers if stored.key.format(layer) == missing[0])
+        raise InputError(
+            f"{weights.place}: {missing[0]} of shape {_expected(keys[name], config)} is missing "
+            f"({len(missing)} of {len(wanted)} tensors are)"
+        )
     # Old exports keep the tied head or the rope table as tensors of their own; neither adds anything.
     surplus = {key for key in found - wanted if not key.endswith("rotary_emb.inv_freq")}
     if config.tied_embeddings:
         surplus.discard("lm_head.weight")
     if surplus:
-        raise InputError(f"{_place(weights)}: {min(surplus)} is not part of a {config.family} model with this config")
+        key = min(surplus)
+        raise InputError(f"{weights.file_of(key)}: {key} is not part of a {config.family} model with this config")
     parameters = {}
     for name, stored in keys.items():
         sharding = None if mesh is None else named_sharding(mesh, table[name].axes, table[name].shape, name)
@@ -234,10 +253,6 @@ def _put(array: np.ndarray, dtype, sharding: NamedSharding | None) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype))
 
 
-def _place(weights: SafetensorsFolder | GgufFile) -> Path:
-    return weights.folder if isinstance(weights, SafetensorsFolder) else weights.path
-
-
 def _letters(name: str) -> str:
     return name.rpartition("_")[2].removeprefix("L")
 
@@ -246,16 +261,22 @@ def _rows(dims: tuple[str, ...], sizes: Mapping[str, int]) -> list[int]:
     return [math.prod(sizes[letter] for letter in dim) for dim in dims]
 
 
+def _expected(stored: Stored, config: DecoderConfig) -> tuple[int, ...]:
+    """The shape of a tensor in its file."""
+    sizes = config.sizes | {"V": config.vocab_size}
+    return sum(_rows(stored.fused or stored.dims[:1], sizes)), *_rows(stored.dims[1:], sizes)
+
+
 def _from_stored(weights, key: str, stored: Stored, config: DecoderConfig) -> np.ndarray:
     """One layer's share of a parameter, in the file's order of dimensions; a view wherever it can be."""
     array, sizes = weights.read(key), config.sizes | {"V": config.vocab_size}
-    first, rest = _rows(stored.fused or stored.dims[:1], sizes), _rows(stored.dims[1:], sizes)
-    expected = (sum(first), *rest)
+    expected = _expected(stored, config)
     if array.shape != expected:
-        raise InputError(f"{_place(weights)}: {key} has shape {array.shape}, and the config asks for {expected}")
+        raise InputError(f"{weights.file_of(key)}: {key} has shape {array.shape}, and the config asks for {expected}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise InputError(f"{_place(weights)}: {key} holds {array.dtype}; expected float32, float16 or bfloat16")
+        raise InputError(f"{weights.file_of(key)}: {key} holds {array.dtype}; expected float32, float16 or bfloat16")
     if stored.fused:
+        first = _rows(stored.fused, sizes)
         array = array[sum(first[: stored.part]) : sum(first[: stored.part + 1])]
     if stored.dims[0] == "V" and config.vocab_padding:
         array, sizes = np.pad(array, ((0, config.vocab_padding), (0, 0))), config.sizes

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from raft_jax.models import Model
 from raft_jax.models.attention import MASKED
 from raft_jax.models.tiles import tiled
-from raft_jax.sharding import num_batch_parts
+from raft_jax.sharding import num_shards
 
 
 class Rollout(NamedTuple):
@@ -105,7 +105,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         B, P = prompt_BP.shape
         layers, unembedding = None, model.unembedding(params)
         if unroll:
-            num_rows = B // num_batch_parts()
+            num_rows = B // num_shards("batch")
             layers, unembedding = model.unstacked(params, num_rows), tiled(unembedding, num_rows)
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_B, 0))
 

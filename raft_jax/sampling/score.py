@@ -12,7 +12,7 @@ from raft_jax.data.batches import pad
 from raft_jax.losses import linear_cross_entropy, sequence_mean
 from raft_jax.models import Model
 from raft_jax.sampling.engine import bucket, rows_per_batch
-from raft_jax.sharding import put_batch, to_host, use_mesh
+from raft_jax.sharding import num_shards, put_batch, to_host, use_mesh
 
 
 class Scorer:
@@ -24,7 +24,10 @@ class Scorer:
         @jax.jit
         def mean_logprob(params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
             hidden_BAD = answer_hidden(model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
-            nats_BA = linear_cross_entropy(hidden_BAD, model.unembedding(params), answer_BA, **model.head_settings)
+            nats_BA = linear_cross_entropy(
+                hidden_BAD, model.unembedding(params), answer_BA, vocab_shards=num_shards("vocabulary"),
+                **model.head_settings,
+            )
             return -answer_means(nats_BA, answer_mask_BA)
 
         self._mean_logprob = mean_logprob

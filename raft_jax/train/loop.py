@@ -24,7 +24,7 @@ from raft_jax.models import Model
 from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
-from raft_jax.sharding import num_batch_parts, put_batch, to_host
+from raft_jax.sharding import any_process, num_shards, put_batch, to_host
 from raft_jax.train.methods import Method
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 from raft_jax.train.step import make_train_step
@@ -97,7 +97,7 @@ def train(
         donate_argnums=0, static_argnames="room",
     )
     with jax.set_mesh(mesh):
-        num_parts = num_batch_parts()
+        num_parts = num_shards("batch")
     # Of all the epochs, so that steps that are left for a later run are no reason for other programs.
     rooms = batches.rooms(all_steps, num_parts, settings.num_micro_batches)
     prompt_rooms = rooms if settings.num_micro_batches == 1 else batches.rooms(all_steps, num_parts)
@@ -120,7 +120,7 @@ def train(
 
     rollout_key = jax.random.fold_in(key, 1)
     temperature = jnp.float32(settings.rollout.temperature)
-    done = start
+    done, stop = start, False
 
     shown = progress(f"train {method.name}", num_steps, "steps", start)
     with jax.set_mesh(mesh), _stop_on_signal() as stopped, shown as bar:
@@ -152,14 +152,14 @@ def train(
                 "seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds,
             })
             bar.advance(note=_note(metrics))
-            stop = bool(stopped)
+            stop = any_process(bool(stopped))
             if done % settings.checkpoint_every == 0 or done == num_steps or stop:
                 checkpoints.save(done, state)
             if stop:
                 break
     checkpoints.close()
-    if stopped:
-        name = signal.Signals(stopped[0]).name
+    if stop:
+        name = signal.Signals(stopped[0]).name if stopped else "a signal to another process"
         raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
     if settings.lora.rank:
         adapters = jax.tree.map(to_host, state.params)
@@ -181,6 +181,8 @@ class MetricsLog:
     def __init__(self, path: Path, keep: int):
         """Opens the file for appending, with the lines of the first `keep` steps and no others."""
         self.path = path
+        if jax.process_index() != 0:
+            return
         lines = []
         if path.exists():
             for line in path.read_text("utf-8").splitlines():

@@ -25,6 +25,7 @@ from raft_jax.losses import (
     update_balance,
 )
 from raft_jax.packing import make_packing
+from raft_jax.sharding import num_shards
 from raft_jax.train.state import TrainState
 
 # How unmasked values become one number, the same as weights, and what a micro-batch counts for in the whole batch's
@@ -83,9 +84,10 @@ def make_train_step(
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
     reduce, weigh, size = REDUCTIONS[reduction]
-    head = dict(head_settings or {})
-    if loss_chunk_size is not None:
-        head["chunk_size"] = loss_chunk_size
+
+    def head() -> dict[str, Any]:
+        chunk_size = {} if loss_chunk_size is None else {"chunk_size": loss_chunk_size}
+        return {"vocab_shards": num_shards("vocabulary"), **chunk_size, **(head_settings or {})}
 
     def predictions(params, prompt, *completions):
         """Hidden states [B, C, D] from which each token of a completion is predicted; each one follows the prompt.
@@ -109,7 +111,7 @@ def make_train_step(
         answer_BA, mask_BA, count = answer
         pack, _ = make_packing(mask_BA, count)
         hidden_BTD, labels_BT, weight_BT = map(pack, (hidden_BAD, answer_BA, weigh(mask_BA)))
-        loss = linear_cross_entropy(hidden_BTD, unembedding_fn(params), labels_BT, weight_BT=weight_BT, **head)
+        loss = linear_cross_entropy(hidden_BTD, unembedding_fn(params), labels_BT, weight_BT=weight_BT, **head())
         return loss * size(mask_BA) / whole_size
 
     def kl_loss(params, teacher_params, teacher_prompt, rollout, student_BCD, whole_size, num_tokens):
@@ -120,7 +122,7 @@ def make_train_step(
         found = linear_top_k_forward_kl(
             pack(student_BCD), unembedding_fn(params), jax.lax.stop_gradient(pack(teacher_BCD)),
             jax.lax.stop_gradient(unembedding_fn(teacher_params)), k=top_k, temperature=temperature,
-            return_metrics=True, **head,
+            return_metrics=True, **head(),
         )
         nats_BC, seen = jax.tree.map(unpack, found)
         seen = {name: jnp.sum(jnp.where(mask_BC, values, 0)) / num_tokens for name, values in seen.items()}

@@ -9,6 +9,7 @@ from raft_jax import losses
 B, T, D, V = 2, 3, 4, 8
 LOGITS, HIDDEN, UNEMBEDDING = jnp.zeros((B, T, V)), jnp.zeros((B, T, D)), jnp.zeros((D, V))
 LABELS, MASK = jnp.zeros((B, T), int), jnp.ones((B, T), bool)
+NEGATIVE = jnp.float32(-1)
 KEPT = losses.TopK(jnp.zeros((B, T, 2), int), jnp.zeros((B, T, 2)))
 
 LINEAR = HIDDEN, UNEMBEDDING, LABELS
@@ -28,6 +29,7 @@ WRONG = [
     (lambda: losses.top_k_forward_kl(LOGITS, LOGITS, recall=1.5), r"recall must be in \(0, 1\] or None"),
     (lambda: losses.top_k_forward_kl(LOGITS, KEPT._replace(logits_BTK=LOGITS)), "indices_BTK must have the shape"),
     (lambda: losses.top_k(LOGITS, vocab_shards=3), "vocab_shards must divide the vocabulary of 8, got 3"),
+    (lambda: losses.forward_kl(LOGITS, LOGITS, temperature=NEGATIVE), "temperature must be > 0, got -1.0"),
     (lambda: losses.forward_kl(LOGITS, LOGITS, temperature=-1.0), "temperature must be > 0, got -1.0"),
     (lambda: losses.jensen_shannon(LOGITS, LOGITS, beta=1.0), r"beta must be in \(0, 1\), got 1.0; use"),
     (lambda: CROSS_ENTROPY(HIDDEN, UNEMBEDDING.T, LABELS), r"unembedding_DV must have shape .* Tied\(table\)"),
@@ -40,6 +42,8 @@ WRONG = [
     (lambda: CROSS_ENTROPY(*LINEAR, logit_softcap=0), "logit_softcap must be > 0"),
     (lambda: CROSS_ENTROPY(*LINEAR, bias_V=HIDDEN[0, 0]), r"bias_V must have shape \[8\]"),
     (lambda: CROSS_ENTROPY(HIDDEN, LABELS, LABELS), "unembedding_DV must be a floating-point array, got int"),
+    (lambda: TOP_K(HIDDEN, UNEMBEDDING, HIDDEN, UNEMBEDDING, logit_scale=(1, 2, 3)), r"one for both or a \(student"),
+    (lambda: TOP_K(HIDDEN, UNEMBEDDING, KEPT, UNEMBEDDING), "must be None where the teacher is a TopK"),
     (lambda: TOP_K(HIDDEN, UNEMBEDDING, HIDDEN), "teacher_unembedding_DV must be a floating"),
     (lambda: TOP_K(HIDDEN, UNEMBEDDING, HIDDEN[:, 1:], UNEMBEDDING), "teacher_hidden_BTD must"),
     (lambda: losses.linear_forward_kl(HIDDEN, UNEMBEDDING, HIDDEN, UNEMBEDDING[:, 1:]), "vocabularies differ"),

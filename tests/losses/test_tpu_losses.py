@@ -21,7 +21,7 @@ sys.path.insert(0, sys.argv[1])
 from test_memory import compiled, vocabulary_sizes
 from raft_jax.losses import linear_top_k
 
-chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:1x1").devices[0])
+chip = SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0])
 if sys.argv[2] == "search":
     hidden, head = (jax.ShapeDtypeStruct(size, jnp.bfloat16, sharding=chip) for size in [(1, 64, 128), (128, 128256)])
     search = lambda recall: jax.jit(lambda h, w: linear_top_k(h, w, recall=recall, vocab_shards=1))
