@@ -146,17 +146,17 @@ class FakeTokenizer:
 
 
 class FakeEncoder:
-    def encode(self, texts):
+    def encode(self, texts, progress):
         return np.array([[len(text), 1.0] for text in texts])
 
 
 def test_each_mark_is_of_the_right_texts(monkeypatch):
     monkeypatch.setattr(compare, "Sampler", FakeSampler)
-    scored = lambda params, prompts, answers: np.array([-float(len(answer)) for answer in answers])  # noqa: E731
+    scored = lambda params, prompts, answers, progress: np.array([-float(len(answer)) for answer in answers])  # noqa: E731
     monkeypatch.setattr(compare, "Scorer", lambda *_: SimpleNamespace(mean_logprob=scored))
     told = []
 
-    def drift(model, base, params, prompts, answers, batch_size, mesh):
+    def drift(model, base, params, prompts, answers, batch_size, mesh, progress):
         told.append((base, params, prompts, answers))
         return np.array([0.25, 0.75], np.float32)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -44,11 +46,14 @@ class FakeWriter:
 class FakeEncoder:
     """Two texts are as similar as the number that the second one ends in."""
 
-    def __init__(self):
-        self.calls = 0
+    config = SimpleNamespace(max_tokens=20)
 
-    def encode(self, texts, batch_size=32):
+    def __init__(self):
+        self.calls = self.num_truncated = 0
+
+    def encode(self, texts, batch_size=32, progress=None):
         self.calls += 1
+        self.num_truncated = sum(len(text) > 20 for text in texts)
         angles = [np.arccos(float(text.rpartition("~")[2])) if "~" in text else 0.0 for text in texts]
         return np.array([[np.cos(angle), np.sin(angle)] for angle in angles])
 
@@ -162,7 +167,9 @@ def test_writers_and_judges_see_gold_rewriting_and_context(ledger):
     assert seen == [Item("q", "question q", GOLD, "rewrite of q ~0.9", "context q")]
 
 
-def test_nothing_is_done_twice(tmp_path):
+@pytest.mark.parametrize("judged_at_once", [1, 256])
+def test_nothing_is_done_twice(tmp_path, monkeypatch, judged_at_once):
+    monkeypatch.setattr("raft_jax.refine.run.JUDGED_AT_ONCE", judged_at_once)
     data, settings = examples("a", "b", "c"), RefineConfig(rounds=2)
     whole = tmp_path / "whole.jsonl"
     expected = refine(data, parts(), settings, Ledger.open(whole))
@@ -191,6 +198,11 @@ def test_what_the_ledger_holds_of_a_batch_is_kept_as_it_is(tmp_path):
     a, b = refine(examples("a", "b"), parts(), RefineConfig(rounds=1), Ledger.open(path))
     assert (a.rewrite, a.similarity, a.answer, a.rounds[0].mean) == ("kept ~0.95", 0.95, "kept fusion", 0.123)
     assert b.rewrite == "rewrite of b ~0.9" and b.rounds[0].mean == 0.5
+
+
+def test_what_the_encoder_cut_is_told(ledger, capsys):
+    refine([Example("a", "Why?", "a gold answer of many words")], parts(), RefineConfig(rounds=1), ledger)
+    assert "1 of 2 answers and rewrites are longer than the encoder's 20 tokens" in capsys.readouterr().out
 
 
 def test_ids_that_look_like_keys_do_not_meet(ledger):

@@ -102,9 +102,12 @@ class Evaluation:
         written = self._greedy(params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions")
         answers = [decode(completion.tokens).strip() for completion in written]
         gold = [example.answer for example in self.questions]
-        logprob = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers)
+        with progress(f"{name} reads gold answers", len(gold), "answers") as bar:
+            logprob = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
         overlap = [token_f1(answer, wanted) for answer, wanted in zip(answers, gold, strict=True)]
-        similar = cosine_similarity(self.encoder.encode(answers), self.encoder.encode(gold))
+        with progress(f"{name}: similarity", 2 * len(gold), "texts") as bar:
+            embeddings = [self.encoder.encode(texts, progress=bar.advance) for texts in (answers, gold)]
+            similar = cosine_similarity(*embeddings)
 
         base = self.base_continuations()
         tokens = [completion.tokens for completion in base]
@@ -112,9 +115,11 @@ class Evaluation:
         if is_base:
             general = base
         else:
-            drift = divergence(
-                self.model, self.model.params, params, self.general_prompts, tokens, self.settings.batch_size, self.mesh
-            )
+            with progress(f"{name} against base", len(tokens), "answers") as bar:
+                drift = divergence(
+                    self.model, self.model.params, params, self.general_prompts, tokens, self.settings.batch_size,
+                    self.mesh, bar.advance,
+                )
             general = self._greedy(
                 params, self.general_prompts, self.settings.general_new_tokens, f"{name} on general prompts"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from raft_jax.sharding import num_shards
 
 def divergence(
     model: Model, base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-    batch_size: int = 16, mesh: jax.sharding.Mesh | None = None,
+    batch_size: int = 16, mesh: jax.sharding.Mesh | None = None, progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """KL(base ‖ tuned) over the whole vocabulary, mean over the tokens of each of the base model's own answers.
 
@@ -36,7 +36,7 @@ def divergence(
         )
         return answer_means(nats_BA, answer_mask_BA)
 
-    return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers)
+    return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers, progress)
 
 
 @jax.jit

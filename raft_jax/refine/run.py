@@ -14,6 +14,8 @@ from raft_jax.refine.judge import Judge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.write import Item, Writer
 
+JUDGED_AT_ONCE = 256  # rows between two entries in the ledger
+
 
 class Parts(NamedTuple):
     """Who does the work of the refinement; each is an interface, so a remote model can take any place."""
@@ -75,8 +77,14 @@ def _write(writer: Writer, items: Sequence[Item], round: int, stage: str, title:
 def _similarities(encoder: Encoder, items: Sequence[Item], ledger: Ledger) -> list[float]:
     """Eq. 2 for each item."""
     if any(("similarity", item.id) not in ledger for item in items):
-        gold = encoder.encode([item.gold for item in items])
-        rewrite = encoder.encode([item.rewrite for item in items])
+        with progress("similarity", 2 * len(items), "texts") as bar:
+            gold = encoder.encode([item.gold for item in items], progress=bar.advance)
+            num_cut = encoder.num_truncated
+            rewrite = encoder.encode([item.rewrite for item in items], progress=bar.advance)
+            num_cut += encoder.num_truncated
+        if num_cut:
+            print(f"{num_cut} of {2 * len(items)} answers and rewrites are longer than the encoder's "
+                  f"{encoder.config.max_tokens} tokens: their similarity is that of their beginnings", flush=True)
         values = cosine_similarity(gold, rewrite)
         ledger.append([
             {"stage": "similarity", "key": item.id, "value": round(float(value), 6)}
@@ -92,12 +100,18 @@ def _round(parts: Parts, items: Sequence[Item], number: int, ledger: Ledger) -> 
     scores: list[dict[str, float | None]] = [{} for _ in items]
     for judge in parts.judges:
         keys = {index: f"{items[index].id}#{number}#{judge.name}" for index in usable}
-        if any(("score", key) not in ledger for key in keys.values()):
-            found = judge.score([items[i] for i in usable], [drafts[i]["text"] for i in usable])
-            ledger.append([
-                {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
-                for index, value in zip(usable, found, strict=True) if ("score", keys[index]) not in ledger
-            ])
+        # Parts are judged as a whole, also when some of one is in the ledger: a score may round by its neighbours.
+        parts_of_rows = [usable[start : start + JUDGED_AT_ONCE] for start in range(0, len(usable), JUDGED_AT_ONCE)]
+        left = [rows for rows in parts_of_rows if any(("score", keys[index]) not in ledger for index in rows)]
+        done = len(usable) - sum(map(len, left))
+        with progress(f"judge {judge.name}, round {number}", len(usable), "rows", done) as bar:
+            for rows in left:
+                found = judge.score([items[i] for i in rows], [drafts[i]["text"] for i in rows])
+                ledger.append([
+                    {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
+                    for index, value in zip(rows, found, strict=True) if ("score", keys[index]) not in ledger
+                ])
+                bar.advance(len(rows))
         for index, key in keys.items():
             scores[index][judge.name] = ledger.get("score", key)["value"]
     return [

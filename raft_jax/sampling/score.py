@@ -32,17 +32,24 @@ class Scorer:
 
         self._mean_logprob = mean_logprob
 
-    def mean_logprob(self, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> np.ndarray:
+    def mean_logprob(
+        self, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
         """Mean log-likelihood per answer token given the prompt, nats: `[num_pairs]` float32."""
-        return self.over_pairs(lambda *arrays: self._mean_logprob(params, *arrays), prompts, answers)
+        return self.over_pairs(lambda *arrays: self._mean_logprob(params, *arrays), prompts, answers, progress)
 
     def over_pairs(
         self,
         function: Callable[..., jax.Array],
         prompts: Sequence[Sequence[int]],
         answers: Sequence[Sequence[int]],
+        progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """`function(prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> values_B` over all pairs, in batches."""
+        """`function(prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> values_B` over all pairs, in batches.
+
+        `progress` is called after each batch with the number of pairs in it.
+        """
         values = np.zeros(len(prompts), np.float32)
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]) + len(answers[index]), index))
         pad_id = self.model.tokenizer.pad_id
@@ -57,6 +64,8 @@ class Scorer:
             arrays = put_batch(tuple(sides), self.mesh) if self.mesh is not None else sides
             with use_mesh(self.mesh):
                 values[chosen] = to_host(function(*arrays))[: len(chosen)]
+            if progress is not None:
+                progress(len(chosen))
         return values
 
 
