@@ -1,7 +1,10 @@
 """Every family against transformers on torch: random tiny models, with what is special to the family on and off."""
 
 import json
+import re
+import textwrap
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +17,10 @@ from safetensors.numpy import load_file  # noqa: E402
 from tiny import make_tokenizer  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from raft_jax.models import Model, load_pretrained  # noqa: E402
+from raft_jax.models import Model, families, load_pretrained  # noqa: E402
 from raft_jax.models.decoder import parameter_table  # noqa: E402
 from raft_jax.models.export import export_hf  # noqa: E402
-from raft_jax.models.families import FAMILIES, config_from_hf  # noqa: E402
+from raft_jax.models.families import FAMILIES, config_from_hf, settings  # noqa: E402
 
 T, PROMPT = 20, 9
 LENGTHS = (T, 14, 12)  # of the rows, when they are padded; the last two begin within the prompt
@@ -192,3 +195,18 @@ def test_in_and_out(tmp_path, name, seed):
         export_hf(second, second.params, tmp_path / "twice", dtype=jnp.float32)
         for path in (tmp_path / "ours").iterdir():
             assert (tmp_path / "twice" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/models.md").read_text("utf-8").partition("## How to add a family")[2]
+    function, row, cases = (textwrap.dedent(code) for code in re.findall(r" +```python\n(.*?) +```", page, re.DOTALL))
+    exec(function, vars(settings))
+    try:
+        (name, family), = eval("{" + row + "}", vars(families)).items()
+        monkeypatch.setitem(FAMILIES, name, family)
+        for number, (case, changes) in enumerate(eval("{" + cases + "}").items()):
+            monkeypatch.setitem(CASES, case, changes)
+            assert case.partition(",")[0] == name
+            test_in_and_out(tmp_path / str(number), case, 0)
+    finally:
+        del settings.seed_oss
