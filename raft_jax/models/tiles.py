@@ -1,7 +1,7 @@
 """A matrix laid out for products with a few rows on CPU, which is what decoding waits for.
 
-XLA's product of a few rows there reads a matrix at half of what the memory gives. Sums over tiles that stay in the
-nearest cache read it at nearly all of it (docs/performance.md).
+XLA's product of a few rows there reads a matrix at half of what the memory gives. Sums over tiles that stay in a
+core's own caches read it at nearly all of it (docs/performance.md).
 
 Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks of C.
 """
