@@ -120,7 +120,7 @@ def train(
 
     rollout_key = jax.random.fold_in(key, 1)
     temperature = jnp.float32(settings.rollout.temperature)
-    done, stop = start, False
+    done = start
 
     shown = progress(f"train {method.name}", num_steps, "steps", start)
     with jax.set_mesh(mesh), _stop_on_signal() as stopped, shown as bar:
@@ -158,7 +158,7 @@ def train(
             if stop:
                 break
     checkpoints.close()
-    if stop:
+    if any_process(bool(stopped)):  # also where it came after the last step
         name = signal.Signals(stopped[0]).name if stopped else "a signal to another process"
         raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
     if settings.lora.rank:
