@@ -35,6 +35,7 @@ from raft_jax.losses import (
     jensen_shannon,
     linear_cross_entropy,
     linear_jensen_shannon,
+    linear_raft_losses,
     linear_top_k_forward_kl,
     token_mean,
     token_weight,
@@ -64,6 +65,12 @@ def jax_losses(shape, chunk_size):
             rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
         )
         return sft + token_mean(kl, mask)
+
+    def at_once(answer, rollout, table, teacher, teacher_table, labels):
+        sft, kl = linear_raft_losses(
+            answer, labels, rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
+        )
+        return token_mean(sft, mask) + token_mean(kl, mask)
 
     def unreduced(answer, rollout, table, teacher, teacher_table, labels):
         sft = linear_cross_entropy(answer, Tied(table), labels, chunk_size=chunk_size)
@@ -101,6 +108,7 @@ def jax_losses(shape, chunk_size):
 
     return {
         "raft": {
+            "raft_jax linear, at once": at_once,
             "raft_jax linear": linear,
             "raft_jax linear, unreduced": unreduced,
             "raft_jax on logits": of_logits,

@@ -15,6 +15,7 @@ from raft_jax.losses.divergences import forward_kl, jensen_shannon, reverse_kl
 from raft_jax.losses.head import Tied
 from raft_jax.losses.linear import linear_cross_entropy, linear_top_k, linear_top_k_forward_kl
 from raft_jax.losses.linear_divergences import linear_forward_kl, linear_jensen_shannon, linear_reverse_kl
+from raft_jax.losses.linear_raft import linear_raft_losses
 from raft_jax.losses.objective import raft_objective
 from raft_jax.losses.reduce import sequence_mean, sequence_weight, token_mean, token_weight
 from raft_jax.losses.tokens import cross_entropy, top_k_forward_kl
@@ -31,6 +32,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_forward_kl",
     "linear_jensen_shannon",
+    "linear_raft_losses",
     "linear_reverse_kl",
     "linear_top_k",
     "linear_top_k_forward_kl",

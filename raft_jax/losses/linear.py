@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,10 +68,10 @@ def linear_cross_entropy(
 
 
 def _cross_entropy(form, hidden_BTD, head, labels_BT):
-    return _cross_entropy_forward(form, hidden_BTD, head, labels_BT)[0]
+    return cross_entropy_forward(form, hidden_BTD, head, labels_BT)[0]
 
 
-def _cross_entropy_forward(form, hidden_BTD, head, labels_BT):
+def cross_entropy_forward(form, hidden_BTD, head, labels_BT):
     def chunk(hidden, labels):
         return tokens.label_nats(make_logits(hidden, head, form), labels)
 
@@ -80,6 +81,12 @@ def _cross_entropy_forward(form, hidden_BTD, head, labels_BT):
 
 def _cross_entropy_backward(form, residuals, cotangent_BT):
     hidden_BTD, head, labels_BT, normalizer_BT = residuals
+    slope = cross_entropy_slope(form, hidden_BTD, labels_BT, normalizer_BT, cotangent_BT)
+    return *blocks.backward(form, slope, hidden_BTD, (head,)), None
+
+
+def cross_entropy_slope(form, hidden_BTD, labels_BT, normalizer_BT, cotangent_BT):
+    """slope(pieces, columns_M) -> [N, M], as `blocks.backward` takes it."""
     hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
     labels_N1, normalizer_N1, cotangent_N1 = (x.reshape(-1, 1) for x in (labels_BT, normalizer_BT, cotangent_BT))
 
@@ -88,11 +95,11 @@ def _cross_entropy_backward(form, residuals, cotangent_BT):
         pull = tokens.label_slope(logits, columns, labels_N1, normalizer_N1)
         return pull * cotangent_N1 * logits_slope(logits, form)
 
-    return *blocks.backward(form, slope, hidden_BTD, (head,)), None
+    return slope
 
 
 _cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
-_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+_cross_entropy.defvjp(cross_entropy_forward, _cross_entropy_backward)
 
 
 def _weighted_cross_entropy(form, hidden_BTD, head, weight_BT, labels_BT):
@@ -203,52 +210,84 @@ def linear_top_k_forward_kl(
     [[0.0, 0.0]]
     """
     checks.floating("student_hidden_BTD", student_hidden_BTD, 3)
-    checks.truncation(k, recall)
-    checks.temperature(temperature)
-    given = isinstance(teacher_hidden_BTD, TopK)
-    heads = [Head.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)]
-    sizes = {"student_unembedding_DV": heads[0].vocabulary}
-    if given:
-        checks.top_k(teacher_hidden_BTD, student_hidden_BTD.shape[:2])
-        if teacher_unembedding_DV is not None or teacher_bias_V is not None:
-            raise ValueError("teacher_unembedding_DV and teacher_bias_V must be None where the teacher is a TopK")
-    else:
-        checks.floating("teacher_hidden_BTD", teacher_hidden_BTD, 3)
-        checks.tokens("teacher_hidden_BTD", teacher_hidden_BTD, student_hidden_BTD.shape[:2])
-        heads.append(Head.checked("teacher_", teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V))
-        sizes["teacher_unembedding_DV"] = heads[1].vocabulary
-    vocab_size = checks.vocab_size(vocab_size, **sizes)
-    forms = [
-        head.form(scale, softcap, vocab_size, chunk_size, vocab_shards)
-        for head, scale, softcap in zip(heads, pair(logit_scale), pair(logit_softcap), strict=False)
-    ]
+    search = Search.checked(k, temperature, recall, return_metrics)
+    head = Head.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)
+    teacher, form, teacher_form = search.teacher(
+        student_hidden_BTD.shape[:2], head, teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V,
+        (logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards),
+    )  # fmt: skip
 
-    def loss(student_hidden, student_head, teacher, teacher_head):
-        if given:
-            teacher = truncation.first(jax.lax.stop_gradient(teacher), k)
+    def loss(student_hidden, student_head, teacher):
+        teacher = search.top_k(teacher_form, teacher)
+        found = _logits_at(form, search.statistics, student_hidden, student_head, teacher.indices_BTK)
+        return search.nats(*found, teacher)
+
+    return placement.automatic(loss, student_hidden_BTD, head, teacher)
+
+
+class Search(NamedTuple):
+    """The truncation's settings, and what hangs on them alone."""
+
+    k: int
+    temperature: float
+    recall: float | None
+    return_metrics: bool
+
+    @classmethod
+    def checked(cls, k, temperature, recall, return_metrics) -> Search:
+        checks.truncation(k, recall)
+        checks.temperature(temperature)
+        return cls(k, temperature, recall, return_metrics)
+
+    @property
+    def statistics(self) -> float | None:
+        """The temperature of what describes the whole vocabulary, where it is asked for."""
+        return self.temperature if self.return_metrics else None
+
+    def teacher(self, shape_BT, head, hidden_BTD, unembedding_DV, bias_V, numbers):
+        """(the teacher's arrays, the student's form, the teacher's form); ValueError unless both models meet.
+
+        numbers: what `Head.form` takes, scale and softcap for both models or as pairs.
+        """
+        scale, softcap, vocab_size, *rest = numbers
+        heads, sizes, arrays = [head], {"student_unembedding_DV": head.vocabulary}, hidden_BTD
+        if isinstance(hidden_BTD, TopK):
+            checks.top_k(hidden_BTD, shape_BT)
+            if unembedding_DV is not None or bias_V is not None:
+                raise ValueError("teacher_unembedding_DV and teacher_bias_V must be None where the teacher is a TopK")
         else:
-            teacher = _top_k(forms[1], k, recall, temperature if return_metrics else None, teacher, teacher_head)
-        student_BTK, described = _logits_at(
-            forms[0],
-            temperature if return_metrics else None,
-            student_hidden,
-            student_head,
-            teacher.indices_BTK,
-        )
-        nats_BT = truncation.truncated_forward_kl(student_BTK, checks.widen(teacher.logits_BTK), temperature)
-        if not return_metrics:
-            return nats_BT
-        return nats_BT, truncation.metrics(teacher, student_BTK, described, temperature)
+            checks.floating("teacher_hidden_BTD", hidden_BTD, 3)
+            checks.tokens("teacher_hidden_BTD", hidden_BTD, shape_BT)
+            heads.append(Head.checked("teacher_", hidden_BTD, unembedding_DV, bias_V))
+            sizes["teacher_unembedding_DV"] = heads[1].vocabulary
+            arrays = hidden_BTD, heads[1]
+        vocab_size = checks.vocab_size(vocab_size, **sizes)
+        forms = [
+            head.form(scale, softcap, vocab_size, *rest)
+            for head, scale, softcap in zip(heads, pair(scale), pair(softcap), strict=False)
+        ]
+        return arrays, forms[0], forms[-1]
 
-    return placement.automatic(loss, student_hidden_BTD, heads[0], teacher_hidden_BTD, None if given else heads[1])
+    def top_k(self, form, teacher) -> TopK:
+        """From the arrays of `teacher`."""
+        if isinstance(teacher, TopK):
+            return truncation.first(jax.lax.stop_gradient(teacher), self.k)
+        return _top_k(form, self.k, self.recall, self.statistics, *teacher)
+
+    def nats(self, student_BTK, described, teacher: TopK):
+        """nats_BT, and the metrics where they are asked for."""
+        nats_BT = truncation.truncated_forward_kl(student_BTK, checks.widen(teacher.logits_BTK), self.temperature)
+        if not self.return_metrics:
+            return nats_BT
+        return nats_BT, truncation.metrics(teacher, student_BTK, described, self.temperature)
 
 
 def _logits_at(form, temperature, hidden_BTD, head, indices_BTK):
     """(logits at the indices, `describe` or None); only the first has a gradient."""
-    return _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK)[0]
+    return logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK)[0]
 
 
-def _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
+def logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
     def chunk(hidden, indices):
         logits = make_logits(hidden, head, form)
         picked = jnp.take_along_axis(logits, indices, axis=-1)
@@ -260,15 +299,20 @@ def _logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
 
 def _logits_at_backward(form, temperature, residuals, cotangents):
     hidden_BTD, head, indices_BTK, picked_BTK = residuals
-    k = indices_BTK.shape[-1]
-    pull_NK = (cotangents[0] * logits_slope(picked_BTK, form)).reshape(-1, k)
-    indices_NK = indices_BTK.reshape(-1, k)
-
-    def slope(pieces, columns):
-        return blocks.spread(pull_NK, indices_NK, columns, head.vocabulary, form.shards)
-
+    slope = logits_at_slope(form, head.vocabulary, indices_BTK, picked_BTK, cotangents[0])
     return *blocks.backward(form, slope, hidden_BTD, (head,)), None
 
 
+def logits_at_slope(form, vocabulary, indices_BTK, picked_BTK, cotangent_BTK):
+    k = indices_BTK.shape[-1]
+    pull_NK = (cotangent_BTK * logits_slope(picked_BTK, form)).reshape(-1, k)
+    indices_NK = indices_BTK.reshape(-1, k)
+
+    def slope(pieces, columns):
+        return blocks.spread(pull_NK, indices_NK, columns, vocabulary, form.shards)
+
+    return slope
+
+
 _logits_at = jax.custom_vjp(_logits_at, nondiff_argnums=(0, 1))
-_logits_at.defvjp(_logits_at_forward, _logits_at_backward)
+_logits_at.defvjp(logits_at_forward, _logits_at_backward)

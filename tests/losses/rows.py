@@ -77,6 +77,18 @@ def kept(loss, search):
     return nats
 
 
+def answers_at_once(hidden, unembedding, labels, **settings):
+    """`linear_raft_losses` for its cross entropy; the rollouts are of a student that is its teacher."""
+    others = jnp.ones_like(hidden)
+    return losses.linear_raft_losses(hidden, labels, others, unembedding, others, unembedding, **settings)[0]
+
+
+def rollouts_at_once(hidden, unembedding, *teacher, **settings):
+    """`linear_raft_losses` for its KL; no answer has a label."""
+    others, labels = jnp.ones_like(hidden), jnp.full(hidden.shape[:2], -1)
+    return losses.linear_raft_losses(others, labels, hidden, unembedding, *teacher, **settings)[1]
+
+
 def table():
     truncated = {"k": K, "temperature": 1.5}
     kinds = [  # name, logits variant, linear variant, twin, settings, distils, takes weights
@@ -92,7 +104,12 @@ def table():
         ("jensen_shannon", losses.jensen_shannon, losses.linear_jensen_shannon, twin.jensen_shannon,
          {"beta": 0.3, "temperature": 1.0}, True, True),
     ]  # fmt: skip
-    rows = []
+    rows = [
+        Row("linear_raft_losses-sft", partial(answers_at_once, chunk_size=4, k=K), twin.cross_entropy,
+            losses.cross_entropy, True, False),
+        Row("linear_raft_losses-kl", partial(rollouts_at_once, chunk_size=4, **truncated),
+            partial(twin.top_k_forward_kl, **truncated), partial(losses.top_k_forward_kl, **truncated), True, True),
+    ]  # fmt: skip
     for name, of_logits, of_hidden, of_twin, settings, distils, takes_weights in kinds:
         of_logits, of_twin = partial(of_logits, **settings), partial(of_twin, **settings)
         rows.append(Row(name, of_logits, of_twin, of_logits, False, distils))

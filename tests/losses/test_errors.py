@@ -13,6 +13,7 @@ NEGATIVE = jnp.float32(-1)
 KEPT = losses.TopK(jnp.zeros((B, T, 2), int), jnp.zeros((B, T, 2)))
 
 LINEAR = HIDDEN, UNEMBEDDING, LABELS
+AT_ONCE = losses.linear_raft_losses
 CROSS_ENTROPY, TOP_K = losses.linear_cross_entropy, losses.linear_top_k_forward_kl
 
 WRONG = [
@@ -46,6 +47,8 @@ WRONG = [
     (lambda: TOP_K(HIDDEN, UNEMBEDDING, KEPT, UNEMBEDDING), "must be None where the teacher is a TopK"),
     (lambda: TOP_K(HIDDEN, UNEMBEDDING, HIDDEN), "teacher_unembedding_DV must be a floating"),
     (lambda: TOP_K(HIDDEN, UNEMBEDDING, HIDDEN[:, 1:], UNEMBEDDING), "teacher_hidden_BTD must"),
+    (lambda: AT_ONCE(HIDDEN[:1], LABELS[:1], *LINEAR[:2], HIDDEN, UNEMBEDDING), r"answer_hidden_BAD .* \[2, A, 4\] to"),
+    (lambda: AT_ONCE(HIDDEN, LABELS, *LINEAR[:2], HIDDEN[:, 1:], UNEMBEDDING), "teacher_hidden_BTD must"),
     (lambda: losses.linear_forward_kl(HIDDEN, UNEMBEDDING, HIDDEN, UNEMBEDDING[:, 1:]), "vocabularies differ"),
     (lambda: losses.sequence_mean(LOGITS[..., 0], MASK[:1]), r"mask_BT must have the shape \(2, 3\) of values_BT, got"),
     (lambda: losses.token_mean(LOGITS[..., 0], LABELS), "mask_BT must be a bool array, got int32"),
