@@ -13,7 +13,7 @@ from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from raft_jax.models.weights import GgufFile, open_weights
+from raft_jax.models.weights import GgufFile, check_keys, open_weights
 from raft_jax.sources import resolve
 from raft_jax.train.methods import METHODS, Method
 
@@ -157,10 +157,10 @@ class Rows:
         """Raises InputError where a prompt for rewriting or fusion leaves no room for what is to be written."""
         length = self.config.refine.max_new_tokens
         self._require_room("refine.max_new_tokens", length,
-                           (rewrite_prompt(row.question, row.answer) for row in self.train))
+                           (rewrite_prompt(row.question, row.answer, row.context) for row in self.train))
         # The fusion's prompt has the rewriting in it.
         self._require_room("refine.max_new_tokens", 2 * length,
-                           (fusion_prompt(row.question, row.answer, "") for row in self.train))
+                           (fusion_prompt(row.question, row.answer, "", row.context) for row in self.train))
 
     def check_evaluation(self) -> list[GeneralPrompt]:
         """The general prompts; raises InputError for whatever the evaluation would stumble over."""
@@ -185,7 +185,8 @@ def check(config: Config, console) -> None:
     """Looks at config, data and model, starts nothing, and shows one training example with the tokens that carry loss.
 
     Raises:
-      InputError: whatever a run would refuse before it computes anything, but for the mesh: no device is touched.
+      InputError: whatever a run would refuse before it computes anything, but for the mesh, the shapes of the weights
+        and what is in the encoder's folder: no device is touched, no tensor read.
     """
     from rich.text import Text
 
@@ -196,7 +197,9 @@ def check(config: Config, console) -> None:
     else:
         tokenizer = tokenizer_from_folder(path)
     tokenizer.thinking = config.model.thinking
-    rows = Rows(config, tokenizer, config_from_hf(weights.hf_config).max_positions)
+    decoder = config_from_hf(weights.hf_config)
+    check_keys(weights, decoder)
+    rows = Rows(config, tokenizer, decoder.max_positions)
     methods = [METHODS[name] for name in config.methods]
     console.print(f"data: {config.data.path}")
     for line in rows.describe():

@@ -96,8 +96,8 @@ class Run:
             "likelihood": lambda: LikelihoodJudge(Scorer(self.model, mesh=self.mesh), self.model.params),
         }
         parts = Parts(
-            writer(lambda item: rewrite_prompt(item.question, item.gold), 0), self.encoder,
-            writer(lambda item: fusion_prompt(item.question, item.gold, item.rewrite), 1),
+            writer(lambda item: rewrite_prompt(item.question, item.gold, item.context), 0), self.encoder,
+            writer(lambda item: fusion_prompt(item.question, item.gold, item.rewrite, item.context), 1),
             [judges[name]() for name in settings.judges],
         )
         ledger = Ledger.open(folder / "ledger.jsonl", writes=is_writer())
@@ -143,6 +143,7 @@ class Run:
         found = self._evaluated(path)
         names = ["base", *(method.name for method in self.methods if self._exported(method.name))]
         missing = [name for name in names if name not in found["models"]]
+        self._write_cards(found["models"])  # one that was killed may have left them behind its marks
         if not missing:
             return
         settings, general = self.config.evaluate, self.rows.check_evaluation()
@@ -152,9 +153,7 @@ class Run:
             marks = evaluation.evaluate(name, self._params_of(name))
             found["models"][name] = marks
             write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False))
-            for method in self.methods:
-                if method.name == name:
-                    write_atomically(self.run_dir / name / "hf" / "README.md", self._card(method, found["models"]))
+            self._write_cards(found["models"])
             wait_for_writer(f"evaluate {name}")
             record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, marks["tokens"])
 
@@ -167,6 +166,7 @@ class Run:
 
     def all(self) -> None:
         self.rows.check_evaluation()
+        _ = self.encoder  # read now: one that cannot be is told before the training, not after it
         self.train()
         self.evaluate()
 
@@ -185,6 +185,15 @@ class Run:
         export_hf(self.model, params, folder, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
         wait_for_writer(f"export {method.name}")
         record_time(self.run_dir, "export", method.name, time.perf_counter() - began, 0)
+
+    def _write_cards(self, models: Mapping[str, Any]) -> None:
+        """Scores into the model card of every exported method that has them."""
+        for method in self.methods:
+            path = self.run_dir / method.name / "hf" / "README.md"
+            if method.name in models and self._exported(method.name):
+                card = self._card(method, models)
+                if not path.exists() or path.read_text("utf-8") != card:
+                    write_atomically(path, card)
 
     def _card(self, method: Method, models: Mapping[str, Any] | None = None) -> str:
         from raft_jax.report.card import model_card

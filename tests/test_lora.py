@@ -1,5 +1,6 @@
 """Adapters: what they add, that their student shares the teacher's weights, and what PEFT makes of the saved ones."""
 
+import json
 from dataclasses import replace
 
 import jax
@@ -117,7 +118,9 @@ def test_peft_reads_what_is_saved(tmp_path, family, targets):
     tiny.make_tokenizer().save(tmp_path / "base")
     model = with_scale(load_pretrained(str(tmp_path / "base")))
     adapters = random_adapters(model.config, targets)
-    save_peft(adapters, model.config, tmp_path / "adapter", alpha=ALPHA, base="a base")
+    save_peft(adapters, model.config, tmp_path / "adapter", alpha=ALPHA, base="hf://owner/name")
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "owner/name"  # as the hub calls it, for PEFT to find it
     adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
     with torch.no_grad():
         expected = adapted(torch.tensor(TOKENS)).logits.numpy()

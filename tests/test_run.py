@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from raft_jax.cli import main
 from raft_jax.config import load_config
 from raft_jax.data.examples import Example
+from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined
 from raft_jax.errors import InputError
 from raft_jax.preflight import fitting, read_data, token_rows
@@ -219,6 +220,15 @@ def test_an_evaluation_that_was_interrupted_is_completed(copy, command):
     assert json.loads(path.read_text())["models"] == whole["models"]
 
 
+def test_a_model_card_without_its_scores_gets_them(finished, copy):
+    """As a run leaves it that was killed between the marks and the card."""
+    path = copy / "run/sft/hf/README.md"
+    whole = path.read_text("utf-8")
+    path.write_text(whole.partition("| score |")[0])
+    assert main(["evaluate", str(copy / "config.yaml")]) == 0
+    assert path.read_text("utf-8") == whole.replace(str(finished[0]), str(copy))
+
+
 def test_base_and_tuned_model_answer_side_by_side(finished, command):
     folder, _ = finished
     question = tiny.ROWS[0]["question"]
@@ -260,6 +270,15 @@ def test_targets_and_teacher_prompts_of_each_method(name):
         else:
             assert text(row.teacher_prompt) == (prompt if name == "on_policy" else "")
     assert [row.number for row in made] == [0, 1]
+
+
+def test_every_prompt_has_what_the_question_hangs_on():
+    context = "It is Monday."
+    for asked in (
+        question_prompt("Who?", context), teacher_prompt("Who?", "He.", context),
+        rewrite_prompt("Who?", "He.", context), fusion_prompt("Who?", "He.", "It was he.", context),
+    ):
+        assert [turn["role"] for turn in asked] == ["user"] and f"{context}\n\nWho?" in asked[0]["content"]
 
 
 def test_what_does_not_fit_is_left_out_and_never_cut(tmp_path):

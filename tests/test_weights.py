@@ -276,7 +276,7 @@ def test_export_replaces_an_older_one_whole(tmp_path, folder):
 
 def test_unknown_architectures_are_named(tmp_path, folder, llama_config, tensors, write_gguf):
     change(folder / "config.json", model_type="mamba")
-    supported = "gemma2, gemma3_text, llama, mistral, phi3, qwen2, qwen3, smollm3"
+    supported = "gemma2, gemma3, gemma3_text, llama, mistral, phi3, qwen2, qwen3, smollm3"
     assert f"'mamba' is not supported; supported: {supported}" in error_of(folder)
     path = write_gguf(tmp_path / "m.gguf", llama_config, {}, family="falcon")
     assert "'falcon' is not supported; supported: gemma2, gemma3, llama, phi3, qwen2, qwen3" in error_of(path)
@@ -362,9 +362,11 @@ def test_indices_that_lie(folder, tensors):
     }.items():
         path.write_text(text)
         assert named in error_of(folder) and str(path) in error_of(folder)
-    save_file({"other": np.ones(1, np.float32)}, folder / "other.safetensors")
+    save_file({"lm_head.weight": np.ones(1, np.float32)}, folder / "other.safetensors")
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")}))
     assert "the index says" in error_of(folder)
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors.keys() - {"lm_head.weight"}, "model.safetensors")}))
+    assert error_of(folder).endswith("holds lm_head.weight, which model.safetensors.index.json does not name")
 
 
 def test_folders_that_lack_files(folder, tmp_path):

@@ -7,25 +7,25 @@ Conversation = list[dict[str, str]]
 
 def question_prompt(question: str, context: str = "") -> Conversation:
     """What the student sees: the question, after its context where it has one."""
-    return _ask(f"{context}\n\n{question}" if context else question)
+    return _ask(_whole(question, context))
 
 
-def rewrite_prompt(question: str, answer: str) -> Conversation:
+def rewrite_prompt(question: str, answer: str, context: str = "") -> Conversation:
     """The model says the gold answer again in its own words, knowing the question (Eq. 1).
 
     Small models answer the question anew when it stands next to the task; so the task and the text come last.
     """
     return _ask(
-        f"This text answers the question: {question}\n\n"
+        f"This text answers the question: {_whole(question, context)}\n\n"
         "Rewrite the following text in clear, complete sentences. Keep every fact, number and name.\n\n"
         f"{answer}"
     )
 
 
-def fusion_prompt(question: str, answer: str, rewrite: str) -> Conversation:
+def fusion_prompt(question: str, answer: str, rewrite: str, context: str = "") -> Conversation:
     """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
     return _ask(
-        f"These texts answer the question: {question}\n\n"
+        f"These texts answer the question: {_whole(question, context)}\n\n"
         f"Text 1: {answer}\n\nText 2: {rewrite}\n\n"
         "Merge the two texts into one, in clear, complete sentences. Keep every fact, number and name of text 1. "
         "Write the merged text only."
@@ -34,11 +34,16 @@ def fusion_prompt(question: str, answer: str, rewrite: str) -> Conversation:
 
 def teacher_prompt(question: str, answer: str, context: str = "") -> Conversation:
     """What the teacher sees (Eq. 7, App. H): background knowledge, then the question to be answered from it."""
-    question = f"{context}\n\n{question}" if context else question
     return _ask(
         f"Background reference knowledge:\n{answer}\n\n"
-        f"Answer the following question, using the background knowledge where it helps.\n{question}"
+        "Answer the following question, using the background knowledge where it helps.\n"
+        f"{_whole(question, context)}"
     )
+
+
+def _whole(question: str, context: str) -> str:
+    """What is asked: a question may hang on what came before it."""
+    return f"{context}\n\n{question}" if context else question
 
 
 def _ask(text: str) -> Conversation:

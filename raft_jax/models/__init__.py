@@ -35,6 +35,7 @@ class Model:
     tokenizer: Tokenizer | None = None
     hf_config: dict[str, Any] | None = None
     source: str = ""  # where it was loaded from
+    generation: dict[str, Any] | None = None  # its generation_config.json
 
     def hidden(
         self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None, num_tokens: int | None = None
@@ -112,4 +113,5 @@ def load_pretrained(
         tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
     else:
         tokenizer = tokenizer_from_folder(path)
-    return Model(config, load_parameters(weights, config, dtype, mesh), tokenizer, dict(weights.hf_config), source)
+    params = load_parameters(weights, config, dtype, mesh)
+    return Model(config, params, tokenizer, dict(weights.hf_config), source, weights.generation_config)

@@ -49,7 +49,9 @@ def export_hf(
     for key in ("torch_dtype", "auto_map"):  # the older name of dtype; code that is not exported
         config.pop(key, None)
     _write_json(work / "config.json", config)
-    generation = {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+    # The base model's way of being sampled (temperature, top_p, ...) stays.
+    generation = {key: value for key, value in (model.generation or {}).items() if key != "transformers_version"}
+    generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     if config.get("bos_token_id") is not None:
         generation["bos_token_id"] = config["bos_token_id"]
     _write_json(work / "generation_config.json", generation)

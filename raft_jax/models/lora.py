@@ -95,7 +95,7 @@ def save_peft(
       config: of the decoder.
       folder: made if it is not there.
       alpha: adapters are scaled by alpha / rank.
-      base: the name of the model that they belong to.
+      base: the model that they belong to, a source as `load_pretrained` takes it.
     """
     from safetensors.numpy import save_file
 
@@ -117,7 +117,7 @@ def save_peft(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.removeprefix("hf://"), "r": rank,
         "lora_alpha": alpha * rank / own_rank, "rank_pattern": wider,
         "alpha_pattern": {name: alpha * size / own_rank for name, size in wider.items()},
         "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,

@@ -16,7 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
 from raft_jax.models.decoder import DecoderConfig, parameter_table
-from raft_jax.models.families import Stored, config_from_hf, stored_keys
+from raft_jax.models.families import (
+    DECODER_OF,
+    Stored,
+    config_from_hf,
+    decoder_config,
+    decoder_key,
+    stored_keys,
+)
 from raft_jax.models.families.metadata import ROPE_TENSORS, gguf_names, hf_config_from_gguf
 from raft_jax.sharding import named_sharding, to_host
 
@@ -50,9 +57,17 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.hf_config = read_object(folder / "config.json")
+        given = read_object(folder / "config.json")
+        try:
+            self.hf_config = decoder_config(given)
+        except InputError as error:
+            raise InputError(f"{folder}: {error}") from error
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-        self._file_of = self._index()
+        self._place_of = {key: (path, key) for key, path in self._index().items()}  # file, and key there
+        if given.get("model_type") in DECODER_OF:
+            self._place_of = {
+                ours: place for key, place in self._place_of.items() if (ours := decoder_key(key)) is not None
+            }
 
     def _index(self) -> dict[str, Path]:
         index_path = self.folder / INDEX_NAME
@@ -63,12 +78,23 @@ class SafetensorsFolder:
             for name in weight_map.values():
                 if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                     raise InputError(f"{index_path}: the shard {name!r} does not lie in the folder")
-            return {key: self.folder / name for key, name in weight_map.items()}
+            file_of = {key: self.folder / name for key, name in weight_map.items()}
+            for path in sorted(set(file_of.values())):
+                named = {key for key, place in file_of.items() if place == path}
+                if surplus := sorted(self._header(path)[1].keys() - named - {"__metadata__"}):
+                    raise InputError(f"{path}: holds {surplus[0]}, which {INDEX_NAME} does not name")
+            return file_of
         path = self.folder / "model.safetensors"
         if not path.exists():
             found = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
             raise InputError(f"{self.folder}: neither model.safetensors nor {INDEX_NAME} is there (found {found})")
         return dict.fromkeys(self._header(path)[1].keys() - {"__metadata__"}, path)
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """How the model is meant to be sampled; nothing where the folder does not say."""
+        path = self.folder / "generation_config.json"
+        return read_object(path) if path.exists() else {}
 
     @staticmethod
     def _check(path: Path) -> None:
@@ -85,14 +111,14 @@ class SafetensorsFolder:
         return self.folder
 
     def keys(self) -> set[str]:
-        return set(self._file_of)
+        return set(self._place_of)
 
     def file_of(self, key: str) -> Path:
-        return self._file_of[key]
+        return self._place_of[key][0]
 
     def read(self, key: str) -> np.ndarray:
         """A view of the tensor in its file: what is not looked at is not read."""
-        path = self._file_of[key]
+        path, key = self._place_of[key]
         start, header = self._header(path)
         if key not in header:
             raise InputError(f"{path}: the index says that {key} is here, and it is not")
@@ -115,6 +141,8 @@ class SafetensorsFolder:
 
 class GgufFile:
     """The tensors of a GGUF file under their Hugging Face keys, dequantised and as transformers stores them."""
+
+    generation_config: Mapping[str, Any] = {}
 
     def __init__(self, path: Path):
         import gguf
@@ -186,15 +214,9 @@ def open_weights(path: Path) -> SafetensorsFolder | GgufFile:
     raise InputError(f"{path}: expected a Hugging Face folder or a .gguf file")
 
 
-def load_parameters(
-    weights: SafetensorsFolder | GgufFile, config: DecoderConfig, dtype=jnp.float32, mesh: Mesh | None = None
-) -> dict[str, jax.Array]:
-    """Reads every parameter, one at a time, straight to its place on the mesh.
-
-    Raises:
-      InputError: a key is missing or left over, or a shape is not the config's: key, expected, found.
-    """
-    keys, table = stored_keys(config), parameter_table(config)
+def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> None:
+    """InputError unless every tensor of the config is there, and no other; no tensor is read."""
+    keys = stored_keys(config)
     layers = range(config.num_layers)
     wanted = {stored.key.format(layer) for stored in keys.values() for layer in layers}
     found = weights.keys()
@@ -211,7 +233,18 @@ def load_parameters(
     if surplus:
         key = min(surplus)
         raise InputError(f"{weights.file_of(key)}: {key} is not part of a {config.family} model with this config")
-    parameters = {}
+
+
+def load_parameters(
+    weights: SafetensorsFolder | GgufFile, config: DecoderConfig, dtype=jnp.float32, mesh: Mesh | None = None
+) -> dict[str, jax.Array]:
+    """Reads every parameter, one at a time, straight to its place on the mesh.
+
+    Raises:
+      InputError: a key is missing or left over, or a shape is not the config's: key, expected, found.
+    """
+    check_keys(weights, config)
+    keys, table, parameters = stored_keys(config), parameter_table(config), {}
     for name, stored in keys.items():
         sharding = None if mesh is None else named_sharding(mesh, table[name].axes, table[name].shape, name)
         parameters[name] = _load(weights, name, stored, config, dtype, sharding)

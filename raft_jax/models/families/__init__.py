@@ -50,9 +50,34 @@ FAMILIES = {
     }, BIDIRECTIONAL),
     "gemma3_text": Family("Gemma3ForCausalLM", settings.gemma3, keys.GEMMA, GEMMA | {
         "max_position_embeddings": 131072, "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0,
-        "sliding_window_pattern": 6,
+        "sliding_window_pattern": 6, "num_attention_heads": 8, "vocab_size": 262208,
     }, BIDIRECTIONAL),
 }
+# Models that see, too: the family of the decoder in them, which is what is read.
+DECODER_OF = {"gemma3": "gemma3_text"}
+
+
+def decoder_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the decoder alone, where it has eyes beside it; else what it is."""
+    name = hf.get("model_type")
+    if name not in DECODER_OF:
+        return dict(hf)
+    text = hf.get("text_config")
+    if not isinstance(text, Mapping):
+        raise InputError(f"config.json: {name} needs an object under the key text_config")
+    shared = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype",
+                                       "tie_word_embeddings") if hf.get(key) is not None}
+    family = DECODER_OF[name]
+    return {**shared, **text, "model_type": family, "architectures": [FAMILIES[family].architecture]}
+
+
+def decoder_key(key: str) -> str | None:
+    """The key that a tensor of such a model has in the decoder alone; None where it has none."""
+    for prefix, ours in (("model.language_model.", "model."), ("language_model.model.", "model."),
+                         ("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head.")):
+        if key.startswith(prefix):
+            return ours + key.removeprefix(prefix)
+    return None
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
@@ -64,7 +89,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
     """
     name = hf.get("model_type")
     if name not in FAMILIES:
-        raise InputError(f"config.json: model_type {name!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        supported = ", ".join(sorted(FAMILIES | DECODER_OF))
+        raise InputError(f"config.json: model_type {name!r} is not supported; supported: {supported}")
     family = FAMILIES[name]
     for key in (*family.refused, "quantization_config"):
         if hf.get(key):
