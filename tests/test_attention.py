@@ -1,5 +1,7 @@
 """The attention, plain and by kernels, against a float64 NumPy twin; splash runs in Pallas's interpreter."""
 
+import re
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +14,7 @@ import tiny
 from raft_jax.config import ATTENTION
 from raft_jax.errors import InputError
 from raft_jax.models import attention, load_pretrained
-from raft_jax.models.decoder import positions_from_mask
+from raft_jax.models.decoder import parameter_table, positions_from_mask
 from raft_jax.sharding import make_mesh
 
 B, N, K, H = 2, 4, 2, 16
@@ -159,6 +161,59 @@ def test_cudnn_is_asked_for_the_same(case, odd, monkeypatch):
     real = mask_BS[:, S - T :] != 0
     np.testing.assert_allclose(found[real], twin(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
     assert np.isfinite(found).all()
+
+
+@pytest.fixture
+def a_gpu_with_cudnn(monkeypatch):
+    """What JAX asks the machine before it lowers a call of cuDNN."""
+    fused = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda wanted: True)
+
+
+def kernels(platform: str, function, *arguments) -> dict[str, int]:
+    """How often each kernel is called by the program that another platform's compiler would get."""
+    program = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+    return dict(Counter(re.findall(r'@__cudnn\$(\w+)\(|kernel_name = "splash_mha_([a-z]+)', program)))
+
+
+@pytest.mark.parametrize("width", [64, 96, 128])
+@pytest.mark.parametrize("case", ["whole", "last of many", "window", "packed"])
+@pytest.mark.parametrize("odd", [(0, 0), (1, 2)])
+def test_what_goes_to_a_gpu_is_cudnns(a_gpu_with_cudnn, case, odd, width):
+    """Forward and backward pass, through all that JAX wants of shapes and dtypes; no GPU is needed to lower them."""
+    T, S, _, window, packed = CASES[case]
+    T, S = T + odd[0], S + odd[1]
+    query, key = (jax.ShapeDtypeStruct((B, *shape, width), jnp.bfloat16) for shape in ((T, N), (S, K)))
+    mask = jax.ShapeDtypeStruct((B, S), jnp.int32 if packed else jnp.bool_)
+
+    def weighed(*arguments):
+        run = partial(attention.flash, kernel="cudnn", scale=0.3, window=window)
+        return jnp.sum(run(*arguments).astype(jnp.float32))
+
+    found = kernels("cuda", jax.grad(weighed, (0, 1, 2)), query, key, key, mask)
+    assert found == {("fmhaScaleBiasSoftmax", ""): 1, ("fmhaScaleBiasSoftmaxBackward", ""): 1}
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(("kernel", "platform", "forward", "backward"), [
+    ("cudnn", "cuda", ("fmhaScaleBiasSoftmax", ""), [("fmhaScaleBiasSoftmaxBackward", "")]),
+    ("splash", "tpu", ("", "fwd"), [("", "dq"), ("", "dkv")]),
+])
+def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forward, backward, remat):
+    """In each branch of a fork, packed, over layers; and again in the backward pass where nothing is kept for it."""
+    model = tiny.make_model()
+    model = replace(model, config=replace(model.config, kernel=kernel, head_width=64, remat=remat))
+    params = {
+        name: jax.ShapeDtypeStruct(info.shape, jnp.bfloat16) for name, info in parameter_table(model.config).items()
+    }
+    tokens, mask = jax.ShapeDtypeStruct((2, 21), jnp.int32), jax.ShapeDtypeStruct((2, 21), jnp.bool_)
+
+    def weighed(params, tokens, mask):
+        return jnp.sum(model.hidden(params, tokens, None, mask, (8, 7), num_tokens=40).astype(jnp.float32))
+
+    found = kernels(platform, jax.grad(weighed), params, tokens, mask)
+    assert found == {forward: 4 if remat else 2, **dict.fromkeys(backward, 2)}
 
 
 def test_splash_on_a_mesh():

@@ -237,6 +237,11 @@ def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
     return mixed_BTNH[:, odd_T:]
 
 
+def by_cudnn(primitive, *_, **__) -> bool:
+    """A checkpoint policy: what cuDNN's forward pass leaves for its backward pass, which has no name to keep it by."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
 def visible(T: int, S: int, window: int | None) -> jax.Array:
     """Which of S tokens each of the last T may see [T, S]: none that come after it, none beyond the window."""
     seen_TS = jnp.tri(T, S, S - T, dtype=bool)
@@ -272,7 +277,7 @@ def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, inter
         mask = masks.LocalMask((padded_T, padded_S), window_size=(window - 1, 0), offset=S - T)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * query.shape[1]), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
-        interpret=interpret,
+        interpret=interpret, residual_checkpoint_name=KEPT,
         block_sizes=splash.BlockSizes(
             block_q=block_T, block_kv=block_S, block_kv_compute=block_S, block_q_dkv=block_T, block_kv_dkv=block_S,
             block_kv_dkv_compute=block_S, block_q_dq=block_T, block_kv_dq=block_S,

@@ -12,13 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from raft_jax.models.attention import KEPT, attend, attend_one, for_attention
+from raft_jax.models.attention import KEPT, attend, attend_one, by_cudnn, for_attention
 from raft_jax.models.layer import project, residual, rms_norm, side_by_side
 from raft_jax.models.rope import Rope, of_kind, rope_tables
 from raft_jax.models.tiles import Tiled
@@ -26,9 +27,10 @@ from raft_jax.packing import make_packing
 from raft_jax.sharding import constrain
 
 # What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
-POLICY = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT)
-)
+POLICY = reduce(jax.checkpoint_policies.save_from_both_policies, (
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT),
+    by_cudnn,
+))
 
 
 @dataclass(frozen=True)
