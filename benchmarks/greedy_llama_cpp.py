@@ -1,5 +1,8 @@
 """Greedy text of a real GGUF model, ours against llama.cpp's: python benchmarks/greedy_llama_cpp.py MODEL.gguf
 
+Of an exported folder: python convert_hf_to_gguf.py FOLDER --outfile OUT.gguf (llama.cpp's own script), then
+python benchmarks/greedy_llama_cpp.py FOLDER --gguf OUT.gguf.
+
 Needs xllamacpp. llama.cpp answers each prompt; at every token of its answers it is asked how far that token lies below
 our most likely one. llama.cpp rounds activations to 8 bits where weights are quantised, so near ties may fall the other
 way; any other difference ends the script with 1.
@@ -56,6 +59,7 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("--tokens", type=int, default=40)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gguf", help="what llama.cpp runs, such as an exported folder converted; default: the model")
     parser.add_argument("--own", action="store_true", help="show our own greedy answers, too")
     args = parser.parse_args()
     began = time.perf_counter()
@@ -63,7 +67,7 @@ def main() -> int:
     print(f"loaded in {time.perf_counter() - began:.0f} s")
     tokenizer = model.tokenizer
     prompts = [tokenizer.chat_prompt([{"role": "user", "content": question}]) for question in QUESTIONS]
-    theirs = llama_cpp_answers(os.fspath(args.model), prompts, args.tokens)
+    theirs = llama_cpp_answers(os.fspath(args.gguf or args.model), prompts, args.tokens)
     rows = [prompt + answer for prompt, answer in zip(prompts, theirs, strict=True)]
     tokens_BT, mask_BT = pad(rows, max(map(len, rows)), tokenizer.pad_id, left=False)
     hidden_BTD = jax.jit(model.hidden)(model.params, tokens_BT, None, mask_BT)

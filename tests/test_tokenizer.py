@@ -125,6 +125,44 @@ def test_any_special_token_stays_text():
         assert tokenizer.decode(found) == text
 
 
+def sentencepiece_backend(special: dict[str, bool]) -> Backend:
+    """With special tokens that swallow the white space behind them, or do not."""
+    words = [*special, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Helothr<>/s|end\n", "▁H", "▁t"]
+    words = list(dict.fromkeys(words))
+    backend = Backend(models.BPE(
+        {word: index for index, word in enumerate(words)}, [("▁", "H"), ("▁", "t")], byte_fallback=True,
+        fuse_unk=True, unk_token="<unk>",
+    ))
+    backend.add_special_tokens([
+        AddedToken(name, special=True, normalized=False, rstrip=strips) for name, strips in special.items()
+    ])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["prepended", "at the beginning"])
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_special_tokens_name_changes_nothing_around_it(kind, strips):
+    """White space behind the template's own marks (Phi-3's swallow it) and the space before a text (Mistral's stands
+    at the beginning alone) are as in a conversation without such a name."""
+    backend = sentencepiece_backend({"</s>": False, "<|u|>": strips, "<|end|>": strips})
+    if kind == "prepended":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    template = "{% for m in messages %}H<|u|>\n{{ m.content }}<|end|>\n{% endfor %}<|u|>\n"
+    tokenizer = with_template(template, backend, eos_token="</s>", pad_token=None)
+
+    def pieces(content):
+        return [backend.id_to_token(index) for index in tokenizer.chat_prompt([{"role": "user", "content": content}])]
+
+    plain, named = pieces("Hello thre"), pieces("Hello <|end|> </s>")
+    before = plain.index("▁t") if "▁t" in plain else plain.index("t")
+    assert named[:before] == plain[:before]
+    assert named.count("<|end|>") == plain.count("<|end|>") == 1 and "</s>" not in named
+    assert named[named.index("<|end|>"):] == plain[plain.index("<|end|>"):]
+    assert "".join(named[before:named.index("<|end|>")]).strip("▁") == "<|end|>▁</s>"
+
+
 def test_templates_see_the_content_as_it_is():
     """A template that asks whether a content starts with or contains a special token's name gets the true answer."""
     template = "{% for m in messages %}{{ m.content.split('<|pad|>')[-1] }}|{{ '<|im_end|>' in m.content }}{% endfor %}"
@@ -264,6 +302,33 @@ def test_a_sentencepiece_tokenizer_from_gguf(prefix):
         tokenizer_from_gguf(lacking, "here")
 
 
+def test_what_a_gguf_file_leaves_to_its_names(tmp_path):
+    """Phi-3's marks swallow white space, but for three; of an export, sentencepiece texts begin with bos."""
+    special = ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|user|>", "<|end|>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"Hi", "▁H"]
+    fields = {
+        "general.architecture": "phi3", "tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [0.0] * len(tokens), "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.ggml.token_type": [2, *[3] * 5, *[6] * 256, *[1] * 4], "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 3,
+        "tokenizer.chat_template": "{% for m in messages %}<|user|>\n{{ m.content }}<|end|>\n{% endfor %}",
+    }
+    hi = [{"role": "user", "content": "Hi"}]
+    for arch, between in (("phi3", []), ("llama", ["▁", "<0x0A>"])):
+        tokenizer = tokenizer_from_gguf(fields | {"general.architecture": arch}, "here")
+        found = [tokens[index] for index in tokenizer.chat_prompt(hi)]
+        word = ["▁H", "i"] if arch == "phi3" else ["H", "i"]
+        assert found == ["<|user|>", *between, *word, "<|end|>", *between]
+        added = tokenizer.backend.get_added_tokens_decoder()
+        swallow = {token.content for token in added.values() if token.rstrip}
+        assert swallow == ({"</s>", "<|user|>", "<|end|>"} if arch == "phi3" else set())
+    reference = theirs(tokenizer, tmp_path)
+    assert reference("Hi")["input_ids"][0] == 1 and chat_ids(reference, hi, True) == tokenizer.chat_prompt(hi)
+    assert 1 not in tokenizer.encode("Hi")
+    reference = theirs(tokenizer_from_gguf(fields | {"tokenizer.ggml.add_bos_token": False}, "here"), tmp_path)
+    assert 1 not in reference("Hi")["input_ids"]
+
+
 def test_qwen2_composes_characters():
     tokenizer = tokenizer_from_gguf(gguf_fields("qwen2", [], []), "here")
     assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00e9")
@@ -286,6 +351,16 @@ def test_unknown_gguf_tokenizers_are_named(changes, named):
     fields = {k: v for k, v in (gguf_fields("gpt-2", [], []) | changes).items() if v is not None}
     with pytest.raises(InputError, match=f"^here: {named}"):
         tokenizer_from_gguf(fields, "here")
+
+
+def test_the_sentencepiece_model_goes_along(tmp_path, tokenizer):
+    for name in ("base", "out", "again"):
+        (tmp_path / name).mkdir()
+    tokenizer.save(tmp_path / "base")
+    assert not (tmp_path / "base/tokenizer.model").exists()
+    (tmp_path / "base/tokenizer.model").write_bytes(b"pieces")
+    tokenizer_from_folder(tmp_path / "base").save(tmp_path / "out")
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
 
 
 def test_folders(tmp_path, tokenizer):

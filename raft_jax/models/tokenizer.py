@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -39,6 +40,7 @@ PRE_TOKENIZERS["gpt-4o"] = dict(pattern=(
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ))
 GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
+PHI3_KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
 SPACE = "▁"  # how sentencepiece writes a space
 # A chat turn may end with another token than a text does.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
@@ -47,8 +49,9 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 class Tokenizer:
     """Text ↔ ids, and conversations → prompts in the model's own chat template.
 
-    Text that a caller gives never becomes a special token: `<|im_end|>` in a question stays five characters
-    of text and more, as tokens of ordinary text.
+    Text that a caller gives never becomes a special token: `<|im_end|>` in a question stays tokens of ordinary text.
+    Added tokens that the tokenizer does not flag as special (Qwen's `<think>`, `<tool_call>`) are tokens wherever they
+    stand, as in transformers.
     """
 
     def __init__(self, backend, settings: Mapping[str, Any], source: str):
@@ -63,6 +66,7 @@ class Tokenizer:
         }
         names = sorted(self.special_ids, key=len, reverse=True)
         self._special_name = "|".join(map(re.escape, names)) or "(?!)"
+        self._renamed: dict[str, Any] = {}
         if not self.settings.get("chat_template"):
             raise InputError(f"{source}: no chat template; an instruction-tuned model is needed")
         self._template = _compile(self.settings["chat_template"], source)
@@ -127,10 +131,12 @@ class Tokenizer:
             self.backend.encode_special_tokens = False
             return self.backend.encode(text, add_special_tokens=False).ids
         parts = re.split(f"(?<!{marker})({self._special_name})", text)  # text, name, text, ..., text
-        return list(chain.from_iterable(
-            [self.special_ids[part]] if index % 2 else self.encode(part.replace(marker, ""))
-            for index, part in enumerate(parts)
-        ))
+        text = "".join(
+            marker + part if index % 2 else part.replace(marker, "") for index, part in enumerate(parts)
+        )
+        if marker not in self._renamed:
+            self._renamed[marker] = _renamed(self.backend, {name: marker + name for name in self.special_ids})
+        return self._renamed[marker].encode(text, add_special_tokens=False).ids
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text in the model's template."""
@@ -165,12 +171,36 @@ class Tokenizer:
         return answer[: ends[0] + 1]
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja."""
+        """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, and tokenizer.model where the base has it:
+        llama.cpp's converter reads a sentencepiece vocabulary from there alone."""
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", "extra_stop_ids")}
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, "utf-8")
         (folder / "chat_template.jinja").write_text(self.settings["chat_template"], "utf-8")
+        if (model := Path(self.source) / "tokenizer.model").is_file():
+            shutil.copyfile(model, folder / "tokenizer.model")
+
+
+def _renamed(backend, names: Mapping[str, str]):
+    """The same tokenizer with other names for its special tokens: what had been one is then ordinary text, and all that
+    hangs on a special token (white space that it swallows, spaces that are set before a text) stays as it was."""
+    from tokenizers import Tokenizer as Backend
+
+    spec = json.loads(backend.to_str())
+    spec["post_processor"] = None
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = spec["model"]
+    if isinstance(model["vocab"], list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    else:
+        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
+    if "merges" in model:  # a vocabulary may know how to put a special token's name together
+        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    return Backend.from_str(json.dumps(spec))
 
 
 def _compile(template: str, source: str):
@@ -249,6 +279,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
             if (index := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
                 settings[f"{ours}_token"] = metadata["tokenizer.ggml.tokens"][index]
+        begins = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
+        if begins and "bos_token" in settings:
+            _begin_with(backend, settings["bos_token"])
     except KeyError as error:
         raise InputError(f"{source}: the GGUF metadata lacks {error.args[0]}") from error
     except Exception as error:  # the library raises plain Exception
@@ -305,10 +338,25 @@ def _add_tokens(backend, metadata) -> None:
     from tokenizers import AddedToken
 
     kinds = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
-    backend.add_tokens([
-        AddedToken(token, special=kind == GGUF_CONTROL or token in END_OF_TURN, normalized=False)
+    # No field says that the marks of Phi-3 swallow the white space behind them; llama.cpp knows it by the name.
+    phi3 = (metadata.get("general.architecture"), metadata["tokenizer.ggml.model"]) == ("phi3", "llama")
+    found = [
+        (token, kind == GGUF_CONTROL or token in END_OF_TURN)
         for token, kind in kinds if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
+    ]
+    backend.add_tokens([
+        AddedToken(token, special=special, normalized=False, rstrip=phi3 and special and token not in PHI3_KEEP_SPACE)
+        for token, special in found
     ])
+
+
+def _begin_with(backend, bos: str) -> None:
+    """A text on its own begins with bos, for those who load an export: our prompts have it from their template."""
+    from tokenizers import processors
+
+    backend.post_processor = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, backend.token_to_id(bos))]
+    )
 
 
 def load_tokenizer(source: str) -> Tokenizer:
