@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import sentencepiece
 from tiny import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
@@ -289,12 +290,16 @@ def test_a_sentencepiece_tokenizer_from_gguf(prefix):
         "tokenizer.ggml.eos_token_id": 2, "tokenizer.chat_template": CHAT_TEMPLATE,
     }
     tokenizer = tokenizer_from_gguf(fields, "here")
+    original = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.sentencepiece)
+    assert [original.id_to_piece(index) for index in range(original.vocab_size())] == tokens
+    assert (original.unk_id(), original.eos_id()) == (0, 2)
     for text in [*("".join(random.choice(list("  aabbcc"), 12)) for _ in range(60)), "é 東", "a</s>b"]:
         text = text.replace("  x", "")
         ids = tokenizer.encode(text)
         expected = pieces_by_score(("▁" if prefix else "") + text.replace(" ", "▁"), scores)
         assert [tokens[index] for index in ids] == expected, text
         assert tokenizer.decode(ids) == text
+        assert original.encode(text) == ids, text  # by the tokenizer.model that an export has
     assert tokenizer.stop_ids == (2, tokens.index("<end_of_turn>"))
     assert tokens.index("  x") in tokenizer.encode("a  xb") and 2 not in tokenizer.encode("</s>")
     lacking = {key: value for key, value in fields.items() if not key.endswith("scores")}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
+from raft_jax.models.sentencepiece import model_file
 from raft_jax.models.weights import open_weights, read_object
 from raft_jax.sources import resolve
 
@@ -40,7 +40,7 @@ PRE_TOKENIZERS["gpt-4o"] = dict(pattern=(
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ))
 GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
-PHI3_KEEP_SPACE = ("<unk>", "<s>", "<|endoftext|>")
+PHI3_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 SPACE = "▁"  # how sentencepiece writes a space
 # A chat turn may end with another token than a text does.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
@@ -61,6 +61,7 @@ class Tokenizer:
         # What templates are told: which day it is (default today), and whether the model may think first (its default).
         self.date: datetime.date | None = None
         self.thinking: bool | None = None
+        self.sentencepiece: bytes | None = None  # its tokenizer.model
         self.special_ids = {
             token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }
@@ -171,15 +172,15 @@ class Tokenizer:
         return answer[: ends[0] + 1]
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, and tokenizer.model where the base has it:
-        llama.cpp's converter reads a sentencepiece vocabulary from there alone."""
+        """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, and tokenizer.model of sentencepiece, from
+        which alone llama.cpp's converter reads such a vocabulary."""
         self.backend.save(str(folder / "tokenizer.json"))
         settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", "extra_stop_ids")}
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, "utf-8")
         (folder / "chat_template.jinja").write_text(self.settings["chat_template"], "utf-8")
-        if (model := Path(self.source) / "tokenizer.model").is_file():
-            shutil.copyfile(model, folder / "tokenizer.model")
+        if self.sentencepiece is not None:
+            (folder / "tokenizer.model").write_bytes(self.sentencepiece)
 
 
 def _renamed(backend, names: Mapping[str, str]):
@@ -258,7 +259,10 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
     if generation.exists():
         eos = read_object(generation).get("eos_token_id")
         settings["extra_stop_ids"] = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return Tokenizer(backend, settings, str(folder))
+    tokenizer = Tokenizer(backend, settings, str(folder))
+    if (model := folder / "tokenizer.model").is_file():
+        tokenizer.sentencepiece = model.read_bytes()
+    return tokenizer
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
@@ -286,7 +290,9 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
         raise InputError(f"{source}: the GGUF metadata lacks {error.args[0]}") from error
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{source}: the GGUF metadata describes no whole tokenizer ({error})") from error
-    return Tokenizer(backend, settings, source)
+    tokenizer = Tokenizer(backend, settings, source)
+    tokenizer.sentencepiece = model_file(metadata) if kind == "llama" else None
+    return tokenizer
 
 
 def _byte_pairs(metadata, pattern: str, digits: bool = False, whole: bool = False, nfc: bool = False):
@@ -344,8 +350,9 @@ def _add_tokens(backend, metadata) -> None:
         (token, kind == GGUF_CONTROL or token in END_OF_TURN)
         for token, kind in kinds if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
     ]
+    strips = {token for token, special in found if special or token == "</s>"} - PHI3_KEEP_SPACE
     backend.add_tokens([
-        AddedToken(token, special=special, normalized=False, rstrip=phi3 and special and token not in PHI3_KEEP_SPACE)
+        AddedToken(token, special=special, normalized=False, rstrip=phi3 and token in strips)
         for token, special in found
     ])
 
