@@ -153,7 +153,7 @@ class Run:
             marks = evaluation.evaluate(name, self._params_of(name))
             found["models"][name] = marks
             write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False))
-            self._write_cards(found["models"])
+            self._write_cards(found["models"], evaluated=name)
             wait_for_writer(f"evaluate {name}")
             record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, marks["tokens"])
 
@@ -186,14 +186,16 @@ class Run:
         wait_for_writer(f"export {method.name}")
         record_time(self.run_dir, "export", method.name, time.perf_counter() - began, 0)
 
-    def _write_cards(self, models: Mapping[str, Any]) -> None:
-        """Scores into the model card of every exported method that has them."""
+    def _write_cards(self, models: Mapping[str, Any], evaluated: str | None = None) -> None:
+        """Scores into the model card of what was just evaluated, and of what has marks and a card without them."""
+        from raft_jax.report.card import has_scores
+
         for method in self.methods:
+            if method.name not in models or not self._exported(method.name):
+                continue
             path = self.run_dir / method.name / "hf" / "README.md"
-            if method.name in models and self._exported(method.name):
-                card = self._card(method, models)
-                if not path.exists() or path.read_text("utf-8") != card:
-                    write_atomically(path, card)
+            if method.name == evaluated or not path.exists() or not has_scores(path.read_text("utf-8")):
+                write_atomically(path, self._card(method, models))
 
     def _card(self, method: Method, models: Mapping[str, Any] | None = None) -> str:
         from raft_jax.report.card import model_card

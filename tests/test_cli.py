@@ -165,7 +165,7 @@ def test_damaged_models_are_named(template, folder, capsys):
     weights.write_bytes(whole)
 
     hf = json.loads((model / "config.json").read_text())
-    for change, words in (({"model_type": "mamba"}, "'mamba' is not supported; supported: gemma2, gemma3_text, llama,"),
+    for change, words in (({"model_type": "mamba"}, "'mamba' is not supported; supported: gemma2, gemma3, gemma3_"),
                           ({"hidden_size": 48}, "has shape"), ({"num_hidden_layers": 3}, "is missing")):
         (model / "config.json").write_text(json.dumps({**hf, **change}))
         assert words in message()

@@ -15,6 +15,12 @@ SCORES = (
     ("general", "divergence", "KL(base ‖ model) on general prompts, nats per token"),
     ("general", "accuracy", "accuracy on general prompts"),
 )
+SCORES_BEGIN = "| score |"
+
+
+def has_scores(card: str) -> bool:
+    """Whether the card of a model was written after its evaluation."""
+    return SCORES_BEGIN in card
 
 
 def model_card(
@@ -51,7 +57,7 @@ def model_card(
     if models and name in models:
         shown = [key for key in ("base", name) if key in models]
         heads = " | ".join("base model" if key == "base" else "this model" for key in shown)
-        lines += ["", f"| score | {heads} |", "|---|" + "---|" * len(shown)]
+        lines += ["", f"{SCORES_BEGIN} {heads} |", "|---|" + "---|" * len(shown)]
         for part, score, meaning in SCORES:
             values = [estimate(models[key].get(part, {}).get(score)) for key in shown]
             lines.append(f"| {meaning} | {' | '.join(values)} |")
