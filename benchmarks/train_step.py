@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> dict:
     import numpy as np
 
     from raft_jax.config import LoraConfig
-    from raft_jax.data.batches import Batch, Room, pad
+    from raft_jax.data.batches import Batch, Room, pad, shared_prefix
     from raft_jax.data.prompts import question_prompt, teacher_prompt
     from raft_jax.models import load_pretrained
     from raft_jax.sampling import make_generate
@@ -75,9 +75,23 @@ def measure(options: argparse.Namespace) -> dict:
     rows = read_rows(Path(options.rows), (options.warmup + options.steps) * size)
     batches = [batch_of(rows[start : start + size]) for start in range(0, len(rows), size)]
 
+    def sizes_of(batch: Batch) -> tuple[list[int], list[int]]:
+        """Real tokens of prompts, answers and teacher prompts, what all rows begin with once; and that beginning."""
+        parts = (
+            (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA),
+            (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ),
+        )
+        shared = [
+            shared_prefix([row[real].tolist() for row, real in zip(tokens, mask, strict=True)])
+            for tokens, mask in parts
+        ]
+        shared[1] = 0
+        again = [(options.batch_size - 1) * length for length in shared]
+        return [int(mask.sum()) - less for (_, mask), less in zip(parts, again, strict=True)], shared
+
     def room_of(batch: Batch) -> Room:
-        masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
-        return Room(*(rounded(mask.sum()) for mask in masks))
+        counts, shared = sizes_of(batch)
+        return Room(*map(rounded, counts), 0, shared[0], shared[2])
 
     programs: dict = {}
     compile_seconds = 0.0  # a run compiles each shape once: kept apart
@@ -94,7 +108,8 @@ def measure(options: argparse.Namespace) -> dict:
         batch, room = jax.device_put(batches[index]), room_of(batches[index])
         key = jax.random.fold_in(jax.random.key(0), index)
         given = state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
-        generates = program((batch.prompt_BP.shape, room.prompt), generate, *given, num_prompt_tokens=room.prompt)
+        static = {"num_prompt_tokens": room.prompt, "shared": room.shared_prompt}
+        generates = program((batch.prompt_BP.shape, *static.values()), generate, *given, **static)
         rollout = generates(*given)
         room = room.with_rollout(int(rollout.mask_BC.sum()), rollout.mask_BC.size)
         given = state, model.params, batch, rollout
@@ -112,9 +127,7 @@ def measure(options: argparse.Namespace) -> dict:
         batch, drawn = batches[index], np.asarray(rollout.mask_BC)
         loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
         # Prefill, decode (until the last row is done), student, teacher: places outside the attention.
-        prompt, answer, teacher = (int(mask.sum()) for mask in (
-            batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
-        ))
+        (prompt, answer, teacher), _ = sizes_of(batch)
         decoded, generated = drawn[:, : drawn.any(0).sum()].size, int(drawn.sum())
         real += 2 * prompt + answer + teacher + 3 * generated
         computed += 2 * room.prompt + room.answer + room.teacher_prompt + decoded + 2 * room.rollout

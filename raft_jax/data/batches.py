@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -24,12 +25,17 @@ class Batch(NamedTuple):
 
 
 class Room(NamedTuple):
-    """How many real tokens the rows of one (micro-)batch on one part of the mesh hold at most."""
+    """How many real tokens the rows of one (micro-)batch on one part of the mesh hold at most.
+
+    What all prompts begin with, as most chat templates do, counts once.
+    """
 
     prompt: int
     answer: int
     teacher_prompt: int
     rollout: int = 0
+    shared_prompt: int = 0  # how many tokens that is
+    shared_teacher_prompt: int = 0
 
     def with_rollout(self, count: int, capacity: int) -> Room:
         """With room for `count` tokens of rollouts, in quarters of all they may have: few sizes, few programs.
@@ -115,13 +121,16 @@ class Batches:
             np.array([row.number for row in rows], np.int32),
         )
 
-    def rooms(self, num_steps: int, num_parts: int = 1, num_micro_batches: int = 1) -> list[Room] | None:
+    def rooms(
+        self, num_steps: int, num_parts: int = 1, num_micro_batches: int = 1, share: bool = True
+    ) -> list[Room] | None:
         """The room that each step's batch needs: the largest of its class, so that a class remains one program.
 
         Args:
           num_steps: of the whole run.
           num_parts: into how many runs of rows the mesh cuts a batch.
           num_micro_batches: M of them; rows m, m + M, ... are one.
+          share: whether what all prompts begin with may be computed once.
 
         Returns:
           A Room a step, without the rollout's; None where rows do not divide evenly.
@@ -129,6 +138,11 @@ class Batches:
         if self.batch_size % (num_parts * num_micro_batches):
             return None
         names = ("prompt", "answer", "teacher_prompt")
+        shared = np.array([
+            shared_prefix([getattr(row, name) for row in self.rows]) if share and name != "answer" else 0
+            for name in names
+        ])
+        rows_per_cell = self.batch_size // (num_parts * num_micro_batches)
         needed = [np.zeros(len(names), int) for _ in self._classes]
         classes = []
         for step in range(num_steps):
@@ -138,7 +152,11 @@ class Batches:
             cells = np.reshape(lengths, (num_parts, -1, num_micro_batches, len(names))).sum(axis=1)
             needed[number] = np.maximum(needed[number], cells.max(axis=(0, 1)))
             classes.append(number)
-        return [Room(*(_round_up(int(count)) for count in needed[number])) for number in classes]
+        again = (rows_per_cell - 1) * shared
+        rooms = [
+            Room(*map(_round_up, (count - again).tolist()), 0, int(shared[0]), int(shared[2])) for count in needed
+        ]
+        return [rooms[number] for number in classes]
 
     def _planned(self, epoch: int) -> list[tuple[int, list[int]]]:
         if self._epoch[0] != epoch:
@@ -155,6 +173,16 @@ class Batches:
             batches += [(number, members[start : start + self.batch_size]) for start in range(0, full, self.batch_size)]
             left_over = members[full:]
         return [batches[index] for index in random.permutation(len(batches))]
+
+
+def shared_prefix(rows: Sequence[list[int]]) -> int:
+    """With how many equal tokens all rows begin.
+
+    Example:
+      >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]])
+      2
+    """
+    return len(os.path.commonprefix(rows))
 
 
 def _round_up(length: int, multiple: int = 8) -> int:

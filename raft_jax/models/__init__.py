@@ -38,16 +38,17 @@ class Model:
     generation: dict[str, Any] | None = None  # its generation_config.json
 
     def hidden(
-        self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None, num_tokens: int | None = None
+        self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None, num_tokens: int | None = None,
+        shared: int = 0,
     ) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
-        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT, fork, num_tokens)
+        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT, fork, num_tokens, shared)
 
     def prefill(
-        self, params, tokens_BT, mask_BT, length: int, num_tokens: int | None = None
+        self, params, tokens_BT, mask_BT, length: int, num_tokens: int | None = None, shared: int = 0
     ) -> tuple[jax.Array, Cache]:
         """Hidden states of prompts and a cache that begins with them; see Decoder.prefill."""
-        return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length, num_tokens)
+        return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length, num_tokens, shared)
 
     def step(self, params, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states of the next token and the grown cache; see Decoder.step."""

@@ -175,7 +175,7 @@ class Decoder(nnx.Module):
 
     def hidden(
         self, tokens_BT, positions_BT=None, mask_BT=None, fork: tuple[int, int] | None = None,
-        num_tokens: int | None = None,
+        num_tokens: int | None = None, shared: int = 0,
     ) -> jax.Array:
         """Final hidden states, after the last norm, of whole sequences.
 
@@ -189,20 +189,27 @@ class Decoder(nnx.Module):
             see the A in between; it follows the P.
           num_tokens: how many real tokens the rows on one device hold at most: padding is then left out of everything
             but the attention. More of them than that make NaN.
+          shared: with how many equal tokens the rows on one device begin. They count once in num_tokens, and are
+            computed once outside the attention; rows that differ there make NaN. Not for ropes with long frequencies,
+            in which equal tokens of a short and a long text differ.
 
         Returns:
           hidden_BTD in the parameters' dtype; what stands at padding means nothing.
         """
         mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        return self._forward(tokens_BT, positions_BT, mask_BT, fork, num_tokens)[0]
+        return self._forward(tokens_BT, positions_BT, mask_BT, fork, num_tokens, shared)[0]
 
-    def prefill(self, tokens_BT, mask_BT, length: int, num_tokens: int | None = None) -> tuple[jax.Array, Cache]:
+    def prefill(
+        self, tokens_BT, mask_BT, length: int, num_tokens: int | None = None, shared: int = 0
+    ) -> tuple[jax.Array, Cache]:
         """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them.
 
-        `num_tokens` as in `hidden`.
+        `num_tokens` and `shared` as in `hidden`.
         """
         room = length - tokens_BT.shape[1]
-        hidden_BTD, (keys, values) = self._forward(tokens_BT, None, mask_BT, None, num_tokens, keep=True, room=room)
+        hidden_BTD, (keys, values) = self._forward(
+            tokens_BT, None, mask_BT, None, num_tokens, shared, keep=True, room=room
+        )
         keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, room),))
         values = jnp.pad(values, ((0, 0),) * 3 + ((0, room), (0, 0)))
         return hidden_BTD, Cache(keys, values, jnp.pad(mask_BT, ((0, 0), (0, room))), jnp.int32(tokens_BT.shape[1]))
@@ -266,12 +273,12 @@ class Decoder(nnx.Module):
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
 
     def _forward(
-        self, tokens_BT, positions_BT, mask_BT, fork=None, num_tokens=None, *, keep: bool = False, room: int = 0
+        self, tokens_BT, positions_BT, mask_BT, fork=None, num_tokens=None, shared=0, *, keep=False, room=0
     ):
         """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
         config = self.config
         positions_BT = positions_from_mask(mask_BT, fork) if positions_BT is None else positions_BT
-        pack, unpack = make_packing(mask_BT, num_tokens)
+        pack, unpack = make_packing(mask_BT, num_tokens, shared)
         length_BT = text_lengths(mask_BT, positions_BT) + room
         ropes = rope_tables(config.ropes, pack(positions_BT), pack(length_BT))
 
@@ -285,7 +292,11 @@ class Decoder(nnx.Module):
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
         policy = None if config.remat else POLICY
         layer = jax.checkpoint(layer, policy=policy)
-        x, kept = jax.lax.scan(layer, self._embed(pack(tokens_BT)), self._layers())
+        x = self._embed(pack(tokens_BT))
+        if shared:
+            same = jnp.all((unpack(pack(tokens_BT)) == tokens_BT) | (mask_BT == 0))
+            x = jnp.where(same, x, jnp.nan)
+        x, kept = jax.lax.scan(layer, x, self._layers())
         return unpack(rms_norm(config, x, self.final_norm_D[...])), kept
 
     def _embed(self, tokens_BT) -> jax.Array:

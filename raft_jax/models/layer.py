@@ -140,7 +140,11 @@ def _product(x_BTI, weight_IO) -> jax.Array:
 
 def _product_backward(saved, slope_BTO):
     x_BTI, weight_IO = saved
-    return jnp.einsum("bto,io->bti", slope_BTO, weight_IO), jnp.einsum("bti,bto->io", x_BTI, slope_BTO)
+    if x_BTI.shape[-1] > slope_BTO.shape[-1]:
+        weight = jnp.einsum("bto,bti->oi", slope_BTO, x_BTI).T
+    else:
+        weight = jnp.einsum("bti,bto->io", x_BTI, slope_BTO)
+    return jnp.einsum("bto,io->bti", slope_BTO, weight_IO), weight
 
 
 _product.defvjp(lambda x_BTI, weight_IO: (_product(x_BTI, weight_IO), (x_BTI, weight_IO)), _product_backward)

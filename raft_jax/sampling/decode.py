@@ -87,9 +87,9 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         at small batches, slower to compile, and the weights are copied once.
 
     Returns:
-      `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None) -> Rollout`. Prompts
-      are left-padded; with `num_prompt_tokens`, at least the most real ones on any device, padding is left out of the
-      prefill.
+      `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None, shared=0) ->
+      Rollout`. Prompts are left-padded; with `num_prompt_tokens`, at least the most real ones on any device, padding is
+      left out of the prefill, and what all prompts begin with, `shared` tokens that count once, is computed once.
       `row_B` (int32) names each row's own stream of random numbers, so a row draws the same whatever stands beside
       it; a negative row is filler and is finished from the start. Decoding ends when every row is done.
     """
@@ -100,8 +100,10 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     stop_ids = jnp.array(model.tokenizer.stop_ids, jnp.int32)
     pad_id = model.tokenizer.pad_id
 
-    @partial(jax.jit, static_argnames="num_prompt_tokens")
-    def generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None) -> Rollout:
+    @partial(jax.jit, static_argnames=("num_prompt_tokens", "shared"))
+    def generate(
+        params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None, shared=0
+    ) -> Rollout:
         B, P = prompt_BP.shape
         layers, unembedding = None, model.unembedding(params)
         if unroll:
@@ -114,7 +116,9 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 
-        hidden_BPD, cache = model.prefill(params, prompt_BP, prompt_mask_BP, P + max_new_tokens, num_prompt_tokens)
+        hidden_BPD, cache = model.prefill(
+            params, prompt_BP, prompt_mask_BP, P + max_new_tokens, num_prompt_tokens, shared
+        )
         if unroll:
             cache = cache.unstacked()
         first_B = draw(hidden_BPD[:, -1], 0)

@@ -99,8 +99,12 @@ def train(
     with jax.set_mesh(mesh):
         num_parts = num_shards("batch")
     # Of all the epochs, so that steps that are left for a later run are no reason for other programs.
-    rooms = batches.rooms(all_steps, num_parts, settings.num_micro_batches)
-    prompt_rooms = rooms if settings.num_micro_batches == 1 else batches.rooms(all_steps, num_parts)
+    # With a rope that turns long texts otherwise, equal beginnings of a short and a long one are not the same.
+    make_rooms = partial(
+        batches.rooms, all_steps, num_parts, share=all(rope.long_frequencies is None for rope in model.config.ropes)
+    )
+    rooms = make_rooms(settings.num_micro_batches)
+    prompt_rooms = rooms if settings.num_micro_batches == 1 else make_rooms()
     num_cells = num_parts * settings.num_micro_batches
     rollout_capacity = settings.batch_size // num_cells * settings.rollout.max_new_tokens
     # The rollout's program is used at every step: worth its compilation.
@@ -109,10 +113,10 @@ def train(
         unroll=jax.default_backend() == "cpu",
     )
 
-    @partial(jax.jit, static_argnames="num_prompt_tokens")
-    def draw(params, teacher_params, *given, num_prompt_tokens):
+    @partial(jax.jit, static_argnames=("num_prompt_tokens", "shared"))
+    def draw(params, teacher_params, *given, **static):
         """A rollout, and the most tokens that any device has of it in one micro-batch."""
-        rollout = generate(student.effective(params, teacher_params), *given, num_prompt_tokens=num_prompt_tokens)
+        rollout = generate(student.effective(params, teacher_params), *given, **static)
         if rooms is None:
             return rollout, None
         cells = rollout.mask_BC.reshape(num_parts, -1, settings.num_micro_batches, rollout.mask_BC.shape[1])
@@ -132,7 +136,7 @@ def train(
                 key = jax.random.fold_in(rollout_key, step)
                 rollout, count = draw(
                     state.params, teacher_params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature,
-                    num_prompt_tokens=prompt_rooms[step].prompt,
+                    num_prompt_tokens=prompt_rooms[step].prompt, shared=prompt_rooms[step].shared_prompt,
                 )
                 jax.block_until_ready(rollout)
                 room = room and room.with_rollout(int(count), rollout_capacity)

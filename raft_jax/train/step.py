@@ -78,8 +78,8 @@ def make_train_step(
     Returns:
       `train_step(state, teacher_params, batch, rollout, room=None) -> (state, metrics)`. `batch` is a
       raft_jax.data.batches.Batch, `rollout` has tokens_BC and mask_BC; metrics are float32 scalars, losses in nats.
-      `room` (static) is a raft_jax.data.batches.Room: with it hidden_fn is given `num_tokens=`, and padding is computed
-      in the attention alone.
+      `room` (static) is a raft_jax.data.batches.Room: with it hidden_fn is given `num_tokens=` and `shared=`, so that
+      padding, and what all prompts begin with, is computed again in the attention alone.
 
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
@@ -92,13 +92,15 @@ def make_train_step(
     def predictions(params, prompt, *completions):
         """Hidden states [B, C, D] from which each token of a completion is predicted; each one follows the prompt.
 
-        Prompt and completions are (tokens, mask, how many real ones there are at most or None).
+        Each is (tokens, mask, how many real ones there are at most or None), and a prompt has behind that how many
+        tokens all of them begin with.
         """
         if len(completions) > 1 and not forks:
             return [predictions(params, prompt, completion)[0] for completion in completions]
+        *prompt, shared = prompt
         tokens, masks, counts = zip(prompt, *completions, strict=True)
         tokens_BT, mask_BT = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
-        settings = {} if None in counts else {"num_tokens": sum(counts)}
+        settings = {} if None in counts else {"num_tokens": sum(counts), "shared": shared}
         P, A = tokens[0].shape[1], tokens[1].shape[1]
         if len(completions) == 1:
             return [hidden_fn(params, tokens_BT, None, mask_BT, **settings)[:, P - 1 : -1]]
@@ -130,11 +132,11 @@ def make_train_step(
 
     def parts_of(batch, rollout, room):
         """Prompt, answer, the teacher's prompt and the rollout, as `predictions` takes them."""
-        counts = [None] * 4 if room is None else room
+        counts, shared = ([None] * 4, (0, 0)) if room is None else (room[:4], room[4:])
         return (
-            (batch.prompt_BP, batch.prompt_mask_BP, counts[0]),
+            (batch.prompt_BP, batch.prompt_mask_BP, counts[0], shared[0]),
             (batch.answer_BA, batch.answer_mask_BA, counts[1]),
-            (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ, counts[2]),
+            (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ, counts[2], shared[1]),
             None if rollout is None else (rollout.tokens_BC, rollout.mask_BC, counts[3]),
         )
 
