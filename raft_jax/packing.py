@@ -1,7 +1,7 @@
 """Unpadding: the real tokens of `[B, T]` behind one another, so that what works token by token skips the padding.
 
-Tokens with which every text begins (a chat template's system turn) are worked through once: what a causal model makes of
-them is the same in every row.
+Tokens with which every text begins (a chat template's system turn) are worked through once: what a causal model makes
+of them is the same in every row.
 
 Letters: B batch, T time, R parts of the mesh that hold rows of the batch, U places of such a part. A part packs its own
 rows: no token leaves its device.

@@ -17,6 +17,7 @@ from raft_jax.data.prompts import fusion_prompt, rewrite_prompt
 from raft_jax.data.refined import RefinedRow, load_refined, publish
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluation
+from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
@@ -119,6 +120,7 @@ class Run:
         methods = [method for method in self.methods if not self._exported(method.name)]
         if not methods:
             return
+        return_memory_after_compiling()
         refined = any(method.target != "gold" for method in self.methods)
         if refined:
             self.rows.check_refinement()

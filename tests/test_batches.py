@@ -95,6 +95,18 @@ def test_rooms_hold_every_batch_of_their_class_and_no_more(num_parts, num_micro_
         assert (counts <= room[:3]).all() and (np.array(room[:3]) < counts + 8).all()
 
 
+def test_rooms_count_what_all_prompts_begin_with_once():
+    asked = [[1, 2, 3, *range(10 * n, 11 * n)] for n in (9, 20, 14, 30)]
+    data = [TokenRow(row, [5] * 8, [1, 2, 4, 4, 7, *row], n) for n, row in enumerate(asked)]
+    batches = Batches(data, 4, seed=0, pad_id=PAD)
+    # Prompts of 3 + 73 tokens, counted once what is the same; teacher prompts begin with eight that are.
+    (room,) = batches.rooms(1)
+    assert (room.shared_prompt, room.shared_teacher_prompt) == (3, 8)
+    assert (room.prompt, room.teacher_prompt) == (80, 88)  # 73 + 3 and 73 + 8, in eights
+    (apart,) = batches.rooms(1, share=False)
+    assert (apart.shared_prompt, apart.prompt) == (0, 88)  # 73 + 4 x 3
+
+
 def test_room_for_rollouts_comes_in_quarters():
     found = {Room(1, 1, 1).with_rollout(count, 30).rollout for count in range(31)}
     assert found == {0, 8, 16, 24, 30}

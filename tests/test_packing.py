@@ -50,6 +50,65 @@ def test_the_gradient_goes_to_the_tokens_alone():
     np.testing.assert_array_equal(jax.grad(back)(slope_GNX), packed(X, 1, num_tokens))
 
 
+# Rows of at least two real tokens, of which the first two are the same in all rows.
+BEGUN = MASK | (np.arange(7) < 2)
+
+
+def test_what_rows_share_has_places_once_and_the_sum_of_their_gradients():
+    num_groups, shared = 2, 2
+    x = X.copy()
+    for row, mask in zip(x, BEGUN, strict=True):
+        row[np.flatnonzero(mask)[:shared]] = [[1, 2, 3], [4, 5, 6]]
+    slope = np.random.default_rng(3).normal(size=x.shape).astype(np.float32)
+    rows, gradients = [], []
+    for values, slopes, masks in zip(*(np.split(a, num_groups) for a in (x, slope, BEGUN)), strict=True):
+        real = [(v[m], s[m]) for v, s, m in zip(values, slopes, masks, strict=True)]
+        rows.append(np.concatenate([real[0][0][:shared], *(v[shared:] for v, _ in real)]))
+        gradients.append(np.concatenate([sum(s[:shared] for _, s in real), *(s[shared:] for _, s in real)]))
+    num_tokens = max(map(len, rows)) + 1
+    rows, gradients = (
+        np.stack([np.pad(part, ((0, num_tokens - len(part)), (0, 0))) for part in parts])
+        for parts in (rows, gradients)
+    )
+
+    def unpacked(x_RUX, mask):
+        return Packing(mask, num_tokens, shared).unpack(x_RUX)
+
+    mesh = make_mesh(data=num_groups, devices=jax.devices()[:num_groups])
+    with jax.set_mesh(mesh):
+        mask, given, slopes = put_batch((BEGUN, x, slope), mesh)
+        found = jax.jit(lambda x, mask: Packing(mask, num_tokens, shared).pack(x))(given, mask)
+        np.testing.assert_array_equal(found, rows)
+        np.testing.assert_array_equal(jax.jit(unpacked)(found, mask), np.where(BEGUN[..., None], x, 0))
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(unpacked(x, mask) * slopes)))(found)
+    np.testing.assert_allclose(gradient, gradients, rtol=1e-6, atol=1e-6)
+
+
+def test_what_rows_share_is_computed_once_and_changes_nothing():
+    """Hidden states and the gradient of every parameter, against rows that are padded."""
+    model = tiny.make_model()
+    random = np.random.default_rng(4)
+    mask = np.arange(12) >= random.integers(0, 5, size=(4, 1))
+    tokens = random.integers(5, 60, size=mask.shape).astype(np.int32)
+    shared = 4
+    for row, real in zip(tokens, mask, strict=True):
+        row[np.flatnonzero(real)[:shared]] = [7, 8, 9, 10]
+    slope = random.normal(size=(*mask.shape, model.config.width)).astype(np.float32) * mask[..., None]
+
+    def total(params, tokens=tokens, **settings):
+        return jnp.sum(model.hidden(params, tokens, None, mask, **settings) * slope)
+
+    settings = {"num_tokens": int(mask.sum()) - 3 * shared, "shared": shared}
+    expected = jax.jit(jax.value_and_grad(total))(model.params)
+    found = jax.jit(jax.value_and_grad(lambda params: total(params, **settings)))(model.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+    # Rows that do not begin alike are an error that shows, not the first row's beginning.
+    other = tokens.copy()
+    other[2, np.flatnonzero(mask[2])[1]] = 11
+    assert np.isnan(total(model.params, other, **settings))
+
+
 def test_text_numbers_are_a_mask():
     numbers = np.where(MASK, 1 + np.arange(7) // 3, 0).astype(np.int32)
     num_tokens = MASK.sum() + 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -182,7 +181,8 @@ def shared_prefix(rows: Sequence[list[int]]) -> int:
       >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]])
       2
     """
-    return len(os.path.commonprefix(rows))
+    lowest, highest = min(rows), max(rows)  # all others lie between them
+    return next((i for i, pair in enumerate(zip(lowest, highest, strict=False)) if pair[0] != pair[1]), len(lowest))
 
 
 def _round_up(length: int, multiple: int = 8) -> int:

@@ -265,8 +265,7 @@ class Decoder(nnx.Module):
         which XLA on CPU does in memory: made once, before decoding, the slices cost one copy of the weights and save
         a third of the time."""
         stacked, _ = self._layers()
-        layers = [{name: array[i] for name, array in stacked.items()} for i in range(self.config.num_layers)]
-        return jax.lax.optimization_barrier([side_by_side(weights, num_rows) for weights in layers])
+        return jax.lax.optimization_barrier(side_by_side(stacked, num_rows))
 
     def unembedding(self) -> jax.Array:
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""

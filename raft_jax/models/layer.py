@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.models.attention import KEPT
 from raft_jax.models.rope import rotate
-from raft_jax.models.tiles import Tiled, product, tiled
+from raft_jax.models.tiles import Tiled, joined, product, tiled_alike
 from raft_jax.sharding import constrain
 
 QKV, OUTPUT = ("query_LDNH", "key_LDKH", "value_LDKH"), ("output_LNHD",)
@@ -82,13 +82,20 @@ def _products(config, x_BTI, weights, names: tuple[str, ...], multiply=jnp.matmu
     return [part.reshape(*part.shape[:2], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def side_by_side(weights: dict[str, jax.Array], num_rows: int) -> dict[str, jax.Array | Tiled]:
-    """One layer's weights for decoding: matrices of one input joined, in the layout for so many rows."""
-    weights = dict(weights)
-    for names in QKV, OUTPUT, GATE_UP, DOWN:
-        joined = jnp.concatenate([_as_matrix(name, weights.pop(name)) for name in names], axis=-1)
-        weights[_joined_name(names)] = tiled(joined, num_rows)
-    return weights
+def side_by_side(stacked: dict[str, jax.Array], num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
+    """Each layer's weights for decoding: matrices of one input joined, in the layout for so many rows."""
+    rest = dict(stacked)
+    parts = {
+        _joined_name(names): [jax.vmap(partial(_as_matrix, name))(rest.pop(name)) for name in names]
+        for names in (QKV, OUTPUT, GATE_UP, DOWN)
+    }
+    layouts = {name: tiled_alike(matrices_LIO, num_rows) for name, matrices_LIO in parts.items()}
+    num_layers = len(next(iter(stacked.values())))
+    return [
+        {name: joined(jax.tree.map(lambda array: array[i], layout)) for name, layout in layouts.items()}  # noqa: B023
+        | {name: array[i] for name, array in rest.items()}
+        for i in range(num_layers)
+    ]
 
 
 def _joined_name(names: tuple[str, ...]) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 ROWS = range(2, 17)  # one row is XLA's product of a matrix and a vector, which is as fast; of more, its tiles pay
 C = 64
@@ -19,13 +20,14 @@ MAX_Q, MIN_Q = 144, 32
 
 
 class Tiled(NamedTuple):
-    """A matrix `[I, O]` in tiles, float32; see `product`."""
+    """A matrix `[I, O]` in tiles, float32; see `product`. Or many of them, stacked."""
 
     tiles_OPQC: jax.Array
 
 
 def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
-    """The matrix in the layout for so many rows on CPU: tiles, or as it is where they do not pay.
+    """The matrix, or `[L, I, O]` of them, in the layout for so many rows on CPU: tiles, or as it is where they do not
+    pay.
 
     Example:
       >>> import jax.numpy as jnp
@@ -34,12 +36,35 @@ def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
       >>> tiled(jnp.ones((576, 100)), 4).shape
       (576, 100)
     """
-    num_inputs, num_outputs = matrix_IO.shape
+    *stack, num_inputs, num_outputs = matrix_IO.shape
     Q = max(size for size in range(1, MAX_Q + 1) if num_inputs % size == 0)
     if num_rows not in ROWS or matrix_IO.dtype != jnp.float32 or num_outputs % C or Q < MIN_Q:
         return matrix_IO
-    tiles_OPQC = matrix_IO.reshape(-1, Q, num_outputs // C, C).transpose(2, 0, 1, 3)
-    return Tiled(jax.lax.optimization_barrier(tiles_OPQC))  # made once
+    tiles_OPQC = jnp.moveaxis(matrix_IO.reshape(*stack, -1, Q, num_outputs // C, C), -2, -4)
+    rows = Layout(major_to_minor=tuple(range(tiles_OPQC.ndim)))
+    return Tiled(jax.lax.optimization_barrier(with_layout_constraint(tiles_OPQC, rows)))  # made once
+
+
+def tiled_alike(matrices_IO: list[jax.Array], num_rows: int) -> list[jax.Array | Tiled]:
+    """`tiled` of matrices with the same inputs, for `joined`; where that needs it, of the joined matrix alone."""
+    layouts = [tiled(matrix, num_rows) for matrix in matrices_IO]
+    if all(isinstance(layout, Tiled) for layout in layouts):
+        return layouts
+    return [tiled(jnp.concatenate(matrices_IO, axis=-1), num_rows)]
+
+
+def joined(layouts: list[jax.Array | Tiled]) -> jax.Array | Tiled:
+    """Matrices with the same inputs, their outputs side by side, all in tiles or none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> parts = tiled_alike([jnp.ones((64, 64)), jnp.ones((64, 128))], 4)
+      >>> product(jnp.ones((4, 64)), joined(parts)).shape
+      (4, 192)
+    """
+    if isinstance(layouts[0], Tiled):
+        return Tiled(jnp.concatenate([layout.tiles_OPQC for layout in layouts]))
+    return jnp.concatenate(layouts, axis=-1)
 
 
 def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array:
