@@ -31,7 +31,7 @@ def measure(options: argparse.Namespace) -> dict:
     import numpy as np
 
     from raft_jax.config import LoraConfig
-    from raft_jax.data.batches import Batch, Room, pad, shared_prefix
+    from raft_jax.data.batches import Batch, Batches, Room, TokenRow
     from raft_jax.data.prompts import question_prompt, teacher_prompt
     from raft_jax.host_memory import return_memory_after_compiling
     from raft_jax.models import load_pretrained
@@ -55,53 +55,29 @@ def measure(options: argparse.Namespace) -> dict:
     )
     train_step = jax.jit(train_step, donate_argnums=0, static_argnames="room")
 
-    def rounded(count) -> int:
-        return -(-int(count) // options.round) * options.round
-
-    def padded(rows: list[list[int]], *, left: bool):
-        return pad(rows, rounded(max(map(len, rows))), tokenizer.pad_id, left=left)
-
-    def batch_of(rows: list[dict[str, str]]) -> Batch:
-        asked = [question_prompt(row["question"]) for row in rows]
-        answers = [
-            tokenizer.chat_answer([*messages, {"role": "assistant", "content": row["answer"]}])
-            for messages, row in zip(asked, rows, strict=True)
-        ]
-        teachers = [tokenizer.chat_prompt(teacher_prompt(row["question"], row["answer"])) for row in rows]
-        return Batch(
-            *padded([tokenizer.chat_prompt(messages) for messages in asked], left=True),
-            *padded(answers, left=False), *padded(teachers, left=True), np.arange(len(rows), dtype=np.int32),
-        )
+    def prepared(rows: list[dict[str, str]], first: int) -> tuple[Batch, Room]:
+        """The batch that a training run on just these rows has at every step."""
+        found = []
+        for number, row in enumerate(rows, first):
+            asked = question_prompt(row["question"])
+            answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": row["answer"]}])
+            told = teacher_prompt(row["question"], row["answer"])
+            found.append(TokenRow(tokenizer.chat_prompt(asked), answer, tokenizer.chat_prompt(told), number))
+        batches = Batches(found, len(found), seed=0, pad_id=tokenizer.pad_id)
+        (room,) = batches.rooms(1)
+        return batches.at(0), room
 
     size = options.batch_size
     rows = read_rows(Path(options.rows), (options.warmup + options.steps) * size)
-    batches = [batch_of(rows[start : start + size]) for start in range(0, len(rows), size)]
-
-    def sizes_of(batch: Batch) -> tuple[list[int], list[int]]:
-        """Real tokens of prompts, answers and teacher prompts, what all rows begin with once; and that beginning."""
-        parts = (
-            (batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA),
-            (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ),
-        )
-        shared = [
-            shared_prefix([row[real].tolist() for row, real in zip(tokens, mask, strict=True)])
-            for tokens, mask in parts
-        ]
-        shared[1] = 0
-        again = [(options.batch_size - 1) * length for length in shared]
-        return [int(mask.sum()) - less for (_, mask), less in zip(parts, again, strict=True)], shared
-
-    def room_of(batch: Batch) -> Room:
-        counts, shared = sizes_of(batch)
-        return Room(*map(rounded, counts), 0, shared[0], shared[2])
+    batches = [prepared(rows[start : start + size], start) for start in range(0, len(rows), size)]
 
     def step(state, index: int):
-        batch, room = jax.device_put(batches[index]), room_of(batches[index])
+        batch, room = jax.device_put(batches[index][0]), batches[index][1]
         key = jax.random.fold_in(jax.random.key(0), index)
         given = state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
         rollout = generate(*given, num_prompt_tokens=room.prompt, shared=room.shared_prompt)
         # Padded to the most they may have, so that the two runs of a batch are of one program.
-        room = room.with_rollout(rollout.mask_BC.size, rollout.mask_BC.size)
+        room = room._replace(rollout=rollout.mask_BC.size)
         state, _ = jax.block_until_ready(train_step(state, model.params, batch, rollout, room=room))
         return state, rollout, room
 
@@ -114,10 +90,13 @@ def measure(options: argparse.Namespace) -> dict:
             kept.append(time.perf_counter() - began)
         generate.clear_cache()
         train_step.clear_cache()
-        batch, drawn = batches[index], np.asarray(rollout.mask_BC)
+        batch, drawn = batches[index][0], np.asarray(rollout.mask_BC)
         loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
         # Prefill, decode (until the last row is done), student, teacher: places outside the attention.
-        (prompt, answer, teacher), _ = sizes_of(batch)
+        prompt, answer, teacher = (int(mask.sum()) for mask in (
+            batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
+        ))
+        prompt, teacher = prompt - (size - 1) * room.shared_prompt, teacher - (size - 1) * room.shared_teacher_prompt
         decoded, generated = drawn[:, : drawn.any(0).sum()].size, int(drawn.sum())
         real += 2 * prompt + answer + teacher + 3 * generated
         computed += 2 * room.prompt + room.answer + room.teacher_prompt + decoded + 2 * room.rollout
@@ -146,7 +125,6 @@ def main() -> None:
     add("--warmup", type=int, default=1)
     add("--repeats", type=int, default=3)
     add("--dtype", choices=["float32", "bfloat16"], default="float32")
-    add("--round", type=int, default=16, help="our side pads a batch's lengths up to a multiple of this")
     add("--out", type=Path)
     add("--ours", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -167,7 +145,7 @@ def main() -> None:
             sides = ["raft_jax", *(["TRL"] if options.trl_python else [])]
             for side in sides if repeat % 2 == 0 else reversed(sides):
                 if side == "raft_jax":
-                    ours = [sys.executable, __file__, "--ours", f"--round={options.round}", *shared]
+                    ours = [sys.executable, __file__, "--ours", *shared]
                     runs[side].append(run_side(ours, out))
                     continue
                 trl = run_side([options.trl_python, str(HERE / "trl_step.py"), *shared], out)

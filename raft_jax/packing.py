@@ -95,7 +95,7 @@ def make_packing(mask_BT: jax.Array, num_tokens: int | None, shared: int = 0) ->
 def _move(x_RSX, source_RU, back_RS):
     """x at the sources, zeros where one lies beyond the end. `back` are the sources of the way back, and so of the
     gradient, which is then a gather too: XLA's scatter goes row by row on CPU and sorts on a TPU."""
-    return jax.vmap(lambda x_SX, source_U: x_SX.at[source_U].get(mode="fill", fill_value=0))(x_RSX, source_RU)
+    return _gather(x_RSX, source_RU)
 
 
 _move.defvjp(
@@ -108,23 +108,27 @@ _move.defvjp(
 def _spread(shared: int, x_RUX, place_RS, source_RU, again_RM):
     """x at the places, the first `shared` of which every row takes: their gradient is a sum over the rows, M places
     beside those of the first row."""
-    return _move(x_RUX, place_RS, source_RU)
+    return _gather(x_RUX, place_RS)
 
 
 def _spread_backward(shared, saved, slope_RSX):
-    place_RS, source_RU, again_RM = saved
-    slope_RUX = _move(slope_RSX, source_RU, place_RS)
+    source_RU, again_RM = saved
+    slope_RUX = _gather(slope_RSX, source_RU)
     if again_RM.size:
-        again_RMX = _move(slope_RSX, again_RM, again_RM)
-        again_RMX = again_RMX.reshape(len(again_RM), -1, shared, *slope_RSX.shape[2:])
+        again_RMX = _gather(slope_RSX, again_RM).reshape(len(again_RM), -1, shared, *slope_RSX.shape[2:])
         slope_RUX = slope_RUX.at[:, :shared].add(jnp.sum(again_RMX, axis=1))
     return slope_RUX, None, None, None
 
 
 _spread.defvjp(
-    lambda shared, x, place, source, again: (_spread(shared, x, place, source, again), (place, source, again)),
+    lambda shared, x, place, source, again: (_spread(shared, x, place, source, again), (source, again)),
     _spread_backward,
 )
+
+
+def _gather(x_RSX: jax.Array, source_RU: jax.Array) -> jax.Array:
+    """x at each part's own sources, zeros where one lies beyond the end."""
+    return jax.vmap(lambda x_SX, source_U: x_SX.at[source_U].get(mode="fill", fill_value=0))(x_RSX, source_RU)
 
 
 def _indices(mask_RS: jax.Array, size: int) -> jax.Array:

@@ -10,11 +10,18 @@ from raft_jax.host_memory import return_memory_after_compiling
 
 
 @pytest.fixture
-def fresh():
+def fresh(monkeypatch):
+    """Neither listeners from before nor any left behind."""
+    listeners, register = [], jax.monitoring.register_event_duration_secs_listener
+    monkeypatch.setattr(
+        jax.monitoring, "register_event_duration_secs_listener",
+        lambda listener: (listeners.append(listener), register(listener)),
+    )
     return_memory_after_compiling.cache_clear()
     yield
     return_memory_after_compiling.cache_clear()
-    jax.monitoring.clear_event_listeners()
+    for listener in listeners:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_a_long_compilation_is_followed_by_a_trim(fresh, monkeypatch):

@@ -1,5 +1,7 @@
 """The train step against its NumPy twin, in micro-batches, and on eight devices."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -266,21 +268,39 @@ def as_padded():
             state, metrics = step(state, teacher, batch, rollout, room=room)
         return metrics, state.params
 
-    def of(num_micro_batches=1):
-        return room_of(batch, rollout.mask_BC, 1, num_micro_batches)
+    def of(num_micro_batches=1, share=False):
+        room = room_of(batch, rollout.mask_BC, 1, num_micro_batches)
+        if not share:
+            return room
+        prompt, teacher_prompt = (
+            next(i for i, column in enumerate(zip(*map(operator.getitem, tokens, mask), strict=False))
+                 if len(set(column)) > 1)
+            for tokens, mask in (
+                (batch.prompt_BP, batch.prompt_mask_BP), (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ)
+            )
+        )
+        assert prompt > 3 and teacher_prompt > 3
+        again = len(batch.row_B) // num_micro_batches - 1
+        return room._replace(
+            prompt=room.prompt - again * prompt, teacher_prompt=room.teacher_prompt - again * teacher_prompt,
+            shared_prompt=prompt, shared_teacher_prompt=teacher_prompt,
+        )
 
     return run, of, run()
 
 
 @pytest.mark.parametrize("settings", [
     {"forks": True}, {"forks": True, "room": 1}, {"room": 1}, {"room": 1, "num_micro_batches": 2},
-    {"room": 1, "reduction": "token"},
+    {"room": 1, "reduction": "token"}, {"room": 1, "share": True}, {"room": 1, "share": True, "forks": True},
+    {"room": 1, "share": True, "num_micro_batches": 2},
 ], ids=str)
 def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings):
     run, room_for, (expected_metrics, expected) = as_padded
     if settings.get("reduction"):
         expected_metrics, expected = run(reduction="token")
-    room = room_for(settings.get("num_micro_batches", 1)) if "room" in settings else None
+    settings = dict(settings)
+    share = settings.pop("share", False)
+    room = room_for(settings.get("num_micro_batches", 1), share) if "room" in settings else None
     metrics, params = run(**{**settings, "room": room})
     for name, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)

@@ -90,12 +90,12 @@ def side_by_side(stacked: dict[str, jax.Array], num_rows: int) -> list[dict[str,
         for names in (QKV, OUTPUT, GATE_UP, DOWN)
     }
     layouts = {name: tiled_alike(matrices_LIO, num_rows) for name, matrices_LIO in parts.items()}
-    num_layers = len(next(iter(stacked.values())))
-    return [
-        {name: joined(jax.tree.map(lambda array: array[i], layout)) for name, layout in layouts.items()}  # noqa: B023
-        | {name: array[i] for name, array in rest.items()}
-        for i in range(num_layers)
-    ]
+
+    def layer(i: int) -> dict[str, jax.Array | Tiled]:
+        of_layer = partial(jax.tree.map, lambda array: array[i])
+        return {name: joined(of_layer(layout)) for name, layout in layouts.items()} | of_layer(rest)
+
+    return [layer(i) for i in range(len(next(iter(stacked.values()))))]
 
 
 def _joined_name(names: tuple[str, ...]) -> str:
@@ -140,8 +140,9 @@ def _adapted(config, weights, parameter: str, y, x) -> jax.Array:
 
 @jax.custom_vjp
 def _product(x_BTI, weight_IO) -> jax.Array:
-    """x W. The rule that JAX derives forms the weight's gradient transposed, and XLA then computes the slope of SiLU in
-    a strided copy, on CPU a tenth of the whole train step."""
+    """x W. In the rule that JAX derives XLA on CPU transposes the wider factor of the weight's gradient, and with it
+    computes SiLU or its slope in a strided copy, a tenth of the whole train step. This one has the narrower transposed.
+    """
     return jnp.einsum("bti,io->bto", x_BTI, weight_IO)
 
 

@@ -78,8 +78,8 @@ def make_train_step(
     Returns:
       `train_step(state, teacher_params, batch, rollout, room=None) -> (state, metrics)`. `batch` is a
       raft_jax.data.batches.Batch, `rollout` has tokens_BC and mask_BC; metrics are float32 scalars, losses in nats.
-      `room` (static) is a raft_jax.data.batches.Room: with it hidden_fn is given `num_tokens=` and `shared=`, so that
-      padding, and what all prompts begin with, is computed again in the attention alone.
+      `room` (static) is a raft_jax.data.batches.Room: with it hidden_fn is given `num_tokens=` and `shared=`, and
+      outside the attention no padding is computed, and once what all prompts begin with.
 
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
