@@ -59,8 +59,9 @@ rollout = Rollout(array(jnp.int32, B, C), array(bool, B, C))
 step = make_train_step(student.model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
                        head_settings=model.head_settings)
 step = jax.jit(step, donate_argnums=0, static_argnames="room")
-# Rows of half the longest's length, where there is more than one on a chip.
-room = Room(*(max(1, rows_per_chip // 2) * length for length in (P, A, Q, C)))
+# Rows of half the longest, where there is more than one on a chip, that begin as equally as the loop allows.
+shared = 32 if all(rope.long_frequencies is None for rope in decoder.ropes) else 0
+room = Room(*(max(1, rows_per_chip // 2) * length for length in (P, A, Q, C)), shared, shared)
 with jax.set_mesh(mesh):
     compiled = step.lower(state, params, batch, rollout, room=room).compile()
 memory = compiled.memory_analysis()

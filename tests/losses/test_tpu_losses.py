@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +31,14 @@ if sys.argv[2] == "search":
 else:
     tied, at_once = sys.argv[2] != "untied", sys.argv[2] == "at once"
     program = compiled(int(sys.argv[3]), tied=tied, at_once=at_once, sharding=chip, vocab_shards=1)
-    memory = program.memory_analysis()
-    print(json.dumps({"temporary": memory.temp_size_in_bytes, "sizes": sorted(vocabulary_sizes(program.as_text()))}))
+    print(json.dumps({"sizes": sorted(vocabulary_sizes(program.as_text()))}))
 """
 
 
-def run(*arguments):
+def run(*arguments, dump=None):
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "XLA_FLAGS": "",
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": f"--xla_dump_to={dump} --xla_dump_hlo_as_text" if dump else "",
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(Path(__file__).parent), *map(str, arguments)],
@@ -48,11 +49,19 @@ def run(*arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def temporary_bytes(dump):
+    """Of the chip's own memory, by the buffer assignment; `memory_analysis` of jaxlib 0.12 reports up to half more."""
+    (assignment,) = dump.glob("*jit_loss*buffer-assignment.txt")
+    return int(re.search(r"size (\d+)(?:, page \d+)?, preallocated-temp", assignment.read_text())[1])
+
+
 @pytest.mark.parametrize("head", ["untied", "tied", "at once"])
-def test_temporary_memory_on_a_v5e_chip(head):
+def test_temporary_memory_on_a_v5e_chip(head, tmp_path):
     """8,192 tokens, width 4,096, vocabulary 128,256, K = 512: at most 3 GiB, at once 1; of twice nothing as wide."""
-    once, twice = run(head, 1024), run(head, 2048)
-    assert once["temporary"] <= (1 if head == "at once" else 3) * GIB
+    once, twice = run(head, 1024, dump=tmp_path), run(head, 2048)
+    temporary = temporary_bytes(tmp_path)
+    print(head, temporary)
+    assert temporary <= (1 if head == "at once" else 3) * GIB
     assert set(twice["sizes"]) <= set(once["sizes"])
 
 
