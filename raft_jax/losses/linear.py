@@ -109,8 +109,7 @@ def _weighted_cross_entropy(form, hidden_BTD, head, weight_BT, labels_BT):
 def _weighted_cross_entropy_forward(form, hidden_BTD, head, weight_BT, labels_BT):
     def evaluate(hidden, labels):
         logits = make_logits(hidden, head, form)
-        nats, normalizer = tokens.label_nats(logits, labels)
-        pull = tokens.label_slope(logits, jnp.arange(logits.shape[-1]), labels[:, None], normalizer[:, None])
+        nats, pull = tokens.label_nats_and_slope(logits, labels)
         return nats, pull * logits_slope(logits, form)
 
     total, nats_BT, grads = blocks.weighted_sum(form, evaluate, hidden_BTD, head, weight_BT, labels_BT)

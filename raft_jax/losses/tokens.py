@@ -56,13 +56,27 @@ def _cross_entropy_backward(vocab_size, residuals, cotangent):
 def label_nats(logits, labels):
     """(nats, log normalizer) from wide logits."""
     normalizer = truncation.log_normalizer(logits)
+    return _nats(logits, labels, normalizer), normalizer
+
+
+def _nats(logits, labels, normalizer):
     picked = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[..., None], axis=-1, mode="fill")[..., 0]
-    return jnp.where(labels < 0, 0, normalizer - picked), normalizer
+    return jnp.where(labels < 0, 0, normalizer - picked)
 
 
 def label_slope(logits, columns, labels, normalizer):
     """d nats / d logits = p - onehot(label), at any columns of the vocabulary."""
     return jnp.where(labels < 0, 0, jnp.exp(logits - normalizer) - (columns == labels))
+
+
+def label_nats_and_slope(logits, labels):
+    """Both from wide logits of the whole vocabulary, with one exp each: XLA on CPU is slow at sums of exps."""
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - highest)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    onehot = jnp.arange(logits.shape[-1]) == labels[..., None]
+    slope = jnp.where(labels[..., None] < 0, 0, weights / total - onehot)
+    return _nats(logits, labels, (highest + jnp.log(total))[..., 0]), slope
 
 
 _cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
