@@ -92,7 +92,7 @@ def cross_entropy_slope(form, hidden_BTD, labels_BT, normalizer_BT, cotangent_BT
 
     def slope(pieces, columns):
         logits = make_logits(hidden_ND, pieces[0], form, columns)
-        pull = tokens.label_slope(logits, columns, labels_N1, normalizer_N1)
+        pull = tokens.label_slope(jnp.exp(logits - normalizer_N1), columns, labels_N1)
         return pull * cotangent_N1 * logits_slope(logits, form)
 
     return slope

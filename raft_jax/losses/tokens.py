@@ -49,7 +49,7 @@ def _cross_entropy_forward(vocab_size, logits, labels):
 def _cross_entropy_backward(vocab_size, residuals, cotangent):
     logits, labels, normalizer = residuals
     wide = truncation.mask_padding(checks.widen(logits), vocab_size)
-    slope = label_slope(wide, jnp.arange(logits.shape[-1]), labels[..., None], normalizer[..., None])
+    slope = label_slope(jnp.exp(wide - normalizer[..., None]), jnp.arange(logits.shape[-1]), labels[..., None])
     return (slope * cotangent[..., None]).astype(logits.dtype), None
 
 
@@ -64,9 +64,9 @@ def _nats(logits, labels, normalizer):
     return jnp.where(labels < 0, 0, normalizer - picked)
 
 
-def label_slope(logits, columns, labels, normalizer):
+def label_slope(probs, columns, labels):
     """d nats / d logits = p - onehot(label), at any columns of the vocabulary."""
-    return jnp.where(labels < 0, 0, jnp.exp(logits - normalizer) - (columns == labels))
+    return jnp.where(labels < 0, 0, probs - (columns == labels))
 
 
 def label_nats_and_slope(logits, labels):
@@ -74,8 +74,7 @@ def label_nats_and_slope(logits, labels):
     highest = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - highest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    onehot = jnp.arange(logits.shape[-1]) == labels[..., None]
-    slope = jnp.where(labels[..., None] < 0, 0, weights / total - onehot)
+    slope = label_slope(weights / total, jnp.arange(logits.shape[-1]), labels[..., None])
     return _nats(logits, labels, (highest + jnp.log(total))[..., 0]), slope
 
 
