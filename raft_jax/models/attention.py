@@ -89,11 +89,11 @@ def _mix(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS) -> jax.Array:
 
 def _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS):
     scores_BKMS = _scores(cap, query_BKMH, key_BKHS, visible_BTS)
-    highest_BKM1 = jnp.max(scores_BKMS, axis=-1, keepdims=True)
-    weight_BKMS = jnp.exp(scores_BKMS - highest_BKM1)
-    # XLA on CPU joins a maximum with one use and the exp into another exp: where the normaliser is dropped (a teacher)
-    # the numbers would not be to the bit those where it is kept (a student). So the maximum has a second use.
-    total_BKM1 = jnp.sum(weight_BKMS, axis=-1, keepdims=True) + 0 * highest_BKM1
+    highest_BKM1 = jax.lax.reduce_precision(jnp.max(scores_BKMS, axis=-1, keepdims=True), 8, 23)
+    # XLA on CPU fuses an exp differently with a backward pass (a student) and without (a teacher). Pinned, equal models
+    # give equal bits: Eq. 12 would divide by what is left of their divergence.
+    weight_BKMS = jax.lax.reduce_precision(jnp.exp(scores_BKMS - highest_BKM1), 8, 23)
+    total_BKM1 = jnp.sum(weight_BKMS, axis=-1, keepdims=True)
     dtype = value_BKSH.dtype
     mixed_BKMH = jnp.einsum(
         "bkms,bksh->bkmh", weight_BKMS.astype(dtype), value_BKSH, preferred_element_type=jnp.float32
