@@ -247,6 +247,31 @@ def test_recomputed_layers_give_the_same_gradients():
         np.testing.assert_allclose(again[name], gradient, atol=1e-5 * max(largest, 1), err_msg=name)
 
 
+def test_a_pass_has_the_same_bits_with_and_without_a_backward_pass():
+    """A student and a teacher that are equal: Eq. 12 would divide by what they differ by."""
+    random = np.random.default_rng(0)
+    config = DecoderConfig(
+        family="llama", vocab_size=128, num_layers=2, width=576, num_heads=9, num_kv_heads=3, head_width=64,
+        ffn_width=1536, max_positions=512, ropes=(plain_rope(10_000.0, 64),), tied_embeddings=True,
+    )
+    model = Model(config, init_parameters(config, jax.random.key(0)))
+    tokens_BT, mask_BT = random.integers(0, 128, (4, 120)), np.ones((4, 120), bool)
+    mask_BT[1, :20] = False
+    slope_BTD = random.normal(size=(4, 120, 576)).astype(np.float32)
+
+    @jax.jit
+    def both(student, teacher):
+        def loss(params):
+            hidden_BTD = model.hidden(params, tokens_BT, None, mask_BT)
+            return jnp.sum(hidden_BTD * slope_BTD), hidden_BTD
+
+        (_, hidden_BTD), grads = jax.value_and_grad(loss, has_aux=True)(student)
+        return hidden_BTD, model.hidden(teacher, tokens_BT, None, mask_BT), grads
+
+    student_BTD, teacher_BTD, _ = both(model.params, jax.tree.map(jnp.copy, model.params))
+    np.testing.assert_array_equal(np.asarray(student_BTD)[mask_BT], np.asarray(teacher_BTD)[mask_BT])
+
+
 def test_bfloat16_stays_bfloat16(model):
     halved = {name: jnp.asarray(array, jnp.bfloat16) for name, array in model.params.items()}
     hidden, cache = jax.eval_shape(lambda: Model(model.config, halved).prefill(halved, TOKENS, TOKENS >= 0, 15))

@@ -89,10 +89,8 @@ def _mix(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS) -> jax.Array:
 
 def _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS):
     scores_BKMS = _scores(cap, query_BKMH, key_BKHS, visible_BTS)
-    highest_BKM1 = jax.lax.reduce_precision(jnp.max(scores_BKMS, axis=-1, keepdims=True), 8, 23)
-    # XLA on CPU fuses an exp differently with a backward pass (a student) and without (a teacher). Pinned, equal models
-    # give equal bits: Eq. 12 would divide by what is left of their divergence.
-    weight_BKMS = jax.lax.reduce_precision(jnp.exp(scores_BKMS - highest_BKM1), 8, 23)
+    highest_BKM1 = _pinned(jnp.max(scores_BKMS, axis=-1, keepdims=True))
+    weight_BKMS = _pinned(jnp.exp(scores_BKMS - highest_BKM1))
     total_BKM1 = jnp.sum(weight_BKMS, axis=-1, keepdims=True)
     dtype = value_BKSH.dtype
     mixed_BKMH = jnp.einsum(
@@ -101,6 +99,15 @@ def _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS):
     mixed_BKMH = checkpoint_name((mixed_BKMH / total_BKM1).astype(dtype), KEPT)
     normalizer_BKM1 = checkpoint_name(highest_BKM1 + jnp.log(total_BKM1), KEPT)
     return mixed_BKMH, (query_BKMH, key_BKHS, value_BKSH, visible_BTS, mixed_BKMH, normalizer_BKM1)
+
+
+def _pinned(x: jax.Array) -> jax.Array:
+    """x, float32, to the bit, out of the reach of XLA's fusions on CPU, which outlive its barriers.
+
+    They take another exp with a backward pass (a student) than without (a teacher), and Eq. 12 divides by what a
+    teacher that equals the student then differs by.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
 
 
 def _mix_backward(cap, saved, slope_BKMH):
