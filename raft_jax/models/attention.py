@@ -23,23 +23,29 @@ PLAIN_BLOCK = 128  # queries of the plain attention that share the keys they see
 
 
 def attend(config, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, fork, window) -> jax.Array:
-    """Mixed values `[B, T, N, H]` of tokens that see themselves and what stands before them, up to a fork."""
+    """Mixed values `[B, T, N, H]` of tokens that see themselves and what stands before them, up to a fork.
+
+    The prompt, the answer and what stands behind a fork are products of their own, as they are in a pass that lacks
+    the answer: both passes then round alike, and a teacher that is the student differs from it by nothing.
+    """
     attend_last = partial(_attend_last, config, window)
+    seen = (key_BKHT, 3), (value_BKTH, 2), (positions_BT, 1), (mask_BT, 1)
     if fork is None:
-        return attend_last(query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT)
-    length, end = fork[0], sum(fork)
+        return attend_last(query_BTNH, *(array for array, _ in seen))
+    prompt, end = fork[0], sum(fork)
 
-    def second(array, axis):
-        before, _, after = jnp.split(array, (length, end), axis)
-        return jnp.concatenate([before, after], axis)
+    def until(stop):
+        return [jax.lax.slice_in_dim(array, 0, stop, axis=axis) for array, axis in seen]
 
-    first_BTNH = attend_last(
-        query_BTNH[:, :end], key_BKHT[..., :end], value_BKTH[:, :, :end], positions_BT[:, :end], mask_BT[:, :end]
-    )
-    second_BTNH = attend_last(
-        query_BTNH[:, end:], second(key_BKHT, 3), second(value_BKTH, 2), second(positions_BT, 1), second(mask_BT, 1)
-    )
-    return jnp.concatenate([first_BTNH, second_BTNH], axis=1)
+    def without_answer():
+        parts = [(jnp.split(array, (prompt, end), axis), axis) for array, axis in seen]
+        return [jnp.concatenate([before, after], axis) for (before, _, after), axis in parts]
+
+    mixed = [attend_last(query_BTNH[:, :prompt], *until(prompt))]
+    if end > prompt:
+        mixed.append(attend_last(query_BTNH[:, prompt:end], *until(end)))
+    mixed.append(attend_last(query_BTNH[:, end:], *without_answer()))
+    return jnp.concatenate(mixed, axis=1)
 
 
 def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:

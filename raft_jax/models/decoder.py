@@ -186,7 +186,8 @@ class Decoder(nnx.Module):
             a token belongs to, 0 at padding: texts packed in one row, in the order of their numbers, do not see each
             other. Default: all one text.
           fork: (P, A): the rows hold two continuations of their first P places. What stands behind P + A does not
-            see the A in between; it follows the P.
+            see the A in between; it follows the P. With A = 0 there is nothing in between, and all is as without a
+            fork but for rounding, which is then that of a row with an A.
           num_tokens: how many real tokens the rows on one device hold at most: padding is then left out of everything
             but the attention. More of them than that make NaN.
           shared: with how many equal tokens the rows on one device begin. They count once in num_tokens, and are

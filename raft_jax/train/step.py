@@ -70,7 +70,8 @@ def make_train_step(
       loss_chunk_size: tokens whose logits are held at once.
       forks: hidden_fn takes `fork=` (see raft_jax.models.decoder.Decoder.hidden): a batch that is not cut into
         micro-batches then runs each prompt once, with answer and rollout behind it. (Where a rope has long frequencies,
-        both branches turn by the length of the longer one.)
+        both branches turn by the length of the longer one.) The teacher's rows are forks without an answer, so that
+        one that is the student rounds as the student does, and the KL is 0 to the bit.
       effective: `(params, teacher_params) -> params of hidden_fn`, differentiated with them: where what is trained are
         float32 master weights of a bfloat16 model, or adapters of the teacher.
       head_settings: what else the linear losses take of the unembedding: logit_scale, logit_softcap, vocab_size.
@@ -101,12 +102,12 @@ def make_train_step(
         tokens, masks, counts = zip(prompt, *completions, strict=True)
         tokens_BT, mask_BT = jnp.concatenate(tokens, axis=1), jnp.concatenate(masks, axis=1)
         settings = {} if None in counts else {"num_tokens": sum(counts), "shared": shared}
-        P, A = tokens[0].shape[1], tokens[1].shape[1]
-        if len(completions) == 1:
-            return [hidden_fn(params, tokens_BT, None, mask_BT, **settings)[:, P - 1 : -1]]
-        hidden_BTD = hidden_fn(params, tokens_BT, None, mask_BT, fork=(P, A), **settings)
-        second_BCD = jnp.concatenate([hidden_BTD[:, P - 1 : P], hidden_BTD[:, P + A : -1]], axis=1)
-        return [hidden_BTD[:, P - 1 : P + A - 1], second_BCD]
+        P, A = tokens[0].shape[1], tokens[1].shape[1] if len(completions) > 1 else 0
+        if forks:
+            settings["fork"] = (P, A)
+        hidden_BTD = hidden_fn(params, tokens_BT, None, mask_BT, **settings)
+        last_BCD = jnp.concatenate([hidden_BTD[:, P - 1 : P], hidden_BTD[:, P + A : -1]], axis=1)
+        return [hidden_BTD[:, P - 1 : P + A - 1], last_BCD] if A else [last_BCD]
 
     def sft_loss(params, answer, hidden_BAD, whole_size):
         """Eq. 5, this micro-batch's share."""
