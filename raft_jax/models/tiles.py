@@ -8,6 +8,7 @@ Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -16,7 +17,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 ROWS = range(2, 17)  # one row is XLA's product of a matrix and a vector, which is as fast; of more, its tiles pay
 C = 64
-MAX_Q, MIN_Q = 144, 32
+MIN_Q, MAX_Q = 16, 144
+TASK = 32_768  # partial sums, one a part, row and output, that XLA's library makes on one thread at a time
 
 
 class Tiled(NamedTuple):
@@ -36,21 +38,33 @@ def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
       >>> tiled(jnp.ones((576, 100)), 4).shape
       (576, 100)
     """
-    *stack, num_inputs, num_outputs = matrix_IO.shape
-    Q = max(size for size in range(1, MAX_Q + 1) if num_inputs % size == 0)
-    if num_rows not in ROWS or matrix_IO.dtype != jnp.float32 or num_outputs % C or Q < MIN_Q:
-        return matrix_IO
-    tiles_OPQC = jnp.moveaxis(matrix_IO.reshape(*stack, -1, Q, num_outputs // C, C), -2, -4)
-    rows = Layout(major_to_minor=tuple(range(tiles_OPQC.ndim)))
-    return Tiled(jax.lax.optimization_barrier(with_layout_constraint(tiles_OPQC, rows)))  # made once
+    return tiled_alike([matrix_IO], num_rows)[0]
 
 
 def tiled_alike(matrices_IO: list[jax.Array], num_rows: int) -> list[jax.Array | Tiled]:
     """`tiled` of matrices with the same inputs, for `joined`; where that needs it, of the joined matrix alone."""
-    layouts = [tiled(matrix, num_rows) for matrix in matrices_IO]
-    if all(isinstance(layout, Tiled) for layout in layouts):
-        return layouts
-    return [tiled(jnp.concatenate(matrices_IO, axis=-1), num_rows)]
+    if any(matrix.shape[-1] % C for matrix in matrices_IO):
+        matrices_IO = [jnp.concatenate(matrices_IO, axis=-1)]
+    num_inputs, num_outputs = matrices_IO[0].shape[-2], sum(matrix.shape[-1] for matrix in matrices_IO)
+    sizes = [size for size in range(MIN_Q, MAX_Q + 1) if num_inputs % size == 0]
+    if num_rows not in ROWS or matrices_IO[0].dtype != jnp.float32 or num_outputs % C or not sizes:
+        return [jnp.concatenate(matrices_IO, axis=-1)]
+    Q = min(reversed(sizes), key=partial(_cost, num_inputs, num_outputs // C, num_rows))
+    return [_tiles(matrix, Q) for matrix in matrices_IO]
+
+
+def _cost(num_inputs: int, num_blocks: int, num_rows: int, Q: int) -> float:
+    """Blocks that the busier of two threads multiplies, and what the partial sums cost beside them, as measured."""
+    blocks_a_task = max(1, TASK // (num_inputs // Q * num_rows * C))
+    tasks = [min(blocks_a_task, num_blocks - start) for start in range(0, num_blocks, blocks_a_task)]
+    return max(sum(tasks[::2]), sum(tasks[1::2])) * (1 + 4 * num_rows / Q)
+
+
+def _tiles(matrix_IO: jax.Array, Q: int) -> Tiled:
+    *stack, _, num_outputs = matrix_IO.shape
+    tiles_OPQC = jnp.moveaxis(matrix_IO.reshape(*stack, -1, Q, num_outputs // C, C), -2, -4)
+    rows = Layout(major_to_minor=tuple(range(tiles_OPQC.ndim)))
+    return Tiled(jax.lax.optimization_barrier(with_layout_constraint(tiles_OPQC, rows)))  # made once
 
 
 def joined(layouts: list[jax.Array | Tiled]) -> jax.Array | Tiled:
