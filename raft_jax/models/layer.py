@@ -26,9 +26,31 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximat
 
 def rms_norm(config, x: jax.Array, scale: jax.Array) -> jax.Array:
     """x / rms(x) · (offset + scale) over the last axis, computed in float32."""
-    x32 = x.astype(jnp.float32)
-    x32 = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + config.norm_epsilon)
-    return (x32 * (config.norm_offset + scale.astype(jnp.float32))).astype(x.dtype)
+    return _rms_norm(config.norm_epsilon, x, config.norm_offset + scale.astype(jnp.float32))
+
+
+def _rms_norm(epsilon: float, x: jax.Array, weight_D: jax.Array) -> jax.Array:
+    """The rule below has both of its sums as products of a matrix and a vector: the fused sums that XLA makes of the
+    derived one on CPU took 3 % of the whole train step."""
+    return (x.astype(jnp.float32) * _inverse_rms(epsilon, x) * weight_D).astype(x.dtype)
+
+
+def _inverse_rms(epsilon: float, x: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + epsilon)
+
+
+def _rms_norm_backward(epsilon, saved, slope):
+    x, weight_D = saved
+    x32, slope32, inverse = x.astype(jnp.float32), slope.astype(jnp.float32), _inverse_rms(epsilon, x)
+    pull = slope32 * x32
+    total = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    along = total("...d,d->...", pull, weight_D)[..., None] / x.shape[-1]
+    x_slope = inverse * (slope32 * weight_D - x32 * jnp.square(inverse) * along)
+    return x_slope.astype(x.dtype), total("...,...d->d", inverse[..., 0], pull)
+
+
+_rms_norm = jax.custom_vjp(_rms_norm, nondiff_argnums=(0,))
+_rms_norm.defvjp(lambda epsilon, x, weight_D: (_rms_norm(epsilon, x, weight_D), (x, weight_D)), _rms_norm_backward)
 
 
 def project(config, x_BTD, weights, rope):
