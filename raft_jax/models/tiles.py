@@ -44,11 +44,11 @@ def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
 def tiled_alike(matrices_IO: list[jax.Array], num_rows: int) -> list[jax.Array | Tiled]:
     """`tiled` of matrices with the same inputs, for `joined`; where that needs it, of the joined matrix alone."""
     if any(matrix.shape[-1] % C for matrix in matrices_IO):
-        matrices_IO = [jnp.concatenate(matrices_IO, axis=-1)]
+        matrices_IO = [joined(matrices_IO)]
     num_inputs, num_outputs = matrices_IO[0].shape[-2], sum(matrix.shape[-1] for matrix in matrices_IO)
     sizes = [size for size in range(MIN_Q, MAX_Q + 1) if num_inputs % size == 0]
     if num_rows not in ROWS or matrices_IO[0].dtype != jnp.float32 or num_outputs % C or not sizes:
-        return [jnp.concatenate(matrices_IO, axis=-1)]
+        return [joined(matrices_IO)]
     Q = min(reversed(sizes), key=partial(_cost, num_inputs, num_outputs // C, num_rows))
     return [_tiles(matrix, Q) for matrix in matrices_IO]
 
