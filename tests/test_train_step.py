@@ -305,8 +305,7 @@ def as_padded():
 
 
 @pytest.mark.parametrize("settings", [
-    {"forks": True}, {"forks": True, "room": 1}, {"room": 1}, {"room": 1, "num_micro_batches": 2},
-    {"room": 1, "reduction": "token"}, {"room": 1, "share": True}, {"room": 1, "share": True, "forks": True},
+    {"forks": True}, {"room": 1}, {"room": 1, "reduction": "token"}, {"room": 1, "share": True, "forks": True},
     {"room": 1, "share": True, "num_micro_batches": 2},
 ], ids=str)
 def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings):

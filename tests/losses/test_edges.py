@@ -1,6 +1,6 @@
 """Infinite logits, ties, padding, and the corners of the arguments."""
 
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,11 @@ from raft_jax.losses import (
 )
 
 INF = np.inf
+
+
+def compiled(function, *arrays, **settings):
+    """As one program: op by op there are a hundred, and their compilation is most of a test's time."""
+    return jax.jit(partial(function, **settings))(*arrays)
 
 
 def values(*rows):
@@ -171,7 +176,7 @@ def test_heads(settings, chunk_size):
     for linear, of_logits in pairs:
         places = (0, 1) if bias is None else (0, 1, 2)
         got = jax.jit(jax.value_and_grad(lambda *x, f=linear: token_mean(f(*x), mask), places))
-        want = jax.value_and_grad(lambda *x, f=of_logits: token_mean(f(by_hand(*x)), mask), places)
+        want = jax.jit(jax.value_and_grad(lambda *x, f=of_logits: token_mean(f(by_hand(*x)), mask), places))
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6),
             got(hidden, unembedding, bias),
@@ -189,40 +194,37 @@ def test_padding_never_enters():
     loud = np.concatenate([unembedding, 1e4 * np.ones((4, 6), np.float32)], 1)
     teacher_loud = np.concatenate([teacher_unembedding, 1e4 * np.ones((5, 2), np.float32)], 1)
     for linear in linear_top_k_forward_kl, linear_forward_kl:
-        want = linear(hidden, unembedding, teacher_hidden, teacher_unembedding)
-        got = linear(hidden, loud, teacher_hidden, teacher_loud, vocab_size=30)
+        want = compiled(linear, hidden, unembedding, teacher_hidden, teacher_unembedding)
+        got = compiled(linear, hidden, loud, teacher_hidden, teacher_loud, vocab_size=30)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
-        got = linear(hidden, teacher_loud[:4], teacher_hidden, np.pad(loud, ((0, 1), (0, 0))), vocab_size=30)
-        assert np.isfinite(got).all()
+        other_loud = np.pad(loud, ((0, 1), (0, 0)))
+        assert np.isfinite(compiled(linear, hidden, teacher_loud[:4], teacher_hidden, other_loud, vocab_size=30)).all()
+    want_nats = compiled(cross_entropy, hidden @ unembedding, labels)
+    want_kl = compiled(top_k_forward_kl, hidden @ unembedding, teacher_hidden @ teacher_unembedding, k=99)
     for loud_logits in hidden @ loud, jnp.asarray(hidden @ loud).at[..., 30:].set(jnp.nan):
-        np.testing.assert_allclose(
-            cross_entropy(loud_logits, labels, vocab_size=30), cross_entropy(hidden @ unembedding, labels), rtol=1e-5
-        )
-        teacher = teacher_hidden @ teacher_loud
-        got = top_k_forward_kl(loud_logits, teacher, k=99, vocab_size=30)
-        want = top_k_forward_kl(hidden @ unembedding, teacher_hidden @ teacher_unembedding, k=99)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+        got = compiled(cross_entropy, loud_logits, labels, vocab_size=30)
+        np.testing.assert_allclose(got, want_nats, rtol=1e-5)
+        got = compiled(top_k_forward_kl, loud_logits, teacher_hidden @ teacher_loud, k=99, vocab_size=30)
+        np.testing.assert_allclose(got, want_kl, rtol=1e-4, atol=1e-6)
 
 
 def test_kept_teacher():
     """A TopK from before gives the same as the teacher itself; of a shorter or bare one, what there is."""
     (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
     models = hidden, unembedding, teacher_hidden, teacher_unembedding
-    kept = linear_top_k(teacher_hidden, teacher_unembedding, k=8)
-    jax.tree.map(np.testing.assert_array_equal, kept, top_k(teacher_hidden @ teacher_unembedding, k=8))
-    want, metrics = linear_top_k_forward_kl(*models, k=8, return_metrics=True)
-    got, same_metrics = linear_top_k_forward_kl(hidden, unembedding, kept, k=8, return_metrics=True)
+    linear_kl = partial(compiled, linear_top_k_forward_kl)
+    kept = compiled(linear_top_k, teacher_hidden, teacher_unembedding, k=8)
+    jax.tree.map(np.testing.assert_array_equal, kept, compiled(top_k, teacher_hidden @ teacher_unembedding, k=8))
+    want, metrics = linear_kl(*models, k=8, return_metrics=True)
+    got, same_metrics = linear_kl(hidden, unembedding, kept, k=8, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert metrics.keys() == same_metrics.keys()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), same_metrics, metrics)
     np.testing.assert_allclose(
-        linear_top_k_forward_kl(hidden, unembedding, kept, k=3),
-        linear_top_k_forward_kl(*models, k=3),
-        rtol=1e-4,
-        atol=1e-6,
+        linear_kl(hidden, unembedding, kept, k=3), linear_kl(*models, k=3), rtol=1e-4, atol=1e-6
     )
     bare = TopK(*(np.asarray(x) for x in kept[:2]))
-    got, fewer = top_k_forward_kl(hidden @ unembedding, bare, return_metrics=True)
+    got, fewer = compiled(top_k_forward_kl, hidden @ unembedding, bare, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert fewer.keys() == {"student_mass", "student_entropy", "agreement"}
 
@@ -233,9 +235,10 @@ def test_metrics(k):
     student, teacher = hidden @ unembedding, teacher_hidden @ teacher_unembedding
     want = twin.metrics(student, teacher, k, 1.5)
     found = [
-        top_k_forward_kl(student, teacher, k=k, return_metrics=True),
-        linear_top_k_forward_kl(
-            hidden, unembedding, teacher_hidden, teacher_unembedding, k=k, chunk_size=4, return_metrics=True
+        compiled(top_k_forward_kl, student, teacher, k=k, return_metrics=True),
+        compiled(
+            linear_top_k_forward_kl, hidden, unembedding, teacher_hidden, teacher_unembedding, k=k, chunk_size=4,
+            return_metrics=True,
         ),
     ]
     for _, got in found:
@@ -253,13 +256,16 @@ def test_metrics_carry_no_gradient():
         )
         return nats.sum() + weight * sum(x.sum() for x in metrics.values())
 
-    np.testing.assert_array_equal(jax.grad(loss)(hidden, 0.0), jax.grad(loss)(hidden, 1.0))
+    grad = jax.jit(jax.grad(loss))
+    np.testing.assert_array_equal(grad(hidden, 0.0), grad(hidden, 1.0))
 
 
 def test_chunks_change_nothing():
     (hidden, unembedding, teacher_hidden, teacher_unembedding), random = random_models(batch=6, time=11, vocabulary=640)
     mask = random.random((6, 11)) < 0.6
 
+    @partial(jax.jit, static_argnums=2)
+    @partial(jax.value_and_grad, argnums=(0, 1))
     def loss(hidden, unembedding, chunk_size):
         return sequence_mean(
             linear_top_k_forward_kl(
@@ -268,9 +274,9 @@ def test_chunks_change_nothing():
             mask,
         )
 
-    want = jax.value_and_grad(loss, (0, 1))(hidden, unembedding, 10**6)
+    want = loss(hidden, unembedding, 10**6)
     for chunk_size in 2, 13:
-        got = jax.value_and_grad(loss, (0, 1))(hidden, unembedding, chunk_size)
+        got = loss(hidden, unembedding, chunk_size)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6), got, want)
 
 
@@ -298,4 +304,4 @@ def test_weights_with_every_part_of_the_head(chunk_size):
         mean = jax.jit(jax.value_and_grad(lambda *x, f=loss: 3 * token_mean(f(*x), mask), (0, 1, 2)))
         value, grads = mean(hidden, unembedding, bias)
         want = value, (*grads, 3 * loss(hidden, unembedding, bias))
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), got, want)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6), got, want)

@@ -1,5 +1,7 @@
 """Both losses at once: what the two give from logits, and one array of the unembedding's size fewer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,10 +55,10 @@ def test_both_at_once_are_the_two_of_logits(tied, chunk_size):
 
 def test_a_teacher_that_was_kept():
     given, labels = arrays()
-    kept = linear_top_k(given["teacher"], given["teacher_unembedding"], **SETTINGS)
+    kept = jax.jit(partial(linear_top_k, **SETTINGS))(given["teacher"], given["teacher_unembedding"])
     student = given["answer"], labels, given["rollout"], given["unembedding"]
-    got = linear_raft_losses(*student, kept, **SETTINGS)
-    want = linear_raft_losses(*student, given["teacher"], given["teacher_unembedding"], **SETTINGS)
+    losses = jax.jit(partial(linear_raft_losses, **SETTINGS))
+    got, want = losses(*student, kept), losses(*student, given["teacher"], given["teacher_unembedding"])
     assert_close(got, want)
 
 
