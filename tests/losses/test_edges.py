@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import losses_twin as twin
 import numpy as np
 import pytest
+from contract import as_one, quick_jit
 
 from raft_jax.losses import (
     TopK,
@@ -25,11 +26,6 @@ from raft_jax.losses import (
 )
 
 INF = np.inf
-
-
-def compiled(function, *arrays, **settings):
-    """As one program: op by op there are a hundred, and their compilation is most of a test's time."""
-    return jax.jit(partial(function, **settings))(*arrays)
 
 
 def values(*rows):
@@ -176,7 +172,7 @@ def test_heads(settings, chunk_size):
     for linear, of_logits in pairs:
         places = (0, 1) if bias is None else (0, 1, 2)
         got = jax.jit(jax.value_and_grad(lambda *x, f=linear: token_mean(f(*x), mask), places))
-        want = jax.jit(jax.value_and_grad(lambda *x, f=of_logits: token_mean(f(by_hand(*x)), mask), places))
+        want = quick_jit(jax.value_and_grad(lambda *x, f=of_logits: token_mean(f(by_hand(*x)), mask), places))
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-6),
             got(hidden, unembedding, bias),
@@ -194,17 +190,17 @@ def test_padding_never_enters():
     loud = np.concatenate([unembedding, 1e4 * np.ones((4, 6), np.float32)], 1)
     teacher_loud = np.concatenate([teacher_unembedding, 1e4 * np.ones((5, 2), np.float32)], 1)
     for linear in linear_top_k_forward_kl, linear_forward_kl:
-        want = compiled(linear, hidden, unembedding, teacher_hidden, teacher_unembedding)
-        got = compiled(linear, hidden, loud, teacher_hidden, teacher_loud, vocab_size=30)
+        want = as_one(linear, hidden, unembedding, teacher_hidden, teacher_unembedding)
+        got = as_one(linear, hidden, loud, teacher_hidden, teacher_loud, vocab_size=30)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
         other_loud = np.pad(loud, ((0, 1), (0, 0)))
-        assert np.isfinite(compiled(linear, hidden, teacher_loud[:4], teacher_hidden, other_loud, vocab_size=30)).all()
-    want_nats = compiled(cross_entropy, hidden @ unembedding, labels)
-    want_kl = compiled(top_k_forward_kl, hidden @ unembedding, teacher_hidden @ teacher_unembedding, k=99)
+        assert np.isfinite(as_one(linear, hidden, teacher_loud[:4], teacher_hidden, other_loud, vocab_size=30)).all()
+    want_nats = as_one(cross_entropy, hidden @ unembedding, labels)
+    want_kl = as_one(top_k_forward_kl, hidden @ unembedding, teacher_hidden @ teacher_unembedding, k=99)
     for loud_logits in hidden @ loud, jnp.asarray(hidden @ loud).at[..., 30:].set(jnp.nan):
-        got = compiled(cross_entropy, loud_logits, labels, vocab_size=30)
+        got = as_one(cross_entropy, loud_logits, labels, vocab_size=30)
         np.testing.assert_allclose(got, want_nats, rtol=1e-5)
-        got = compiled(top_k_forward_kl, loud_logits, teacher_hidden @ teacher_loud, k=99, vocab_size=30)
+        got = as_one(top_k_forward_kl, loud_logits, teacher_hidden @ teacher_loud, k=99, vocab_size=30)
         np.testing.assert_allclose(got, want_kl, rtol=1e-4, atol=1e-6)
 
 
@@ -212,9 +208,9 @@ def test_kept_teacher():
     """A TopK from before gives the same as the teacher itself; of a shorter or bare one, what there is."""
     (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
     models = hidden, unembedding, teacher_hidden, teacher_unembedding
-    linear_kl = partial(compiled, linear_top_k_forward_kl)
-    kept = compiled(linear_top_k, teacher_hidden, teacher_unembedding, k=8)
-    jax.tree.map(np.testing.assert_array_equal, kept, compiled(top_k, teacher_hidden @ teacher_unembedding, k=8))
+    linear_kl = partial(as_one, linear_top_k_forward_kl)
+    kept = as_one(linear_top_k, teacher_hidden, teacher_unembedding, k=8)
+    jax.tree.map(np.testing.assert_array_equal, kept, as_one(top_k, teacher_hidden @ teacher_unembedding, k=8))
     want, metrics = linear_kl(*models, k=8, return_metrics=True)
     got, same_metrics = linear_kl(hidden, unembedding, kept, k=8, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-5)
@@ -224,7 +220,7 @@ def test_kept_teacher():
         linear_kl(hidden, unembedding, kept, k=3), linear_kl(*models, k=3), rtol=1e-4, atol=1e-6
     )
     bare = TopK(*(np.asarray(x) for x in kept[:2]))
-    got, fewer = compiled(top_k_forward_kl, hidden @ unembedding, bare, return_metrics=True)
+    got, fewer = as_one(top_k_forward_kl, hidden @ unembedding, bare, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert fewer.keys() == {"student_mass", "student_entropy", "agreement"}
 
@@ -235,8 +231,8 @@ def test_metrics(k):
     student, teacher = hidden @ unembedding, teacher_hidden @ teacher_unembedding
     want = twin.metrics(student, teacher, k, 1.5)
     found = [
-        compiled(top_k_forward_kl, student, teacher, k=k, return_metrics=True),
-        compiled(
+        as_one(top_k_forward_kl, student, teacher, k=k, return_metrics=True),
+        as_one(
             linear_top_k_forward_kl, hidden, unembedding, teacher_hidden, teacher_unembedding, k=k, chunk_size=4,
             return_metrics=True,
         ),
@@ -256,7 +252,7 @@ def test_metrics_carry_no_gradient():
         )
         return nats.sum() + weight * sum(x.sum() for x in metrics.values())
 
-    grad = jax.jit(jax.grad(loss))
+    grad = quick_jit(jax.grad(loss))
     np.testing.assert_array_equal(grad(hidden, 0.0), grad(hidden, 1.0))
 
 
@@ -264,7 +260,7 @@ def test_chunks_change_nothing():
     (hidden, unembedding, teacher_hidden, teacher_unembedding), random = random_models(batch=6, time=11, vocabulary=640)
     mask = random.random((6, 11)) < 0.6
 
-    @partial(jax.jit, static_argnums=2)
+    @partial(quick_jit, static_argnums=2)
     @partial(jax.value_and_grad, argnums=(0, 1))
     def loss(hidden, unembedding, chunk_size):
         return sequence_mean(

@@ -1,12 +1,10 @@
 """Both losses at once: what the two give from logits, and one array of the unembedding's size fewer."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import assert_close, quick_jit
+from contract import as_one, assert_close, quick_jit
 from test_memory import GIB, compiled
 
 from raft_jax.losses import Tied, cross_entropy, linear_raft_losses, linear_top_k, top_k_forward_kl
@@ -55,10 +53,10 @@ def test_both_at_once_are_the_two_of_logits(tied, chunk_size):
 
 def test_a_teacher_that_was_kept():
     given, labels = arrays()
-    kept = jax.jit(partial(linear_top_k, **SETTINGS))(given["teacher"], given["teacher_unembedding"])
+    kept = as_one(linear_top_k, given["teacher"], given["teacher_unembedding"], **SETTINGS)
     student = given["answer"], labels, given["rollout"], given["unembedding"]
-    losses = jax.jit(partial(linear_raft_losses, **SETTINGS))
-    got, want = losses(*student, kept), losses(*student, given["teacher"], given["teacher_unembedding"])
+    got = as_one(linear_raft_losses, *student, kept, **SETTINGS)
+    want = as_one(linear_raft_losses, *student, given["teacher"], given["teacher_unembedding"], **SETTINGS)
     assert_close(got, want)
 
 

@@ -1,11 +1,10 @@
 """What `recall` promises. On TPU XLA keeps the largest logit of each of M bins; elsewhere the top K is exact."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import as_one
 
 from raft_jax.losses import TopK, linear_top_k, top_k, top_k_forward_kl
 
@@ -45,13 +44,11 @@ def test_promise(vocabulary, recall, k=512):
 def test_exact_off_the_tpu():
     logits = np.random.default_rng(0).normal(size=(2, 3, 4096)).astype(np.float32)
     for shards in 1, 4:
-        exact, found = (
-            jax.jit(partial(top_k, k=64, recall=recall, vocab_shards=shards))(logits) for recall in (None, 0.5)
-        )
+        exact, found = (as_one(top_k, logits, k=64, recall=recall, vocab_shards=shards) for recall in (None, 0.5))
         jax.tree.map(np.testing.assert_array_equal, found, exact)
     hidden, unembedding = np.eye(8, dtype=np.float32)[None], logits.reshape(8, -1)[:, :1024]
     for recall in None, 0.5:
-        found = jax.jit(partial(linear_top_k, k=9, chunk_size=3, recall=recall))(hidden, unembedding)
+        found = as_one(linear_top_k, hidden, unembedding, k=9, chunk_size=3, recall=recall)
         np.testing.assert_array_equal(found.indices_BTK, top_k(hidden @ unembedding, k=9).indices_BTK)
 
 
