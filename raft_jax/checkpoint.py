@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from raft_jax.errors import InputError
+from raft_jax.sharding import from_first_process
 
 
 class Checkpoints:
@@ -35,11 +36,13 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = folder.absolute()
         self.folder.mkdir(parents=True, exist_ok=True)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self.keep = keep
+        # Orbax would drop an old step as soon as the new one's arrays are there, before its manifest is.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes a step; when this returns it is whole on disk, with its manifest.
+        """Writes a step; when this returns it is whole on disk, with its manifest. Only then the oldest one goes.
 
         Raises:
           ValueError: a step as new or newer is there, which Orbax would pass over in silence.
@@ -58,9 +61,10 @@ class Checkpoints:
             partial = path.with_suffix(".partial")
             partial.write_text(manifest)
             os.replace(partial, path)
-            for old in self.folder.glob("*.sha256.json"):
-                if not (self.folder / old.name.partition(".")[0]).exists():
-                    old.unlink()
+        for old in sorted(self._manager.all_steps())[: -self.keep]:
+            if jax.process_index() == 0:
+                self._manifest(old).unlink(missing_ok=True)
+            self._manager.delete(old)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """The newest step whose content is what was written, and its number; None where there is none.
@@ -71,17 +75,13 @@ class Checkpoints:
         Raises:
           InputError: the step holds other arrays, or arrays of other shapes or dtypes; names the first of them.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            if (manifest := self._whole(step)) is not None:
-                self._require_same(step, manifest["arrays"], _arrays(like))
-                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-                return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-            print(f"{self.folder / str(step)}: damaged or unfinished; falling back to the step before", file=sys.stderr)
-            if jax.process_index() == 0:
-                shutil.rmtree(self.folder / str(step), ignore_errors=True)
-                self._manifest(step).unlink(missing_ok=True)
-            self._manager.reload()
-        return None
+        newest = from_first_process(self._newest_whole() if jax.process_index() == 0 else None)
+        self._manager.reload()
+        if newest is None:
+            return None
+        self._require_same(newest, json.loads(self._manifest(newest).read_text())["arrays"], _arrays(like))
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        return newest, self._manager.restore(newest, args=ocp.args.StandardRestore(abstract))
 
     def close(self) -> None:
         self._manager.close()
@@ -89,13 +89,22 @@ class Checkpoints:
     def _manifest(self, step: int) -> Path:
         return self.folder / f"{step}.sha256.json"
 
-    def _whole(self, step: int) -> dict[str, Any] | None:
-        """The manifest of a step whose files are those that were written, else None."""
+    def _newest_whole(self) -> int | None:
+        """The newest step whose files are those that were written; newer ones are removed."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if self._is_whole(step):
+                return step
+            print(f"{self.folder / str(step)}: damaged or unfinished; falling back to the step before", file=sys.stderr)
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            self._manifest(step).unlink(missing_ok=True)
+        return None
+
+    def _is_whole(self, step: int) -> bool:
         try:
             manifest = json.loads(self._manifest(step).read_text())
-            return manifest if manifest["files"] == _hashes(self.folder / str(step)) else None
+            return isinstance(manifest["arrays"], dict) and manifest["files"] == _hashes(self.folder / str(step))
         except (OSError, ValueError, LookupError, TypeError):
-            return None
+            return False
 
     def _require_same(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
         for name in sorted(saved.keys() | wanted.keys()):

@@ -115,6 +115,16 @@ def any_process(flag: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
 
 
+def from_first_process(number: int | None) -> int | None:
+    """What the first process has found, in all of them: they all have to ask."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
+    return None if found < 0 else found
+
+
 def use_mesh(mesh: Mesh | None):
     """A context in which `constrain` pins activations to a mesh; without one it changes nothing."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)

@@ -81,6 +81,28 @@ def test_old_steps_go_with_their_manifests(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "10.sha256.json", "2", "2.sha256.json"]
 
 
+@pytest.mark.parametrize("place", ["_hashes", "os.replace"])
+def test_killed_before_the_manifest_with_one_step_kept(tmp_path, monkeypatch, place):
+    """The arrays of the new step are there, its manifest is not: the old step must be."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in (2, 4):
+        checkpoints.save(step, state_of(step))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(f"raft_jax.checkpoint.{place}", killed)
+        checkpoints.save(6, state_of(6))
+    assert (tmp_path / "6").is_dir() and not (tmp_path / "6.sha256.json").exists()
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert_is(checkpoints.restore(LIKE), 4)
+    checkpoints.save(6, state_of(6))
+    checkpoints.close()
+    assert_is(restore(tmp_path), 6)
+    assert not (tmp_path / "4").exists() and not (tmp_path / "4.sha256.json").exists()
+
+
 def data_files(folder):
     return sorted(path for path in (folder / "4").rglob("*") if path.is_file())
 
@@ -99,6 +121,7 @@ def test_a_flipped_bit_anywhere_falls_back(saved, tmp_path, capsys):
 
 @pytest.mark.parametrize("damage", [
     "truncated", "file gone", "file more", "manifest gone", "manifest cut", "manifest odd", "manifest a list",
+    "manifest without arrays",
 ])
 def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
@@ -113,6 +136,8 @@ def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
         manifest.unlink()
     elif damage == "manifest cut":
         manifest.write_bytes(manifest.read_bytes()[:-3])
+    elif damage == "manifest without arrays":
+        manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}))
     else:
         manifest.write_text(json.dumps([] if damage == "manifest a list" else {}))
     checkpoints = Checkpoints(folder)
