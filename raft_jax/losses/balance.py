@@ -35,6 +35,7 @@ def update_balance(
     *,
     decay: float = 0.9,
     epsilon: float = 1e-8,
+    floor: float = 1e-9,
 ) -> tuple[jax.Array, BalanceState]:
     """Weight of the KL term at which both terms weigh the same, and the averages behind it.
 
@@ -45,6 +46,9 @@ def update_balance(
         sft_loss, kl_loss: scalars, nats, of the whole batch (not of a micro-batch or of one device).
         decay: in [0, 1).
         epsilon: > 0, nats.
+        floor: >= 0, nats. While m̂_KL is no more than this the weight is 0: so much is left of a KL of 0 where float32
+            models round differently (a student that still is its teacher, cut over devices), and the ratio would
+            make a gradient of it that drowns cross entropy's.
 
     Returns:
         (weight, state): a float32 scalar that carries no gradient, and the next state. The current losses
@@ -60,6 +64,8 @@ def update_balance(
         raise ValueError(f"decay must be in [0, 1), got {decay}")
     if not epsilon > 0:
         raise ValueError(f"epsilon must be > 0, got {epsilon}")
+    if not floor >= 0:
+        raise ValueError(f"floor must be >= 0, got {floor}")
     checks.scalar("sft_loss", sft_loss)
     checks.scalar("kl_loss", kl_loss)
 
@@ -68,4 +74,4 @@ def update_balance(
 
     state = BalanceState(state.count + 1, average(state.sft_average, sft_loss), average(state.kl_average, kl_loss))
     sft_average, kl_average = state.corrected(decay=decay)
-    return sft_average / (kl_average + epsilon), state
+    return jnp.where(kl_average <= floor, 0, sft_average / (kl_average + epsilon)), state

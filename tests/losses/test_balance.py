@@ -27,9 +27,18 @@ def test_many_steps():
         np.testing.assert_allclose(state.corrected(), corrected, rtol=1e-5)
 
 
-def test_no_kl_is_finite():
-    weight, _ = update_balance(init_balance(), 1.0, 0.0)
-    assert np.isfinite(weight)
+def test_a_kl_that_is_rounding_has_no_weight():
+    for kl in 0.0, 1.3e-13, 9e-10:
+        weight, state = update_balance(init_balance(), 7.0, kl)
+        assert weight == 0
+        weight, state = update_balance(state, 7.0, 0.5)  # averages 7 and 0.05 / 0.19
+        np.testing.assert_allclose(weight, 7 * 0.19 / 0.05, rtol=1e-6)
+    np.testing.assert_allclose(update_balance(init_balance(), 7.0, 1e-8)[0], 7 / 2e-8, rtol=1e-6)
+    np.testing.assert_allclose(update_balance(init_balance(), 7.0, 1e-10, floor=0)[0], 7 / 1.01e-8, rtol=1e-6)
+
+
+def test_a_kl_that_is_not_finite_is_not_hidden():
+    assert np.isnan(update_balance(init_balance(), 7.0, np.nan)[0])
 
 
 def test_no_gradient_through_the_weight():

@@ -56,6 +56,7 @@ WRONG = [
     (lambda: losses.raft_objective(LOGITS[0, 0], 1.0, 1.0), r"sft_loss must be a scalar, got shape \(8,\)"),
     (lambda: losses.update_balance(losses.init_balance(), 1.0, 1.0, decay=1.0), r"decay must be in \[0, 1\), got 1.0"),
     (lambda: losses.update_balance(losses.init_balance(), 1.0, 1.0, epsilon=0), "epsilon must be > 0, got 0"),
+    (lambda: losses.update_balance(losses.init_balance(), 1.0, 1.0, floor=-1), "floor must be >= 0, got -1"),
 ]  # fmt: skip
 
 
