@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from raft_jax import __version__
 from raft_jax.errors import InputError
@@ -118,8 +119,8 @@ def _check(args) -> int:
     from raft_jax.config import load_config
     from raft_jax.preflight import check
 
-    # Names and texts of the user's are no markup.
-    check(load_config(args.config, args.words), Console(markup=False, highlight=False, soft_wrap=True))
+    # Names and texts of the user's are no markup, and "a:key:b" in one is no emoji.
+    check(load_config(args.config, args.words), Console(markup=False, emoji=False, highlight=False, soft_wrap=True))
     return 0
 
 
@@ -140,13 +141,19 @@ def _generate(args) -> int:
 
         path, question, *overrides = args.words
         config = load_config(path, overrides)
-        asked |= {"dtype": config.model.dtype, "thinking": config.model.thinking}
+        asked |= {name: getattr(config.model, name) for name in ("dtype", "attention", "thinking")}
     _start_jax()
     from rich.console import Console
 
     from raft_jax.generate import generate, models_of
 
-    models = models_of(config) if config else [(source, source) for source in args.model]
+    if config:
+        from raft_jax.run_dir import date_begun
+
+        models = models_of(config)
+        asked["date"] = date_begun(Path(config.run_dir))
+    else:
+        models = [(source, source) for source in args.model]
     generate(models, question, Console(), **asked)
     return 0
 
@@ -165,13 +172,14 @@ def _start_jax() -> None:
 
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = map(os.environ.get, names)
-    if any(numbers):
+    finds_others = "tpu" in os.environ.get("JAX_PLATFORMS", "") or "SLURM_STEP_NODELIST" in os.environ
+    if any(numbers) or (address and not finds_others):
         if not address or not all(number and number.isdecimal() for number in numbers):
             given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
             raise InputError(f"of several processes each needs an address, their number and its own: got {given}")
         num_processes, process_id = map(int, numbers)
         jax.distributed.initialize(address, num_processes, process_id)
-    elif "tpu" in os.environ.get("JAX_PLATFORMS", "") or "SLURM_STEP_NODELIST" in os.environ:
+    elif finds_others:
         jax.distributed.initialize()
 
 

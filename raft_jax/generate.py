@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,17 +30,20 @@ def models_of(config: Config) -> list[tuple[str, str]]:
 
 def generate(
     models: Sequence[tuple[str, str]], question: str, console: Console, *, max_new_tokens: int, temperature: float,
-    seed: int, dtype: str = "float32", thinking: bool | None = None,
+    seed: int, dtype: str = "float32", attention: str = "auto", thinking: bool | None = None,
+    date: datetime.date | None = None,
 ) -> None:
     """Prints each model's answer; an answer that was cut at the limit ends with an ellipsis.
+
+    `date` is what a chat template that prints one takes for today; None is today.
 
     Raises:
       InputError: there is no such model, or no room for the answer after the question.
     """
     answers = []
     for name, source in models:
-        model = load_pretrained(source, jnp.dtype(dtype))
-        model.tokenizer.thinking = thinking
+        model = load_pretrained(source, jnp.dtype(dtype), attention=attention)
+        model.tokenizer.thinking, model.tokenizer.date = thinking, date
         prompt = model.tokenizer.chat_prompt(question_prompt(question))
         room = model.config.max_positions - len(prompt)
         if room < 1:

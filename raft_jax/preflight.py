@@ -120,8 +120,13 @@ class Rows:
             for example in self.train
         ]
 
-    def tokens(self, rows: Sequence[RefinedRow], method: Method) -> list[TokenRow]:
+    def tokens(self, rows: Sequence[RefinedRow], method: Method, longest_answer: int = 0) -> list[TokenRow]:
         """What a method trains on, as ids.
+
+        Args:
+          rows: refined, or the gold answers alone.
+          method: decides which of a row's answers, and whether a teacher sees it.
+          longest_answer: tokens that there must be room for even where the row's own answer has less.
 
         Raises:
           InputError: a row does not fit the model with its rollout.
@@ -129,19 +134,25 @@ class Rows:
         contexts = {example.id: example.context for example in self.train}
         made = token_rows(rows, [contexts[row.id] for row in rows], self.tokenizer, method)
         rollout = self.config.train.rollout.max_new_tokens if method.distill else 0
-        longest = max(
-            max(len(row.prompt) + len(row.answer), max(len(row.prompt), len(row.teacher_prompt)) + rollout)
-            for row in made
-        )
+        longest = 0
+        for row in made:
+            more = max(0, longest_answer - len(row.answer))
+            told = len(row.teacher_prompt) + (more if method.teacher_sees_answer else 0)
+            longest = max(longest, len(row.prompt) + len(row.answer) + more, max(len(row.prompt), told) + rollout)
         if longest > self.max_positions:
+            keys = ["data.max_answer_tokens", *(["refine.max_new_tokens"] if method.target != "gold" else []),
+                    *(["train.rollout.max_new_tokens"] if method.distill else [])]
             raise InputError(
-                f"{method.name}: a row takes {longest} tokens with its rollout, and the model has {self.max_positions} "
-                "positions; lower data.max_answer_tokens or train.rollout.max_new_tokens"
+                f"{method.name}: a row may take {longest} tokens with its rollout, and the model has "
+                f"{self.max_positions} positions; lower {' or '.join(keys)}"
             )
         return made
 
     def check_training(self, methods: Iterable[Method], parts: int = 1) -> None:
-        """Raises InputError where batches cannot be made, or cut into `parts`, or a gold answer does not fit."""
+        """Raises InputError where batches cannot be made, or cut into `parts`, or an answer does not fit.
+
+        An answer: a gold one, or the longest that the refinement may write.
+        """
         size, count = self.config.train.batch_size, self.config.train.num_micro_batches
         if len(self.train) < size:
             raise InputError(f"{len(self.train)} rows do not fill a batch of {size}; lower train.batch_size")
@@ -151,7 +162,7 @@ class Rows:
                 "change train.batch_size, train.num_micro_batches or the mesh"
             )
         for method in methods:
-            self.tokens(self.gold, method)
+            self.tokens(self.gold, method, 0 if method.target == "gold" else self.config.refine.max_new_tokens)
 
     def check_refinement(self) -> None:
         """Raises InputError where a prompt for rewriting or fusion leaves no room for what is to be written."""
@@ -169,6 +180,15 @@ class Rows:
                            (question_prompt(example.question, example.context) for example in self.test))
         self._require_room("evaluate.general_new_tokens", settings.general_new_tokens,
                            (question_prompt(prompt.prompt) for prompt in general))
+        for example in self.test:
+            messages = question_prompt(example.question, example.context)
+            answer = self.tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])
+            length = len(self.tokenizer.chat_prompt(messages)) + len(answer)
+            if length > self.max_positions:
+                raise InputError(
+                    f"{example.id}: question and gold answer have {length} tokens, and the model has "
+                    f"{self.max_positions} positions; lower data.max_answer_tokens"
+                )
         resolve(self.config.encoder.source)
         return general
 

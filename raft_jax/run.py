@@ -26,7 +26,14 @@ from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudg
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.run import Parts, refine
 from raft_jax.refine.write import LocalWriter
-from raft_jax.run_dir import is_writer, record_time, start_date, wait_for_writer, write_atomically
+from raft_jax.run_dir import (
+    is_writer,
+    record_time,
+    recorded_time,
+    start_date,
+    wait_for_writer,
+    write_atomically,
+)
 from raft_jax.sampling import Sampler, Scorer
 from raft_jax.sharding import make_mesh
 from raft_jax.train.loop import read_metrics, tokens_trained, train
@@ -55,7 +62,8 @@ class Run:
 
     @cached_property
     def encoder(self):
-        return load_encoder(self.config.encoder.source, prefix=self.config.encoder.prefix)
+        given = self.config.encoder
+        return load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
 
     @cached_property
     def rows(self) -> Rows:
@@ -73,6 +81,7 @@ class Run:
         """Stage 1; rows that are published already are read."""
         folder = self.run_dir / "refined"
         examples = self.rows.train
+        wait_for_writer("refinement")  # which may have published already what another process has not looked for yet
         if (folder / "refined.jsonl").exists():
             try:
                 rows = load_refined(folder)
@@ -92,7 +101,7 @@ class Run:
             return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream), **drawing)
 
         judges = {
-            "similarity": lambda: SimilarityJudge(self.encoder, self.config.encoder.batch_size),
+            "similarity": lambda: SimilarityJudge(self.encoder),
             "coverage": CoverageJudge,
             "likelihood": lambda: LikelihoodJudge(Scorer(self.model, mesh=self.mesh), self.model.params),
         }
@@ -102,13 +111,19 @@ class Run:
             [judges[name]() for name in settings.judges],
         )
         ledger = Ledger.open(folder / "ledger.jsonl", writes=is_writer())
-        tokens_before = _tokens_written(ledger)
+        seconds_before = recorded_time(self.run_dir, "refine")[0] if ledger.records() else 0
+
+        def record() -> None:
+            seconds = seconds_before + time.perf_counter() - began
+            record_time(self.run_dir, "refine", None, seconds, _tokens_written(ledger))
+
+        ledger.on_append = record  # a process that is killed leaves the time of what it did
         rows = refine(examples, parts, settings, ledger)
         if is_writer():
             publish(rows, folder)
         wait_for_writer("refined")
-        if tokens := _tokens_written(ledger) - tokens_before:
-            record_time(self.run_dir, "refine", None, time.perf_counter() - began, tokens)
+        if recorded_time(self.run_dir, "refine")[1] != _tokens_written(ledger):
+            record()
         accepted = sum(row.accepted for row in rows)
         fused = sum(row.chosen == "fusion" for row in rows)
         print(f"refined {len(rows)} rows: {accepted} passed the filter, {fused} have a fused answer, "

@@ -41,34 +41,50 @@ def open_run_dir(config: Config):
                 raise InputError(
                     f"{run_dir}: another process is running in this folder; wait for it, or set run_dir"
                 ) from error
-        digest = fingerprint(config.data.path)
+        sources = {"data": config.data.path, "general": config.evaluate.general_path}
+        digests = {name: fingerprint(path) for name, path in sources.items()}
         if any((run_dir / name).exists() for name in ("refined", "evaluation.json", *METHOD_NAMES)):
-            _require_unchanged(config, run_dir, digest)
+            _require_unchanged(config, run_dir, sources, digests)
+        for name, digest in digests.items():
+            write_atomically(run_dir / f"{name}.sha256", digest + "\n")
         write_atomically(run_dir / "config.yaml", to_yaml(config))
-        write_atomically(run_dir / "data.sha256", digest + "\n")
         yield run_dir
 
 
-def _require_unchanged(config: Config, run_dir: Path, digest: str) -> None:
-    """Results of two configs or of two versions of the data must not mix."""
-    saved, data = run_dir / "config.yaml", run_dir / "data.sha256"
+def _require_unchanged(config: Config, run_dir: Path, sources: dict[str, str], digests: dict[str, str]) -> None:
+    """Results of two configs or of two versions of the data must not mix.
+
+    Refined rows alone may lie there without a config: so they are taken along into a new run.
+    """
+    saved, marks = run_dir / "config.yaml", {name: run_dir / f"{name}.sha256" for name in digests}
+    if any((run_dir / name).exists() for name in ("evaluation.json", *METHOD_NAMES)):
+        for path in (saved, *marks.values()):
+            if not path.exists():
+                raise InputError(f"{path}: is gone, and with it what the results beside it are of; put it back, or set "
+                                 "run_dir to a new folder")
     if saved.exists() and (changed := changed_keys(config, saved.read_text("utf-8"))):
         raise InputError(
             f"{run_dir}: was made with another config ({'; '.join(changed)}); "
             "change that back, or set run_dir to a new folder"
         )
-    if data.exists() and data.read_text().strip() not in ("", digest):
-        raise InputError(f"{config.data.path}: has changed since {run_dir} was started; set run_dir to a new folder")
+    for name, path in marks.items():
+        if path.exists() and path.read_text().strip() != digests[name]:
+            raise InputError(f"{sources[name]}: has changed since {run_dir} was started; set run_dir to a new folder")
 
 
 def start_date(run_dir: Path) -> datetime.date:
     """The day on which the run was begun. Some chat templates print today's: a run that goes on another day must not
     ask other questions."""
-    path = run_dir / "date"
-    if not path.exists():
-        write_atomically(path, datetime.date.today().isoformat() + "\n")
+    if date_begun(run_dir) is None:
+        write_atomically(run_dir / "date", datetime.date.today().isoformat() + "\n")
     wait_for_writer("date")
-    return datetime.date.fromisoformat(path.read_text("utf-8").strip())
+    return date_begun(run_dir)
+
+
+def date_begun(run_dir: Path) -> datetime.date | None:
+    """The day on which a run was begun, None where it was not."""
+    path = run_dir / "date"
+    return datetime.date.fromisoformat(path.read_text("utf-8").strip()) if path.exists() else None
 
 
 def is_writer() -> bool:
@@ -96,10 +112,22 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
+def recorded_time(run_dir: Path, stage: str, method: str | None = None) -> tuple[float, int]:
+    """Seconds and tokens of a stage so far."""
+    for line in _timings(run_dir):
+        if (line["stage"], line["method"]) == (stage, method):
+            return line["seconds"], line["tokens"]
+    return 0.0, 0
+
+
 def record_time(run_dir: Path, stage: str, method: str | None, seconds: float, tokens: int) -> None:
-    """Writes a stage's line in timings.jsonl, in place of one that a killed process left."""
-    path = run_dir / "timings.jsonl"
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """Writes a stage's line in timings.jsonl, in place of an earlier one."""
+    path, lines = run_dir / "timings.jsonl", _timings(run_dir)
     lines = [line for line in lines if (line["stage"], line["method"]) != (stage, method)]
     lines.append({"stage": stage, "method": method, "seconds": round(seconds, 3), "tokens": tokens})
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def _timings(run_dir: Path) -> list[dict]:
+    path = run_dir / "timings.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []

@@ -42,7 +42,7 @@ def make_run(
     timings.append({"stage": "evaluate", "method": None, "seconds": 65.0, "tokens": 9000})
     write_lines(folder / "timings.jsonl", timings)
     models = {name: scores(rng, shift) for shift, name in enumerate(("base", *methods))}
-    evaluation = {"models": models, "settings": {"max_new_tokens": 96}}
+    evaluation = {"models": models}
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
     return folder
 
@@ -128,6 +128,7 @@ def scores(rng: random.Random, shift: int) -> dict:
             "token_f1": 0.2 + 0.05 * shift,
             "similarity": 0.5 + 0.1 * shift,
             "gold_logprob": -3.1 + 0.2 * shift,
+            "cut": index >= 32 - 3 * shift,
         }
         for index in range(32)
     ]
@@ -144,10 +145,12 @@ def scores(rng: random.Random, shift: int) -> dict:
             "gold_logprob": score(-3.117 + 0.205 * shift, 0.071, 32),
             "token_f1": score(0.1825 + 0.03125 * shift, 0.0114, 32),
             "similarity": score(0.5125 + 0.0425 * shift, 0.0213, 32),
+            "cut": 3 * shift,
         },
         "general": {
             "divergence": score(0.0471 * shift, 0.0052 * shift, 44),
             "accuracy": score(0.6364 - 0.0303 * shift, 0.0837, 33),
+            "cut": 0 if shift == 1 else 40 - shift,
         },
         "weight_distance": {"mean": sum(layers) / 30, "layers": layers, "embedding": 0.004 * shift},
         "answers": answers,

@@ -124,6 +124,8 @@ def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
     ("evaluate.max_new_tokens=512", ("512 positions", "lower evaluate.max_new_tokens")),
     ("train.batch_size=16", ("12 rows do not fill a batch of 16; lower train.batch_size",)),
     ("train.rollout.max_new_tokens=500", ("512 positions", "train.rollout.max_new_tokens")),
+    ("refine.max_new_tokens=200 data.max_answer_tokens=200 train.rollout.max_new_tokens=300",
+     ("a row may take 5", "512 positions", "lower data.max_answer_tokens or refine.max_new_tokens or train.rollout")),
     ("mesh.data=16", ("does not fit 8 device(s)", "mesh.data")),
     ("mesh.data=8", ("train.batch_size 4", "does not divide over mesh data×fsdp = 8")),
     ("mesh.tensor=4", ("mesh.tensor", "divisor of")),
@@ -134,6 +136,20 @@ def test_what_cannot_work_is_refused_before_anything_is_computed(folder, capsys,
     message = complaint(capsys, "run", folder / "config.yaml", *overrides)
     assert all(word in message for word in words), message
     assert not (folder / "run/refined").exists() and not (folder / "run/raft").exists()
+
+
+def test_a_held_out_answer_beyond_the_models_positions_is_refused(folder, capsys):
+    rows = [{**ROW, "id": f"train{number}"} for number in range(4)]
+    write(folder, [*rows, {**ROW, "id": "endless", "split": "test", "answer": "word " * 150}])
+    message = complaint(capsys, "run", folder / "config.yaml", "data.max_answer_tokens=2000")
+    told = r"endless: question and gold answer have \d+ tokens, and the model has 512 positions; lower data\.max_"
+    assert re.match(told, message)
+
+
+def test_half_a_coordinator_is_refused(folder, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    message = complaint(capsys, "train", folder / "config.yaml")
+    assert "got JAX_COORDINATOR_ADDRESS=127.0.0.1:1, JAX_NUM_PROCESSES=None, JAX_PROCESS_ID=None" in message
 
 
 def test_too_long_a_refinement_is_refused_before_it_starts(folder, capsys):
@@ -236,7 +252,7 @@ def test_a_report_is_made_of_what_is_there_while_a_run_goes_on(folder, capsys):
 
 
 def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
-    long = {**ROW, "id": "long [/bold]", "answer": "word " * 90}
+    long = {**ROW, "id": "long [/bold] :key:", "answer": "word " * 90}
     tests = [{**ROW, "id": name, "split": "test"} for name in ("test", "later")]
     write(folder, [ROW, long, OTHER, *tests, {**tests[0], "id": "asked", "question": "why " * 90}])
     assert main(["check", str(folder / "config.yaml"), "train.batch_size=2", "data.max_train=2"]) == 0
@@ -244,7 +260,7 @@ def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     assert err == "" and f"data: {folder / 'data.jsonl'}\n" in out
     limits = "left out, as longer than data.max_question_tokens=64 or data.max_answer_tokens=64: 1"
     assert re.search(rf"^training: 2 of 3 rows are used \(data.max_train=2\); {limits}\n"
-                     rf"  long \[/bold\]: answer of \d+ tokens\n"
+                     rf"  long \[/bold\] :key:: answer of \d+ tokens\n"
                      rf"held-out: 2 of 3 rows are used; {limits}\n  asked: question of \d+ tokens\n", out, re.M)
     assert "methods: raft; 2 steps of 2 rows each" in out
     assert "<|im_start|>user\nWhy a?<|im_end|>\n<|im_start|>assistant\nSo a.<|im_end|>" in out

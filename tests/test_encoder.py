@@ -79,7 +79,8 @@ def test_order_and_batch_size_change_nothing(tiny_bert):
     expected = tiny_bert.encode(texts)
     shuffled = np.random.default_rng(0).permutation(len(texts))
     np.testing.assert_allclose(tiny_bert.encode([texts[i] for i in shuffled]), expected[shuffled], atol=1e-6)
-    np.testing.assert_allclose(tiny_bert.encode(texts, 3), expected, atol=1e-6)
+    small = load_encoder(FIXTURES / "tiny_bert", batch_size=3)
+    np.testing.assert_allclose(small.encode(texts), expected, atol=1e-6)
 
 
 def test_few_programs_are_compiled(tiny_bert):
@@ -90,9 +91,9 @@ def test_few_programs_are_compiled(tiny_bert):
     assert embed._cache_size() == before
 
 
-def test_progress_counts_every_text_once(tiny_bert):
+def test_progress_counts_every_text_once():
     seen = []
-    tiny_bert.encode(TEXTS * 15, 3, progress=seen.append)
+    load_encoder(FIXTURES / "tiny_bert", batch_size=3).encode(TEXTS * 15, progress=seen.append)
     assert len(seen) > 1 and sum(seen) == 300
 
 
@@ -211,7 +212,7 @@ def test_arguments(tiny_bert):
     with pytest.raises(ValueError, match="list of texts"):
         tiny_bert.encode("a text")
     with pytest.raises(ValueError, match="batch_size 0"):
-        tiny_bert.encode(["a"], 0)
+        load_encoder(FIXTURES / "tiny_bert", batch_size=0)
     with pytest.raises(ValueError, match="text 1 is a NoneType"):
         tiny_bert.encode(["a", None])
     with pytest.raises(InputError, match="text 1 holds a lone surrogate"):

@@ -127,8 +127,8 @@ class FakeSampler:
         type(self).calls += 1
         assert temperature == 0 and max_new_tokens == (9 if "Q" in prompts[0] else 5)
         on_batch(list(range(len(prompts))), [])
-        return [Completion([prompt.split()[-1] if params == "base" else prompt.split()[-1].upper()], True)
-                for prompt in prompts]
+        words = [prompt.split()[-1] for prompt in prompts]
+        return [Completion([word if params == "base" else word.upper()], word != "hi") for word in words]
 
 
 class FakeTokenizer:
@@ -146,6 +146,8 @@ class FakeTokenizer:
 
 
 class FakeEncoder:
+    num_truncated = 0
+
     def encode(self, texts, progress):
         return np.array([[len(text), 1.0] for text in texts])
 
@@ -182,6 +184,8 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     assert told == [("base", "tuned", ["four 4", "say hi"], [["4"], ["hi"]])]  # on the base model's own words
     assert tuned["general"]["divergence"]["mean"] == 0.5 and tuned["weight_distance"]["mean"] == 1
     assert [entry["answer"] for entry in tuned["general_answers"]] == ["4", "HI"] and FakeSampler.calls == 4
+    assert (tuned["domain"]["cut"], tuned["general"]["cut"]) == (0, 1)
+    assert [entry["cut"] for entry in tuned["answers"] + tuned["general_answers"]] == [False, False, False, True]
     json.dumps([base, tuned], allow_nan=False)
 
 
@@ -193,6 +197,7 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     ('{"id": "a", "category": "b", "prompt": "c", "check": {"value": "("}}', ":1: "),
     ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "contains_any", "value": "yes"}}', ":1: "),
     ('{"id": "a", "category": "b", "prompt": "", "check": null}', ":1: "),
+    (2 * '{"id": "a", "category": "b", "prompt": "c", "check": null}\n', ":2: id 'a' is that of line 1"),
 ])
 def test_general_prompts_that_cannot_be_used_are_named(tmp_path, text, message):
     path = tmp_path / "general.jsonl"

@@ -51,7 +51,7 @@ class FakeEncoder:
     def __init__(self):
         self.calls = self.num_truncated = 0
 
-    def encode(self, texts, batch_size=32, progress=None):
+    def encode(self, texts, progress=None):
         self.calls += 1
         self.num_truncated = sum(len(text) > 20 for text in texts)
         angles = [np.arccos(float(text.rpartition("~")[2])) if "~" in text else 0.0 for text in texts]
@@ -202,7 +202,9 @@ def test_what_the_ledger_holds_of_a_batch_is_kept_as_it_is(tmp_path):
 
 def test_what_the_encoder_cut_is_told(ledger, capsys):
     refine([Example("a", "Why?", "a gold answer of many words")], parts(), RefineConfig(rounds=1), ledger)
-    assert "1 of 2 answers and rewrites are longer than the encoder's 20 tokens" in capsys.readouterr().out
+    assert "1 of 2 texts are longer than the encoder's 20 tokens" in capsys.readouterr().out
+    SimilarityJudge(FakeEncoder()).score([Item("q", "?", "a gold answer of many words")] * 2, ["a", "b ~0.5"])
+    assert "2 of 4 texts are longer" in capsys.readouterr().out
 
 
 def test_ids_that_look_like_keys_do_not_meet(ledger):

@@ -105,6 +105,7 @@ def test_numbers_appear_as_given(source: str, value: str):
 
 def test_page_shows_texts_side_by_side_and_the_warning(source: str):
     text = Page(source).text
+    assert text.count("cut at the limit · F1") == 3 + 6
     for words in (
         "One learning rate proves nothing",
         "Attach form C-7",
@@ -228,6 +229,10 @@ def test_summary_rows_hold_the_measured_numbers(finished: Path):
     assert [row[0] for row in tables["scores"].rows] == ["base", "SFT", "RAFT"]
     base = "-3.117 ±0.071, 0.182 ±0.011, 0.512 ±0.021, 0.0000 ±0.0000, 0.636 ±0.084, 0.0000"
     assert ", ".join(tables["scores"].rows[0][1:]) == base
+    assert tables["scores"].note.endswith(
+        " Answers that the limit of length cut: base 40 of 44 general; SFT 3 of 32 domain; "
+        "RAFT 6 of 32 domain and 38 of 44 general."
+    )
     expected = [f"{line[key]:.3f}" for key in ("sft_loss", "kl_loss", "weight") for line in (first, last)]
     assert tables["training"].rows[1] == ("RAFT", "24", *expected)
     assert tables["stages"].rows[-1] == ("all", "", "390.5", "78,632", "201")

@@ -67,6 +67,7 @@ def results(run_dir: Path) -> dict:
         "refined": (run_dir / "refined/refined.jsonl").read_text("utf-8"),
         "metrics": metrics,
         "evaluation": json.loads((run_dir / "evaluation.json").read_text("utf-8")),
+        "tokens": {(line["stage"], line["method"]): line["tokens"] for line in lines(run_dir / "timings.jsonl")},
         "weights": (run_dir / "raft/hf/model.safetensors").read_bytes(),
     }
 
@@ -84,6 +85,8 @@ def undisturbed(tmp_path_factory, start):
 def refined(undisturbed, tmp_path):
     """The folder of a run that has its refined rows."""
     shutil.copytree(undisturbed / "refined", tmp_path / "run/refined")
+    with (undisturbed / "timings.jsonl").open() as timings:
+        (tmp_path / "run/timings.jsonl").write_text(next(timings))
     return tmp_path / "run"
 
 

@@ -74,7 +74,8 @@ def metrics(folder: Path, name: str) -> list[dict]:
 def files(run_dir: Path) -> dict[str, int]:
     """When each file was last written, but for those that are written at every start."""
     return {str(path.relative_to(run_dir)): path.stat().st_mtime_ns for path in run_dir.rglob("*")
-            if path.is_file() and path.name not in ("config.yaml", "data.sha256", "report.html", "run.lock")}
+            if path.is_file() and path.suffix != ".sha256"
+            and path.name not in ("config.yaml", "report.html", "run.lock")}
 
 
 def test_the_rows_have_their_history(finished):
@@ -328,7 +329,26 @@ def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):
     with pytest.raises(InputError, match="seed: 3 → 4"), open_run_dir(load_config(path, ["seed=4"])):
         pass
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS)
-    with pytest.raises(InputError, match="has changed since"), open_run_dir(other):
+    with pytest.raises(InputError, match=r"data\.jsonl: has changed since"), open_run_dir(other):
+        pass
+    tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS[:-1])
+    with (tmp_path / "general.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(InputError, match=r"general\.jsonl: has changed since"), open_run_dir(other):
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "data.sha256", "general.sha256"])
+def test_what_the_results_are_of_must_be_there(tmp_path, name):
+    config = load_config(tiny.write_run(tmp_path))
+    with open_run_dir(config) as run_dir:
+        (run_dir / "refined").mkdir()
+        (run_dir / name).unlink()
+    with open_run_dir(config):  # refined rows alone may be taken along into a new run
+        (run_dir / "sft").mkdir()
+    with open_run_dir(config):
+        (run_dir / name).unlink()
+    with pytest.raises(InputError, match=f"run/{name}: is gone.*put it back, or set run_dir"), open_run_dir(config):
         pass
 
 

@@ -68,7 +68,7 @@ def test_two_processes_run_as_one(tmp_path):
             assert other[name] == pytest.approx(line[name], rel=2e-3), name
     assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-3)
 
-    # What a slice leaves that is taken away during a save: arrays without their manifest. Both go on from the one before.
+    # What a slice that is taken away during a save leaves: arrays without a manifest. Both go on from the step before.
     run_dir = two.parent / "run"
     steps = sorted(int(path.name.partition(".")[0]) for path in (run_dir / "raft/checkpoints").glob("*.sha256.json"))
     assert len(steps) == 2

@@ -17,7 +17,7 @@ from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
 from raft_jax.evaluate.drift import divergence, weight_distance
 from raft_jax.models import Model
-from raft_jax.models.encoder import Encoder, cosine_similarity
+from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.sampling import Completion, Sampler, Scorer
 from raft_jax.sources import resolve
@@ -49,7 +49,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
     path = resolve(source)
     if path.is_dir():
         raise InputError(f"{path}: a folder; evaluate.general_path is a JSONL file of general prompts")
-    prompts = []
+    prompts, seen = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
             continue
@@ -61,6 +61,8 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
             raise InputError(
                 f"{path}:{number}: not a general prompt ({error}); a line has id, category, prompt and check"
             ) from error
+        if (first := seen.setdefault(prompts[-1].id, number)) != number:
+            raise InputError(f"{path}:{number}: id {prompts[-1].id!r} is that of line {first}; give each its own")
     if not prompts:
         raise InputError(f"{path}: no prompts in it")
     return prompts
@@ -106,8 +108,7 @@ class Evaluation:
             logprob = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
         overlap = [token_f1(answer, wanted) for answer, wanted in zip(answers, gold, strict=True)]
         with progress(f"{name}: similarity", 2 * len(gold), "texts") as bar:
-            embeddings = [self.encoder.encode(texts, progress=bar.advance) for texts in (answers, gold)]
-            similar = cosine_similarity(*embeddings)
+            similar = similarities(self.encoder, answers, gold, bar.advance)
 
         base = self.base_continuations()
         tokens = [completion.tokens for completion in base]
@@ -128,22 +129,27 @@ class Evaluation:
         return {
             "domain": {
                 "gold_logprob": _estimate(logprob), "token_f1": _estimate(overlap), "similarity": _estimate(similar),
+                "cut": _num_cut(written),
             },
             "general": {
                 "divergence": _estimate(drift), "accuracy": _estimate([mark for mark in correct if mark is not None]),
+                "cut": _num_cut(general),
             },
             "weight_distance": weight_distance(params, self.model.params),
             "answers": [
                 {"id": example.id, "question": example.question, "gold": example.answer, "answer": answer,
-                 "token_f1": float(f1), "similarity": float(cosine), "gold_logprob": float(value)}
-                for example, answer, f1, cosine, value in zip(
-                    self.questions, answers, overlap, similar, logprob, strict=True
+                 "cut": not completion.finished, "token_f1": float(f1), "similarity": float(cosine),
+                 "gold_logprob": float(value)}
+                for example, answer, completion, f1, cosine, value in zip(
+                    self.questions, answers, written, overlap, similar, logprob, strict=True
                 )
             ],
             "general_answers": [
                 {"id": prompt.id, "category": prompt.category, "prompt": prompt.prompt, "answer": text,
-                 "correct": mark, "divergence": float(value)}
-                for prompt, text, mark, value in zip(self.general, said, correct, drift, strict=True)
+                 "cut": not completion.finished, "correct": mark, "divergence": float(value)}
+                for prompt, text, completion, mark, value in zip(
+                    self.general, said, general, correct, drift, strict=True
+                )
             ],
             "tokens": sum(len(completion.tokens) for completion in [*written, *general]),
         }
@@ -154,6 +160,11 @@ class Evaluation:
                 params, prompts, key=jax.random.key(0), temperature=0.0, max_new_tokens=max_new_tokens,
                 on_batch=lambda batch, _: bar.advance(len(batch)),
             )
+
+
+def _num_cut(completions: Sequence[Completion]) -> int:
+    """How many answers were not at their end when the limit came."""
+    return sum(not completion.finished for completion in completions)
 
 
 def _estimate(values: Sequence[float]) -> dict[str, float | int | None]:

@@ -92,7 +92,7 @@ def load_pretrained(
       source: a Hugging Face folder, a `.gguf` file, `package://MODULE/PATH` or `hf://OWNER/NAME`.
       dtype: of the parameters and the activations.
       mesh: where the parameters go; default the first device.
-      remat: recompute each layer in the backward pass (less memory, a third more work).
+      remat: recompute each layer in the backward pass (less memory, a quarter more work).
       attention: "plain", "splash" (TPU), "cudnn" (GPU) or "auto", which takes what suits dtype and device.
 
     Raises:

@@ -28,7 +28,9 @@ TEXT_LENGTH = 128  # tokens; what batch_size takes a text for
 Parameters = dict[str, jax.Array]
 
 
-def load_encoder(source: str, *, dtype: jax.typing.DTypeLike = jnp.float32, prefix: str | None = None) -> Encoder:
+def load_encoder(
+    source: str, *, dtype: jax.typing.DTypeLike = jnp.float32, prefix: str | None = None, batch_size: int = 32
+) -> Encoder:
     """Loads a sentence encoder from a sentence-transformers or plain Hugging Face folder.
 
     Args:
@@ -37,6 +39,7 @@ def load_encoder(source: str, *, dtype: jax.typing.DTypeLike = jnp.float32, pref
         sentence_bert_config.json, tokenizer_config.json and config_sentence_transformers.json.
       dtype: of the weights and of the arithmetic; norms, softmax and pooling are float32 in any case.
       prefix: put before every text, such as "query: " for e5; None takes the folder's default, if any.
+      batch_size: how much one call of the compiled program takes, in texts of 128 tokens.
 
     Returns:
       The encoder. Without modules.json it pools by the mean and does not normalise, as sentence-transformers does.
@@ -49,7 +52,7 @@ def load_encoder(source: str, *, dtype: jax.typing.DTypeLike = jnp.float32, pref
         raise InputError(f"{source}: expected a folder with config.json, tokenizer.json and model.safetensors")
     config, model_folder = read_config(folder, prefix)
     tokenizer = _load_tokenizer(model_folder / "tokenizer.json", config)
-    return Encoder(config, load_parameters(model_folder, config, dtype), tokenizer)
+    return Encoder(config, load_parameters(model_folder, config, dtype), tokenizer, batch_size)
 
 
 class Encoder:
@@ -59,23 +62,20 @@ class Encoder:
       num_truncated: how many texts the last `encode` cut to `config.max_tokens`.
     """
 
-    def __init__(self, config: EncoderConfig, params: Parameters, tokenizer: Tokenizer):
+    def __init__(self, config: EncoderConfig, params: Parameters, tokenizer: Tokenizer, batch_size: int = 32):
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} is not allowed; use 1 or more")
         self.config = config
         self.params = params
+        self.batch_size = batch_size
         self.num_truncated = 0
         self._tokenizer = tokenizer
 
-    def encode(
-        self,
-        texts: Sequence[str],
-        batch_size: int = 32,
-        progress: Callable[[int], None] | None = None,
-    ) -> np.ndarray:
+    def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
         """Embeds texts.
 
         Args:
           texts: any number of texts, also empty ones. What looks like a special token stays text.
-          batch_size: how much one call of the compiled program takes, in texts of 128 tokens.
           progress: called after each batch with the number of texts in it.
 
         Returns:
@@ -84,13 +84,11 @@ class Encoder:
         """
         if isinstance(texts, str):
             raise ValueError("encode takes a list of texts, got one text; pass [text]")
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} is not allowed; use 1 or more")
         ids = self._tokenize(texts)
         embeddings_ND = np.zeros((len(ids), self.config.embedding_width), np.float32)
         for row_length, indices in self._by_row_length(ids):
             rows = [[indices[i] for i in row] for row in pack([len(ids[index]) for index in indices], row_length)]
-            most_rows = max(1, batch_size * TEXT_LENGTH // row_length)
+            most_rows = max(1, self.batch_size * TEXT_LENGTH // row_length)
             num_rows = most_rows if len(rows) >= most_rows else 1 << (len(rows) - 1).bit_length()
             for start in range(0, len(rows), num_rows):
                 batch = rows[start : start + num_rows]
@@ -126,6 +124,20 @@ class Encoder:
         encodings = self._tokenizer.encode_batch_fast(texts)
         self.num_truncated = sum(bool(encoding.overflowing) for encoding in encodings)
         return [encoding.ids for encoding in encodings]
+
+
+def similarities(
+    encoder: Encoder, texts: Sequence[str], others: Sequence[str], progress: Callable[[int], None] | None = None
+) -> np.ndarray:
+    """Eq. 2 for each text and the other one at its place, `[num_texts]` float32; says how many the encoder cut."""
+    num_cut, embeddings = 0, []
+    for side in (texts, others):
+        embeddings.append(encoder.encode(side, progress=progress))
+        num_cut += encoder.num_truncated
+    if num_cut:
+        print(f"{num_cut} of {len(texts) + len(others)} texts are longer than the encoder's "
+              f"{encoder.config.max_tokens} tokens: their similarity is that of their beginnings", flush=True)
+    return cosine_similarity(*embeddings)
 
 
 def cosine_similarity(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:

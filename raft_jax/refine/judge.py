@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from raft_jax.data.prompts import question_prompt
-from raft_jax.models.encoder import Encoder, cosine_similarity
+from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.refine.write import Item
 from raft_jax.sampling import Scorer
 
@@ -32,13 +32,12 @@ class SimilarityJudge:
 
     name = "similarity"
 
-    def __init__(self, encoder: Encoder, batch_size: int = 32):
-        self.encoder, self.batch_size = encoder, batch_size
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
 
     def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
-        gold = self.encoder.encode([item.gold for item in items], self.batch_size)
-        found = self.encoder.encode(list(candidates), self.batch_size)
-        return [max(0.0, float(value)) for value in cosine_similarity(gold, found)]
+        found = similarities(self.encoder, [item.gold for item in items], list(candidates))
+        return [max(0.0, float(value)) for value in found]
 
 
 class CoverageJudge:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from raft_jax.errors import InputError
@@ -29,6 +30,7 @@ class Ledger:
     def __init__(self, path: Path, records: dict[tuple[str, str], dict], writes: bool = True):
         self._path, self._writes = path, writes
         self._records = records
+        self.on_append: Callable[[], None] = lambda: None  # called when records have been added
 
     @classmethod
     def open(cls, path: str | Path, writes: bool = True) -> Ledger:
@@ -85,9 +87,13 @@ class Ledger:
                 lines.append(line + "\n")
             elif known != record:
                 raise ValueError(f"{self._path}: {name[0]} {name[1]!r} is recorded with other content")
-        if not lines or not self._writes:
-            self._records.update(added)
-            return
+        if lines and self._writes:
+            self._write(lines)
+        self._records.update(added)
+        if lines:
+            self.on_append()
+
+    def _write(self, lines: list[str]) -> None:
         data = "".join(lines).encode()
         # Unbuffered: a buffer would try again to write its rest when the file is closed after an error.
         with self._path.open("ab", buffering=0) as file:
@@ -101,7 +107,6 @@ class Ledger:
                 # Half a line left behind (a full disk) would be damage in the middle after the next append.
                 file.truncate(start)
                 raise
-        self._records.update(added)
 
     def get(self, stage: str, key: str) -> dict | None:
         """Returns the record of a stage and key, not to be changed, or None."""

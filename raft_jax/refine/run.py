@@ -8,7 +8,7 @@ from typing import NamedTuple
 from raft_jax.config import RefineConfig
 from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, Round
-from raft_jax.models.encoder import Encoder, cosine_similarity
+from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.refine.judge import Judge
 from raft_jax.refine.ledger import Ledger
@@ -78,14 +78,8 @@ def _similarities(encoder: Encoder, items: Sequence[Item], ledger: Ledger) -> li
     """Eq. 2 for each item."""
     if any(("similarity", item.id) not in ledger for item in items):
         with progress("similarity", 2 * len(items), "texts") as bar:
-            gold = encoder.encode([item.gold for item in items], progress=bar.advance)
-            num_cut = encoder.num_truncated
-            rewrite = encoder.encode([item.rewrite for item in items], progress=bar.advance)
-            num_cut += encoder.num_truncated
-        if num_cut:
-            print(f"{num_cut} of {2 * len(items)} answers and rewrites are longer than the encoder's "
-                  f"{encoder.config.max_tokens} tokens: their similarity is that of their beginnings", flush=True)
-        values = cosine_similarity(gold, rewrite)
+            gold, rewrites = [item.gold for item in items], [item.rewrite for item in items]
+            values = similarities(encoder, gold, rewrites, bar.advance)
         ledger.append([
             {"stage": "similarity", "key": item.id, "value": round(float(value), 6)}
             for item, value in zip(items, values, strict=True) if ("similarity", item.id) not in ledger

@@ -160,8 +160,21 @@ def _scores_note(run: Run) -> str:
         f"better). General: {number(general)} prompts; divergence KL(base ‖ model) in nats per token on the "
         "base model's own continuations (lower is better), accuracy on the "
         f"{number(checked)} that can be checked. "
-        "Weight distance: ‖W − W₀‖ / ‖W₀‖."
+        "Weight distance: ‖W − W₀‖ / ‖W₀‖." + _cut_note(run)
     )
+
+
+def _cut_note(run: Run) -> str:
+    """Whose answers the limits of length cut, and how many: half an answer earns no more than half the marks."""
+    parts = []
+    for name, model in run.models.items():
+        cut = [
+            f"{number(part(model, side)['cut'])} of {number(part(model, side, score).get('count'))} {kind}"
+            for side, score, kind in (("domain", "token_f1", "domain"), ("general", "divergence", "general"))
+            if part(model, side).get("cut")
+        ]
+        parts += [f"{label(name)} {' and '.join(cut)}"] if cut else []
+    return f" Answers that the limit of length cut: {'; '.join(parts)}." if parts else ""
 
 
 def _training(run: Run) -> Table:
