@@ -94,7 +94,8 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if self._is_whole(step):
                 return step
-            print(f"{self.folder / str(step)}: damaged or unfinished; falling back to the step before", file=sys.stderr)
+            print(f"{self.folder / str(step)}: damaged or unfinished; falling back to the step before, if there is one",
+                  file=sys.stderr)
             shutil.rmtree(self.folder / str(step), ignore_errors=True)
             self._manifest(step).unlink(missing_ok=True)
         return None

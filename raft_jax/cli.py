@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -14,14 +16,15 @@ from raft_jax.errors import InputError
 STAGES = {
     "run": "all stages: refine, train, export, evaluate, report",
     "refine": "rewrite, filter and fuse the training answers",
-    "train": "train every method of the config, refining first where one needs it",
-    "export": "write every trained model as a Hugging Face folder",
+    "train": "train and export every method of the config, refining first where one needs it",
+    "export": "write every trained model as a Hugging Face folder, training first what is not trained",
     "evaluate": "measure the base model and every trained one",
 }
 # What is shown at the end of a stage; of a whole run, everything.
 TABLES = {
     "refine": ("outputs",), "train": ("training", "outputs"), "export": ("outputs",), "evaluate": ("scores", "outputs"),
 }
+LOG_WIDTH = 120
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,8 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"raft-jax: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\nraft-jax: {error or 'stopped; the same command goes on from here'}", file=sys.stderr)
+        print(f"\nraft-jax: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)
         return 130
+    except Exception as error:
+        # Orbax tells of a full disk in a ValueError with this text.
+        if args.traceback or os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        print(f"raft-jax: error: {os.strerror(errno.ENOSPC)}; free some, and the same command goes on from here",
+              file=sys.stderr)
+        return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -100,7 +110,9 @@ def _stage(args) -> int:
         run = Run(config, run_dir)
         getattr(run, "all" if args.stage == "run" else args.stage)()
         run.report()
-        print_summary(run_dir, Console(), TABLES.get(args.stage))
+        # A log has no width; rich would take it for 80 columns and break the table's lines.
+        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+        print_summary(run_dir, Console(width=width), TABLES.get(args.stage))
     return 0
 
 
@@ -125,7 +137,7 @@ def _check(args) -> int:
 
 
 def _generate(args) -> int:
-    if args.max_new_tokens < 1 or args.temperature < 0:
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
         raise InputError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} is outside 0 to 2**32 - 1")
@@ -140,6 +152,8 @@ def _generate(args) -> int:
         from raft_jax.config import load_config
 
         path, question, *overrides = args.words
+        if stray := [word for word in overrides if "=" not in word]:
+            raise InputError(f"what is {stray[0]!r}? a question of several words goes in quotes")
         config = load_config(path, overrides)
         asked |= {name: getattr(config.model, name) for name in ("dtype", "attention", "thinking")}
     _start_jax()
@@ -151,6 +165,8 @@ def _generate(args) -> int:
         from raft_jax.run_dir import date_begun
 
         models = models_of(config)
+        if len(models) == 1:
+            print(f"{config.run_dir}: no tuned model there; this is the base model", file=sys.stderr)
         asked["date"] = date_begun(Path(config.run_dir))
     else:
         models = [(source, source) for source in args.model]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class DataConfig:
     path: str = "???"
     question: str = "question"  # the columns' names; chat columns and tfds folders: see docs/data.md
     answer: str = "answer"
-    id: str = "id"
+    id: str | None = "id"  # null: rows are numbered
     split: str = "split"
     context: str = "context"
     train_split: str = "train"  # used where the file has the split column
@@ -204,6 +205,11 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
 
+    def __post_init__(self):
+        for key in ("data", "fsdp", "tensor"):
+            size = getattr(self, key)
+            _require(size >= 1 or size == -1, f"mesh.{key}", size, "1 or more, or -1 for all devices that are left")
+
 
 @dataclass(frozen=True)
 class ExportConfig:
@@ -269,6 +275,9 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise InputError(f"{path}: no value for {', '.join(missing)}")
+        for key, value in _flat(OmegaConf.to_container(merged)):
+            if isinstance(value, float) and not math.isfinite(value):
+                raise InputError(f"config: {key} is {value}; allowed: a finite number")
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, InputError) else None
@@ -287,7 +296,26 @@ def _one_line(error: Exception) -> str:
         sentence = f"{found[1].lower()} is a group of settings, got {found[2]}"
     elif "is not a ListConfig" in sentence:
         sentence = "expected a list, as in [a, b]"
+    elif found := re.fullmatch(r"Key '(\w+)' not in 'Config'", sentence):
+        paths = (f".{key}.".partition(f".{found[1]}.") for key, _ in _flat(_defaults()))
+        elsewhere = sorted({f"{above[1:]}.{found[1]}" for above, name, _ in paths if name})
+        sentence += f"; there is {' and '.join(elsewhere)}" if elsewhere else ""
     return f"{full_key}: {sentence}" if full_key and full_key not in sentence else sentence
+
+
+def _defaults() -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(Config))
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted key."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def to_yaml(config: Config) -> str:
@@ -307,16 +335,9 @@ def changed_keys(config: Config, saved: str) -> list[str]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    def flatten(node, prefix=""):
-        for key, value in node.items():
-            if isinstance(value, dict):
-                yield from flatten(value, f"{prefix}{key}.")
-            else:
-                yield f"{prefix}{key}", value
-
-    given = dict(flatten(OmegaConf.to_container(OmegaConf.structured(config))))
+    given = dict(_flat(OmegaConf.to_container(OmegaConf.structured(config))))
     try:
-        before = dict(flatten(OmegaConf.to_container(OmegaConf.create(saved)))) if saved.strip() else {}
+        before = dict(_flat(OmegaConf.to_container(OmegaConf.create(saved)))) if saved.strip() else {}
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
         raise InputError(f"the saved config is damaged ({_one_line(error)}); restore it, or set run_dir") from error
     return [

@@ -14,8 +14,12 @@ from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, check_keys, open_weights
+from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
 from raft_jax.train.methods import METHODS, Method
+
+# Control characters but tab and newline → their pictures: a terminal would obey them.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
 def read_data(config: Config) -> tuple[list[Example], list[Example]]:
@@ -83,6 +87,8 @@ class Rows:
         train, test = self.given
         self.train, self.train_left_out = fitting(train, tokenizer, config, config.data.max_train)
         self.test, self.test_left_out = fitting(test, tokenizer, config, config.data.max_test)
+        trained = {example.question for example in self.train}
+        self.remembered = [example.id for example in self.test if example.question in trained]
         for name, given, kept, *_ in self._sides():
             if not kept:
                 raise InputError(f"{config.data.path}: all {len(given)} {name} rows are longer than "
@@ -109,6 +115,10 @@ class Rows:
                 yield f"  {example}: {why}"
             if at_most is not None and len(left_out) > at_most:
                 yield f"  … and {len(left_out) - at_most} more, which `raft-jax check` lists"
+        if self.remembered:
+            named = ", ".join([*self.remembered[:3], *(["…"] if len(self.remembered) > 3 else [])])
+            yield (f"held-out questions that are training questions, too: {len(self.remembered)} ({named}); "
+                   "what is measured on them may be remembered, not learned")
 
     @property
     def gold(self) -> list[RefinedRow]:
@@ -210,6 +220,7 @@ def check(config: Config, console) -> None:
     """
     from rich.text import Text
 
+    require_unchanged(config)
     path = resolve(config.model.source)
     weights = open_weights(path)
     if isinstance(weights, GgufFile):
@@ -240,6 +251,19 @@ def check(config: Config, console) -> None:
     )
     text = Text()
     for ids, styles in ((prompt, ("dim", "dim")), (answer, ("black on green", "black on bright_green"))):
-        for index, token in enumerate(ids):
-            text.append(tokenizer.token_text(token), styles[index % 2])
+        for index, characters in enumerate(_characters(tokenizer, ids)):
+            text.append(characters, styles[index % 2])
     console.print(text)
+
+
+def _characters(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[str]:
+    """Each token's text; tokens that are parts of one character come together. Control characters are made visible."""
+    held: list[int] = []
+    for token in ids:
+        held.append(token)
+        text = tokenizer.token_text(held)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(held) == 4:  # bytes of the longest character
+            yield text.translate(VISIBLE)
+            held = []
+    if held:
+        yield tokenizer.token_text(held).translate(VISIBLE)

@@ -41,22 +41,31 @@ def open_run_dir(config: Config):
                 raise InputError(
                     f"{run_dir}: another process is running in this folder; wait for it, or set run_dir"
                 ) from error
-        sources = {"data": config.data.path, "general": config.evaluate.general_path}
-        digests = {name: fingerprint(path) for name, path in sources.items()}
-        if any((run_dir / name).exists() for name in ("refined", "evaluation.json", *METHOD_NAMES)):
-            _require_unchanged(config, run_dir, sources, digests)
-        for name, digest in digests.items():
+        require_unchanged(config)
+        for name, path in _sources(config).items():
+            digest = fingerprint(path)
             write_atomically(run_dir / f"{name}.sha256", digest + "\n")
         write_atomically(run_dir / "config.yaml", to_yaml(config))
         yield run_dir
 
 
-def _require_unchanged(config: Config, run_dir: Path, sources: dict[str, str], digests: dict[str, str]) -> None:
+def _sources(config: Config) -> dict[str, str]:
+    """The files whose content results are of."""
+    return {"data": config.data.path, "general": config.evaluate.general_path}
+
+
+def require_unchanged(config: Config) -> None:
     """Results of two configs or of two versions of the data must not mix.
 
     Refined rows alone may lie there without a config: so they are taken along into a new run.
+
+    Raises:
+      InputError: the run folder has results of another config or of other data, or does not say of which.
     """
-    saved, marks = run_dir / "config.yaml", {name: run_dir / f"{name}.sha256" for name in digests}
+    run_dir, sources = Path(config.run_dir), _sources(config)
+    if not any((run_dir / name).exists() for name in ("refined", "evaluation.json", *METHOD_NAMES)):
+        return
+    saved, marks = run_dir / "config.yaml", {name: run_dir / f"{name}.sha256" for name in sources}
     if any((run_dir / name).exists() for name in ("evaluation.json", *METHOD_NAMES)):
         for path in (saved, *marks.values()):
             if not path.exists():
@@ -68,7 +77,7 @@ def _require_unchanged(config: Config, run_dir: Path, sources: dict[str, str], d
             "change that back, or set run_dir to a new folder"
         )
     for name, path in marks.items():
-        if path.exists() and path.read_text().strip() != digests[name]:
+        if path.exists() and path.read_text().strip() != fingerprint(sources[name]):
             raise InputError(f"{sources[name]}: has changed since {run_dir} was started; set run_dir to a new folder")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -253,7 +255,8 @@ def test_a_report_is_made_of_what_is_there_while_a_run_goes_on(folder, capsys):
 
 def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     long = {**ROW, "id": "long [/bold] :key:", "answer": "word " * 90}
-    tests = [{**ROW, "id": name, "split": "test"} for name in ("test", "later")]
+    tests = [{**OTHER, "id": "test", "question": "Why 日本 \u001b[31m?", "split": "test"},
+             {**ROW, "id": "later", "split": "test"}]
     write(folder, [ROW, long, OTHER, *tests, {**tests[0], "id": "asked", "question": "why " * 90}])
     assert main(["check", str(folder / "config.yaml"), "train.batch_size=2", "data.max_train=2"]) == 0
     out, err = capsys.readouterr()
@@ -262,6 +265,7 @@ def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     assert re.search(rf"^training: 2 of 3 rows are used \(data.max_train=2\); {limits}\n"
                      rf"  long \[/bold\] :key:: answer of \d+ tokens\n"
                      rf"held-out: 2 of 3 rows are used; {limits}\n  asked: question of \d+ tokens\n", out, re.M)
+    assert "held-out questions that are training questions, too: 1 (later); what is" in out
     assert "methods: raft; 2 steps of 2 rows each" in out
     assert "<|im_start|>user\nWhy a?<|im_end|>\n<|im_start|>assistant\nSo a.<|im_end|>" in out
     assert not (folder / "run").exists()
@@ -276,6 +280,10 @@ def test_generate_refuses_what_it_cannot_do(template, capsys):
     assert "learning_rate" in complaint(capsys, "generate", config, "What?", "--seed", 1, "train.learning_rat=1")
     assert "1 or more" in complaint(capsys, "generate", "What?", "--model", model, "--max-new-tokens", 0)
     assert "0 or more" in complaint(capsys, "generate", "What?", "--model", model, "--temperature", -1)
+    assert "0 or more" in complaint(capsys, "generate", "What?", "--model", model, "--temperature", "nan")
+    assert "what is 'b'? a question of several words" in complaint(capsys, "generate", config, "a", "b", "c?")
+    assert main(["generate", str(config), "What?", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err.endswith("run: no tuned model there; this is the base model\n")
     assert "--seed" in complaint(capsys, "generate", "What?", "--model", model, "--seed", -1)
     message = complaint(capsys, "generate", "What?", "--model", model, "--max-new-tokens", 512)
     assert "lower --max-new-tokens 512" in message
@@ -355,3 +363,24 @@ def test_a_terminal_gets_a_bar(monkeypatch):
         bar.advance(2, note="SFT 2.5")
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
     assert "train raft" in shown and "2/3" in shown and "SFT 2.5" in shown and "\x1b[" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("error", "code", "words"), [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "error: No space left on device; free some, and the same"),
+    (ValueError("RESOURCE_EXHAUSTED: Error writing (No space left on device)"), 2, "error: No space left on device;"),
+    (KeyboardInterrupt(), 130, "raft-jax: stopped; the same command goes on from here"),
+    (KeyboardInterrupt("stopped by SIGTERM"), 130, "raft-jax: stopped by SIGTERM\n"),
+], ids=repr)
+def test_a_full_disk_and_a_stop_are_a_line(folder, capsys, monkeypatch, error, code, words):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("raft_jax.report.write_report", fails)
+    assert main(["report", str(folder / "config.yaml")]) == code
+    assert words in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback(folder, monkeypatch):
+    monkeypatch.setattr("raft_jax.report.write_report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["report", str(folder / "config.yaml")])

@@ -54,6 +54,8 @@ def test_file_and_overrides_are_merged_and_typed(write):
     ("trian: {}", (), ("trian", "Did you mean", "train")),
     ("train: {learning_rat: 1}", (), ("learning_rat", "learning_rate")),
     ("", ("train.learning_rat=1",), ("train.learning_rat=1", "learning_rate")),
+    ("", ("learning_rate=1",), ("learning_rate=1", "there is train.learning_rate")),
+    ("", ("lora.rank=1",), ("lora.rank=1", "there is train.lora")),
     ("", ("train.rollout.max_tokens=1",), ("train.rollout.max_tokens=1",)),
     ("train: {batch_size: many}", (), ("train.batch_size", "many")),
     ("", ("train.batch_size=2.5",), ("train.batch_size=2.5",)),
@@ -110,6 +112,10 @@ def test_what_cannot_be_read_is_named(write, text, overrides, words):
     ("methods=[]", "one or more of"),
     ("methods=[raft,raft]", "each method once"),
     ("seed=-1", "seed is -1"),
+    ("train.learning_rate=inf", "train.learning_rate is inf; allowed: a finite number"),
+    ("train.weight_decay=nan", "train.weight_decay"),
+    ("mesh.data=0", "mesh.data is 0; allowed: 1 or more, or -1"),
+    ("mesh.tensor=-2", "mesh.tensor is -2"),
     ("seed=4294967296", "seed is 4294967296"),
 ])
 def test_values_out_of_range_are_named_with_what_is_allowed(write, override, words):

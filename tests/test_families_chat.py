@@ -139,7 +139,7 @@ def test_answers_end_their_turn(style, thinking):
         answer = ours.chat_answer(messages)
         assert ours.decode(answer).strip().endswith(SAID["content"]) and answer[-1] in ours.stop_ids
         whole = ours.chat_prompt(messages, add_generation_prompt=False)
-        assert ours.token_text(answer[-1]) in ours.backend.decode(whole, skip_special_tokens=False)
+        assert ours.token_text(answer[-1:]) in ours.backend.decode(whole, skip_special_tokens=False)
 
 
 def test_marks_in_a_content_stay_text(style):

@@ -245,7 +245,7 @@ def test_seconds_of_a_resumed_stage_add_up(run_dir: Path):
     assert tables_of(run_dir)["stages"].rows[0] == ("refine", "", "100.0", "21,000", "210")
 
 
-@pytest.mark.parametrize("width", [80, 140])
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
 def test_printed_summary_fits_and_keeps_paths_whole(finished: Path, width: int):
     file = io.StringIO()
     print_summary(finished, Console(file=file, width=width))
@@ -254,7 +254,7 @@ def test_printed_summary_fits_and_keeps_paths_whole(finished: Path, width: int):
         cell for table in summary_tables(finished) for row in (table.columns, *table.rows) for cell in row
     ]
     for word in " ".join(cells).split():
-        assert word in printed or word in ("what", "path")
+        assert word in printed or word in ("what", "path", *(["model", "method", "stage"] if width < 60 else []))
     assert all(len(line) <= width for line in printed.splitlines() if str(finished) not in line)
     assert str(finished / "raft" / "hf") in printed and "…" not in printed
 

@@ -262,7 +262,7 @@ def test_targets_and_teacher_prompts_of_each_method(name):
     asked = ["Why?", "It is Monday.\n\nWho?"]
     for row, question, target in zip(made, asked, TARGETS[name], strict=True):
         def text(ids):
-            return "".join(map(tokenizer.token_text, ids))
+            return tokenizer.token_text(ids)
 
         prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         assert text(row.prompt) == prompt and text(row.answer) == f"{target}<|im_end|>"

@@ -410,5 +410,5 @@ def test_a_sentencepiece_style_tokenizer(tmp_path):
 
 
 def test_token_text(tokenizer):
-    assert tokenizer.token_text(tokenizer.eos_id) == "<|im_end|>"
+    assert tokenizer.token_text([tokenizer.eos_id]) == "<|im_end|>"
     assert tokenizer.vocab_size == max(tokenizer.backend.get_vocab().values()) + 1

@@ -338,6 +338,15 @@ def test_tensors_that_are_no_floats(folder, tensors):
     assert f"{key} has dtype F8_E4M3, which is not supported; supported: F32" in error_of(folder)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(folder, tensors, value):
+    path, key = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
+    broken = tensors[key].copy()
+    broken[-1, -1] = value
+    save_file(tensors | {key: broken}, path)
+    assert f"{path}: {key} holds numbers that are not finite" in error_of(folder)
+
+
 def test_truncated_safetensors(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()

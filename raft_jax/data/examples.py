@@ -29,7 +29,7 @@ class Columns:
 
     question: str = "question"
     answer: str = "answer"
-    id: str = "id"
+    id: str | None = "id"  # None: rows are numbered
     split: str = "split"
     context: str = "context"
 
@@ -126,7 +126,8 @@ def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[
       (6, 2)
     """
     if not 0 <= count < len(examples):
-        raise InputError(f"cannot hold out {count} of {len(examples)} examples; at least one must be left")
+        raise InputError(f"cannot hold out {count} of {len(examples)} examples, since at least one must be left; lower "
+                         "data.held_out")
     ids = [example.id for example in examples]
     chosen = set(sorted(ids, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())[:count])
     return ([example for example in examples if example.id not in chosen],
@@ -213,6 +214,7 @@ def _parse(source: str, text: str, line: int) -> Any:
 
 def _read_csv(source: str, text: str, delimiter: str) -> list[_Row]:
     # strict: a stray quote is an error, instead of text that loses its quotes or swallows the next rows.
+    csv.field_size_limit(len(text) + 1)  # an answer may be as long as it likes; what is too long is told later
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header, rows, line = [], [], 1
     try:
@@ -312,7 +314,7 @@ def _ids(rows: list[_Row], columns: Columns) -> list[str]:
         id = _text(id, row.where, columns.id)
         if id in seen:
             raise InputError(f"{row.where}: the id {id!r} is already that of {seen[id]}; "
-                             'give each row its own, or set data.id="" to number the rows')
+                             "give each row its own, or set data.id=null to number the rows")
         seen[id] = row.where
     return list(seen)
 

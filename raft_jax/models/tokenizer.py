@@ -104,9 +104,9 @@ class Tokenizer:
         """Text of the ids, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def token_text(self, token_id: int) -> str:
-        """One token as text, special ones by their name."""
-        return self.backend.decode([token_id], skip_special_tokens=False)
+    def token_text(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens by their names."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation in the model's template, as transformers gives them.

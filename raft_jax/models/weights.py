@@ -308,6 +308,8 @@ def _from_stored(weights, key: str, stored: Stored, config: DecoderConfig) -> np
         raise InputError(f"{weights.file_of(key)}: {key} has shape {array.shape}, and the config asks for {expected}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(f"{weights.file_of(key)}: {key} holds {array.dtype}; expected float32, float16 or bfloat16")
+    if not np.isfinite(array).all():
+        raise InputError(f"{weights.file_of(key)}: {key} holds numbers that are not finite; this model is broken")
     if stored.fused:
         first = _rows(stored.fused, sizes)
         array = array[sum(first[: stored.part]) : sum(first[: stored.part + 1])]

@@ -228,7 +228,8 @@ def _similarity(run: Run) -> Figure:
         rejected,
         float(threshold) if isinstance(threshold, int | float) else None,
     )
-    return Figure("Similarity to the gold answer", svg, caption)
+    absent = "None of the rewritings could be used." if run.refined else ""
+    return Figure("Similarity to the gold answer", svg, caption, absent=absent)
 
 
 def _refinement(run: Run) -> dict[str, Any]:

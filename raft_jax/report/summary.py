@@ -67,8 +67,12 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
                 # A path is there to be copied, so it is never wrapped.
                 console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
             continue
+        widths = _widths(table, console.width)
+        if sum(widths) + 2 * len(widths) > console.width + 2:
+            _print_stacked(table, console)
+            continue
         view = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for index, width in enumerate(_widths(table, console.width)):
+        for index, width in enumerate(widths):
             justify = "left" if index < table.text_columns else "right"
             view.add_column(Text(table.columns[index]), justify=justify, width=width)
         for row in table.rows:
@@ -76,6 +80,20 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
         console.print(view)
         if table.note:
             console.print(Text(table.note, style="dim"))
+
+
+def _print_stacked(table: Table, console: Console) -> None:
+    """A line a figure, for a terminal that is too narrow for the table: a number cut short would be another one."""
+    from rich.text import Text
+
+    named = range(table.text_columns, len(table.columns))
+    width = max(len(table.columns[index]) for index in named)
+    for row in table.rows:
+        console.print(Text(" ".join(row[: table.text_columns]).strip(), style="bold"))
+        for index in named:
+            console.print(Text(f"  {table.columns[index]:<{width}}  {row[index]}"), soft_wrap=True)
+    if table.note:
+        console.print(Text(table.note, style="dim"))
 
 
 def _widths(table: Table, available: int) -> list[int]:
