@@ -18,7 +18,7 @@ from raft_jax.errors import InputError
 from raft_jax.evaluate import compare
 from raft_jax.evaluate.accuracy import is_correct, token_f1
 from raft_jax.evaluate.compare import Evaluation, GeneralPrompt, load_general_prompts
-from raft_jax.evaluate.drift import divergence, weight_distance
+from raft_jax.evaluate.drift import make_divergence, weight_distance
 from raft_jax.sampling import Completion, Scorer
 
 TOY = SimpleNamespace(
@@ -73,14 +73,14 @@ PROMPTS, ANSWERS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [2, 2]], [[3], [10, 11, 12,
 
 def test_divergence_is_the_full_kl_over_the_answers():
     base, tuned = tiny.toy_parameters(0), tiny.toy_parameters(1)
-    found = divergence(TOY, as_arrays(base), as_arrays(tuned), PROMPTS, ANSWERS, batch_size=3)
+    found = make_divergence(TOY, batch_size=3)(as_arrays(base), as_arrays(tuned), PROMPTS, ANSWERS)
     expected = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         places = slice(len(prompt) - 1, -1)
         p, q = (twin.softmax(twin.forward(params, np.array(prompt + answer))[0][places]) for params in (base, tuned))
         expected.append(np.mean(np.sum(p * np.log(p / q), axis=-1)))
     np.testing.assert_allclose(found, expected, rtol=2e-5)
-    assert not divergence(TOY, as_arrays(base), as_arrays(base), PROMPTS, ANSWERS, batch_size=4).any()
+    assert not make_divergence(TOY, batch_size=4)(as_arrays(base), as_arrays(base), PROMPTS, ANSWERS).any()
 
 
 def test_the_gold_answers_likelihood_is_per_token():
@@ -158,11 +158,11 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     monkeypatch.setattr(compare, "Scorer", lambda *_: SimpleNamespace(mean_logprob=scored))
     told = []
 
-    def drift(model, base, params, prompts, answers, batch_size, mesh, progress):
+    def drift(base, params, prompts, answers, progress):
         told.append((base, params, prompts, answers))
         return np.array([0.25, 0.75], np.float32)
 
-    monkeypatch.setattr(compare, "divergence", drift)
+    monkeypatch.setattr(compare, "make_divergence", lambda *_: drift)
     monkeypatch.setattr(compare, "weight_distance", lambda params, base: {"mean": float(params != base)})
     questions = [Example("q1", "Q one", "one", context="so"), Example("q2", "Q two", "no two")]
     general = [GeneralPrompt("g1", "sums", "four 4", {"kind": "number", "value": 4}),

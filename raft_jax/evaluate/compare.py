@@ -15,7 +15,7 @@ from raft_jax.data.examples import Example
 from raft_jax.data.prompts import question_prompt
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
-from raft_jax.evaluate.drift import divergence, weight_distance
+from raft_jax.evaluate.drift import make_divergence, weight_distance
 from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
@@ -75,10 +75,11 @@ class Evaluation:
         self, model: Model, encoder: Encoder, questions: Sequence[Example], general: Sequence[GeneralPrompt],
         settings: EvaluateConfig, mesh: jax.sharding.Mesh | None = None,
     ):
-        self.model, self.encoder, self.settings, self.mesh = model, encoder, settings, mesh
+        self.model, self.encoder, self.settings = model, encoder, settings
         self.questions, self.general = list(questions), list(general)
         self.sampler = Sampler(model, settings.batch_size, mesh)
         self.scorer = Scorer(model, settings.batch_size, mesh)
+        self.divergence = make_divergence(model, settings.batch_size, mesh)
         tokenizer = model.tokenizer
         asked = [question_prompt(example.question, example.context) for example in self.questions]
         self.question_prompts = [tokenizer.chat_prompt(messages) for messages in asked]
@@ -117,10 +118,7 @@ class Evaluation:
             general = base
         else:
             with progress(f"{name} against base", len(tokens), "answers") as bar:
-                drift = divergence(
-                    self.model, self.model.params, params, self.general_prompts, tokens, self.settings.batch_size,
-                    self.mesh, bar.advance,
-                )
+                drift = self.divergence(self.model.params, params, self.general_prompts, tokens, bar.advance)
             general = self._greedy(
                 params, self.general_prompts, self.settings.general_new_tokens, f"{name} on general prompts"
             )

@@ -15,14 +15,14 @@ from raft_jax.sampling import Scorer, answer_hidden, answer_means
 from raft_jax.sharding import num_shards
 
 
-def divergence(
-    model: Model, base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-    batch_size: int = 16, mesh: jax.sharding.Mesh | None = None, progress: Callable[[int], None] | None = None,
-) -> np.ndarray:
+def make_divergence(
+    model: Model, batch_size: int = 16, mesh: jax.sharding.Mesh | None = None
+) -> Callable[..., np.ndarray]:
     """KL(base ‖ tuned) over the whole vocabulary, mean over the tokens of each of the base model's own answers.
 
     Returns:
-      `[num_answers]` float32, nats per token.
+      `divergence(base_params, params, prompts, answers, progress=None)` → `[num_answers]` float32, nats per token.
+      One program a shape, whatever the parameters.
     """
     scorer = Scorer(model, batch_size, mesh)
 
@@ -36,7 +36,13 @@ def divergence(
         )
         return answer_means(nats_BA, answer_mask_BA)
 
-    return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers, progress)
+    def divergence(
+        base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+        progress: Callable[[int], None] | None = None,
+    ) -> np.ndarray:
+        return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers, progress)
+
+    return divergence
 
 
 @jax.jit
