@@ -273,13 +273,12 @@ def as_padded():
             state, metrics = step(state, teacher, batch, rollout, room=room)
         return metrics, state.params
 
-    def losses(room):
-        """Of the first step, compiled without what else it gives."""
+    def loss_of(room, name):
+        """One loss of the first step, compiled without what else it gives."""
 
         @jax.jit
         def forward(*arguments):
-            metrics = make()(*arguments, room=room)[1]
-            return {name: metrics[name] for name in ("sft_loss", "kl_loss")}
+            return make(distill=name == "kl_loss")(*arguments, room=room)[1][name]
 
         return forward(init_state(model.params, optimizer), teacher, batch, rollout)
 
@@ -301,7 +300,7 @@ def as_padded():
             shared_prompt=prompt, shared_teacher_prompt=teacher_prompt,
         )
 
-    return run, of, run(), losses
+    return run, of, run(), loss_of
 
 
 @pytest.mark.parametrize("settings", [
@@ -323,31 +322,26 @@ def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settin
 
 
 def test_too_little_room_is_seen(as_padded):
-    _, room_for, _, losses = as_padded
+    _, room_for, _, loss_of = as_padded
     for name, loss in (("teacher_prompt", "kl_loss"), ("rollout", "kl_loss"), ("answer", "sft_loss")):
         room = room_for()
         if name == "answer":  # also where the whole text would have room
             room = room._replace(prompt=room.prompt + 9)
-        assert np.isnan(losses(room._replace(**{name: getattr(room, name) - 1}))[loss])
+        assert np.isnan(loss_of(room._replace(**{name: getattr(room, name) - 1}), loss))
 
 
-@pytest.mark.parametrize(("dtype", "roomy", "settings"), [
-    ("float32", False, {}), ("float32", True, {"forks": True}), ("bfloat16", True, {"forks": True}),
-    ("bfloat16", False, {"forks": True, "num_micro_batches": 2}),
-], ids=str)
-def test_a_teacher_that_is_the_student_teaches_nothing(dtype, roomy, settings):
+@pytest.mark.parametrize(("dtype", "roomy", "num_micro_batches"), [("float32", True, 1), ("bfloat16", False, 2)])
+def test_a_teacher_that_is_the_student_teaches_nothing(dtype, roomy, num_micro_batches):
     """To the bit: Eq. 12 divides by what is left."""
-    metrics = step_beside_itself(make_mesh(devices=jax.devices()[:1]), dtype, roomy, fixed_weight=1.0, **settings)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    metrics = step_beside_itself(mesh, dtype, roomy, fixed_weight=1.0, num_micro_batches=num_micro_batches)
     assert metrics["kl_loss"] == 0 and metrics["agreement"] == 1
 
 
-def test_a_teacher_that_is_the_student_teaches_nothing_on_a_mesh():
-    """There the two round differently. The gradient is that of cross entropy alone."""
-    mesh = make_mesh(2, 2, 2)
-    metrics = step_beside_itself(mesh, "float32", True, forks=True)
-    alone = step_beside_itself(mesh, "float32", False, distill=False)
-    assert metrics["weight"] == 0
-    np.testing.assert_allclose(metrics["gradient_norm"], alone["gradient_norm"], rtol=1e-5)
+def test_a_teacher_that_is_the_student_has_no_weight_on_a_mesh():
+    """There the two round differently, and what is left is no reason for a gradient."""
+    metrics = step_beside_itself(make_mesh(2, 2, 2), "float32", True)
+    assert metrics["weight"] == 0 and metrics["loss"] == metrics["sft_loss"]
 
 
 def step_beside_itself(mesh, dtype, roomy: bool, **settings) -> dict:
@@ -361,7 +355,7 @@ def step_beside_itself(mesh, dtype, roomy: bool, **settings) -> dict:
     rollout = Rollout(batch.answer_BA[:, :8], batch.answer_mask_BA[:, :8])
     optimizer = make_optimizer(1e-3)
     step = make_train_step(
-        model.hidden, student.unembedding, optimizer, top_k=32, effective=student.effective, **settings
+        model.hidden, student.unembedding, optimizer, top_k=32, forks=True, effective=student.effective, **settings
     )
     state: TrainState = init_state(student.init(model.params, jax.random.key(0)), optimizer)
     state = jax.device_put(state, state_shardings(state, student.shardings))

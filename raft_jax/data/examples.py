@@ -64,10 +64,10 @@ def load_examples(path_or_uri: str | Path, columns: Columns = _DEFAULTS, split: 
     Three shapes of row are understood, and the first row decides: the columns named by `columns`; `prompt`
     and `completion`; `messages`, which holds a conversation.
 
-    A question or an answer may be a list of chat turns. The last turn must be the assistant's and is the
-    answer, the one before it the user's and is the question. What came earlier goes into `context`: the
-    system turn as it is, the others as `User: …` and `Assistant: …`, a blank line between them. Other roles,
-    and contents other than text, are refused.
+    A question or an answer may be a list of chat turns. The last turn must be the assistant's and is the answer,
+    the one before it the user's and is the question. What came earlier goes into `context`: the system turn as it
+    is, the others as `User: …` and `Assistant: …`, a blank line between them. Other roles, and contents other than
+    text, are refused.
 
     Args:
       path_or_uri: a file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet), a folder written by tfds (also
@@ -126,8 +126,7 @@ def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[
       (6, 2)
     """
     if not 0 <= count < len(examples):
-        raise InputError(f"cannot hold out {count} of {len(examples)} examples, since at least one must be left; lower "
-                         "data.held_out")
+        raise InputError(f"cannot hold out {count} of {len(examples)} examples: one must be left; lower data.held_out")
     ids = [example.id for example in examples]
     chosen = set(sorted(ids, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())[:count])
     return ([example for example in examples if example.id not in chosen],
@@ -214,7 +213,7 @@ def _parse(source: str, text: str, line: int) -> Any:
 
 def _read_csv(source: str, text: str, delimiter: str) -> list[_Row]:
     # strict: a stray quote is an error, instead of text that loses its quotes or swallows the next rows.
-    csv.field_size_limit(len(text) + 1)  # an answer may be as long as it likes; what is too long is told later
+    csv.field_size_limit(len(text) + 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header, rows, line = [], [], 1
     try:
