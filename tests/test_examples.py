@@ -189,7 +189,7 @@ def test_the_first_row_decides_the_shape(tmp_path):
 
 
 @pytest.mark.parametrize(("row", "message"), [
-    ({"messages": []}, "messages must be a list of turns (role and content), got an empty one"),
+    ({"messages": []}, "messages must be a list of turns (role and content), got an empty list"),
     ({"messages": "Why? So."}, "messages must be a list of turns (role and content), got text"),
     ({"messages": turns("Why?")}, "turns by user; system may only be first, and the last two must be"),
     ({"messages": turns("Why?", "So.", "And?")}, "turns by user, assistant, user; "),

@@ -371,8 +371,7 @@ def _turns(value: Any, role_of_text: str | None, where: str, name: str) -> list[
     if role_of_text and not isinstance(value, list):
         return [(role_of_text, _text(value, where, name))]
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: {name} must be a list of turns (role and content), got "
-                         + (_kind(value) if value else "an empty one"))
+        raise InputError(f"{where}: {name} must be a list of turns (role and content), got {_kind(value)}")
     turns = []
     for number, turn in enumerate(value, start=1):
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
@@ -398,4 +397,4 @@ def _text(value: Any, where: str, name: str) -> str:
 
 def _kind(value: Any) -> str:
     kinds = {type(None): "null", str: "text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), type(value).__name__)
+    return "an empty list" if value == [] else kinds.get(type(value), type(value).__name__)
