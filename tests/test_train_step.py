@@ -304,7 +304,7 @@ def as_padded():
 
 
 @pytest.mark.parametrize("settings", [
-    {"forks": True}, {"room": 1}, {"room": 1, "reduction": "token"}, {"room": 1, "share": True, "forks": True},
+    {"forks": True}, {"room": 1, "reduction": "token"}, {"room": 1, "share": True, "forks": True},
     {"room": 1, "share": True, "num_micro_batches": 2},
 ], ids=str)
 def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings):
@@ -330,36 +330,26 @@ def test_too_little_room_is_seen(as_padded):
         assert np.isnan(loss_of(room._replace(**{name: getattr(room, name) - 1}), loss))
 
 
-@pytest.mark.parametrize(("dtype", "roomy", "num_micro_batches"), [("float32", True, 1), ("bfloat16", False, 2)])
-def test_a_teacher_that_is_the_student_teaches_nothing(dtype, roomy, num_micro_batches):
-    """To the bit: Eq. 12 divides by what is left."""
-    mesh = make_mesh(devices=jax.devices()[:1])
-    metrics = step_beside_itself(mesh, dtype, roomy, fixed_weight=1.0, num_micro_batches=num_micro_batches)
-    assert metrics["kl_loss"] == 0 and metrics["agreement"] == 1
-
-
-def test_a_teacher_that_is_the_student_has_no_weight_on_a_mesh():
-    """There the two round differently, and what is left is no reason for a gradient."""
-    metrics = step_beside_itself(make_mesh(2, 2, 2), "float32", True)
-    assert metrics["weight"] == 0 and metrics["loss"] == metrics["sft_loss"]
-
-
-def step_beside_itself(mesh, dtype, roomy: bool, **settings) -> dict:
-    """What a step says whose teacher is the student and sees the question only."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_teacher_that_is_the_student_teaches_nothing(whole):
+    """To the bit on one device. Cut over eight the two round differently, and what is left has no weight."""
+    mesh = make_mesh(devices=jax.devices()[:1]) if whole else make_mesh(2, 2, 2)
     model = tiny.make_model()
-    params = jax.tree.map(lambda array: array.astype(dtype), model.params)
-    model = replace(model, params=jax.device_put(params, parameter_shardings(model.config, mesh)))
+    model = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
     student = make_student(model, LoraConfig(), mesh)
     batch = tiny_batch(model)
     batch = batch._replace(teacher_prompt_BQ=batch.prompt_BP, teacher_prompt_mask_BQ=batch.prompt_mask_BP)
     rollout = Rollout(batch.answer_BA[:, :8], batch.answer_mask_BA[:, :8])
     optimizer = make_optimizer(1e-3)
     step = make_train_step(
-        model.hidden, student.unembedding, optimizer, top_k=32, forks=True, effective=student.effective, **settings
+        model.hidden, student.unembedding, optimizer, top_k=32, forks=True, effective=student.effective
     )
     state: TrainState = init_state(student.init(model.params, jax.random.key(0)), optimizer)
     state = jax.device_put(state, state_shardings(state, student.shardings))
-    room = room_of(batch, rollout.mask_BC, mesh.shape["data"] * mesh.shape["fsdp"]) if roomy else None
+    room = room_of(batch, rollout.mask_BC, mesh.shape["data"] * mesh.shape["fsdp"])
     with jax.set_mesh(mesh):
         batch, rollout = put_batch((batch, rollout), mesh)
-        return jax.jit(step, static_argnames="room")(state, model.params, batch, rollout, room=room)[1]
+        metrics = jax.jit(step, static_argnames="room")(state, model.params, batch, rollout, room=room)[1]
+    assert metrics["weight"] == 0 and metrics["loss"] == metrics["sft_loss"]
+    if whole:
+        assert metrics["kl_loss"] == 0 and metrics["agreement"] == 1
