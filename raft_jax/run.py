@@ -81,7 +81,6 @@ class Run:
         """Stage 1; rows that are published already are read."""
         folder = self.run_dir / "refined"
         examples = self.rows.train
-        wait_for_writer("refinement")  # which may have published already what another process has not looked for yet
         if (folder / "refined.jsonl").exists():
             try:
                 rows = load_refined(folder)
@@ -89,6 +88,7 @@ class Run:
                 print(f"{error} (which happens now, from the ledger)")
             else:
                 if [row.id for row in rows] == [example.id for example in examples]:
+                    wait_for_writer("refined")  # it may have published them just now, and be waiting for this process
                     return rows
         began = time.perf_counter()
         settings = self.config.refine
