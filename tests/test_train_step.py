@@ -330,8 +330,8 @@ def test_too_little_room_is_seen(as_padded):
         assert np.isnan(loss_of(room._replace(**{name: getattr(room, name) - 1}), loss))
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_teacher_that_is_the_student_teaches_nothing(whole):
+@pytest.mark.parametrize(("whole", "forks"), [(True, True), (True, False), (False, True)])
+def test_a_teacher_that_is_the_student_teaches_nothing(whole, forks):
     """To the bit on one device. Cut over eight the two round differently, and what is left has no weight."""
     mesh = make_mesh(devices=jax.devices()[:1]) if whole else make_mesh(2, 2, 2)
     model = tiny.make_model()
@@ -342,7 +342,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(whole):
     rollout = Rollout(batch.answer_BA[:, :8], batch.answer_mask_BA[:, :8])
     optimizer = make_optimizer(1e-3)
     step = make_train_step(
-        model.hidden, student.unembedding, optimizer, top_k=32, forks=True, effective=student.effective
+        model.hidden, student.unembedding, optimizer, top_k=32, forks=forks, effective=student.effective
     )
     state: TrainState = init_state(student.init(model.params, jax.random.key(0)), optimizer)
     state = jax.device_put(state, state_shardings(state, student.shardings))
