@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -275,7 +274,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise InputError(f"{path}: no value for {', '.join(missing)}")
-        for key, value in _flat(OmegaConf.to_container(merged)):
+        for key, value in flat(OmegaConf.to_container(merged)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"config: {key} is {value}; allowed: a finite number")
         return OmegaConf.to_object(merged)
@@ -297,7 +296,7 @@ def _one_line(error: Exception) -> str:
     elif "is not a ListConfig" in sentence:
         sentence = "expected a list, as in [a, b]"
     elif found := re.fullmatch(r"Key '(\w+)' not in 'Config'", sentence):
-        paths = (f".{key}.".partition(f".{found[1]}.") for key, _ in _flat(_defaults()))
+        paths = (f".{key}.".partition(f".{found[1]}.") for key in flat(_defaults()))
         elsewhere = sorted({f"{above[1:]}.{found[1]}" for above, name, _ in paths if name})
         sentence += f"; there is {' and '.join(elsewhere)}" if elsewhere else ""
     return f"{full_key}: {sentence}" if full_key and full_key not in sentence else sentence
@@ -309,13 +308,12 @@ def _defaults() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(Config))
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted key."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
 
 
 def to_yaml(config: Config) -> str:
@@ -335,9 +333,9 @@ def changed_keys(config: Config, saved: str) -> list[str]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    given = dict(_flat(OmegaConf.to_container(OmegaConf.structured(config))))
+    given = flat(OmegaConf.to_container(OmegaConf.structured(config)))
     try:
-        before = dict(_flat(OmegaConf.to_container(OmegaConf.create(saved)))) if saved.strip() else {}
+        before = flat(OmegaConf.to_container(OmegaConf.create(saved))) if saved.strip() else {}
     except (yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
         raise InputError(f"the saved config is damaged ({_one_line(error)}); restore it, or set run_dir") from error
     return [

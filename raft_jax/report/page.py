@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from raft_jax.config import flat
 from raft_jax.report import charts
 from raft_jax.report.folder import Run, label, read_run
 from raft_jax.report.summary import MISSING, estimate, number, part, summary_tables
@@ -97,14 +98,6 @@ def render(run: Run) -> str:
         categories=_categories(run),
     )
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", page.lstrip())
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
 
 
 def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
