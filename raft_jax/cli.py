@@ -6,8 +6,10 @@ import argparse
 import errno
 import math
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from raft_jax import __version__
@@ -102,11 +104,13 @@ def _stage(args) -> int:
     _start_jax()
     from rich.console import Console
 
+    from raft_jax.preflight import require_sources
     from raft_jax.report import print_summary
     from raft_jax.run import Run
     from raft_jax.run_dir import open_run_dir
 
-    with open_run_dir(config) as run_dir:
+    require_sources(config)
+    with open_run_dir(config) as run_dir, _stop_on_sigterm():
         run = Run(config, run_dir)
         getattr(run, "all" if args.stage == "run" else args.stage)()
         run.report()
@@ -114,6 +118,20 @@ def _stage(args) -> int:
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
         print_summary(run_dir, Console(width=width), TABLES.get(args.stage))
     return 0
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Ends like Ctrl-C, with a line that says how to go on, where the system asks the process to end."""
+
+    def stop(number, frame):
+        raise KeyboardInterrupt("stopped by SIGTERM; the same command goes on from here")
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _report(args) -> int:

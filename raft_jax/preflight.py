@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from raft_jax.config import Config
 from raft_jax.data.batches import TokenRow
-from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
+from raft_jax.data.examples import Columns, Example, load_examples, locate, split_counts, split_held_out
 from raft_jax.data.prompts import Conversation, fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow
 from raft_jax.errors import InputError
@@ -20,6 +20,18 @@ from raft_jax.train.methods import METHODS, Method
 
 # Control characters but tab and newline → their pictures: a terminal would obey them.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+
+
+def require_sources(config: Config) -> None:
+    """Raises InputError with the setting's name for a model or a file that is not there."""
+    for key, source, find in (
+        ("model.source", config.model.source, resolve), ("encoder.source", config.encoder.source, resolve),
+        ("data.path", config.data.path, locate), ("evaluate.general_path", config.evaluate.general_path, resolve),
+    ):
+        try:
+            find(source)
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from error
 
 
 def read_data(config: Config) -> tuple[list[Example], list[Example]]:
@@ -199,7 +211,6 @@ class Rows:
                     f"{example.id}: question and gold answer have {length} tokens, and the model has "
                     f"{self.max_positions} positions; lower data.max_answer_tokens"
                 )
-        resolve(self.config.encoder.source)
         return general
 
     def _require_room(self, key: str, num_new_tokens: int, conversations: Iterable[Conversation]) -> None:
@@ -220,6 +231,7 @@ def check(config: Config, console) -> None:
     """
     from rich.text import Text
 
+    require_sources(config)
     require_unchanged(config)
     path = resolve(config.model.source)
     weights = open_weights(path)

@@ -226,4 +226,7 @@ class Run:
         if name == "base":
             return self.model.params
         folder = self.run_dir / name / "hf"
-        return load_pretrained(str(folder), jnp.dtype(self.config.model.dtype), self.mesh).params
+        try:
+            return load_pretrained(str(folder), jnp.dtype(self.config.model.dtype), self.mesh).params
+        except InputError as error:
+            raise InputError(f"{error}; remove {folder}, and the same command exports it again") from error

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from raft_jax import progress as progress_module
 from raft_jax.cli import main
 from raft_jax.config import load_config
 from raft_jax.progress import progress
+from raft_jax.run import Run
 from raft_jax.run_dir import open_run_dir
 
 
@@ -99,7 +101,7 @@ def test_with_traceback_it_says_where_the_error_comes_from(folder, capsys):
         assert main(["check", str(folder / "config.yaml"), f"data.path={folder}/none.jsonl", *arguments]) == 2
         err = capsys.readouterr().err.splitlines()
         assert err[0] == "Traceback (most recent call last):" and any("examples.py" in line for line in err)
-        assert err[-1].startswith(f"raft-jax: error: {folder}/none.jsonl: no such file")
+        assert err[-1].startswith(f"raft-jax: error: data.path: {folder}/none.jsonl: no such file")
 
 
 def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
@@ -115,13 +117,13 @@ def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
 
 
 @pytest.mark.parametrize(("override", "words"), [
-    ("data.path={folder}/none.jsonl", ("none.jsonl: no such file or folder; check the path",)),
+    ("data.path={folder}/none.jsonl", ("data.path: ", "none.jsonl: no such file or folder; check the path")),
     ("data.path={folder}/data.xlsx", ("no such file",)),
-    ("model.source={folder}/none", ("none: no such file",)),
+    ("model.source={folder}/none", ("model.source: ", "none: no such file")),
     ("model.source=package://none_such_module/x", ("none_such_module is not installed", "pip install")),
     ("model.source={folder}", ("config.json: no such file",)),
-    ("encoder.source={folder}/none", ("none: no such file",)),
-    ("evaluate.general_path={folder}/none", ("none: no such file",)),
+    ("encoder.source={folder}/none", ("encoder.source: ", "none: no such file")),
+    ("evaluate.general_path={folder}/none", ("evaluate.general_path: ", "none: no such file")),
     ("evaluate.general_path={folder}/data.jsonl", ("data.jsonl:1: not a general prompt",)),
     ("evaluate.max_new_tokens=512", ("512 positions", "lower evaluate.max_new_tokens")),
     ("train.batch_size=16", ("12 rows do not fill a batch of 16; lower train.batch_size",)),
@@ -146,6 +148,14 @@ def test_a_held_out_answer_beyond_the_models_positions_is_refused(folder, capsys
     message = complaint(capsys, "run", folder / "config.yaml", "data.max_answer_tokens=2000")
     told = r"endless: question and gold answer have \d+ tokens, and the model has 512 positions; lower data\.max_"
     assert re.match(told, message)
+
+
+def test_asked_to_end_outside_training_it_says_how_to_go_on(folder, capsys, monkeypatch):
+    monkeypatch.setattr(Run, "refine", lambda run: os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["refine", str(folder / "config.yaml")]) == 130
+    assert capsys.readouterr().err == "\nraft-jax: stopped by SIGTERM; the same command goes on from here\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_half_a_coordinator_is_refused(folder, capsys, monkeypatch):

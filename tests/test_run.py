@@ -212,6 +212,13 @@ def test_an_export_that_was_interrupted_is_made_again_without_training(copy):
     assert len(lines(copy / "run/timings.jsonl")) == 17
 
 
+def test_a_damaged_export_is_to_be_made_again(copy):
+    weights = copy / "run/sft/hf/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(InputError, match=f"not a whole safetensors file.*; remove {weights.parent}, and the same comm"):
+        Run(load_config(copy / "config.yaml"), copy / "run")._params_of("sft")
+
+
 def test_an_evaluation_that_was_interrupted_is_completed(copy, command):
     path = copy / "run/evaluation.json"
     whole = json.loads(path.read_text())

@@ -135,7 +135,7 @@ def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[
 
 def fingerprint(path_or_uri: str | Path) -> str:
     """Returns the sha256 of a file, or of the names and contents of the files in a folder, in hexadecimal."""
-    path = _locate(str(path_or_uri))
+    path = locate(str(path_or_uri))
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -144,7 +144,7 @@ def fingerprint(path_or_uri: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _locate(source: str) -> Path:
+def locate(source: str) -> Path:
     if source.startswith("hf://"):
         raise InputError(f"{source}: hf:// names a model; download the data set's file and give its path")
     return resolve(source.removeprefix("tfds://"))
@@ -154,7 +154,7 @@ def _locate(source: str) -> Path:
 
 
 def _read(source: str, columns: Columns) -> list[_Row]:
-    path = _locate(source)
+    path = locate(source)
     if path.is_dir():
         rows = _read_tfds(source, path, columns)
     else:
