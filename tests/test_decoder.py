@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick_jit
 
 from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, init_parameters, parameter_table
@@ -53,8 +54,8 @@ class Compiled:
         self.config, self.params = config, random_params(config)
         model = Model(config, self.params)
         self.apply, self.step = jax.jit(model.apply), jax.jit(model.step)
-        self.hidden = jax.jit(model.hidden, static_argnums=(4, 5))
-        self.prefill = jax.jit(model.prefill, static_argnums=(3, 4))
+        self.hidden = quick_jit(model.hidden, static_argnums=(4, 5))
+        self.prefill = quick_jit(model.prefill, static_argnums=(3, 4))
 
     def logits(self, tokens_BT, mask_BT=None, first_position=None) -> np.ndarray:
         mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
@@ -184,7 +185,7 @@ def test_packed_texts_do_not_see_each_other(model):
         np.testing.assert_allclose(found[0, start:end], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("room", [18, 24, 39])
+@pytest.mark.parametrize("room", [18, 39])
 def test_leaving_padding_out_changes_nothing(model, room):
     """16 real tokens of 39 places, padding on both sides; whole texts, and two texts after a prompt."""
     tokens, mask = pad_rows((12, 5, 1), left=True)
@@ -197,8 +198,7 @@ def test_leaving_padding_out_changes_nothing(model, room):
     assert np.isnan(model.hidden(model.params, tokens, None, mask, None, mask.sum() - 1)).all()
 
 
-@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
-@pytest.mark.parametrize("start", [2, 6])
+@pytest.mark.parametrize(("start", "unroll"), [(6, False), (2, True)], ids=["loop", "unrolled"])
 def test_cached_decoding_is_the_full_forward(model, start, unroll):
     layers = Model(model.config, model.params).unstacked(model.params, 3) if unroll else None
     if unroll:
@@ -236,7 +236,7 @@ def test_recomputed_layers_give_the_same_gradients():
 
     def gradients(remat):
         model = Model(replace(config, remat=remat), params)
-        return jax.jit(jax.grad(lambda chosen: jnp.sum(jnp.sin(model.hidden(params | chosen, TOKENS)))))(chosen)
+        return quick_jit(jax.grad(lambda chosen: jnp.sum(jnp.sin(model.hidden(params | chosen, TOKENS)))))(chosen)
 
     again = gradients(True)
     for name, gradient in gradients(False).items():
@@ -288,7 +288,7 @@ def test_bfloat16_stays_bfloat16(model):
 def test_initial_parameters():
     config = CONFIGS["qwen2"]
     key, table = jax.random.key(0, impl="rbg"), parameter_table(config)
-    params = jax.jit(init_parameters, static_argnums=0)(config, key)
+    params = quick_jit(init_parameters, static_argnums=0)(config, key)
     assert {name: array.shape for name, array in params.items()} == {n: info.shape for n, info in table.items()}
     assert "unembedding_DV" not in table and "unembedding_DV" in parameter_table(LLAMA)
     for name, array in params.items():

@@ -13,6 +13,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from quick import quick_jit  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
 from tiny import make_tokenizer  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
@@ -30,7 +31,6 @@ SIZES = {
     "eos_token_id": 1, "pad_token_id": 0,
 }
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, T))
-FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0]}
@@ -106,12 +106,12 @@ def logits_of(reference, tokens=TOKENS) -> np.ndarray:
         return reference(torch.from_numpy(tokens)).logits.numpy()
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@partial(quick_jit, static_argnums=0)
 def full(config, params, tokens, mask):
     return Model(config, params).apply(params, tokens, None, mask)
 
 
-@partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+@partial(quick_jit, static_argnums=0)
 def cached(config, params, tokens, mask):
     """Logits of a prompt and, one at a time, of what follows it."""
     model = Model(config, params)

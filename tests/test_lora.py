@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from quick import quick_jit
 
 from raft_jax.config import LORA_TARGETS, LoraConfig
 from raft_jax.models import Model, load_pretrained
@@ -43,7 +44,7 @@ def test_untrained_adapters_add_nothing():
     for target in LORA_TARGETS:
         down, up = (np.asarray(adapters[name]) for name in adapter_names(TARGETS[target]))
         assert not up.any() and 0.5 < np.abs(down).max() * np.prod(down.shape[1:-1]) ** 0.5 <= 1
-    hidden = jax.jit(model.hidden)
+    hidden = quick_jit(model.hidden)
     np.testing.assert_array_equal(hidden(model.params | adapters, TOKENS), hidden(model.params, TOKENS))
 
 
@@ -61,15 +62,15 @@ def test_adapters_add_what_merging_adds():
     merged = merge(model.params, adapters, ALPHA / RANK)
     for name, value in expected.items():
         np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
-    hidden = jax.jit(model.hidden)
+    hidden = quick_jit(model.hidden)
     plain, found = hidden(model.params, TOKENS), hidden(model.params | adapters, TOKENS)
     assert np.abs(found - plain).max() > 0.1
     np.testing.assert_allclose(found, hidden(expected, TOKENS), atol=2e-5)
     # and in decoding, over stacked layers and one by one
     mask = np.ones(TOKENS.shape, bool)
-    _, cache = jax.jit(model.prefill, static_argnums=3)(model.params | adapters, TOKENS[:, :-1], mask[:, :-1], 12)
+    _, cache = quick_jit(model.prefill, static_argnums=3)(model.params | adapters, TOKENS[:, :-1], mask[:, :-1], 12)
     for layers in (None, model.unstacked(model.params | adapters, 2)):
-        last, _ = jax.jit(model.step)(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
+        last, _ = quick_jit(model.step)(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
         np.testing.assert_allclose(last[:, 0], found[:, -1], atol=2e-5)
 
 
@@ -86,13 +87,13 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
         assert params.keys() == {"query_a_LDR", "query_b_LRNH", "down_a_LFR", "down_b_LRD"}
     effective = student.effective(params, teacher)
     assert {array.dtype for array in effective.values()} == {jnp.dtype(jnp.bfloat16)}
-    found, expected = jax.jit(student.model.hidden)(effective, TOKENS), jax.jit(model.hidden)(teacher, TOKENS)
+    found, expected = quick_jit(student.model.hidden)(effective, TOKENS), quick_jit(model.hidden)(teacher, TOKENS)
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
 
     def loss(params, teacher):
         return jnp.sum(jnp.square(student.model.hidden(student.effective(params, teacher), TOKENS)).astype(np.float32))
 
-    grads = jax.jit(jax.grad(loss))(params, teacher)
+    grads = quick_jit(jax.grad(loss))(params, teacher)
     assert all(grad.dtype == np.float32 for grad in grads.values()) and any(np.any(grad) for grad in grads.values())
     assert student.whole(params, teacher).keys() == teacher.keys()
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from quick import quick_jit
 
 from raft_jax.models import parameter_shardings
 from raft_jax.packing import Packing
@@ -101,8 +102,8 @@ def test_what_rows_share_is_computed_once_and_changes_nothing():
         return jnp.sum(model.hidden(params, tokens, None, mask, **settings) * slope)
 
     settings = {"num_tokens": int(mask.sum()) - 3 * shared, "shared": shared}
-    expected = jax.jit(jax.value_and_grad(total))(model.params, tokens)
-    of_shared = jax.jit(jax.value_and_grad(partial(total, **settings)))
+    expected = quick_jit(jax.value_and_grad(total))(model.params, tokens)
+    of_shared = quick_jit(jax.value_and_grad(partial(total, **settings)))
     found = of_shared(model.params, tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 

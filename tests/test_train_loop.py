@@ -47,7 +47,10 @@ def rows():
     def ids(length):
         return random.integers(0, 200, length).tolist()
 
-    return [TokenRow(ids(9), ids(5 + number % 3), ids(12), number) for number in range(8)]
+    return [
+        TokenRow(ids(9 - number % 3), ids(3 + 2 * (number % 4)), ids(8 + 2 * (number % 4)), number)
+        for number in range(8)
+    ]
 
 
 def settings(**changes) -> TrainConfig:
@@ -98,14 +101,22 @@ def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp
 
 
 def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path):
-    _, expected = run(model, rows, tmp_path / "one", "raft", max_steps=2)
+    """Rollout and train step: the numbers of one device, from parameters that are cut."""
+    one, expected = run(model, rows, tmp_path / "one", "raft", batch_size=8)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     cut = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
-    trained = train(cut, rows, METHODS["raft"], settings(max_steps=2), tmp_path / "eight", seed=5, mesh=mesh)
-    assert trained["gate_LDF"].sharding.num_devices == 8
+    trained = train(cut, rows, METHODS["raft"], settings(batch_size=8), tmp_path / "eight", seed=5, mesh=mesh)
+    for params in (trained, cut.params):
+        assert params["query_LDNH"].sharding.num_devices == 8
+        assert params["query_LDNH"].addressable_shards[0].data.size == model.params["query_LDNH"].size // 4
     found = read_metrics(tmp_path / "eight" / "metrics.jsonl")
     for line, other in zip(without_times(found), without_times(expected), strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-6)
+    assert 8 < found[0]["rollout_tokens"] < 8 * 8  # some ended before the limit
+    for name, value in trained.items():
+        np.testing.assert_allclose(value, one[name], rtol=0, atol=2e-4, err_msg=name)
+    # The student was donated twice; the teacher is still there.
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(cut.params), jax.device_get(model.params))
 
 
 def test_without_distillation_there_are_no_lines_about_it(undisturbed, rows):

@@ -5,10 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
+from quick import quick_jit
 from rows import ROWS
-
-# Half the time of compiling, which is most of the time of these tests.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 MASK = np.array([[True, True, False, True, True], [True, False, False, True, False]])
 

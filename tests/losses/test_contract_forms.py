@@ -4,13 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import MASK, assert_close, every_linear_loss, every_loss, quick_jit, step_of
+from contract import MASK, assert_close, every_linear_loss, every_loss, step_of
+from quick import quick_jit
+from rows import ROWS
 
 from raft_jax.losses import sequence_mean
 
 
-@every_loss
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+    ("row", "dtype"),
+    [(row, jnp.bfloat16) for row in ROWS] + [(row, jnp.float16) for row in ROWS if "top_k" in row.name],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_narrow_in_float32_out(row, dtype):
     student, fixed = row.student(), row.fixed()
     narrow = jax.tree.map(lambda x: jnp.asarray(x, dtype) if x.dtype == np.float32 else x, (student, fixed))

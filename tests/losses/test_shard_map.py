@@ -3,9 +3,9 @@
 import jax
 import numpy as np
 import pytest
-from contract import quick_jit
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from quick import quick_jit
 from rows import ROWS
 
 SIZES = {"batch": 4, "vocabulary": 300}
