@@ -44,7 +44,7 @@ def test_untrained_adapters_add_nothing():
     for target in LORA_TARGETS:
         down, up = (np.asarray(adapters[name]) for name in adapter_names(TARGETS[target]))
         assert not up.any() and 0.5 < np.abs(down).max() * np.prod(down.shape[1:-1]) ** 0.5 <= 1
-    hidden = quick_jit(model.hidden)
+    hidden = jax.jit(model.hidden)
     np.testing.assert_array_equal(hidden(model.params | adapters, TOKENS), hidden(model.params, TOKENS))
 
 
@@ -87,7 +87,7 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
         assert params.keys() == {"query_a_LDR", "query_b_LRNH", "down_a_LFR", "down_b_LRD"}
     effective = student.effective(params, teacher)
     assert {array.dtype for array in effective.values()} == {jnp.dtype(jnp.bfloat16)}
-    found, expected = quick_jit(student.model.hidden)(effective, TOKENS), quick_jit(model.hidden)(teacher, TOKENS)
+    found, expected = jax.jit(student.model.hidden)(effective, TOKENS), jax.jit(model.hidden)(teacher, TOKENS)
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
 
     def loss(params, teacher):
