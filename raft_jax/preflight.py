@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from raft_jax.config import Config
 from raft_jax.data.batches import TokenRow
@@ -22,16 +23,19 @@ from raft_jax.train.methods import METHODS, Method
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
 
 
+def require_source(key: str, source: str, find: Callable[[str], Path] = resolve) -> None:
+    """Raises InputError with the setting's name where nothing is at its source."""
+    try:
+        find(source)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
+
+
 def require_sources(config: Config) -> None:
-    """Raises InputError with the setting's name for a model or a file that is not there."""
-    for key, source, find in (
-        ("model.source", config.model.source, resolve), ("encoder.source", config.encoder.source, resolve),
-        ("data.path", config.data.path, locate), ("evaluate.general_path", config.evaluate.general_path, resolve),
-    ):
-        try:
-            find(source)
-        except InputError as error:
-            raise InputError(f"{key}: {error}") from error
+    """Raises InputError unless everything is there that all stages take; the encoder is not among it."""
+    require_source("model.source", config.model.source)
+    require_source("data.path", config.data.path, locate)
+    require_source("evaluate.general_path", config.evaluate.general_path)
 
 
 def read_data(config: Config) -> tuple[list[Example], list[Example]]:
@@ -211,6 +215,7 @@ class Rows:
                     f"{example.id}: question and gold answer have {length} tokens, and the model has "
                     f"{self.max_positions} positions; lower data.max_answer_tokens"
                 )
+        require_source("encoder.source", self.config.encoder.source)
         return general
 
     def _require_room(self, key: str, num_new_tokens: int, conversations: Iterable[Conversation]) -> None:

@@ -21,7 +21,7 @@ from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
-from raft_jax.preflight import Rows
+from raft_jax.preflight import Rows, require_source
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.run import Parts, refine
@@ -63,6 +63,7 @@ class Run:
     @cached_property
     def encoder(self):
         given = self.config.encoder
+        require_source("encoder.source", given.source)
         return load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
 
     @cached_property
@@ -229,4 +230,4 @@ class Run:
         try:
             return load_pretrained(str(folder), jnp.dtype(self.config.model.dtype), self.mesh).params
         except InputError as error:
-            raise InputError(f"{error}; remove {folder}, and the same command exports it again") from error
+            raise InputError(f"{error} (remove {folder}, and the same command does)") from error

@@ -20,6 +20,7 @@ import yaml
 from raft_jax import progress as progress_module
 from raft_jax.cli import main
 from raft_jax.config import load_config
+from raft_jax.preflight import require_sources
 from raft_jax.progress import progress
 from raft_jax.run import Run
 from raft_jax.run_dir import open_run_dir
@@ -148,6 +149,10 @@ def test_a_held_out_answer_beyond_the_models_positions_is_refused(folder, capsys
     message = complaint(capsys, "run", folder / "config.yaml", "data.max_answer_tokens=2000")
     told = r"endless: question and gold answer have \d+ tokens, and the model has 512 positions; lower data\.max_"
     assert re.match(told, message)
+
+
+def test_what_needs_no_encoder_does_not_ask_for_one(folder):
+    require_sources(load_config(folder / "config.yaml", [f"encoder.source={folder}/none"]))
 
 
 def test_asked_to_end_outside_training_it_says_how_to_go_on(folder, capsys, monkeypatch):

@@ -215,7 +215,8 @@ def test_an_export_that_was_interrupted_is_made_again_without_training(copy):
 def test_a_damaged_export_is_to_be_made_again(copy):
     weights = copy / "run/sft/hf/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
-    with pytest.raises(InputError, match=f"not a whole safetensors file.*; remove {weights.parent}, and the same comm"):
+    words = f"not a whole safetensors file.*; fetch or export it again \\(remove {weights.parent}, and the same command"
+    with pytest.raises(InputError, match=words):
         Run(load_config(copy / "config.yaml"), copy / "run")._params_of("sft")
 
 

@@ -104,7 +104,7 @@ class SafetensorsFolder:
             with safe_open(path, framework="numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{path}: not a whole safetensors file ({error})") from error
+            raise InputError(f"{path}: not a whole safetensors file ({error}); fetch or export it again") from error
 
     @property
     def place(self) -> Path:
@@ -155,7 +155,7 @@ class GgufFile:
             reader = gguf.GGUFReader(path)
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
         except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: a truncated or damaged GGUF file ({error})") from error
+            raise InputError(f"{path}: a truncated or damaged GGUF file ({error}); fetch it again") from error
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         arch = self.metadata.get("general.architecture")
         rope = {name: self._dequantised(name) for name in ROPE_TENSORS.get(arch, ()) if name in self._tensors}
