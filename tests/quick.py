@@ -9,3 +9,8 @@ import jax
 quick_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 )
+
+
+def as_one(function, *arrays, **settings):
+    """function(*arrays, **settings) as one program, not op by op: those are a hundred, and take longer to compile."""
+    return quick_jit(functools.partial(function, **settings))(*arrays)

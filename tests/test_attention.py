@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from quick import quick_jit
+from quick import as_one
 
 from raft_jax.config import ATTENTION
 from raft_jax.errors import InputError
@@ -162,8 +162,7 @@ def test_cudnn_is_asked_for_the_same(case, odd, monkeypatch):
     T, S, _, window, packed = CASES[case]
     T, S = T + odd[0], S + odd[1]
     *given, mask_BS, _ = arrays(T, S, packed=packed)
-    run = quick_jit(partial(attention.flash, kernel="cudnn", scale=0.3, window=window))
-    found = np.asarray(run(*given, mask_BS))
+    found = np.asarray(as_one(attention.flash, *given, mask_BS, kernel="cudnn", scale=0.3, window=window))
     real = mask_BS[:, S - T :] != 0
     np.testing.assert_allclose(found[real], twin(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
     assert np.isfinite(found).all()
@@ -250,11 +249,9 @@ def test_the_decoder_by_a_kernel(monkeypatch, windows):
     mask = np.ones((2, 20), bool)
     mask[0, :3] = False
     for fork in (None, (8, 7)):
-        found, expected = (
-            quick_jit(partial(x.hidden, mask_BT=mask, fork=fork))(x.params, tokens) for x in (model, plain)
-        )
+        found, expected = (as_one(x.hidden, x.params, tokens, mask_BT=mask, fork=fork) for x in (model, plain))
         np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
-    found, expected = (quick_jit(x.prefill, static_argnums=3)(x.params, tokens, mask, 24)[0] for x in (model, plain))
+    found, expected = (as_one(x.prefill, x.params, tokens, mask_BT=mask, length=24)[0] for x in (model, plain))
     np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
     assert set(calls) == ({None} if windows is None else {4, None})
 

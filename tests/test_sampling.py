@@ -9,7 +9,7 @@ import pytest
 from tiny import compile_cache, make_config, make_model, make_tokenizer, random_parameters
 
 from raft_jax.data.batches import pad
-from raft_jax.models import Model
+from raft_jax.models import Model, parameter_shardings
 from raft_jax.sampling import Completion, Sampler, Scorer, sample_token
 from raft_jax.sampling.engine import row_number
 from raft_jax.sharding import make_mesh
@@ -246,6 +246,13 @@ def test_a_mesh_changes_nothing(model, sampler, prompts):
     expected = sampler.generate(model.params, prompts, key=KEY, max_new_tokens=14)
     on_mesh = Sampler(model, batch_size=4, mesh=make_mesh(data=4, fsdp=2))
     assert on_mesh.generate(model.params, prompts, key=KEY, max_new_tokens=14) == expected
+
+
+def test_parameters_that_are_cut_over_a_mesh_draw_the_same(model, sampler, prompts):
+    expected = sampler.generate(model.params, prompts, key=KEY, max_new_tokens=14)
+    mesh = make_mesh(2, 2, 2)
+    params = jax.device_put(model.params, parameter_shardings(model.config, mesh))
+    assert Sampler(model, batch_size=4, mesh=mesh).generate(params, prompts, key=KEY, max_new_tokens=14) == expected
 
 
 def test_batches_and_callbacks(model, sampler, prompts):

@@ -16,7 +16,7 @@ import tiny
 from safetensors.numpy import load_file
 
 from raft_jax.config import LoraConfig, RolloutConfig, TrainConfig
-from raft_jax.data.batches import TokenRow
+from raft_jax.data.batches import Batches, TokenRow
 from raft_jax.errors import InputError
 from raft_jax.models import parameter_shardings
 from raft_jax.sharding import make_mesh
@@ -104,6 +104,9 @@ def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path):
     """Rollout and train step: the numbers of one device, from parameters that are cut."""
     one, expected = run(model, rows, tmp_path / "one", "raft", batch_size=8)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    batches = Batches(rows, 8, seed=5, pad_id=0, length_buckets=settings().length_buckets)
+    lengths = [tokens.shape[1] for tokens in batches.at(0)[:6:2]]
+    assert sum(batches.rooms(2, 4)[0][:3]) < 2 * sum(lengths)  # of two rows on each device, padding is left out
     cut = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
     trained = train(cut, rows, METHODS["raft"], settings(batch_size=8), tmp_path / "eight", seed=5, mesh=mesh)
     for params in (trained, cut.params):

@@ -11,11 +11,6 @@ from rows import ROWS
 MASK = np.array([[True, True, False, True, True], [True, False, False, True, False]])
 
 
-def as_one(function, *arrays, **settings):
-    """function(*arrays, **settings) as one program, not op by op: those are a hundred, and take longer to compile."""
-    return quick_jit(functools.partial(function, **settings))(*arrays)
-
-
 def each(rows):
     return pytest.mark.parametrize("row", rows, ids=lambda row: row.name)
 

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import as_one, assert_close
-from quick import quick_jit
+from contract import assert_close
+from quick import as_one, quick_jit
 from test_memory import GIB, compiled
 
 from raft_jax.losses import Tied, cross_entropy, linear_raft_losses, linear_top_k, top_k_forward_kl

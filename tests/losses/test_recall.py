@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import as_one
+from quick import as_one
 
 from raft_jax.losses import TopK, linear_top_k, top_k, top_k_forward_kl
 
