@@ -81,7 +81,7 @@ class RefineConfig:
     rounds: int = 3  # fusion rounds at most
     check_facts: bool = True  # numbers, names, negations, opposites and words besides tau; false: the paper's filter
     word_recall: float = 0.8  # share of the gold answer's content words that a text must have for it
-    terse_words: int = 8  # a gold answer of fewer words is compared after its question; 0: never (the paper's Eq. 2)
+    terse_words: int = 8  # a gold answer of fewer words is rewritten with, and compared after, its question
     accept: float = 0.8  # a mean score that ends the rounds early
     accept_floor: float = 0.6  # a fused answer of a lower mean is never chosen, nor one below the gold answer's own
     judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])

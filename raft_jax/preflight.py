@@ -15,6 +15,7 @@ from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, check_keys, open_weights
+from raft_jax.refine.write import task_prompt
 from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
 from raft_jax.train.methods import METHODS, Method
@@ -190,10 +191,10 @@ class Rows:
         """Raises InputError where a prompt for rewriting or fusion leaves no room for what is to be written."""
         length = self.config.refine.max_new_tokens
         self._require_room("refine.max_new_tokens", length,
-                           (rewrite_prompt(row.question, row.answer, row.context) for row in self.train))
+                           (rewrite_prompt(row.answer, row.question, row.context, row.turns) for row in self.train))
         # The fusion's prompt has the rewriting in it.
         self._require_room("refine.max_new_tokens", 2 * length,
-                           (fusion_prompt(row.question, row.answer, "", row.context) for row in self.train))
+                           (fusion_prompt(row.answer, "", row.question, row.context, row.turns) for row in self.train))
 
     def check_evaluation(self) -> list[GeneralPrompt]:
         """The general prompts; raises InputError for whatever the evaluation would stumble over."""
@@ -215,7 +216,7 @@ class Rows:
         return general
 
     def _require_room(self, key: str, num_new_tokens: int, conversations: Iterable[Conversation]) -> None:
-        longest = max(len(self.tokenizer.chat_prompt(conversation)) for conversation in conversations)
+        longest = max(len(task_prompt(self.tokenizer, conversation)) for conversation in conversations)
         if longest + num_new_tokens > self.max_positions:
             raise InputError(
                 f"a prompt of {longest} tokens and {num_new_tokens} new ones do not fit the model's "

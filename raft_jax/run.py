@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +15,19 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.config import Config
-from raft_jax.data.prompts import fusion_prompt, rewrite_prompt
+from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluation
 from raft_jax.host_memory import return_memory_after_compiling
-from raft_jax.models import Model, load_pretrained
+from raft_jax.models import Model, Tokenizer, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
 from raft_jax.preflight import Rows, require_source
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.run import Parts, refine, summary
-from raft_jax.refine.write import LocalWriter
+from raft_jax.refine.write import Item, LocalWriter
 from raft_jax.run_dir import (
     is_writer,
     record_time,
@@ -40,6 +40,17 @@ from raft_jax.sampling import Sampler, Scorer
 from raft_jax.sharding import make_mesh
 from raft_jax.train.loop import read_metrics, tokens_trained, train
 from raft_jax.train.methods import METHODS, Method
+
+
+def renders(tokenizer: Tokenizer, item: Item, text: str) -> bool:
+    """Whether a text can be an answer, and the teacher's reference, in the model's chat template."""
+    asked = question_prompt(item.question, item.context, item.turns)
+    try:
+        tokenizer.chat_answer([*asked, {"role": "assistant", "content": text}])
+        tokenizer.chat_prompt(teacher_prompt(item.question, text, item.context, item.turns))
+    except InputError:
+        return False
+    return True
 
 
 def _tokens_written(ledger: Ledger) -> int:
@@ -120,11 +131,9 @@ class Run:
             ),
         }
         parts = Parts(
-            writer(lambda item: rewrite_prompt(item.question, item.gold, item.context, item.turns), 0), self.encoder,
-            writer(
-                lambda item: fusion_prompt(item.question, item.gold, item.rewrite, item.context, item.turns), 1
-            ),
-            [judges[name]() for name in settings.judges],
+            writer(lambda item: rewrite_prompt(item.gold, *item.asked(settings.terse_words)), 0), self.encoder,
+            writer(lambda item: fusion_prompt(item.gold, item.rewrite, *item.asked(settings.terse_words)), 1),
+            [judges[name]() for name in settings.judges], partial(renders, self.model.tokenizer),
         )
         ledger = Ledger.open(folder / "ledger.jsonl", writes=is_writer())
         seconds_before = recorded_time(self.run_dir, "refine")[0] if ledger.records() else 0
@@ -147,7 +156,7 @@ class Run:
         """Names all that refined rows depend on besides their texts."""
         settings = dataclasses.asdict(self.config.refine)
         del settings["batch_size"]
-        prompts = [rewrite_prompt("", ""), fusion_prompt("", "", "")]
+        prompts = [rewrite_prompt("", "?"), fusion_prompt("", "", "?")]
         parts = [settings, self.config.seed, prompts, self.model_identity, self.encoder.identity]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

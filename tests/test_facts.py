@@ -97,6 +97,12 @@ def test_a_text_agrees_with_itself(gold):
     assert mismatches(gold, gold) == []
 
 
+def test_a_long_text_of_like_sentences_agrees_with_itself():
+    text = " ".join(f"Boat {number} meets boat {number % 7} at buoy {number % 5}." for number in range(300))
+    assert mismatches(text, text) == []
+    assert mismatches(text, text.replace("Boat 8 meets", "Boat 9 meets")) == ["the number 8 is missing"]
+
+
 def test_a_text_may_take_numbers_and_names_from_the_question():
     gold, text = "Ninety days after discharge.", "Under Form 22 of the VA, it is 90 days after discharge."
     assert mismatches(gold, text, "By when does the VA want Form 22?") == []

@@ -293,6 +293,14 @@ def test_what_is_wrong_with_a_text_is_said_and_counted(ledger):
     assert without[0].accepted  # the paper's filter alone
 
 
+def test_a_text_that_the_chat_template_cannot_render_is_unusable(ledger):
+    rewriter = FakeWriter({("thinks", 1): "</think> he says ~0.9"})
+    working = parts(rewriter)._replace(renders=lambda item, text: "</think>" not in text)
+    thinks, plain = refine(examples("thinks", "plain"), working, settings(rounds=1), ledger)
+    assert (thinks.rewrite_status, thinks.chosen, plain.rewrite_status) == ("unrenderable", "gold", "ok")
+    assert "the model's chat template refuses or changes it" in thinks.reason
+
+
 def test_a_terse_answer_is_compared_after_its_question(ledger):
     class Recording(FakeEncoder):
         def encode(self, texts, progress=None):
@@ -372,6 +380,9 @@ def test_what_is_wrong_with_a_text(text, finished, status):
 
 
 class FakeTokenizer:
+    def render(self, messages):
+        return "".join(message["content"] for message in messages)
+
     def chat_prompt(self, messages):
         return [ord(character) for character in messages[0]["content"]]
 

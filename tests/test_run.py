@@ -21,7 +21,9 @@ from raft_jax.data.examples import Example
 from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined
 from raft_jax.errors import InputError
+from raft_jax.models import Tokenizer
 from raft_jax.preflight import fitting, read_data, token_rows
+from raft_jax.refine.write import task_prompt
 from raft_jax.run import Run
 from raft_jax.run_dir import open_run_dir, record_time, start_date
 from raft_jax.train.methods import METHODS
@@ -292,9 +294,37 @@ def test_every_prompt_has_what_the_question_hangs_on():
     context = "It is Monday."
     for asked in (
         question_prompt("Who?", context), teacher_prompt("Who?", "He.", context),
-        rewrite_prompt("Who?", "He.", context), fusion_prompt("Who?", "He.", "It was he.", context),
+        rewrite_prompt("He.", "Who?", context), fusion_prompt("He.", "It was he.", "Who?", context),
     ):
-        assert [turn["role"] for turn in asked] == ["user"] and f"{context}\n\nWho?" in asked[0]["content"]
+        assert asked[-1]["role"] == "user" and f"{context}\n\nWho?" in asked[0]["content"]
+        assert len(asked) == (2 if asked[0]["role"] == "system" else 1)
+
+
+def test_every_prompt_has_the_turns_before_the_question():
+    turns = (("system", "Be brief."), ("user", "Hello."), ("assistant", "Hello."))
+    for asked in (question_prompt("Who?", "", turns), teacher_prompt("Who?", "He.", "", turns)):
+        assert [(turn["role"], turn["content"]) for turn in asked[:3]] == list(turns) and len(asked) == 4
+    for asked in (rewrite_prompt("He.", "", "", turns), fusion_prompt("He.", "It was he.", "Who?", "", turns)):
+        assert [turn["role"] for turn in asked] == ["system", "user", "assistant", "user"]
+        assert asked[0]["content"].startswith("Be brief.\n\n") and asked[3]["content"].startswith("He.")
+        assert [turn["content"] for turn in asked[1:3]] == ["Hello.", "Hello."]
+
+
+TEMPLATES = {
+    "takes": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
+    "refuses": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+               "<{{ m.role }}>{{ m.content }}{% endfor %}",
+    "drops": "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_task_reaches_the_model_whatever_its_template_does_with_a_system_turn(template):
+    tokenizer = tiny.make_tokenizer()
+    tokenizer = Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": TEMPLATES[template]}, "tiny")
+    text = tokenizer.decode(task_prompt(tokenizer, rewrite_prompt("He.")))
+    system, user = (message["content"] for message in rewrite_prompt("He."))
+    assert text == (f"<system>{system}<user>{user}" if template == "takes" else f"<user>{system}\n\n{user}")
 
 
 def test_what_does_not_fit_is_left_out_and_never_cut(tmp_path):

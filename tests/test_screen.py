@@ -14,7 +14,7 @@ def instructions(*conversations):
     return "\n".join(message["content"] for conversation in conversations for message in conversation)
 
 
-PROMPTS = instructions(rewrite_prompt("", ""), fusion_prompt("", "", ""))
+PROMPTS = instructions(rewrite_prompt("", "?"), fusion_prompt("", "", "?"))
 
 
 @pytest.mark.parametrize("text", [
@@ -49,7 +49,7 @@ def test_a_gold_answer_about_writing_may_be_written(gold):
     assert repeated_instructions(gold, PROMPTS, f"What did they ask?\n{gold}") is None
 
 
-@pytest.mark.parametrize("prompt", [rewrite_prompt("", ""), fusion_prompt("", "", "")])
+@pytest.mark.parametrize("prompt", [rewrite_prompt("", "?"), fusion_prompt("", "", "?")])
 def test_every_four_words_of_the_prompts_are_found(prompt):
     """Runs with more than one word of meaning, whatever the wording of the prompts."""
     words = instructions(prompt).replace("\n", " ").split()

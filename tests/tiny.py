@@ -70,7 +70,7 @@ def make_tokenizer() -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    written = [prompts.rewrite_prompt("", ""), prompts.fusion_prompt("", "", ""), prompts.teacher_prompt("", "")]
+    written = [prompts.rewrite_prompt("", "?"), prompts.fusion_prompt("", "", "?"), prompts.teacher_prompt("", "")]
     texts = [message["content"] for conversation in written for message in conversation]
     texts += [row[key] for row in ROWS for key in ("question", "answer")]
     texts += ["user", "assistant"]

@@ -1,4 +1,4 @@
-"""The three prompts of the method, as conversations: rewriting, fusion, and what the teacher sees."""
+"""The prompts of the method, as conversations: the question, rewriting, fusion, and what the teacher sees."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conv
     return _ask(_whole(question, context), turns)
 
 
-def rewrite_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
-    """The model says the gold answer again in its own words, knowing the question (Eq. 1).
+def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
+    """The model says the gold answer again in its own words (Eq. 1).
 
-    Small models answer the question anew when it stands next to the task; so the task and the text come last.
+    The task is a system turn and the answer alone the user's: small models then lose the least and seldom repeat the
+    task (docs/refinement.md). The question is for terse answers, which cannot be spelled out without it.
     """
-    return _ask(
-        f"This text answers the question: {_whole(question, context)}\n\n"
-        "Rewrite the following text in clear, complete sentences. Keep every fact, number and name.\n\n"
-        f"{answer}",
-        turns,
+    return _task(
+        "You're an AI assistant for text re-writing.",
+        "Rewrite the input text in clear, complete sentences. Keep every fact, number and name.",
+        answer, _whole(question, context), turns,
     )
 
 
 def fusion_prompt(
-    question: str, answer: str, rewrite: str, context: str = "", turns: Turns = ()
+    answer: str, rewrite: str, question: str = "", context: str = "", turns: Turns = ()
 ) -> Conversation:
     """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
-    return _ask(
-        f"These texts answer the question: {_whole(question, context)}\n\n"
-        f"Text 1: {answer}\n\nText 2: {rewrite}\n\n"
-        "Merge the two texts into one, in clear, complete sentences. Keep every fact, number and name of text 1. "
-        "Write the merged text only.",
-        turns,
+    return _task(
+        "The user gives two versions of an answer.",
+        "Write one version of it in clear, complete sentences. Keep every fact, number and name of the first version.",
+        f"{answer}\n\n{rewrite}", _whole(question, context), turns,
     )
 
 
@@ -56,3 +54,20 @@ def _whole(question: str, context: str) -> str:
 
 def _ask(text: str, turns: Turns) -> Conversation:
     return [{"role": role, "content": content} for role, content in (*turns, ("user", text))]
+
+
+def _task(role: str, task: str, text: str, asked: str, turns: Turns) -> Conversation:
+    """A task about a text, in the conversation that the question belongs to; its system turn comes first."""
+    own = [content for role, content in turns if role == "system"]
+    others = [turn for turn in turns if turn[0] != "system"]
+    about = [f"The text answers the question: {asked}"] if asked else []
+    paragraphs = [*own, role, *about, task] if own or about else [f"{role} {task}"]
+    return _ask(text, [("system", "\n\n".join(paragraphs)), *others])
+
+
+def without_system_turn(conversation: Conversation) -> Conversation:
+    """The same for a chat template that has no system turn: its text opens the first user's turn."""
+    if conversation[0]["role"] != "system":
+        return conversation
+    system, first, *rest = conversation
+    return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]

@@ -13,7 +13,9 @@ from typing import Literal
 from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 
-Status = Literal["ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unknown"]
+Status = Literal[
+    "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown"
+]
 
 _MANIFEST = "manifest.json"
 _ROWS = "refined.jsonl"
@@ -46,8 +48,8 @@ class RefinedRow:
       rewrite: the text of the self-conditioned rewriting (Eq. 1), "" if there is none.
       rewrite_status: whether the rewriting is usable, or why not: "truncated" (cut at the limit), "leak" (it repeats
         its instructions), "copy" (the gold answer word for word), "repetition" (it repeats itself), "facts" (it has
-        lost, added or reversed something), "unknown" (most of it is unknown to the sentence encoder), "empty",
-        "refusal".
+        lost, added or reversed something), "unrenderable" (the chat template refuses or changes it), "unknown" (most
+        of it is unknown to the sentence encoder), "empty", "refusal".
       rewrite_note: what is wrong with it, in words; "" if nothing.
       similarity: cosine of the gold answer and the rewriting (Eq. 2); None where the rewriting is unusable.
       accepted: whether the rewriting passed the filter (Eq. 3).

@@ -73,9 +73,10 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
         *_lost_words(gold, text, word_recall), *_added_words(gold, text, source),
     ]
     # What two sentences exchange, the texts as a whole do not show.
+    in_text = numbers(text)
     for ours, theirs in _aligned_sentences(gold, text):
         found += [
-            *_exchanged_numbers(ours, theirs, numbers(text)), *_sentence_negation(ours, theirs),
+            *_exchanged_numbers(ours, theirs, in_text), *_sentence_negation(ours, theirs),
             *_modal_mismatches(ours, theirs), *_opposite_mismatches(ours, theirs), *_reversed_order(ours, theirs),
         ]
     return list(dict.fromkeys(found))
@@ -380,17 +381,20 @@ def _brief(sentence: str) -> str:
 
 
 def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
-    """Pairs of sentences that say the same thing, by the words that they share."""
-    def stems_of(sentence: str) -> set[str]:
-        return {_stem(word) for word in _words(sentence) if word not in STOP_WORDS and not _is_number(word)}
+    """Pairs of sentences that say the same thing, by the words that they share; not those that are the same."""
+    def words_of(sentence: str) -> tuple[frozenset[str], frozenset[str]]:
+        words = _words(sentence)
+        stems = {_stem(word) for word in words if word not in STOP_WORDS and not _is_number(word)}
+        return frozenset(stems), frozenset(words)
 
-    theirs = [(sentence, stems_of(sentence)) for sentence in _SENTENCE_END.split(text)]
+    theirs = {words_of(sentence): sentence for sentence in _SENTENCE_END.split(text)}
     for sentence in _SENTENCE_END.split(gold):
-        stems = stems_of(sentence)
-        if len(stems) < 2:
+        stems, words = words_of(sentence)
+        if len(stems) < 2 or ((stems, words) in theirs and _words(theirs[stems, words]) == _words(sentence)):
             continue
-        overlap, best = max(
-            ((len(stems & other) / len(stems | other), candidate) for candidate, other in theirs), default=(0, "")
+        overlap, _, best = max(
+            (len(stems & other) / len(stems | other), len(words & all_words), candidate)
+            for (other, all_words), candidate in theirs.items()
         )
         if overlap >= SAME_SENTENCE:
             yield sentence, best

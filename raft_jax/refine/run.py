@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,12 +26,16 @@ NAMED_MISMATCHES = 3
 
 
 class Parts(NamedTuple):
-    """Who does the work of the refinement; each is an interface, so a remote model can take any place."""
+    """Who does the work of the refinement; each is an interface, so a remote model can take any place.
+
+    `renders` says whether a text can be trained on as the answer to an item: a chat template may refuse or change it.
+    """
 
     rewriter: Writer
     encoder: Encoder
     fuser: Writer
     judges: Sequence[Judge]
+    renders: Callable[[Item, str], bool] = lambda item, text: True
 
 
 class Text(NamedTuple):
@@ -52,7 +56,7 @@ def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, le
       One row an example, in their order, each with its full history.
     """
     items = [Item(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
-    rewrites = _write(parts.rewriter, items, 1, "rewrite", "rewrite", settings, ledger)
+    rewrites = _write(parts.rewriter, items, 1, "rewrite", "rewrite", parts.renders, settings, ledger)
     items = [replace(item, rewrite=written.text) for item, written in zip(items, rewrites, strict=True)]
     compared = [index for index, written in enumerate(rewrites) if written.status in ("ok", "facts", "copy")]
     similarity = dict(zip(
@@ -110,7 +114,8 @@ def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
 DESCRIPTIONS = {
     "ok": "usable", "empty": "empty", "truncated": "cut at refine.max_new_tokens", "refusal": "refusals",
     "leak": "repeat the instructions", "repetition": "repeat themselves", "copy": "the gold answer word for word",
-    "facts": "differ in facts or words", "unknown": "unknown to the sentence encoder",
+    "facts": "differ in facts or words", "unrenderable": "that the chat template cannot render",
+    "unknown": "unknown to the sentence encoder",
 }
 
 
@@ -119,7 +124,8 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _write(
-    writer: Writer, items: Sequence[Item], round: int, stage: str, title: str, settings: RefineConfig, ledger: Ledger
+    writer: Writer, items: Sequence[Item], round: int, stage: str, title: str,
+    renders: Callable[[Item, str], bool], settings: RefineConfig, ledger: Ledger,
 ) -> list[Text]:
     """One text an item, from the ledger or from the writer."""
     keys = [f"{item.id}#{round}#{_digest(writer.identity, writer.prompt(item))}" for item in items]
@@ -138,13 +144,16 @@ def _write(
             ])
             bar.advance(len(fresh))
     instructions = "\n".join(message["content"] for message in writer.prompt(Item("", "", "")))
-    return [
-        _screened(ledger.get(stage, key), item, instructions, settings)
-        for key, item in zip(keys, items, strict=True)
-    ]
+    texts = []
+    for key, item in zip(keys, items, strict=True):
+        text = screened(ledger.get(stage, key), item, instructions, settings)
+        if text.status == "ok" and not renders(item, text.text):
+            text = text._replace(status="unrenderable", note="the model's chat template refuses or changes it")
+        texts.append(text)
+    return texts
 
 
-def _screened(draft: dict, item: Item, instructions: str, settings: RefineConfig) -> Text:
+def screened(draft: dict, item: Item, instructions: str, settings: RefineConfig) -> Text:
     """What a written text is worth, before anything is compared by its meaning."""
     if draft["status"] != "ok":
         return Text(draft["text"], draft["status"])
@@ -169,7 +178,8 @@ def _similarities(
     The embedding of a terse answer ("Yes.") says little: such an answer and its rewriting are read after the question.
     """
     def read(item: Item, text: str) -> str:
-        return f"{item.question}\n{text}" if len(item.gold.split()) < settings.terse_words else text
+        question, *_ = item.asked(settings.terse_words)
+        return f"{question}\n{text}" if question else text
 
     pairs = [(read(item, item.gold), read(item, item.rewrite)) for item in items]
     keys = [f"{item.id}#{_digest(encoder.identity, *pair)}" for item, pair in zip(items, pairs, strict=True)]
@@ -187,7 +197,9 @@ def _round(
     parts: Parts, items: Sequence[Item], number: int, settings: RefineConfig, ledger: Ledger
 ) -> list[Round]:
     """One round of fusion: a candidate for each item, and what each judge makes of it."""
-    candidates = _write(parts.fuser, items, number, "fuse", f"fuse, round {number}", settings, ledger)
+    candidates = _write(
+        parts.fuser, items, number, "fuse", f"fuse, round {number}", parts.renders, settings, ledger
+    )
     usable = [index for index, candidate in enumerate(candidates) if candidate.status == "ok"]
     scores = dict(zip(usable, _scores(
         parts.judges, [items[index] for index in usable], [candidates[index].text for index in usable],

@@ -8,7 +8,9 @@ from typing import Protocol
 
 import jax
 
-from raft_jax.data.prompts import Conversation
+from raft_jax.data.prompts import Conversation, without_system_turn
+from raft_jax.errors import InputError
+from raft_jax.models import Tokenizer
 from raft_jax.refine.screen import REFUSAL
 from raft_jax.sampling import Completion, Sampler
 
@@ -23,6 +25,11 @@ class Item:
     rewrite: str = ""
     context: str = ""
     turns: tuple[tuple[str, str], ...] = ()
+
+    def asked(self, terse_words: int) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+        """Question, context and turns for a prompt; the first two are empty but for a terse gold answer."""
+        terse = len(self.gold.split()) < terse_words
+        return self.question if terse else "", self.context if terse else "", self.turns
 
     @property
     def source(self) -> str:
@@ -79,7 +86,7 @@ class LocalWriter:
 
     def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
         tokenizer = self.sampler.model.tokenizer
-        prompts = [tokenizer.chat_prompt(self.prompt(item)) for item in items]
+        prompts = [task_prompt(tokenizer, self.prompt(item)) for item in items]
         key = jax.random.fold_in(self.key, round)
         for batch in self.sampler.batches(prompts):
             if all(index in done for index in batch):
@@ -92,6 +99,17 @@ class LocalWriter:
                 index: draft_of(completion, tokenizer.decode)
                 for index, completion in zip(batch, completions, strict=True)
             }
+
+
+def task_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
+    """Ids of a conversation; where the template has no system turn, with its text in the user's turn."""
+    try:
+        rendered = tokenizer.render(conversation)
+    except InputError:
+        rendered = ""
+    if conversation[0]["content"].strip() not in rendered:  # refused, or dropped without a word
+        conversation = without_system_turn(conversation)
+    return tokenizer.chat_prompt(conversation)
 
 
 def draft_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> Draft:
