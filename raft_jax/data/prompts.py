@@ -20,7 +20,6 @@ def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Tu
     task (docs/refinement.md). The question is for terse answers, which cannot be spelled out without it.
     """
     return _task(
-        "You're an AI assistant for text re-writing.",
         "Rewrite the input text in clear, complete sentences. Keep every fact, number and name.",
         answer, _whole(question, context), turns,
     )
@@ -31,8 +30,8 @@ def fusion_prompt(
 ) -> Conversation:
     """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
     return _task(
-        "The user gives two versions of an answer.",
-        "Write one version of it in clear, complete sentences. Keep every fact, number and name of the first version.",
+        "The input text has two versions of one text. Write one version of it in clear, complete sentences. "
+        "Keep every fact, number and name of the first version.",
         f"{answer}\n\n{rewrite}", _whole(question, context), turns,
     )
 
@@ -56,11 +55,12 @@ def _ask(text: str, turns: Turns) -> Conversation:
     return [{"role": role, "content": content} for role, content in (*turns, ("user", text))]
 
 
-def _task(role: str, task: str, text: str, asked: str, turns: Turns) -> Conversation:
+def _task(task: str, text: str, asked: str, turns: Turns) -> Conversation:
     """A task about a text, in the conversation that the question belongs to; its system turn comes first."""
     own = [content for role, content in turns if role == "system"]
     others = [turn for turn in turns if turn[0] != "system"]
     about = [f"The text answers the question: {asked}"] if asked else []
+    role = "You're an AI assistant for text re-writing."
     paragraphs = [*own, role, *about, task] if own or about else [f"{role} {task}"]
     return _ask(text, [("system", "\n\n".join(paragraphs)), *others])
 

@@ -36,11 +36,11 @@ SAME_SENTENCE = 0.6  # share of common content words from which two sentences ar
 STEM = 5  # letters of a word that are compared: "applying" and "application" have one stem
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
-_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[a-z][.!?])(?=[A-Z])|\n+")
 _LIST_MARKER = re.compile(r"^\s*(?:[-*•·]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+", re.MULTILINE)
 _CONTRACTION = re.compile(r"\w*n't$|'(?:ll|re|ve|d|m|s)$")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
-_SYMBOLS = re.compile(r"[_$@%\\<>=|~{}\[\]#^*]|\w[./:]+\w|\w\(\)")
+_SYMBOLS = re.compile(r"[_$@%\\<>=|~{}\[\]#^*]|\w[/:]+\w|[a-z0-9]\.[a-z0-9]|\w\(\)")
 
 _MODAL_PHRASES = (
     (re.compile(r"\b(?:have|has|had|need|needs|needed) to\b"), "obligation"),
