@@ -32,7 +32,7 @@ def summary_tables(run: Run | Path) -> list[Table]:
     """The scores, losses, stages and outputs of a run.
 
     Args:
-      run: a run, or the folder it lies in.
+      run: a run, or the run folder.
 
     Returns:
       The tables "scores" (base and each method), "training" (each method), "stages" and "outputs".
@@ -209,7 +209,9 @@ def _training(run: Run) -> Table:
     return Table(
         name="training",
         title="Training",
-        columns=("method", "steps", "SFT loss first", "last", "KL loss first", "last", "λ first", "last"),
+        columns=(
+            "method", "steps", "SFT loss first", "SFT loss last", "KL loss first", "KL loss last", "λ first", "λ last",
+        ),
         rows=tuple(rows),
         methods=tuple(methods),
         note="Single steps, in nats per token. The methods' targets differ: do not compare their SFT losses.",
@@ -257,7 +259,7 @@ def _outputs(run: Run) -> Table:
     ]
     return Table(
         name="outputs",
-        title="Where it lies",
+        title="Files",
         columns=("what", "path"),
         rows=tuple(rows),
         methods=("",) * len(rows),
