@@ -79,7 +79,11 @@ class RefineConfig:
 
     threshold: float = 0.8  # tau of Eq. 3
     rounds: int = 3  # fusion rounds at most
+    check_facts: bool = True  # numbers, names, negations, opposites and words besides tau; false: the paper's filter
+    word_recall: float = 0.8  # share of the gold answer's content words that a text must have for it
+    terse_words: int = 8  # a gold answer of fewer words is compared after its question; 0: never (the paper's Eq. 2)
     accept: float = 0.8  # a mean score that ends the rounds early
+    accept_floor: float = 0.6  # a fused answer of a lower mean is never chosen, nor one below the gold answer's own
     judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])  # a fusion's score
     temperature: float = 0.7  # of rewriting and fusion
     top_p: float = 1.0  # the same; 1 samples from the whole vocabulary
@@ -88,7 +92,9 @@ class RefineConfig:
 
     def __post_init__(self):
         _require(-1 <= self.threshold <= 1, "refine.threshold", self.threshold, "a cosine, -1 to 1")
-        _require(0 <= self.accept <= 1, "refine.accept", self.accept, "0 to 1")
+        for key in ("accept", "accept_floor", "word_recall"):
+            _require(0 <= getattr(self, key) <= 1, f"refine.{key}", getattr(self, key), "0 to 1")
+        _require(self.terse_words >= 0, "refine.terse_words", self.terse_words, "0 or more")
         _require(self.rounds >= 1, "refine.rounds", self.rounds, "1 or more")
         _require(self.temperature >= 0, "refine.temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "refine.top_p", self.top_p, "above 0, up to 1")
