@@ -20,13 +20,14 @@ Every key of a config, written by `python -m raft_jax.config_reference > docs/co
 `raft_jax/config.py`; `tests/test_docs.py` fails where this page is out of date.
 
 A config is a YAML file; on the command line `key.path=value` replaces what it says, as in
-`raft-jax run configs/own-data.yaml train.learning_rate=1e-5 methods=[sft,raft]`. Keys that are not given have the default of the
-table, which is the paper's wherever the paper has one; keys without a default have to be given. An unknown key, a wrong type
-or a value that is not allowed is one line and exit code 2, before anything is computed. `null` is written for "none".
+`raft-jax run configs/own-data.yaml train.learning_rate=1e-5 methods=[sft,raft]`. Keys that are not given have the
+default of the table, which is the paper's wherever the paper has one; keys without a default have to be given. An
+unknown key, a wrong type or a value that is not allowed is one line and exit code 2, before anything is computed.
+`null` means "none".
 
 [configs/own-data.yaml](../configs/own-data.yaml) is a commented config to begin with. See [data](data.md) for `data.*`,
-[refinement](refinement.md) for `refine.*`, [evaluation](evaluation.md) for `evaluate.*`, [models](models.md) for `model.*`,
-`encoder.*` and `train.lora.*`, [TPU](tpu.md) for `mesh.*`.
+[refinement](refinement.md) for `refine.*`, [evaluation](evaluation.md) for `evaluate.*`, [models](models.md) for
+`model.*`, `encoder.*` and `train.lora.*`, [TPU](tpu.md) for `mesh.*`.
 """
 
 
