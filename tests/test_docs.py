@@ -186,3 +186,26 @@ def test_the_example_of_refined_rows_runs(tmp_path, monkeypatch, capsys):
     exec(next(block for block in code_blocks(PAGES["docs/refinement.md"]) if "json.loads" in block), {})
     fused = sum(row["chosen"] == "fusion" for row in read_lines(folder / "refined" / "refined.jsonl"))
     assert capsys.readouterr().out.count("->") == fused > 0
+
+
+def test_the_config_for_own_data_passes_check_with_forty_rows_as_they_are(
+    tmp_path, capsys, monkeypatch, write_folder, llama_config, random_tensors
+):
+    """The README's command, with another model: its limits leave out nothing of some ordinary rows."""
+    from tiny import ENCODER, ROWS, write_jsonl
+
+    from raft_jax.cli import main
+
+    hf = llama_config | {"max_position_embeddings": 4096}
+    write_folder(tmp_path / "model", hf, random_tensors(hf))
+    rows = [{"question": f"{row['question']} ({number})", "answer": row["answer"] * 3}
+            for number in range(4) for row in ROWS]
+    write_jsonl(tmp_path / "my.jsonl", rows)
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs/own-data.yaml"
+    assert main(["check", str(config), "data.path=my.jsonl", "model.source=model", f"encoder.source={ENCODER}"]) == 0
+    printed = capsys.readouterr().out
+    assert "training: 32 of 32 rows are used" in printed and "held-out: 32 of 32 rows are used" in printed
+    assert not (tmp_path / "runs").exists()
+    neutral = load_config(config)
+    assert neutral.refine.max_new_tokens == neutral.data.max_answer_tokens == neutral.evaluate.max_new_tokens
