@@ -32,6 +32,7 @@ from raft_jax.report.page import _FACTS, facts, flat
 from raft_jax.report.refinement import count_sentence, worst_first
 from raft_jax.report.summary import Table
 from raft_jax.report.verdict import difference, t_quantile, verdicts
+from raft_jax.run_dir import record_time
 
 
 class Page(HTMLParser):
@@ -252,6 +253,17 @@ def test_a_run_without_a_record_of_its_machine_says_so(run_dir: Path):
     path = run_dir / "timings.jsonl"
     write_lines(path, [{key: value for key, value in line.items() if key != "machine"} for line in read_lines(path)])
     assert "Not recorded." in page_of(run_dir).text
+
+
+def test_a_stage_s_time_is_written_with_its_machine(run_dir: Path):
+    (run_dir / "timings.jsonl").unlink()
+    record_time(run_dir, "refine", None, 12.5, 100)
+    record_time(run_dir, "train", "raft", 7.5, 100)
+    machine = describe_machine()
+    assert [line["machine"]["versions"] for line in read_lines(run_dir / "timings.jsonl")] == [machine["versions"]] * 2
+    text = page_of(run_dir).text
+    assert f"jax {machine['versions']['jax']}" in text and "refine, train RAFT" in text
+    assert "peak memory of the process" in text
 
 
 def test_the_record_of_this_machine():
