@@ -414,6 +414,7 @@ def test_printed_summary_fits_and_keeps_paths_whole(finished: Path, width: int):
     cells = [
         cell for table in summary_tables(finished) for row in (table.columns, *table.rows) for cell in row
     ]
+    assert re.sub(r"\s+", " ", printed).count(" ".join(one.short for one in verdicts(read_run(finished)))) == 1
     for word in " ".join(cells).split():
         assert word in printed or word in ("what", "path", *(["model", "method", "stage"] if width < 60 else []))
     assert all(len(line) <= width for line in printed.splitlines() if str(finished) not in line)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raft_jax.report.folder import Run, label, read_run
+from raft_jax.report.verdict import verdicts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,7 @@ def summary_tables(run: Run | Path) -> list[Table]:
 
 
 def print_summary(run_dir: Path, console: Console, names: Collection[str] | None = None) -> None:
-    """Prints the tables of `summary_tables`.
+    """Prints the tables of `summary_tables`, and before the scores the verdicts in short.
 
     Args:
       run_dir: a run folder.
@@ -54,10 +55,14 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    for table in summary_tables(run_dir):
+    run = read_run(run_dir)
+    for table in summary_tables(run):
         if names is not None and table.name not in names:
             continue
         console.print(Text(f"\n{table.title}", style="bold"))
+        if table.name == "scores":
+            for verdict in verdicts(run):
+                console.print(Text(verdict.short))
         if not table.rows:
             console.print(Text("not run yet", style="dim"))
             continue
