@@ -345,7 +345,7 @@ def test_half_lines_are_left_out_and_repeated_steps_count_once(run_dir: Path):
     steps = read_run(run_dir).metrics["raft"]
     assert [line["step"] for line in steps] == list(range(1, 25))
     assert steps[19]["sft_loss"] == 9.125
-    assert "2 unfinished lines in raft/metrics.jsonl left out" in page_of(run_dir).text
+    assert "2 unfinished or damaged lines in raft/metrics.jsonl left out" in page_of(run_dir).text
 
 
 def test_odd_values_do_not_stop_the_report(run_dir: Path):
@@ -368,12 +368,51 @@ def test_odd_values_do_not_stop_the_report(run_dir: Path):
     ("evaluation.json", "[]", 'expected an object with "models"'),
     ("refined/refined.jsonl", '{"id": "a"}\n{"id"', "refined.jsonl:2: damaged line"),
     ("config.yaml", "a: [1", "not readable as YAML"),
+    ("evaluation.json", "[" * 100_000, "evaluation.json: damaged"),
+    ("evaluation.json", '{"models": {"base": []}}', "the scores of 'base' are not those of a model"),
+    ("evaluation.json", '{"models": {"base": {"domain": {"token_f1": 3}}}}', "the scores of 'base' are not"),
+    ("evaluation.json", '{"models": {"base": {"answers": ["x"]}}}', "the scores of 'base' are not"),
+    ("evaluation.json", '{"models": {"base": {"answers": [{"similarity": "x"}]}}}', "the scores of 'base' are not"),
+    ("refined/refined.jsonl", '{"id": "a", "question": 3}', "refined.jsonl:1: damaged line"),
+    ("refined/refined.jsonl", '{"id": "a", "similarity": "x"}', "refined.jsonl:1: damaged line"),
+    ("refined/refined.jsonl", '{"id": "a", "rounds": [3]}', "refined.jsonl:1: damaged line"),
+    ("refined/refined.jsonl", "[" * 100_000, "refined.jsonl:1: damaged line"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str, words: str):
     (run_dir / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         write_report(run_dir)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "refined/refined.jsonl", "config.yaml", "timings.jsonl",
+                                  "raft/metrics.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str):
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()  # read as root, too, a folder is no file
+    with pytest.raises(InputError, match=f"{re.escape(name)}: cannot be read") as caught:
+        write_report(run_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timings.jsonl", "raft/metrics.jsonl"])
+@pytest.mark.parametrize("line", ['{"step": 3, "seconds": "x", "sft_loss": []}', "[" * 100_000, "3", "\udcff"])
+def test_a_damaged_line_is_left_out_and_said(run_dir: Path, name: str, line: str):
+    path = run_dir / name
+    before = page_of(run_dir).text
+    path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
+    text = page_of(run_dir).text
+    assert f"1 unfinished or damaged line in {name} left out" in text and len(text) > len(before)
+
+
+def test_the_printed_summary_sends_nothing_to_the_terminal(run_dir: Path):
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation["models"]["\x1b]0;title\x07\x9b31m"] = evaluation["models"]["raft"]
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    for width in (60, 140):
+        file = io.StringIO()
+        print_summary(run_dir, Console(file=file, width=width))
+        assert not set(file.getvalue()) & {"\x1b", "\x07", "\x9b"} and "title" in file.getvalue()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):

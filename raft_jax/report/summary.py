@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
         console.print(Text(f"\n{table.title}", style="bold"))
         if table.name == "scores":
             for verdict in verdicts(run):
-                console.print(Text(verdict.short))
+                console.print(Text(_visible(verdict.short)))
         if not table.rows:
             console.print(Text("not run yet", style="dim"))
             continue
@@ -70,7 +71,7 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
             width = max(len(what) for what, _ in table.rows)
             for what, path in table.rows:
                 # A path is there to be copied, so it is never wrapped.
-                console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
+                console.print(Text(_visible(f"{what:<{width}}  {path}")), soft_wrap=True)
             continue
         widths = _widths(table, console.width)
         if sum(widths) + 2 * len(widths) > console.width + 2:
@@ -81,10 +82,15 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
             justify = "left" if index < table.text_columns else "right"
             view.add_column(Text(table.columns[index]), justify=justify, width=width)
         for row in table.rows:
-            view.add_row(*map(Text, row))
+            view.add_row(*(Text(_visible(cell)) for cell in row))
         console.print(view)
         if table.note:
-            console.print(Text(table.note, style="dim"))
+            console.print(Text(_visible(table.note), style="dim"))
+
+
+def _visible(text: str) -> str:
+    """A text without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def _print_stacked(table: Table, console: Console) -> None:
@@ -94,11 +100,11 @@ def _print_stacked(table: Table, console: Console) -> None:
     named = range(table.text_columns, len(table.columns))
     width = max(len(table.columns[index]) for index in named)
     for row in table.rows:
-        console.print(Text(" ".join(row[: table.text_columns]).strip(), style="bold"))
+        console.print(Text(_visible(" ".join(row[: table.text_columns]).strip()), style="bold"))
         for index in named:
             console.print(Text(f"  {table.columns[index]:<{width}}  {row[index]}"), soft_wrap=True)
     if table.note:
-        console.print(Text(table.note, style="dim"))
+        console.print(Text(_visible(table.note), style="dim"))
 
 
 def _widths(table: Table, available: int) -> list[int]:
@@ -188,7 +194,7 @@ def _scores_note(run: Run) -> str:
 
 
 def _cut_note(run: Run) -> str:
-    """Whose answers the limits of length cut, and how many: half an answer earns no more than half the marks."""
+    """Whose answers the limits of length cut, and how many: half an answer has at most half the score."""
     parts = []
     for name, model in run.models.items():
         cut = [
