@@ -140,11 +140,7 @@ class Rows:
     def gold(self) -> list[RefinedRow]:
         """Every training answer as it was given."""
         reason = "No method of this run trains on refined answers."
-        return [
-            RefinedRow(example.id, example.question, example.answer, "", "empty", None, False, [], example.answer,
-                       "gold", None, reason)
-            for example in self.train
-        ]
+        return [RefinedRow.unrefined(example, reason) for example in self.train]
 
     def tokens(self, rows: Sequence[RefinedRow], method: Method, longest_answer: int = 0) -> list[TokenRow]:
         """What a method trains on, as ids.

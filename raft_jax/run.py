@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import time
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 
 from raft_jax.config import Config
 from raft_jax.data.prompts import fusion_prompt, rewrite_prompt
-from raft_jax.data.refined import RefinedRow, load_refined, publish
+from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluation
 from raft_jax.host_memory import return_memory_after_compiling
@@ -24,7 +26,7 @@ from raft_jax.models.export import export_hf
 from raft_jax.preflight import Rows, require_source
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import Parts, refine
+from raft_jax.refine.run import Parts, refine, summary
 from raft_jax.refine.write import LocalWriter
 from raft_jax.run_dir import (
     is_writer,
@@ -61,6 +63,11 @@ class Run:
         return model
 
     @cached_property
+    def model_identity(self) -> str:
+        """Names the model, its tokenizer and how it is run, for what depends on them."""
+        return f"{self.config.model.source} {self.config.model.dtype}"
+
+    @cached_property
     def encoder(self):
         given = self.config.encoder
         require_source("encoder.source", given.source)
@@ -81,34 +88,42 @@ class Run:
     def refine(self) -> list[RefinedRow]:
         """Stage 1; rows that are published already are read."""
         folder = self.run_dir / "refined"
-        examples = self.rows.train
+        examples, settings = self.rows.train, self.config.refine
+        made_with = self._refined_with()
         if (folder / "refined.jsonl").exists():
             try:
                 rows = load_refined(folder)
             except InputError as error:
                 print(f"{error} (which happens now, from the ledger)")
             else:
-                if [row.id for row in rows] == [example.id for example in examples]:
+                same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
+                if same and refined_with(folder) == made_with:
                     wait_for_writer("refined")  # it may have published them just now, and be waiting for this process
                     return rows
+                what = "settings or models" if same else "texts"
+                print(f"{folder}: made from other {what}; refining again, with what the ledger has of it")
         began = time.perf_counter()
-        settings = self.config.refine
         self.rows.check_refinement()
         sampler = Sampler(self.model, settings.batch_size, self.mesh)
         key = jax.random.key(self.config.seed)
         drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")}
 
         def writer(prompt, stream: int) -> LocalWriter:
-            return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream), **drawing)
+            return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream),
+                               model=self.model_identity, **drawing)
 
         judges = {
             "similarity": lambda: SimilarityJudge(self.encoder),
             "coverage": CoverageJudge,
-            "likelihood": lambda: LikelihoodJudge(Scorer(self.model, mesh=self.mesh), self.model.params),
+            "likelihood": lambda: LikelihoodJudge(
+                Scorer(self.model, mesh=self.mesh), self.model.params, self.model_identity
+            ),
         }
         parts = Parts(
-            writer(lambda item: rewrite_prompt(item.question, item.gold, item.context), 0), self.encoder,
-            writer(lambda item: fusion_prompt(item.question, item.gold, item.rewrite, item.context), 1),
+            writer(lambda item: rewrite_prompt(item.question, item.gold, item.context, item.turns), 0), self.encoder,
+            writer(
+                lambda item: fusion_prompt(item.question, item.gold, item.rewrite, item.context, item.turns), 1
+            ),
             [judges[name]() for name in settings.judges],
         )
         ledger = Ledger.open(folder / "ledger.jsonl", writes=is_writer())
@@ -121,15 +136,20 @@ class Run:
         ledger.on_append = record  # a process that is killed leaves the time of what it did
         rows = refine(examples, parts, settings, ledger)
         if is_writer():
-            publish(rows, folder)
+            publish(rows, folder, made_with)
         wait_for_writer("refined")
         if recorded_time(self.run_dir, "refine")[1] != _tokens_written(ledger):
             record()
-        accepted = sum(row.accepted for row in rows)
-        fused = sum(row.chosen == "fusion" for row in rows)
-        print(f"refined {len(rows)} rows: {accepted} passed the filter, {fused} have a fused answer, "
-              f"{len(rows) - fused} keep the gold one", flush=True)
+        print(*summary(rows), sep="\n", flush=True)
         return rows
+
+    def _refined_with(self) -> str:
+        """Names all that refined rows depend on besides their texts."""
+        settings = dataclasses.asdict(self.config.refine)
+        del settings["batch_size"]
+        prompts = [rewrite_prompt("", ""), fusion_prompt("", "", "")]
+        parts = [settings, self.config.seed, prompts, self.model_identity, self.encoder.identity]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def train(self) -> None:
         """Stage 2 for every method, each followed by its export."""

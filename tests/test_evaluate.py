@@ -149,6 +149,7 @@ class FakeEncoder:
     num_truncated = 0
 
     def encode(self, texts, progress):
+        self.unknown_shares = [0.0] * len(texts)
         return np.array([[len(text), 1.0] for text in texts])
 
 

@@ -133,4 +133,4 @@ def test_nothing_touches_a_device_at_import():
 def test_files_are_short_and_there_is_no_utils():
     for module, path in OURS.items():
         assert "utils" not in module
-        assert len(path.read_text("utf-8").splitlines()) <= 400, path
+        assert len(path.read_text("utf-8").splitlines()) <= 500, path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from raft_jax.errors import InputError
 from raft_jax.refine import judge as judging
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge, coverage
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import Parts, refine
+from raft_jax.refine.run import Parts, refine, summary
 from raft_jax.refine.write import Draft, Item, LocalWriter, draft_of
 from raft_jax.sampling import Completion
 
@@ -23,10 +25,16 @@ GOLD = "gold answer"
 class FakeWriter:
     """Writes `texts[(id, round)]`, or what `default` makes of id and round; a status may stand before a bar."""
 
+    identity = "fake writer"
+
     def __init__(self, texts: dict | None = None, default=lambda id, round: f"text of {id}, round {round}", batch=2):
         self.texts, self.default, self.batch = texts or {}, default, batch
         self.written: list[tuple[str, int]] = []
         self.rounds: list[tuple[int, list[str]]] = []
+
+    def prompt(self, item):
+        texts = [item.question, item.gold, item.rewrite, item.context, *(content for _, content in item.turns)]
+        return [{"role": "user", "content": "\n".join(["Say it anew with all facts in it:", *texts])}]
 
     def write(self, items, round, done):
         self.rounds.append((round, [item.id for item in items]))
@@ -47,20 +55,24 @@ class FakeEncoder:
     """Two texts are as similar as the number that the second one ends in."""
 
     config = SimpleNamespace(max_tokens=20)
+    identity = "fake encoder"
 
     def __init__(self):
         self.calls = self.num_truncated = 0
 
     def encode(self, texts, progress=None):
         self.calls += 1
+        self.unknown_shares = [sum("\u0e00" <= letter <= "\u0e7f" for letter in text) / len(text) for text in texts]
         self.num_truncated = sum(len(text) > 20 for text in texts)
         angles = [np.arccos(float(text.rpartition("~")[2])) if "~" in text else 0.0 for text in texts]
         return np.array([[np.cos(angle), np.sin(angle)] for angle in angles])
 
 
 class FakeJudge:
+    """Scores texts by a table; the gold answer gets 0 where the table says nothing else."""
+
     def __init__(self, name: str, scores: dict | None = None, default: float | None = 0.5):
-        self.name, self.scores, self.default = name, scores or {}, default
+        self.name, self.identity, self.scores, self.default = name, name, {GOLD: 0.0} | (scores or {}), default
         self.asked: list[tuple[str, str]] = []
 
     def score(self, items, candidates):
@@ -74,8 +86,17 @@ def examples(*ids: str) -> list[Example]:
 
 
 def parts(rewriter=None, fuser=None, judges=None) -> Parts:
-    rewriter = rewriter or FakeWriter(default=lambda id, round: f"rewrite of {id} ~0.9")
+    rewriter = rewriter or FakeWriter(default=lambda id, round: f"wording of {id} ~0.9")
     return Parts(rewriter, FakeEncoder(), fuser or FakeWriter(), judges or [FakeJudge("one")])
+
+
+def lines_of(path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def settings(**changes) -> RefineConfig:
+    """The fake writers keep no facts, and their texts are long enough to be compared by themselves."""
+    return RefineConfig(**{"check_facts": False, "terse_words": 0, "accept_floor": 0.0, **changes})
 
 
 @pytest.fixture
@@ -89,7 +110,7 @@ def test_the_filter_keeps_what_is_near_and_usable(ledger):
         ("long", 1): "truncated|and so on and ~1.0", ("no", 1): "refusal|I'm sorry ~1.0",
     })
     fuser = FakeWriter()
-    rows = refine(examples("near", "edge", "far", "none", "long", "no"), parts(rewriter, fuser), RefineConfig(), ledger)
+    rows = refine(examples("near", "edge", "far", "none", "long", "no"), parts(rewriter, fuser), settings(), ledger)
     near, edge, far, none, long, no = rows
     assert [row.accepted for row in rows] == [True, True, False, False, False, False]
     assert (near.similarity, edge.similarity, far.similarity) == pytest.approx((0.91, 0.8, 0.79), abs=1e-6)
@@ -114,7 +135,7 @@ def test_the_best_round_wins_and_a_good_one_ends_the_rounds(ledger):
     }
     fuser = FakeWriter()
     rows = refine(examples("slow", "quick", "tie", "late"), parts(fuser=fuser, judges=[FakeJudge("one", scores)]),
-                  RefineConfig(rounds=3), ledger)
+                  settings(rounds=3), ledger)
     slow, quick, _, late = rows
     assert [row.chosen_round for row in rows] == [2, 1, 2, 2]
     assert [len(row.rounds) for row in rows] == [3, 1, 3, 2]
@@ -131,7 +152,7 @@ def test_the_mean_is_over_the_judges_that_answered(ledger):
         FakeJudge("a", {both: 0.2, one: None, nobody: None}), FakeJudge("b", {both: 0.6, one: 0.9, nobody: None}),
         FakeJudge("c", {both: 1.0, one: None, nobody: None}),
     ]
-    rows = refine(examples("both", "one", "nobody"), parts(judges=judges), RefineConfig(rounds=1), ledger)
+    rows = refine(examples("both", "one", "nobody"), parts(judges=judges), settings(rounds=1), ledger)
     both, one, nobody = rows
     assert both.rounds[0].scores == {"a": 0.2, "b": 0.6, "c": 1.0} and both.rounds[0].mean == 0.6
     assert one.rounds[0].scores == {"a": None, "b": 0.9, "c": None} and one.rounds[0].mean == 0.9
@@ -143,15 +164,15 @@ def test_the_mean_is_over_the_judges_that_answered(ledger):
 def test_an_unusable_candidate_is_not_judged_and_another_round_follows(ledger):
     fuser = FakeWriter({("q", 1): "truncated|half an answ", ("q", 2): "empty|"})
     judge = FakeJudge("one")
-    (row,) = refine(examples("q"), parts(fuser=fuser, judges=[judge]), RefineConfig(rounds=3), ledger)
+    (row,) = refine(examples("q"), parts(fuser=fuser, judges=[judge]), settings(rounds=3), ledger)
     assert [found.status for found in row.rounds] == ["truncated", "empty", "ok"]
     assert [found.mean for found in row.rounds] == [None, None, 0.5] and row.rounds[0].scores == {}
-    assert row.chosen_round == 3 and judge.asked == [("q", "text of q, round 3")]
+    assert row.chosen_round == 3 and judge.asked == [("q", GOLD), ("q", "text of q, round 3")]
 
 
 def test_a_round_without_a_score_never_ends_the_rounds(ledger):
     fuser = FakeWriter({("q", 1): "empty|"})
-    (row,) = refine(examples("q"), parts(fuser=fuser), RefineConfig(rounds=2, accept=0.0), ledger)
+    (row,) = refine(examples("q"), parts(fuser=fuser), settings(rounds=2, accept=0.0), ledger)
     assert len(row.rounds) == 2 and row.chosen_round == 2
 
 
@@ -163,53 +184,174 @@ def test_writers_and_judges_see_gold_rewriting_and_context(ledger):
             seen.extend(items)
             yield from super().write(items, round, done)
 
-    refine(examples("q"), parts(fuser=Looking()), RefineConfig(rounds=1), ledger)
-    assert seen == [Item("q", "question q", GOLD, "rewrite of q ~0.9", "context q")]
+    refine(examples("q"), parts(fuser=Looking()), settings(rounds=1), ledger)
+    assert seen == [Item("q", "question q", GOLD, "wording of q ~0.9", "context q")]
 
 
 @pytest.mark.parametrize("judged_at_once", [1, 256])
 def test_nothing_is_done_twice(tmp_path, monkeypatch, judged_at_once):
     monkeypatch.setattr("raft_jax.refine.run.JUDGED_AT_ONCE", judged_at_once)
-    data, settings = examples("a", "b", "c"), RefineConfig(rounds=2)
+    data, config = examples("a", "b", "c"), settings(rounds=2)
     whole = tmp_path / "whole.jsonl"
-    expected = refine(data, parts(), settings, Ledger.open(whole))
+    expected = refine(data, parts(), config, Ledger.open(whole))
     again = parts(FakeWriter(), FakeWriter(), [FakeJudge("one")])
-    assert refine(data, again, settings, Ledger.open(whole)) == expected
+    assert refine(data, again, config, Ledger.open(whole)) == expected
     assert again.rewriter.written == again.fuser.written == again.judges[0].asked == [] and again.encoder.calls == 0
     lines = whole.read_text().splitlines()
-    assert len(lines) == len(set(lines)) == 3 + 3 + 2 * (3 + 3)
+    assert len(lines) == len(set(lines)) == 3 + 3 + 3 + 2 * (3 + 3)
 
     # Killed after any number of lines, the same rows and the same ledger come out.
     for kept in range(len(lines)):
         path = tmp_path / f"{kept}.jsonl"
         path.write_text("".join(line + "\n" for line in lines[:kept]))
-        assert refine(data, parts(), settings, Ledger.open(path)) == expected
+        assert refine(data, parts(), config, Ledger.open(path)) == expected
         assert path.read_text().splitlines() == lines
 
 
 def test_what_the_ledger_holds_of_a_batch_is_kept_as_it_is(tmp_path):
-    path = tmp_path / "ledger.jsonl"
+    path, whole = tmp_path / "ledger.jsonl", tmp_path / "whole.jsonl"
+    refine(examples("a"), parts(), settings(rounds=1), Ledger.open(whole))
+    changes = {"rewrite": {"num_tokens": 7}, "similarity": {"value": 0.95}, "score": {"value": 0.123}}
     Ledger.open(path).append([
-        {"stage": "rewrite", "key": "a#1", "text": "kept ~0.95", "status": "ok", "num_tokens": 1},
-        {"stage": "similarity", "key": "a", "value": 0.95},
-        {"stage": "fuse", "key": "a#1", "text": "kept fusion", "status": "ok", "num_tokens": 1},
-        {"stage": "score", "key": "a#1#one", "value": 0.123},
+        {**record, **changes[record["stage"]]} for record in (
+            record for record in lines_of(whole) if record["key"].startswith("a#") and record["stage"] in changes
+        )
     ])
-    a, b = refine(examples("a", "b"), parts(), RefineConfig(rounds=1), Ledger.open(path))
-    assert (a.rewrite, a.similarity, a.answer, a.rounds[0].mean) == ("kept ~0.95", 0.95, "kept fusion", 0.123)
-    assert b.rewrite == "rewrite of b ~0.9" and b.rounds[0].mean == 0.5
+    a, b = refine(examples("a", "b"), parts(), settings(rounds=1), Ledger.open(path))
+    assert (a.similarity, a.rounds[0].mean, a.gold_mean) == (0.95, 0.123, 0.123)
+    assert b.similarity == pytest.approx(0.9) and (b.rounds[0].mean, b.gold_mean) == (0.5, 0.0)
 
 
 def test_what_the_encoder_cut_is_told(ledger, capsys):
-    refine([Example("a", "Why?", "a gold answer of many words")], parts(), RefineConfig(rounds=1), ledger)
+    refine([Example("a", "Why?", "a gold answer of many words")], parts(), settings(rounds=1), ledger)
     assert "1 of 2 texts are longer than the encoder's 20 tokens" in capsys.readouterr().out
     SimilarityJudge(FakeEncoder()).score([Item("q", "?", "a gold answer of many words")] * 2, ["a", "b ~0.5"])
     assert "2 of 4 texts are longer" in capsys.readouterr().out
 
 
+def test_a_candidate_must_reach_the_floor_and_the_gold_answers_own_score(ledger):
+    scores = {
+        "text of low, round 1": 0.55, "text of under, round 1": 0.7, "text of equal, round 1": 0.75,
+        "text of over, round 1": 0.9, "text of second, round 1": 0.85, "text of second, round 2": 0.95,
+        "gold of under": 0.75, "gold of equal": 0.75, "gold of second": 0.9,
+    }
+    ids = ("low", "under", "equal", "over", "second")
+    data = [Example(id, "Why?", f"gold of {id}") for id in ids]
+    judge = FakeJudge("one", {f"gold of {id}": 0.1 for id in ids} | scores)
+    config = settings(rounds=2, accept=0.8, accept_floor=0.6)
+    texts = {(id, 2): f"truncated|text of {id}" for id in ids if id != "second"}
+    rows = refine(data, parts(fuser=FakeWriter(texts), judges=[judge]), config, ledger)
+    low, under, _, over, second = rows
+    assert [row.chosen for row in rows] == ["gold", "gold", "fusion", "fusion", "fusion"]
+    assert low.answer == "gold of low"
+    assert low.reason == "Round 1 scored 0.550, below the floor 0.6, so the gold answer stays."
+    assert under.reason == "Round 1 scored 0.700, below the gold answer's own 0.750, so the gold answer stays."
+    # A mean that would end the rounds does not where the gold answer's is higher.
+    assert (second.chosen_round, len(second.rounds), second.gold_mean) == (2, 2, 0.9)
+    assert len(over.rounds) == 1 and over.gold_scores == {"one": 0.1}
+    assert sum(text.startswith("gold") for _, text in judge.asked) == len(ids)  # each gold answer once
+
+
+def test_a_judge_that_is_silent_about_a_candidate_does_not_count_for_the_gold_answer(ledger):
+    text = "text of q, round 1"
+    judges = [FakeJudge("a", {text: 0.7, GOLD: 0.6}), FakeJudge("b", {text: None, GOLD: 1.0})]
+    (row,) = refine(examples("q"), parts(judges=judges), settings(rounds=1), ledger)
+    assert row.chosen == "fusion" and row.gold_scores == {"a": 0.6, "b": 1.0} and row.gold_mean == 0.8
+
+
+def test_what_is_wrong_with_a_text_is_said_and_counted(ledger):
+    gold = "You must pay the harbour fee of 30 dollars within 5 days of your arrival."
+    kept = "You must pay the harbour fee of 30 dollars within 5 days of arriving ~0.9"
+    rewriter = FakeWriter({
+        ("kept", 1): kept, ("leak", 1): "Say it anew with all facts: pay ~0.9", ("copy", 1): gold + " ",
+        ("loop", 1): "Pay the fee. " * 3 + "~0.9",
+        ("facts", 1): kept.replace("30", "300"), ("led", 1): f"Here is the rewritten text: {kept}",
+    })
+    fuser = FakeWriter({
+        ("kept", 1): kept.replace("must", "may"), ("kept", 2): "Say it anew with all facts: pay ~0.9",
+        ("kept", 3): f"Merged text: {kept} ", ("led", 1): gold,
+    }, default=lambda id, round: "empty|")
+    data = [Example(id, "What is due at 0.9?", gold) for id in ("kept", "leak", "copy", "loop", "facts", "led")]
+    config = RefineConfig(terse_words=0, accept_floor=0.0)
+    rows = refine(data, parts(rewriter, fuser, [FakeJudge("one", {gold: 0.2})]), config, ledger)
+    assert [row.rewrite_status for row in rows] == ["ok", "leak", "copy", "repetition", "facts", "ok"]
+    assert [row.accepted for row in rows] == [True, False, False, False, False, True]
+    assert rows[5].rewrite == kept and "the number 30 is missing" in rows[4].rewrite_note
+    assert "say it anew with all facts" in rows[1].rewrite_note and "say it anew" in rows[1].reason
+    assert [candidate.status for candidate in rows[0].rounds] == ["facts", "leak", "ok"]
+    assert rows[0].rounds[0].note == "an obligation became a permission"
+    assert (rows[0].chosen, rows[0].answer) == ("fusion", kept)
+    assert [candidate.status for candidate in rows[5].rounds] == ["copy", "empty", "empty"]
+    assert list(summary(rows)) == [
+        "refined 6 rows: 1 have a fused answer, 5 keep the gold one",
+        "  rewritings: 2 accepted, 1 repeat the instructions, 1 the gold answer word for word, 1 repeat themselves, "
+        "1 differ in facts or words",
+        "  fused candidates: 6, of which 1 chosen, 2 empty, 1 differ in facts or words, 1 repeat the instructions, "
+        "1 the gold answer word for word",
+    ]
+    without = refine(data[4:5], parts(rewriter), dataclasses.replace(config, check_facts=False), ledger)
+    assert without[0].accepted  # the paper's filter alone
+
+
+def test_a_terse_answer_is_compared_after_its_question(ledger):
+    class Recording(FakeEncoder):
+        def encode(self, texts, progress=None):
+            self.texts = [*getattr(self, "texts", []), *texts]
+            return super().encode(texts, progress)
+
+    encoder = Recording()
+    data = [Example("terse", "May I?", "Yes, you may."), Example("long", "May I?", "You may, " * 4 + "so do.")]
+    working = parts()._replace(encoder=encoder)
+    refine(data, working, settings(terse_words=8), ledger)
+    assert encoder.texts[:4] == ["May I?\nYes, you may.", data[1].answer, "May I?\nwording of terse ~0.9",
+                                 "wording of long ~0.9"]
+
+
+def test_texts_that_the_encoder_does_not_know_are_not_accepted(ledger, capsys):
+    data = [Example("thai", "ทำไม", "เพราะฝนตก"), Example("latin", "Why?", "Because of rain.")]
+    rewriter = FakeWriter({("thai", 1): "ฝนตกหนัก"})
+    thai, latin = refine(data, parts(rewriter), settings(rounds=1), ledger)
+    assert (thai.rewrite_status, thai.similarity, thai.accepted, thai.chosen) == ("unknown", None, False, "gold")
+    assert latin.accepted
+    assert "1 of 2 pairs of texts are mostly unknown to the sentence encoder" in capsys.readouterr().out
+    assert "multilingual" in list(summary([thai, latin]))[-1]
+    assert SimilarityJudge(FakeEncoder()).score([Item("q", "?", "ฝน")], ["ฝน"]) == [None]
+
+
+@pytest.mark.parametrize("change", ["question", "answer", "context", "turns"])
+def test_a_ledger_of_other_texts_under_the_same_ids_is_not_used(tmp_path, capsys, change):
+    before = Example("q", "Why?", GOLD, "On Monday.", (("system", "Be brief."),))
+    after = dataclasses.replace(before, **{change: (("system", "Be long."),) if change == "turns" else "Another text."})
+    path = tmp_path / "ledger.jsonl"
+    refine([before], parts(), settings(rounds=1), Ledger.open(path))
+    again = parts(FakeWriter(default=lambda id, round: f"another {id} ~0.9"), FakeWriter())
+    (row,) = refine([after], again, settings(rounds=1), Ledger.open(path))
+    assert row.rewrite == "another q ~0.9" and row.is_of(after) and not row.is_of(before)
+    assert again.fuser.written == [("q", 1)]
+    assert "rewrite: 1 of 1 rows anew, as their text, the prompt, the settings or the model changed" in (
+        capsys.readouterr().out
+    )
+    # What the ledger had of the first texts is still there.
+    back = parts(FakeWriter(), FakeWriter())
+    assert refine([before], back, settings(rounds=1), Ledger.open(path))[0].is_of(before)
+    assert back.rewriter.written == back.fuser.written == []
+
+
+def test_another_model_or_judge_does_its_own_work(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    refine(examples("q"), parts(), settings(rounds=1), Ledger.open(path))
+    other = parts(FakeWriter(default=lambda id, round: "wording of q ~0.9"), FakeWriter(), [FakeJudge("one")])
+    other.judges[0].identity = "another judge"
+    refine(examples("q"), other, settings(rounds=1), Ledger.open(path))
+    assert other.rewriter.written == other.fuser.written == [] and len(other.judges[0].asked) == 2
+    other.rewriter.identity = "another model"
+    refine(examples("q"), other, settings(rounds=1), Ledger.open(path))
+    assert other.rewriter.written == [("q", 1)]
+
+
 def test_ids_that_look_like_keys_do_not_meet(ledger):
-    rows = refine(examples("a", "a#1", "a#1#one"), parts(), RefineConfig(rounds=2), ledger)
-    assert [row.rewrite for row in rows] == [f"rewrite of {id} ~0.9" for id in ("a", "a#1", "a#1#one")]
+    rows = refine(examples("a", "a#1", "a#1#one"), parts(), settings(rounds=2), ledger)
+    assert [row.rewrite for row in rows] == [f"wording of {id} ~0.9" for id in ("a", "a#1", "a#1#one")]
 
 
 @pytest.mark.parametrize(("text", "finished", "status"), [

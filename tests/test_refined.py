@@ -11,7 +11,7 @@ import pytest
 
 from raft_jax.data import refined
 from raft_jax.data.examples import Example, load_examples
-from raft_jax.data.refined import RefinedRow, Round, load_refined, publish
+from raft_jax.data.refined import RefinedRow, Round, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 
 
@@ -19,12 +19,14 @@ def make_rows(num_rows=3, word="first"):
     rows = []
     for number in range(num_rows):
         accepted = number % 3 != 2
-        rounds = [Round(1, f"Candidate ü {number}", "ok", {"coverage": 0.5, "likelihood": None}, 0.5),
-                  Round(2, "", "empty", {}, None)] if accepted else []
+        rounds = [Round(1, f"Candidate ü {number}", "ok", "", {"coverage": 0.5, "likelihood": None}, 0.5),
+                  Round(2, "", "facts", "the number 3 is missing", {}, None)] if accepted else []
         rows.append(RefinedRow(
-            id=f"q{number}", question=f"Question {number}?\u2028", gold=f"Gold {number}\nline two",
+            id=f"q{number}", question=f"Question {number}?\u2028", context="Während der Fahrt" if number else "",
+            turns=[["system", "Be brief."]] if number == 1 else [], gold=f"Gold {number}\nline two",
             rewrite=f"Rewrite {word}" if accepted else "", rewrite_status="ok" if accepted else "empty",
-            similarity=0.1 * (number + 8) if accepted else None, accepted=accepted, rounds=rounds,
+            rewrite_note="", similarity=0.1 * (number + 8) if accepted else None, accepted=accepted, rounds=rounds,
+            gold_scores={"coverage": 1.0} if accepted else {}, gold_mean=1.0 if accepted else None,
             answer=f"Candidate {word} {number}" if accepted else f"Gold {number}",
             chosen="fusion" if accepted else "gold", chosen_round=1 if accepted else None,
             reason="It was the best."))
@@ -53,9 +55,11 @@ def test_tfds_reads_the_same_rows(tmp_path):
     for row, values in zip(rows, read, strict=True):
         expected = dataclasses.asdict(row)
         assert values.keys() == expected.keys()
-        for name in ("id", "question", "gold", "rewrite", "rewrite_status", "answer", "chosen", "reason"):
+        for name in ("id", "question", "context", "gold", "rewrite", "rewrite_status", "rewrite_note", "answer",
+                     "chosen", "reason"):
             assert values[name].decode() == expected[name]
-        assert json.loads(values["rounds"]) == expected["rounds"]
+        for name in ("turns", "rounds", "gold_scores"):
+            assert json.loads(values[name]) == expected[name]
         assert bool(values["accepted"]) is row.accepted
         assert values["chosen_round"] == (row.chosen_round or 0)
         if row.similarity is None:
@@ -79,17 +83,26 @@ def test_the_published_folder_is_a_source_of_examples(tmp_path):
     publish(make_rows(2), tmp_path)
     assert load_examples(f"tfds://{tmp_path}", split="train") == [
         Example(id="q0", question="Question 0?\u2028", answer="Candidate first 0"),
-        Example(id="q1", question="Question 1?\u2028", answer="Candidate first 1")]
+        Example(id="q1", question="Question 1?\u2028", answer="Candidate first 1", context="Während der Fahrt")]
 
 
 def test_equal_rows_give_equal_bytes(tmp_path):
-    for folder in ("one", "two"):
-        publish(make_rows(50), tmp_path / folder)
+    """Also from processes of their own, in which protobuf orders its maps otherwise."""
+    program = ("import sys; sys.path.insert(0, sys.argv[1])\n"
+               "from test_refined import make_rows, publish\n"
+               "publish(make_rows(50), sys.argv[2])")
+    for folder in ("one", "two", "three"):
+        subprocess.run([sys.executable, "-c", program, os.path.dirname(__file__), str(tmp_path / folder)], check=True)
     once = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
     publish(make_rows(50), tmp_path / "one")
-    for folder in ("one", "two"):
+    for folder in ("one", "two", "three"):
         assert {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} == once
     assert len(once) == 5
+
+
+def test_what_rows_were_made_with_comes_back(tmp_path):
+    publish(make_rows(2), tmp_path, "these settings")
+    assert refined_with(tmp_path) == "these settings" and load_refined(tmp_path) == make_rows(2)
 
 
 def test_another_version_replaces_the_first_and_nothing_else(tmp_path):
@@ -196,6 +209,6 @@ def test_a_folder_without_a_data_set(tmp_path):
 def test_an_unknown_format_is_refused(tmp_path):
     publish(make_rows(1), tmp_path)
     path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(InputError, match="format 2"):
+    path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
+    with pytest.raises(InputError, match="format 3"):
         load_refined(tmp_path)

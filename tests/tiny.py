@@ -165,8 +165,9 @@ def write_run(folder: Path, **changes) -> Path:
         "run_dir": str(folder / "run"), "methods": ["raft"],
         "model": {"source": str(folder / "model")}, "encoder": {"source": str(ENCODER)},
         "data": {"path": str(folder / "data.jsonl"), "max_question_tokens": 64, "max_answer_tokens": 64},
+        # What a random model writes keeps no facts, and only another such text finds it likely.
         "refine": {"threshold": 0.5, "rounds": 2, "accept": 0.8, "max_new_tokens": 16, "batch_size": 4,
-                   "temperature": 1.0},
+                   "temperature": 1.0, "check_facts": False, "judges": ["likelihood"], "accept_floor": 0.0},
         "train": {"batch_size": 4, "epochs": 2.0, "learning_rate": 1e-3, "top_k": 16, "checkpoint_every": 2,
                   "rollout": {"max_new_tokens": 8}},
         "evaluate": {"general_path": str(folder / "general.jsonl"), "max_new_tokens": 8, "general_new_tokens": 6,

@@ -42,6 +42,7 @@ class Example:
     question: str
     answer: str
     context: str = ""
+    turns: tuple[tuple[str, str], ...] = ()  # (role, content) of what came before the question
 
 
 class _Row(NamedTuple):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 Conversation = list[dict[str, str]]
+Turns = Sequence[tuple[str, str]]  # (role, content)
 
 
-def question_prompt(question: str, context: str = "") -> Conversation:
-    """What the student sees: the question, after its context where it has one."""
-    return _ask(_whole(question, context))
+def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conversation:
+    """What the student sees: earlier turns, and the question, after its context where it has one."""
+    return _ask(_whole(question, context), turns)
 
 
-def rewrite_prompt(question: str, answer: str, context: str = "") -> Conversation:
+def rewrite_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
     """The model says the gold answer again in its own words, knowing the question (Eq. 1).
 
     Small models answer the question anew when it stands next to the task; so the task and the text come last.
@@ -18,26 +21,31 @@ def rewrite_prompt(question: str, answer: str, context: str = "") -> Conversatio
     return _ask(
         f"This text answers the question: {_whole(question, context)}\n\n"
         "Rewrite the following text in clear, complete sentences. Keep every fact, number and name.\n\n"
-        f"{answer}"
+        f"{answer}",
+        turns,
     )
 
 
-def fusion_prompt(question: str, answer: str, rewrite: str, context: str = "") -> Conversation:
+def fusion_prompt(
+    question: str, answer: str, rewrite: str, context: str = "", turns: Turns = ()
+) -> Conversation:
     """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
     return _ask(
         f"These texts answer the question: {_whole(question, context)}\n\n"
         f"Text 1: {answer}\n\nText 2: {rewrite}\n\n"
         "Merge the two texts into one, in clear, complete sentences. Keep every fact, number and name of text 1. "
-        "Write the merged text only."
+        "Write the merged text only.",
+        turns,
     )
 
 
-def teacher_prompt(question: str, answer: str, context: str = "") -> Conversation:
+def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
     """What the teacher sees (Eq. 7, App. H): background knowledge, then the question to be answered from it."""
     return _ask(
         f"Background reference knowledge:\n{answer}\n\n"
         "Answer the following question, using the background knowledge where it helps.\n"
-        f"{_whole(question, context)}"
+        f"{_whole(question, context)}",
+        turns,
     )
 
 
@@ -46,5 +54,5 @@ def _whole(question: str, context: str) -> str:
     return f"{context}\n\n{question}" if context else question
 
 
-def _ask(text: str) -> Conversation:
-    return [{"role": "user", "content": text}]
+def _ask(text: str, turns: Turns) -> Conversation:
+    return [{"role": role, "content": content} for role, content in (*turns, ("user", text))]

@@ -10,22 +10,25 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 
-Status = Literal["ok", "empty", "truncated", "refusal"]
+Status = Literal["ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unknown"]
 
 _MANIFEST = "manifest.json"
 _ROWS = "refined.jsonl"
-_FORMAT = 1
+_NESTED = ("turns", "rounds", "gold_scores")
+_FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Round:
-    """One round of answer fusion: a candidate and what the judges made of it."""
+    """One round of answer fusion: a candidate, what is wrong with it if it is not "ok", and the judges' scores."""
 
     round: int
     candidate: str
     status: Status
+    note: str
     scores: dict[str, float | None]
     mean: float | None
 
@@ -37,12 +40,20 @@ class RefinedRow:
     Attributes:
       id: the example's id.
       question: x, as it was given.
+      context: what the question refers to, "" if nothing.
+      turns: [role, content] of what was said before the question.
       gold: y, the answer as it was given.
       rewrite: the text of the self-conditioned rewriting (Eq. 1), "" if there is none.
-      rewrite_status: whether the rewriting is usable, or why not.
+      rewrite_status: whether the rewriting is usable, or why not: "truncated" (cut at the limit), "leak" (it repeats
+        its instructions), "copy" (the gold answer word for word), "repetition" (it repeats itself), "facts" (it has
+        lost, added or reversed something), "unknown" (most of it is unknown to the sentence encoder), "empty",
+        "refusal".
+      rewrite_note: what is wrong with it, in words; "" if nothing.
       similarity: cosine of the gold answer and the rewriting (Eq. 2); None where the rewriting is unusable.
       accepted: whether the rewriting passed the filter (Eq. 3).
       rounds: the rounds of fusion in their order (Eq. 4); empty where there were none.
+      gold_scores: what the judges give the gold answer itself; empty where nothing was fused.
+      gold_mean: its mean; None where no judge answered.
       answer: ŷ, the target to train on.
       chosen: where the answer comes from.
       chosen_round: the winning round, counted from 1; None where the gold answer was kept.
@@ -51,30 +62,56 @@ class RefinedRow:
 
     id: str
     question: str
+    context: str
+    turns: list[list[str]]
     gold: str
     rewrite: str
     rewrite_status: Status
+    rewrite_note: str
     similarity: float | None
     accepted: bool
     rounds: list[Round]
+    gold_scores: dict[str, float | None]
+    gold_mean: float | None
     answer: str
     chosen: Literal["fusion", "gold"]
     chosen_round: int | None
     reason: str
 
+    @classmethod
+    def unrefined(cls, example: Example, reason: str) -> RefinedRow:
+        """The row of an example whose gold answer is the target."""
+        return cls(
+            id=example.id, question=example.question, context=example.context, turns=list(map(list, example.turns)),
+            gold=example.answer, rewrite="", rewrite_status="empty", rewrite_note="", similarity=None, accepted=False,
+            rounds=[], gold_scores={}, gold_mean=None, answer=example.answer, chosen="gold", chosen_round=None,
+            reason=reason,
+        )
 
-def publish(rows: list[RefinedRow], folder: str | Path) -> None:
+    def is_of(self, example: Example) -> bool:
+        """Whether this row was made from an example: its id and all of its texts."""
+        turns = [tuple(turn) for turn in self.turns]
+        ours = (self.id, self.question, self.context, turns, self.gold)
+        return ours == (example.id, example.question, example.context, list(example.turns), example.answer)
+
+
+def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> None:
     """Writes the data set, whole or not at all.
 
     Beside `refined.jsonl`, the folder holds an ArrayRecord data set that
     `tfds.builder_from_directory(folder).as_data_source("train")` reads without TensorFlow. There text is
-    bytes, a similarity of None is NaN, a chosen_round of None is 0, and `rounds` is the JSON text of the
-    list. Other files in the folder are left alone. Equal rows give equal bytes.
+    bytes, a number that is None is NaN, a chosen_round of None is 0, and `turns`, `rounds` and `gold_scores` are JSON.
+    Other files in the folder are left alone. Equal rows and settings give equal bytes.
 
     A kill at any moment leaves the version from before or the new one, never a mixture: every file is first
     written under a hidden name that carries its hash; replacing the manifest, one rename, decides; only then
     do the files take their names. tfds, which knows no manifest, switches with `dataset_info.json`, because
     the name of the ArrayRecord file carries its hash too.
+
+    Args:
+      rows: the data set.
+      folder: where to.
+      settings: names what the rows were made with; `refined_with` gives it back.
 
     Raises:
       ValueError: there are no rows, two have one id, or a number is not finite.
@@ -96,7 +133,7 @@ def publish(rows: list[RefinedRow], folder: str | Path) -> None:
     files = {name: _describe(work / name) for name in names}
     for name in (_ROWS, records):
         files[name]["rows"] = len(rows)
-    manifest = {"format": _FORMAT, "rows": len(rows), "files": files}
+    manifest = {"format": _FORMAT, "rows": len(rows), "settings": settings, "files": files}
     (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     for path in work.iterdir():
@@ -114,6 +151,11 @@ def publish(rows: list[RefinedRow], folder: str | Path) -> None:
     for stale in [*folder.glob(".pending-*"), *folder.glob("refined-train-*.array_record-*")]:
         if stale.name not in files:
             stale.unlink()
+
+
+def refined_with(folder: str | Path) -> str:
+    """The `settings` that a data set was published with, which `load_refined` has found whole."""
+    return json.loads((Path(folder) / _MANIFEST).read_bytes()).get("settings", "")
 
 
 def load_refined(folder: str | Path) -> list[RefinedRow]:
@@ -155,23 +197,24 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
 
     text = tfds.features.Text
     features = tfds.features.FeaturesDict({
-        "id": text(), "question": text(), "gold": text(), "rewrite": text(), "rewrite_status": text(),
-        "similarity": tfds.features.Scalar(np.float32), "accepted": tfds.features.Scalar(np.bool_),
-        "rounds": text(doc="JSON, as in refined.jsonl"), "answer": text(), "chosen": text(),
-        "chosen_round": tfds.features.Scalar(np.int32), "reason": text(),
+        "id": text(), "question": text(), "context": text(), "gold": text(), "rewrite": text(),
+        "rewrite_status": text(), "rewrite_note": text(), "similarity": tfds.features.Scalar(np.float32),
+        "accepted": tfds.features.Scalar(np.bool_), "gold_mean": tfds.features.Scalar(np.float32), "answer": text(),
+        "chosen": text(), "chosen_round": tfds.features.Scalar(np.int32), "reason": text(),
+        **{name: text(doc="JSON, as in refined.jsonl") for name in _NESTED},
     })
     serializer = ExampleSerializer(features.get_serialized_info())
     # One record a group: any row can be read without its neighbours.
     writer = ArrayRecordWriter(str(work / "records"), "group_size:1")
     num_bytes = 0
     for entry in entries:
-        similarity = entry["similarity"]
-        record = serializer.serialize_example(features.encode_example({
-            **entry,
-            "similarity": float("nan") if similarity is None else similarity,
-            "rounds": json.dumps(entry["rounds"], ensure_ascii=False, allow_nan=False),
-            "chosen_round": entry["chosen_round"] or 0,
-        }))
+        numbers = {name: float("nan") if entry[name] is None else entry[name] for name in ("similarity", "gold_mean")}
+        nested = {name: json.dumps(entry[name], ensure_ascii=False, allow_nan=False) for name in _NESTED}
+        example = features.encode_example({
+            **entry, **numbers, **nested, "chosen_round": entry["chosen_round"] or 0,
+        })
+        # Deterministic: else the fields of equal rows come in another order in every process.
+        record = serializer.get_tf_example(example).SerializeToString(deterministic=True)
         num_bytes += len(record)
         writer.write(record)
     writer.close()

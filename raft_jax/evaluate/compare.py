@@ -109,7 +109,8 @@ class Evaluation:
             logprob = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
         overlap = [token_f1(answer, wanted) for answer, wanted in zip(answers, gold, strict=True)]
         with progress(f"{name}: similarity", 2 * len(gold), "texts") as bar:
-            similar = similarities(self.encoder, answers, gold, bar.advance)
+            similar = [None if np.isnan(value) else float(value)
+                       for value in similarities(self.encoder, answers, gold, bar.advance)]
 
         base = self.base_continuations()
         tokens = [completion.tokens for completion in base]
@@ -126,8 +127,8 @@ class Evaluation:
         correct = [is_correct(prompt.check, text) for prompt, text in zip(self.general, said, strict=True)]
         return {
             "domain": {
-                "gold_logprob": _estimate(logprob), "token_f1": _estimate(overlap), "similarity": _estimate(similar),
-                "cut": _num_cut(written),
+                "gold_logprob": _estimate(logprob), "token_f1": _estimate(overlap),
+                "similarity": _estimate([cosine for cosine in similar if cosine is not None]), "cut": _num_cut(written),
             },
             "general": {
                 "divergence": _estimate(drift), "accuracy": _estimate([mark for mark in correct if mark is not None]),
@@ -136,7 +137,7 @@ class Evaluation:
             "weight_distance": weight_distance(params, self.model.params),
             "answers": [
                 {"id": example.id, "question": example.question, "gold": example.answer, "answer": answer,
-                 "cut": not completion.finished, "token_f1": float(f1), "similarity": float(cosine),
+                 "cut": not completion.finished, "token_f1": float(f1), "similarity": cosine,
                  "gold_logprob": float(value)}
                 for example, answer, completion, f1, cosine, value in zip(
                     self.questions, answers, written, overlap, similar, logprob, strict=True

@@ -23,6 +23,7 @@ from raft_jax.models.encoder_families import (
 from raft_jax.sources import resolve
 
 ROW_LENGTH = 256  # tokens; short texts share rows of this length, so that one compiled program serves all
+MOSTLY_UNKNOWN = 0.5  # share of a text's characters
 TEXT_LENGTH = 128  # tokens; what batch_size takes a text for
 
 Parameters = dict[str, jax.Array]
@@ -59,16 +60,22 @@ class Encoder:
     """A sentence encoder: `config`, `params` (a pytree, layers stacked [L, ...]) and `encode`.
 
     Attributes:
+      identity: names the model: embeddings of encoders with one identity are equal.
       num_truncated: how many texts the last `encode` cut to `config.max_tokens`.
+      unknown_shares: of each text of the last `encode`, the share of its characters in words that the vocabulary lacks.
     """
 
-    def __init__(self, config: EncoderConfig, params: Parameters, tokenizer: Tokenizer, batch_size: int = 32):
+    def __init__(
+        self, config: EncoderConfig, params: Parameters, tokenizer: Tokenizer, batch_size: int = 32, identity: str = ""
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} is not allowed; use 1 or more")
         self.config = config
         self.params = params
         self.batch_size = batch_size
+        self.identity = identity
         self.num_truncated = 0
+        self.unknown_shares: list[float] = []
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str], progress: Callable[[int], None] | None = None) -> np.ndarray:
@@ -123,21 +130,42 @@ class Encoder:
             texts = [text.lower() for text in texts]
         encodings = self._tokenizer.encode_batch_fast(texts)
         self.num_truncated = sum(bool(encoding.overflowing) for encoding in encodings)
+        self.unknown_shares = [
+            self._unknown_share(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)
+        ]
         return [encoding.ids for encoding in encodings]
+
+    def _unknown_share(self, text: str, ids: list[int]) -> float:
+        unknown = getattr(self._tokenizer.model, "unk_token", None)
+        unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
+        if unknown_id is None or unknown_id not in ids:
+            return 0.0
+        encoding = self._tokenizer.encode(text)  # with offsets, which the fast way leaves out
+        lengths = [end - start for start, end in encoding.offsets]
+        lost = sum(length for length, token in zip(lengths, encoding.ids, strict=True) if token == unknown_id)
+        return lost / max(1, sum(lengths))
 
 
 def similarities(
     encoder: Encoder, texts: Sequence[str], others: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """Eq. 2 for each text and the other one at its place, `[num_texts]` float32; says how many the encoder cut."""
-    num_cut, embeddings = 0, []
+    """Eq. 2 for each text and the other one at its place, `[num_texts]` float32; says how many the encoder cut.
+
+    NaN where most of either text is unknown to the encoder: all such texts have nearly one embedding.
+    """
+    num_cut, embeddings, unknown = 0, [], []
     for side in (texts, others):
         embeddings.append(encoder.encode(side, progress=progress))
         num_cut += encoder.num_truncated
+        unknown.append(np.asarray(encoder.unknown_shares) > MOSTLY_UNKNOWN)
     if num_cut:
         print(f"{num_cut} of {len(texts) + len(others)} texts are longer than the encoder's "
               f"{encoder.config.max_tokens} tokens: their similarity is that of their beginnings", flush=True)
-    return cosine_similarity(*embeddings)
+    unknown_N = np.logical_or(*unknown)
+    if unknown_N.any():
+        print(f"{unknown_N.sum()} of {len(texts)} pairs of texts are mostly unknown to the sentence encoder and have "
+              "no similarity; set encoder.source to one that knows their language", flush=True)
+    return np.where(unknown_N, np.float32(np.nan), cosine_similarity(*embeddings))
 
 
 def cosine_similarity(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Protocol
@@ -19,9 +20,15 @@ NAME = re.compile(r"(?<=[a-z,;:'’\"(\-] )[A-Z][\w'’-]+|\b[A-Z]{2,}\b")
 
 
 class Judge(Protocol):
-    """Scores candidates, each by itself."""
+    """Scores candidates, each by itself.
+
+    Attributes:
+      name: how records and report call it.
+      identity: names its model and settings: scores of another identity are other scores.
+    """
 
     name: str
+    identity: str
 
     def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
         """A number in [0, 1] for each candidate, higher is better; None where the judge has no answer."""
@@ -33,17 +40,17 @@ class SimilarityJudge:
     name = "similarity"
 
     def __init__(self, encoder: Encoder):
-        self.encoder = encoder
+        self.encoder, self.identity = encoder, encoder.identity
 
     def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
-        found = similarities(self.encoder, [item.gold for item in items], list(candidates))
-        return [max(0.0, float(value)) for value in found]
+        values = similarities(self.encoder, [item.gold for item in items], list(candidates))
+        return [None if math.isnan(value) else max(0.0, float(value)) for value in values]
 
 
 class CoverageJudge:
     """The share of the gold answer's numbers and names that the candidate has; None where it has none."""
 
-    name = "coverage"
+    name = identity = "coverage"
 
     def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
         return [coverage(item.gold, candidate) for item, candidate in zip(items, candidates, strict=True)]
@@ -59,12 +66,12 @@ class LikelihoodJudge:
 
     name = "likelihood"
 
-    def __init__(self, scorer: Scorer, params):
-        self.scorer, self.params = scorer, params
+    def __init__(self, scorer: Scorer, params, model: str = ""):
+        self.scorer, self.params, self.identity = scorer, params, model
 
     def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
         tokenizer = self.scorer.model.tokenizer
-        questions = [question_prompt(item.question, item.context) for item in items]
+        questions = [question_prompt(item.question, item.context, item.turns) for item in items]
         texts = [*candidates, *(item.rewrite for item in items)]
         asked = questions * 2
         prompts = [tokenizer.chat_prompt(question) for question in questions] * 2

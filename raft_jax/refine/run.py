@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from raft_jax.config import RefineConfig
@@ -10,11 +15,14 @@ from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, Round
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
+from raft_jax.refine.facts import is_copy, mismatches
 from raft_jax.refine.judge import Judge
 from raft_jax.refine.ledger import Ledger
+from raft_jax.refine.screen import repeated_instructions, repetition, without_lead_in
 from raft_jax.refine.write import Item, Writer
 
 JUDGED_AT_ONCE = 256  # rows between two entries in the ledger
+NAMED_MISMATCHES = 3
 
 
 class Parts(NamedTuple):
@@ -26,42 +34,100 @@ class Parts(NamedTuple):
     judges: Sequence[Judge]
 
 
+class Text(NamedTuple):
+    """A written text as it is used, whether it can be, and if not, what is wrong with it."""
+
+    text: str
+    status: str
+    note: str = ""
+
+
 def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, ledger: Ledger) -> list[RefinedRow]:
     """Rewrites, filters, fuses and judges; whatever the ledger holds already is not done again.
+
+    Records are matched by all that they depend on (texts, prompts, settings, models): those of other data or of other
+    settings stay in the ledger and are not used.
 
     Returns:
       One row an example, in their order, each with its full history.
     """
-    items = [Item(example.id, example.question, example.answer, context=example.context) for example in examples]
-    rewrites = _write(parts.rewriter, items, 1, "rewrite", "rewrite", ledger)
-    items = [
-        Item(item.id, item.question, item.gold, draft["text"], item.context)
-        for item, draft in zip(items, rewrites, strict=True)
+    items = [Item(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
+    rewrites = _write(parts.rewriter, items, 1, "rewrite", "rewrite", settings, ledger)
+    items = [replace(item, rewrite=written.text) for item, written in zip(items, rewrites, strict=True)]
+    compared = [index for index, written in enumerate(rewrites) if written.status in ("ok", "facts", "copy")]
+    similarity = dict(zip(
+        compared, _similarities(parts.encoder, [items[index] for index in compared], settings, ledger), strict=True
+    ))
+    for index in compared:
+        if similarity[index] is None:
+            rewrites[index] = rewrites[index]._replace(
+                status="unknown", note="most of it is unknown to the sentence encoder"
+            )
+    accepted = [
+        index for index in compared
+        if rewrites[index].status == "ok" and similarity[index] >= settings.threshold
     ]
-    usable = [index for index, draft in enumerate(rewrites) if draft["status"] == "ok"]
-    similarity = dict(zip(usable, _similarities(parts.encoder, [items[i] for i in usable], ledger), strict=True))
-    accepted = [index for index in usable if similarity[index] >= settings.threshold]
-
+    gold_scores = dict(zip(
+        accepted, _scores(parts.judges, [items[index] for index in accepted], [items[index].gold for index in accepted],
+                          "gold answers", ledger), strict=True
+    ))
     rounds: dict[int, list[Round]] = {index: [] for index in range(len(items))}
     active = accepted
     for number in range(1, settings.rounds + 1):
         if not active:
             break
         chosen = [items[index] for index in active]
-        for index, result in zip(active, _round(parts, chosen, number, ledger), strict=True):
+        for index, result in zip(active, _round(parts, chosen, number, settings, ledger), strict=True):
             rounds[index].append(result)
-        means = {index: rounds[index][-1].mean for index in active}
-        active = [index for index in active if means[index] is None or means[index] < settings.accept]
+        active = [
+            index for index in active if not _ends_rounds(rounds[index][-1], gold_scores[index], settings)
+        ]
     return [
-        _decide(item, draft, similarity.get(index), rounds[index], settings)
-        for index, (item, draft) in enumerate(zip(items, rewrites, strict=True))
+        _decide(item, written, similarity.get(index), rounds[index], gold_scores.get(index, {}), settings)
+        for index, (item, written) in enumerate(zip(items, rewrites, strict=True))
     ]
 
 
-def _write(writer: Writer, items: Sequence[Item], round: int, stage: str, title: str, ledger: Ledger) -> list[dict]:
+def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
+    """Lines that count what became of the rows."""
+    fused = sum(row.chosen == "fusion" for row in rows)
+    yield f"refined {len(rows)} rows: {fused} have a fused answer, {len(rows) - fused} keep the gold one"
+    accepted = sum(row.accepted for row in rows)
+    counts = Counter(DESCRIPTIONS[row.rewrite_status] for row in rows if not row.accepted)
+    counts["below the similarity threshold"] = counts.pop(DESCRIPTIONS["ok"], 0)
+    yield f"  rewritings: {accepted} accepted{_listed(counts)}"
+    candidates = [candidate for row in rows for candidate in row.rounds]
+    if candidates:
+        counts = Counter(DESCRIPTIONS[candidate.status] for candidate in candidates)
+        usable = counts.pop(DESCRIPTIONS["ok"], 0)
+        counts["judged worse than the gold answer or below refine.accept_floor"] = usable - fused
+        yield f"  fused candidates: {len(candidates)}, of which {fused} chosen{_listed(counts)}"
+    if unknown := sum(row.rewrite_status == "unknown" for row in rows):
+        yield (f"  {unknown} of {len(rows)} rows are in a language that the sentence encoder does not know; set "
+               "encoder.source to a multilingual one, such as hf://intfloat/multilingual-e5-small")
+
+
+DESCRIPTIONS = {
+    "ok": "usable", "empty": "empty", "truncated": "cut at refine.max_new_tokens", "refusal": "refusals",
+    "leak": "repeat the instructions", "repetition": "repeat themselves", "copy": "the gold answer word for word",
+    "facts": "differ in facts or words", "unknown": "unknown to the sentence encoder",
+}
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return "".join(f", {count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]) if count)
+
+
+def _write(
+    writer: Writer, items: Sequence[Item], round: int, stage: str, title: str, settings: RefineConfig, ledger: Ledger
+) -> list[Text]:
     """One text an item, from the ledger or from the writer."""
-    keys = [f"{item.id}#{round}" for item in items]
+    keys = [f"{item.id}#{round}#{_digest(writer.identity, writer.prompt(item))}" for item in items]
     done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
+    known = {record["key"].rpartition("#")[0] for record in ledger.records() if record["stage"] == stage}
+    if changed := sum(index not in done and key.rpartition("#")[0] in known for index, key in enumerate(keys)):
+        print(f"{title}: {changed} of {len(items)} rows anew, as their text, the prompt, the settings or the model "
+              "changed", flush=True)
     with progress(title, len(items), "rows", len(done)) as bar:
         for drafts in writer.write(items, round, done):
             fresh = {index: draft for index, draft in drafts.items() if index not in done}
@@ -71,75 +137,164 @@ def _write(writer: Writer, items: Sequence[Item], round: int, stage: str, title:
                 for index, draft in fresh.items()
             ])
             bar.advance(len(fresh))
-    return [ledger.get(stage, key) for key in keys]
-
-
-def _similarities(encoder: Encoder, items: Sequence[Item], ledger: Ledger) -> list[float]:
-    """Eq. 2 for each item."""
-    if any(("similarity", item.id) not in ledger for item in items):
-        with progress("similarity", 2 * len(items), "texts") as bar:
-            gold, rewrites = [item.gold for item in items], [item.rewrite for item in items]
-            values = similarities(encoder, gold, rewrites, bar.advance)
-        ledger.append([
-            {"stage": "similarity", "key": item.id, "value": round(float(value), 6)}
-            for item, value in zip(items, values, strict=True) if ("similarity", item.id) not in ledger
-        ])
-    return [ledger.get("similarity", item.id)["value"] for item in items]
-
-
-def _round(parts: Parts, items: Sequence[Item], number: int, ledger: Ledger) -> list[Round]:
-    """One round of fusion: a candidate for each item, and what each judge makes of it."""
-    drafts = _write(parts.fuser, items, number, "fuse", f"fuse, round {number}", ledger)
-    usable = [index for index, draft in enumerate(drafts) if draft["status"] == "ok"]
-    scores: list[dict[str, float | None]] = [{} for _ in items]
-    for judge in parts.judges:
-        keys = {index: f"{items[index].id}#{number}#{judge.name}" for index in usable}
-        # Parts are judged as a whole, also when some of one is in the ledger: a score may round by its neighbours.
-        parts_of_rows = [usable[start : start + JUDGED_AT_ONCE] for start in range(0, len(usable), JUDGED_AT_ONCE)]
-        left = [rows for rows in parts_of_rows if any(("score", keys[index]) not in ledger for index in rows)]
-        done = len(usable) - sum(map(len, left))
-        with progress(f"judge {judge.name}, round {number}", len(usable), "rows", done) as bar:
-            for rows in left:
-                found = judge.score([items[i] for i in rows], [drafts[i]["text"] for i in rows])
-                ledger.append([
-                    {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
-                    for index, value in zip(rows, found, strict=True) if ("score", keys[index]) not in ledger
-                ])
-                bar.advance(len(rows))
-        for index, key in keys.items():
-            scores[index][judge.name] = ledger.get("score", key)["value"]
+    instructions = "\n".join(message["content"] for message in writer.prompt(Item("", "", "")))
     return [
-        Round(number, draft["text"], draft["status"], score, _mean(score.values()))
-        for draft, score in zip(drafts, scores, strict=True)
+        _screened(ledger.get(stage, key), item, instructions, settings)
+        for key, item in zip(keys, items, strict=True)
     ]
 
 
-def _mean(values) -> float | None:
+def _screened(draft: dict, item: Item, instructions: str, settings: RefineConfig) -> Text:
+    """What a written text is worth, before anything is compared by its meaning."""
+    if draft["status"] != "ok":
+        return Text(draft["text"], draft["status"])
+    text = without_lead_in(draft["text"])
+    if found := repeated_instructions(text, instructions, f"{item.source}\n{item.gold}"):
+        return Text(text, "leak", f"it repeats its instructions: {found!r}")
+    if is_copy(item.gold, text):
+        return Text(text, "copy")
+    if found := repetition(text, item.gold):
+        return Text(text, "repetition", f"it repeats {found[:80]!r}")
+    if settings.check_facts and (found := mismatches(item.gold, text, item.source, settings.word_recall)):
+        more = f"; and {len(found) - NAMED_MISMATCHES} more" if len(found) > NAMED_MISMATCHES else ""
+        return Text(text, "facts", "; ".join(found[:NAMED_MISMATCHES]) + more)
+    return Text(text, "ok")
+
+
+def _similarities(
+    encoder: Encoder, items: Sequence[Item], settings: RefineConfig, ledger: Ledger
+) -> list[float | None]:
+    """Eq. 2 for each item; None where the encoder does not know the words.
+
+    The embedding of a terse answer ("Yes.") says little: such an answer and its rewriting are read after the question.
+    """
+    def read(item: Item, text: str) -> str:
+        return f"{item.question}\n{text}" if len(item.gold.split()) < settings.terse_words else text
+
+    pairs = [(read(item, item.gold), read(item, item.rewrite)) for item in items]
+    keys = [f"{item.id}#{_digest(encoder.identity, *pair)}" for item, pair in zip(items, pairs, strict=True)]
+    if any(("similarity", key) not in ledger for key in keys):
+        with progress("similarity", 2 * len(items), "texts") as bar:
+            values = similarities(encoder, *zip(*pairs, strict=True), bar.advance)
+        ledger.append([
+            {"stage": "similarity", "key": key, "value": None if math.isnan(value) else round(float(value), 6)}
+            for key, value in zip(keys, values, strict=True) if ("similarity", key) not in ledger
+        ])
+    return [ledger.get("similarity", key)["value"] for key in keys]
+
+
+def _round(
+    parts: Parts, items: Sequence[Item], number: int, settings: RefineConfig, ledger: Ledger
+) -> list[Round]:
+    """One round of fusion: a candidate for each item, and what each judge makes of it."""
+    candidates = _write(parts.fuser, items, number, "fuse", f"fuse, round {number}", settings, ledger)
+    usable = [index for index, candidate in enumerate(candidates) if candidate.status == "ok"]
+    scores = dict(zip(usable, _scores(
+        parts.judges, [items[index] for index in usable], [candidates[index].text for index in usable],
+        f"round {number}", ledger,
+    ), strict=True))
+    return [
+        Round(number, candidate.text, candidate.status, candidate.note, scores.get(index, {}),
+              _mean(scores.get(index, {}).values()))
+        for index, candidate in enumerate(candidates)
+    ]
+
+
+def _scores(
+    judges: Sequence[Judge], items: Sequence[Item], texts: Sequence[str], title: str, ledger: Ledger
+) -> list[dict[str, float | None]]:
+    """What each judge makes of one text an item, from the ledger or from the judge."""
+    scores: list[dict[str, float | None]] = [{} for _ in items]
+    for judge in judges:
+        keys = [
+            f"{item.id}#{judge.name}#{_digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
+            for item, text in zip(items, texts, strict=True)
+        ]
+        # Parts are judged as a whole, also when some of one is in the ledger: a score may round by its neighbours.
+        every = range(len(items))
+        groups = [every[start : start + JUDGED_AT_ONCE] for start in range(0, len(items), JUDGED_AT_ONCE)]
+        left = [group for group in groups if any(("score", keys[index]) not in ledger for index in group)]
+        done = len(items) - sum(map(len, left))
+        with progress(f"judge {judge.name}, {title}", len(items), "rows", done) as bar:
+            for group in left:
+                values = judge.score([items[i] for i in group], [texts[i] for i in group])
+                ledger.append([
+                    {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
+                    for index, value in zip(group, values, strict=True) if ("score", keys[index]) not in ledger
+                ])
+                bar.advance(len(group))
+        for score, key in zip(scores, keys, strict=True):
+            score[judge.name] = ledger.get("score", key)["value"]
+    return scores
+
+
+def _digest(*parts) -> str:
+    """A name for all that a result depends on."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
     """Mean over the judges that answered."""
     answered = [value for value in values if value is not None]
     return round(sum(answered) / len(answered), 6) if answered else None
 
 
+def _gold_mean(candidate: Round, gold_scores: Mapping[str, float | None]) -> float | None:
+    """The gold answer's mean over the judges that scored the candidate, too."""
+    return _mean(gold_scores.get(name) for name, value in candidate.scores.items() if value is not None)
+
+
+def _falls_short(candidate: Round, gold_scores: Mapping[str, float | None], settings: RefineConfig) -> str:
+    """Why a scored candidate may not be chosen; empty where it may."""
+    gold = _gold_mean(candidate, gold_scores)
+    if candidate.mean < settings.accept_floor:
+        return f"below the floor {settings.accept_floor:g}"
+    if gold is not None and candidate.mean < gold:
+        return f"below the gold answer's own {gold:.3f}"
+    return ""
+
+
+def _ends_rounds(candidate: Round, gold_scores: Mapping[str, float | None], settings: RefineConfig) -> bool:
+    return (candidate.mean is not None and candidate.mean >= settings.accept
+            and not _falls_short(candidate, gold_scores, settings))
+
+
 def _decide(
-    item: Item, draft: dict, similarity: float | None, rounds: list[Round], settings: RefineConfig
+    item: Item, written: Text, similarity: float | None, rounds: list[Round],
+    gold_scores: Mapping[str, float | None], settings: RefineConfig,
 ) -> RefinedRow:
     """Eqs. 3 and 4 for one row: the best round where the filter passed, the gold answer elsewhere."""
-    accepted = similarity is not None and similarity >= settings.threshold
-    scored = [found for found in rounds if found.mean is not None]
-    best = max(scored, key=lambda found: (found.mean, -found.round), default=None)
-    if similarity is None:
-        reason = f"The rewriting is unusable ({draft['status']}), so the gold answer stays."
-    elif not accepted:
-        reason = f"Similarity {similarity:.3f} is below the threshold {settings.threshold:g}, so the gold answer stays."
-    elif best is None:
-        statuses = ", ".join(found.status for found in rounds)
+    accepted = written.status == "ok" and similarity is not None and similarity >= settings.threshold
+    scored = [candidate for candidate in rounds if candidate.mean is not None]
+    eligible = [candidate for candidate in scored if not _falls_short(candidate, gold_scores, settings)]
+    best = max(eligible, key=lambda candidate: (candidate.mean, -candidate.round), default=None)
+    if not accepted:
+        reason = f"{_why_rejected(written, similarity, settings)}, so the gold answer stays."
+    elif not scored:
+        statuses = ", ".join(candidate.status for candidate in rounds)
         reason = f"No judge could score a fused answer (rounds: {statuses}), so the gold answer stays."
+    elif best is None:
+        nearest = max(scored, key=lambda candidate: (candidate.mean, -candidate.round))
+        reason = (f"Round {nearest.round} scored {nearest.mean:.3f}, {_falls_short(nearest, gold_scores, settings)}, "
+                  "so the gold answer stays.")
     elif best.mean >= settings.accept:
         reason = f"Round {best.round} scored {best.mean:.3f}, at least {settings.accept:g}, and ended the rounds."
     else:
         reason = f"Round {best.round} scored {best.mean:.3f}, the best of {len(rounds)}."
     return RefinedRow(
-        id=item.id, question=item.question, gold=item.gold, rewrite=draft["text"], rewrite_status=draft["status"],
-        similarity=similarity, accepted=accepted, rounds=rounds, answer=best.candidate if best else item.gold,
+        id=item.id, question=item.question, context=item.context, turns=[list(turn) for turn in item.turns],
+        gold=item.gold, rewrite=written.text, rewrite_status=written.status, rewrite_note=written.note,
+        similarity=similarity, accepted=accepted, rounds=rounds, gold_scores=dict(gold_scores),
+        gold_mean=_mean(gold_scores.values()), answer=best.candidate if best else item.gold,
         chosen="fusion" if best else "gold", chosen_round=best.round if best else None, reason=reason,
     )
+
+
+def _why_rejected(written: Text, similarity: float | None, settings: RefineConfig) -> str:
+    if written.status == "copy":
+        return "The rewriting is the gold answer word for word"
+    if written.status == "facts":
+        return f"The rewriting differs from the gold answer ({written.note})"
+    if written.status == "ok":
+        return f"Similarity {similarity:.3f} is below the threshold {settings.threshold:g}"
+    return f"The rewriting is unusable ({written.status}{': ' + written.note if written.note else ''})"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,24 +9,25 @@ from typing import Protocol
 import jax
 
 from raft_jax.data.prompts import Conversation
+from raft_jax.refine.screen import REFUSAL
 from raft_jax.sampling import Completion, Sampler
-
-REFUSAL = re.compile(
-    r"^\W*(i( a|['’]?)m (sorry|unable|not able)|sorry,|i apologi[sz]e|i can(no|['’])t (help|assist|answer|provide)|"
-    r"as an ai\b)",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
 class Item:
-    """One row on its way through the refinement."""
+    """One row on its way through the refinement; `turns` are (role, content) of what came before the question."""
 
     id: str
     question: str
     gold: str
     rewrite: str = ""
     context: str = ""
+    turns: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def source(self) -> str:
+        """Everything that was said before the answer."""
+        return "\n".join([*(content for _, content in self.turns), self.context, self.question])
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,16 @@ class Draft:
 
 
 class Writer(Protocol):
-    """Writes one text for each item: a rewriting, or the fusion of gold answer and rewriting."""
+    """Writes one text for each item: a rewriting, or the fusion of gold answer and rewriting.
+
+    Attributes:
+      identity: names the model and its settings: texts of another identity are other texts.
+    """
+
+    identity: str
+
+    def prompt(self, item: Item) -> Conversation:
+        """What the model is asked; an empty item gives the instructions alone."""
 
     def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
         """Yields finished texts by the item's index, as they come.
@@ -60,11 +69,13 @@ class LocalWriter:
     """
 
     def __init__(
-        self, sampler: Sampler, params, prompt: Callable[[Item], Conversation], *, key: jax.Array,
+        self, sampler: Sampler, params, prompt: Callable[[Item], Conversation], *, key: jax.Array, model: str = "",
         temperature: float, top_p: float, max_new_tokens: int,
     ):
         self.sampler, self.params, self.prompt, self.key = sampler, params, prompt, key
         self.settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        drawn = jax.random.key_data(key).tolist()
+        self.identity = f"{model} {self.settings} key {drawn}"
 
     def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
         tokenizer = self.sampler.model.tokenizer

@@ -1,0 +1,433 @@
+"""What embeddings do not see: whether a text keeps the gold answer's numbers, names, negations, opposites and words.
+
+Two texts that differ by one "not", one number or two names in each other's place have nearly the same embedding, so
+the filter of Eq. 3 accepts them. These checks compare the words themselves. They err towards rejecting: a rejected
+rewriting costs one row its fused answer, an accepted wrong one trains the model on a falsehood. Numbers, names and
+words are compared in any language with spaces between its words; negations, modal verbs and opposites are English.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from raft_jax.refine.english import (
+    INSTEAD_OF,
+    MODALS,
+    NEGATING_PREFIXES,
+    NEGATIONS,
+    NUMBERS,
+    OPPOSITE_PREFIXES,
+    OPPOSITES,
+    ORDINALS,
+    PIVOTS,
+    SCALES,
+    STOP_WORDS,
+    UNITS,
+)
+
+MIN_SENTENCE_RECALL = 0.5  # share of the content words of each sentence of the gold answer that a text must have
+MIN_SENTENCE_SUPPORT = 0.5  # share of the content words of each sentence of a text that gold answer and question have
+MAX_NEW_WORDS = 0.4  # the share of a text's content words that neither has
+LONGER_THAN_YES = 3  # words: an answer of no more than a "yes" may be said without it
+SPELLED_OUT = 6  # content words that any text may add: a terse answer becomes a sentence
+SAME_SENTENCE = 0.6  # share of common content words from which two sentences are taken to say the same thing
+STEM = 5  # letters of a word that are compared: "applying" and "application" have one stem
+
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
+_SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|\n+")
+_LIST_MARKER = re.compile(r"^\s*(?:[-*•·]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+", re.MULTILINE)
+_CONTRACTION = re.compile(r"\w*n't$|'(?:ll|re|ve|d|m|s)$")
+_NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
+_SYMBOLS = re.compile(r"[_$@%\\<>=|~{}\[\]#^*]|\w[./:]+\w|\w\(\)")
+
+_MODAL_PHRASES = (
+    (re.compile(r"\b(?:have|has|had|need|needs|needed) to\b"), "obligation"),
+    (re.compile(r"\b(?:is|are|be) (?:able|free) to\b"), "permission"),
+)
+
+
+def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8) -> list[str]:
+    """What `text` has lost, added or reversed of the gold answer; empty where nothing was found.
+
+    Args:
+      gold: the answer that is true.
+      text: a rewriting of it, or a fused candidate.
+      source: question, context and earlier turns: what a text may take numbers, names and words from.
+      word_recall: share of the gold answer's content words that the text must have.
+
+    Returns:
+      Short phrases, such as "the number 30 is missing".
+
+    Example:
+      >>> mismatches("You must file within 30 days.", "You may file within 300 days.")
+      ['the number 30 is missing', 'the number 300 is new', 'an obligation became a permission']
+      >>> mismatches("Port tack. Rule 12.", "By Rule 12, the boat on port tack gives way.")
+      []
+    """
+    gold, text = _without_list_markers(gold), _without_list_markers(text)
+    found = [
+        *_number_mismatches(gold, text, source), *_name_mismatches(gold, text, source), *_symbol_mismatches(gold, text),
+        *_negation_mismatches(gold, text), *_modal_mismatches(gold, text), *_opposite_mismatches(gold, text),
+        *_lost_words(gold, text, word_recall), *_added_words(gold, text, source),
+    ]
+    # What two sentences exchange, the texts as a whole do not show.
+    for ours, theirs in _aligned_sentences(gold, text):
+        found += [
+            *_exchanged_numbers(ours, theirs, numbers(text)), *_sentence_negation(ours, theirs),
+            *_modal_mismatches(ours, theirs), *_opposite_mismatches(ours, theirs), *_reversed_order(ours, theirs),
+        ]
+    return list(dict.fromkeys(found))
+
+
+def is_copy(gold: str, text: str) -> bool:
+    """Whether a text is the gold answer word for word, whatever its case, punctuation and spaces.
+
+    Example:
+      >>> is_copy("No. Rule 12.", "no, rule 12")
+      True
+    """
+    return _words(gold) == _words(text)
+
+
+def _without_list_markers(text: str) -> str:
+    return _LIST_MARKER.sub("", text)
+
+
+def _words(text: str) -> list[str]:
+    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
+
+
+def _stem(word: str) -> str:
+    """What is compared of a word: without possessive and plural, and its first letters."""
+    word = re.sub(r"'s?$", "", word.lower().replace("’", "'"))
+    if len(word) > 4 and word.endswith("ies"):
+        word = word[:-3] + "y"
+    elif len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
+        word = word[:-1]
+    return word[:STEM]
+
+
+# Numbers
+
+
+def numbers(text: str) -> set[str]:
+    """The numbers of a text as digits, also those in words; not "one" and "second", which have other meanings.
+
+    Example:
+      >>> sorted(numbers("twenty-five of 1,000 at 10:30, or two hundred and ten"))
+      ['1000', '10:30', '210', '25']
+    """
+    return {value for value, _ in _numbers_with_units(text)}
+
+
+def _numbers_with_units(text: str) -> Iterator[tuple[str, str | None]]:
+    """Each number and the unit behind it (or the currency before it)."""
+    tokens = re.findall(r"\d+(?:[.,:]\d+)*|[^\W\d_]+|[$€£%]", text.lower())
+    index = 0
+    while index < len(tokens):
+        number, after = _number_at(tokens, index)
+        if number is None:
+            index += 1
+            continue
+        before = tokens[index - 1] if index and tokens[index - 1] in "$€£" else ""
+        unit = UNITS.get(before or (tokens[after] if after < len(tokens) else ""))
+        yield number, unit
+        index = after
+
+
+def _number_at(tokens: list[str], index: int) -> tuple[str | None, int]:
+    """The number that begins at a token, and the index behind it; None where none begins."""
+    token = tokens[index]
+    if token[0].isdigit():
+        return _digits(token), index + 1
+    if token in ORDINALS:
+        return str(ORDINALS[token]), index + 1
+    if token not in NUMBERS or token == "one":
+        return None, index
+    total, part = 0, 0
+    while index < len(tokens):
+        token = tokens[index]
+        if token in NUMBERS:
+            part += NUMBERS[token]
+        elif token == "hundred":
+            part *= 100
+        elif token in SCALES:
+            total, part = total + part * SCALES[token], 0
+        elif token != "and" or tokens[index - 1] not in SCALES or not {*tokens[index + 1 : index + 2]} & NUMBERS.keys():
+            break
+        index += 1
+    return str(total + part), index
+
+
+def _digits(token: str) -> str:
+    """One way to write a number: no thousands separators, no zeros before or behind."""
+    token = re.sub(r",(?=\d{3}(?:\D|$))", "", token)
+    if re.fullmatch(r"\d+(?:\.\d+)?", token):
+        whole, _, rest = token.partition(".")
+        rest = rest.rstrip("0")
+        return f"{int(whole)}.{rest}" if rest else str(int(whole))
+    return token
+
+
+def _number_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
+    in_gold, in_text, in_source = list(_numbers_with_units(gold)), list(_numbers_with_units(text)), numbers(source)
+    wanted, found = {value for value, _ in in_gold}, {value for value, _ in in_text}
+    gold_words, text_words = set(_words(gold)), set(_words(text))
+    for value in sorted(wanted - found):
+        if not INSTEAD_OF.get(value, frozenset()) & text_words:
+            yield f"the number {value} is missing"
+    for value in sorted(found - wanted - in_source):
+        if not INSTEAD_OF.get(value, frozenset()) & gold_words:
+            yield f"the number {value} is new"
+    for value in sorted(wanted & found):
+        units = [{unit for number, unit in side if number == value and unit} for side in (in_gold, in_text)]
+        if all(units) and not units[0] & units[1]:
+            yield f"{value} {min(units[0])} became {value} {min(units[1])}"
+
+
+# Names and code
+
+
+def names(text: str) -> dict[str, str]:
+    """Names of a text by what is compared of them: capitalised words that open no sentence, and acronyms.
+
+    Example:
+      >>> sorted(names("Rule 13 binds every vessel, says the IMO to Alice.").values())
+      ['Alice', 'IMO']
+    """
+    found = {}
+    for sentence in _SENTENCE_END.split(text):
+        opening = True
+        for match in re.finditer(r"[^\W\d_][\w’'&-]*|[:\"“(\[]", sentence):
+            word = match[0]
+            if not word[0].isalpha():
+                opening = True
+                continue
+            acronym = len(word) > 1 and word.isupper()
+            if acronym or (word[0].isupper() and not opening):
+                for part in re.split(r"[-&]", re.sub(r"['’]s?$", "", word)):
+                    if part[:1].isupper() and part not in ("I", "A") and part.lower() not in STOP_WORDS:
+                        found[_name_key(part)] = part
+            opening = False
+    return found
+
+
+def _name_key(name: str) -> str:
+    """A name without case, possessive and plural."""
+    name = re.sub(r"['’]s?$", "", name.lower())
+    return name[:-1] if len(name) > 3 and name.endswith("s") and not name.endswith("ss") else name
+
+
+def _keys(text: str) -> set[str]:
+    return {_name_key(word) for word in _words(text)}
+
+
+def _name_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
+    in_gold, in_text, gold_words, text_words = names(gold), names(text), _keys(gold), _keys(text)
+    for key in sorted(in_gold.keys() - text_words):
+        yield f"the name {in_gold[key]} is missing"
+    for key in sorted(in_text.keys() - gold_words - _keys(source)):
+        yield f"the name {in_text[key]} is new"
+
+
+def _symbol_mismatches(gold: str, text: str) -> Iterator[str]:
+    """Code, addresses and paths have to stay as they are."""
+    for token in dict.fromkeys(gold.split()):
+        token = token.strip(".,;:!?()'\"“”‘’*")
+        if _SYMBOLS.search(token) and not _NUMBER.fullmatch(token.strip("$€£%")) and token not in text:
+            yield f"{token} is missing"
+
+
+# Negations, modal verbs, opposites
+
+
+def _answer_particle(text: str) -> tuple[str | None, str]:
+    """The "yes" or "no" that a text opens with, and the rest of it."""
+    match = re.match(r"\W*(yes|no)\b(?![.]?\s*\d)(?=\s*[^\w\s]|\s*$)", text, re.IGNORECASE)
+    return (match[1].lower(), text[match.end():]) if match else (None, text)
+
+
+def _count_negations(text: str) -> int:
+    text = re.sub(r"\b[Nn]o\.\s*(?=\d)", "number ", text)  # "No. 5" is a number
+    text = re.sub(r"\bnot only\b", "", text.lower())
+    words = _words(text)
+    return sum(word in NEGATIONS or word.endswith("n't") for word in words)
+
+
+def _negation_mismatches(gold: str, text: str) -> Iterator[str]:
+    (gold_particle, gold_rest), (text_particle, text_rest) = _answer_particle(gold), _answer_particle(text)
+    wanted, found = _count_negations(gold_rest), _count_negations(text_rest)
+    if text_particle and gold_particle != text_particle:
+        yield f"{text_particle!r} is new" if gold_particle is None else f"{gold_particle!r} became {text_particle!r}"
+    elif gold_particle == "no" and text_particle is None and found == wanted:
+        yield "the 'no' is lost"
+    elif gold_particle == "yes" and text_particle is None and len(_words(gold_rest)) > LONGER_THAN_YES:
+        yield "the 'yes' is lost"
+    elif found < wanted:
+        yield "a negation is lost"
+    elif found > wanted + (gold_particle == "no"):
+        yield "a negation is new"
+
+
+def _count_modals(text: str) -> Counter:
+    lowered = text.lower()
+    counts = Counter(MODALS[word] for word in _words(lowered) if word in MODALS)
+    for pattern, kind in _MODAL_PHRASES:
+        counts[kind] += len(pattern.findall(lowered))
+    return counts
+
+
+def _modal_mismatches(gold: str, text: str) -> Iterator[str]:
+    wanted, found = _count_modals(gold), _count_modals(text)
+    for lost in wanted:
+        for gained in ("obligation", "permission", "advice"):
+            if found[lost] < wanted[lost] and found[gained] > wanted[gained]:
+                yield f"{_article(lost)} became {_article(gained)}"
+
+
+def _article(noun: str) -> str:
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _opposite_mismatches(gold: str, text: str) -> Iterator[str]:
+    """A word that is rarer than in the gold answer where its opposite is more frequent."""
+    wanted, found = Counter(_words(gold)), Counter(_words(text))
+
+    def change(side) -> int:
+        return sum(found[word] - wanted[word] for word in side)
+
+    for left, right in OPPOSITES:
+        for lost, gained in ((left, right), (right, left)):
+            if lost & wanted.keys() and gained & found.keys() and change(lost - gained) < 0 < change(gained - lost):
+                yield f"{_changed(lost, wanted, found)!r} became {_changed(gained, found, wanted)!r}"
+                break
+    gone, new = set((wanted - found).keys()), set((found - wanted).keys())
+    for word in sorted(gone):
+        for opposite in sorted(_formed_opposites(word) & new):
+            yield f"{word!r} became {opposite!r}"
+    for word in sorted(new):
+        for plain in sorted(_formed_opposites(word) & gone):
+            yield f"{plain!r} became {word!r}"
+
+
+def _formed_opposites(word: str) -> set[str]:
+    """Opposites of a word by its form, whether or not there are such words.
+
+    Example:
+      >>> sorted(_formed_opposites("underpaid")), sorted(_formed_opposites("harmful"))
+      (['derpaid', 'overpaid'], ['harmless'])
+    """
+    formed = {word.removeprefix(prefix) for prefix in NEGATING_PREFIXES if word.startswith(prefix)}
+    for one, other in (*OPPOSITE_PREFIXES, *((b, a) for a, b in OPPOSITE_PREFIXES)):
+        if word.startswith(one):
+            formed.add(other + word.removeprefix(one))
+    for one, other in (("less", "ful"), ("ful", "less")):
+        if word.endswith(one):
+            formed.add(word.removesuffix(one) + other)
+    return {other for other in formed if len(other) > 3}
+
+
+def _changed(side, more: Counter, fewer: Counter) -> str:
+    return max(sorted(side), key=lambda word: more[word] - fewer[word])
+
+
+# Sentences and words
+
+
+def _content(text: str) -> list[str]:
+    """Stems of the words that carry meaning, in order; numbers and their units are compared apart."""
+    words = (_CONTRACTION.sub("", word) for word in _words(text))
+    return [_stem(word) for word in words if word and not (word in STOP_WORDS or word in UNITS or _is_number(word))]
+
+
+def _is_number(word: str) -> bool:
+    return word[0].isdigit() or any(word in table for table in (NUMBERS, SCALES, ORDINALS))
+
+
+def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
+    """Content words that are gone: too many of the answer or of a sentence, or more than what could stand for them."""
+    present, wanted = set(_content(text)), list(dict.fromkeys(_content(gold)))
+    lost, new = [stem for stem in wanted if stem not in present], present - set(wanted)
+    allowed = (1 - word_recall) * len(wanted) + 1e-9
+    if len(lost) > allowed or len(lost) - len(new) > allowed / 4:
+        words = {_stem(word): word for word in reversed(_words(gold))}
+        named = ", ".join(words[stem] for stem in lost[:3]) + (", …" if len(lost) > 3 else "")
+        yield f"{len(lost)} of {len(wanted)} content words are missing ({named})"
+        return
+    for sentence in _SENTENCE_END.split(gold):
+        stems = dict.fromkeys(_content(sentence))
+        if len(stems) > 1 and sum(stem in present for stem in stems) / len(stems) < MIN_SENTENCE_RECALL:
+            yield f"the sentence {_brief(sentence)!r} is missing"
+
+
+def _added_words(gold: str, text: str, source: str) -> Iterator[str]:
+    known, found = set(_content(gold)) | set(_content(source)), list(dict.fromkeys(_content(text)))
+    new = [stem for stem in found if stem not in known]
+    if len(new) > max(SPELLED_OUT, MAX_NEW_WORDS * len(found)):
+        yield f"{len(new)} of {len(found)} content words are new"
+    spelled_out = len(found) <= 2 * SPELLED_OUT
+    for sentence in _SENTENCE_END.split(text):
+        stems = dict.fromkeys(_content(sentence))
+        supported = sum(stem in known for stem in stems)
+        if len(stems) > 2 and supported / len(stems) < MIN_SENTENCE_SUPPORT and not spelled_out:
+            yield f"the sentence {_brief(sentence)!r} is new"
+
+
+def _brief(sentence: str) -> str:
+    return " ".join(sentence.split())[:60]
+
+
+def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
+    """Pairs of sentences that say the same thing, by the words that they share."""
+    def stems_of(sentence: str) -> set[str]:
+        return {_stem(word) for word in _words(sentence) if word not in STOP_WORDS and not _is_number(word)}
+
+    theirs = [(sentence, stems_of(sentence)) for sentence in _SENTENCE_END.split(text)]
+    for sentence in _SENTENCE_END.split(gold):
+        stems = stems_of(sentence)
+        if len(stems) < 2:
+            continue
+        overlap, best = max(
+            ((len(stems & other) / len(stems | other), candidate) for candidate, other in theirs), default=(0, "")
+        )
+        if overlap >= SAME_SENTENCE:
+            yield sentence, best
+
+
+def _exchanged_numbers(sentence: str, other: str, in_text: set[str]) -> Iterator[str]:
+    """A number that stands in another sentence than it should; one that is nowhere is missing from the whole text."""
+    wanted, found = numbers(sentence), numbers(other)
+    if (lost := (wanted - found) & in_text) and (new := found - wanted):
+        yield f"{min(lost)} became {min(new)} in {_brief(other)!r}"
+
+
+def _sentence_negation(sentence: str, other: str) -> Iterator[str]:
+    wanted, found = (_count_negations(_answer_particle(side)[1]) for side in (sentence, other))
+    if (wanted == 0) != (found == 0):
+        yield f"a negation is {'lost' if wanted else 'new'} in {_brief(other)!r}"
+
+
+def _reversed_order(sentence: str, other: str) -> Iterator[str]:
+    """Three words, each once in both sentences, in the opposite order: "A pays B" as "B pays A"."""
+    ours, theirs = _words(sentence), _words(other)
+    if "by" in theirs and "by" not in ours:  # a passive: what was done by whom is said the other way round
+        return
+
+    def places(words: list[str]) -> tuple[dict[str, int], list[str]]:
+        kept = [word for word in words if word not in STOP_WORDS or word in PIVOTS]
+        counts = Counter(map(_stem, kept))
+        return {_stem(word): index for index, word in enumerate(kept) if counts[_stem(word)] == 1}, kept
+
+    first, kept = places(ours)
+    second, _ = places(theirs)
+    common = sorted(first.keys() & second.keys(), key=first.get)
+    chains: list[list[str]] = []  # for each word the longest run of falling places that ends there
+    for index, stem in enumerate(common):
+        before = [chains[i] for i in range(index) if second[common[i]] > second[stem]]
+        chains.append([*max(before, key=len, default=[]), stem])
+    for chain in chains:
+        if len(chain) >= 3 and not {chain[0], chain[-1]} & PIVOTS:
+            yield f"{kept[first[chain[0]]]!r} and {kept[first[chain[-1]]]!r} changed places"
+            return

@@ -1,0 +1,112 @@
+"""Which written texts can be used at all: no refusals, no repeated instructions, no loops."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from raft_jax.refine.english import STOP_WORDS
+
+REFUSAL = re.compile(
+    r"^\W*(i( a|['’]?)m (sorry|unable|not able)|sorry,|i apologi[sz]e|i can(no|['’])t (help|assist|answer|provide)|"
+    r"as an ai\b)",
+    re.IGNORECASE,
+)
+# "Here is the rewritten text:" and the like, before a text that stands by itself.
+LEAD_IN = re.compile(
+    r"^\W*(?:(?:sure|certainly|of course|okay|ok|absolutely)\b[^\n:]{0,100}[:!.]\s+)?"
+    r"(?:(?:here(?:['’]s| is| are)|below is|the following is|this is)\b[^\n:]{0,60}"
+    r"\b(?:text|version|answer|rewrit\w*|rephras\w*|paraphras\w*|merge\w*|response|sentences?)\b[^\n:]{0,60}:"
+    r"|(?:(?:re-?written|re-?phrased|merged|revised|final|combined)\s+(?:text|version|answer|response)|"
+    r"(?:rewrite|answer|response|output)|"
+    r"the (?:correct |right |short )?answer (?:to (?:this|the|your) question )?is)\s*:)\s*",
+    re.IGNORECASE,
+)
+# What a text says that speaks of its task in place of the subject.
+TASK_WORDS = re.compile(
+    r"\bre-?writ(?:e|es|ing|ten)\b|\bre-?phras(?:e|es|ed|ing)\b|\bparaphras(?:e|es|ed|ing)\b|\bmerg(?:e|es|ed|ing)\b|"
+    r"\b(?:complete|full|clear) sentences?\b|\btexts? [12]\b|"
+    r"\b(?:first|second|two|both|original|given|provided) texts?\b|"
+    r"\b(?:this|the) (?:text|passage|answer|response|statement) "
+    r"(?:answers|provides|describes|explains|discusses|is about|says|states)\b|"
+    r"\bthe (?:user|assistant|prompt|instructions?)\b|^\W*(?:user|assistant|system)\s*:|<\|[^|]*\|>|\[/?INST\]|</?s>",
+    re.IGNORECASE | re.MULTILINE,
+)
+RUN = 4  # words in a row that a text may not share with the instructions
+_WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
+_LINE = re.compile(r"(?<=[.!?])\s+|\n+")
+
+
+def without_lead_in(text: str) -> str:
+    """The text behind a first line that only announces it, and without quotation marks around the whole.
+
+    Example:
+      >>> without_lead_in("Here is the rewritten text:\\n\\n\\"The boat gives way.\\"")
+      'The boat gives way.'
+      >>> without_lead_in("Here is what you need: a form.")
+      'Here is what you need: a form.'
+    """
+    match = LEAD_IN.match(text)
+    rest = text[match.end():].strip() if match else ""
+    if not rest:
+        return text
+    if len(rest) > 1 and (rest[0], rest[-1]) in (('"', '"'), ("“", "”")) and not re.search(r'["“”]', rest[1:-1]):
+        rest = rest[1:-1].strip()
+    return rest
+
+
+def repeated_instructions(text: str, instructions: str, sources: str) -> str | None:
+    """Words of `text` that come from its prompt's instructions, or speak of the task; None where there are none.
+
+    Args:
+      text: what was written.
+      instructions: the prompt without the row's own texts.
+      sources: the row's own texts: whatever they say, a text may say.
+
+    Example:
+      >>> repeated_instructions("Keep every fact and number of it.", "Keep every fact and number.", "The fee is $5.")
+      'keep every fact and number'
+    """
+    allowed = sources.lower()
+    for match in TASK_WORDS.finditer(text):
+        if match[0].lower() not in allowed:
+            return match[0]
+    words, scaffold, own = _words(text), _runs(_words(instructions)), _runs(_words(sources))
+    for start in range(len(words) - RUN + 1):
+        run = tuple(words[start : start + RUN])
+        if run in scaffold and run not in own and sum(word not in STOP_WORDS for word in run) > 1:
+            end = start + RUN
+            while end < len(words) and tuple(words[end - RUN + 1 : end + 1]) in scaffold:
+                end += 1
+            return " ".join(words[start:end])
+    return None
+
+
+def repetition(text: str, gold: str) -> str | None:
+    """A sentence, or six words in a row, that a text says more often than the gold answer, and in a loop.
+
+    Example:
+      >>> repetition("Call the office. Call the office.", "Call the office.")
+      'Call the office.'
+    """
+    wanted = Counter(" ".join(_words(line)) for line in _LINE.split(gold))
+    found: Counter = Counter()
+    for line in _LINE.split(text):
+        words = _words(line)
+        found[" ".join(words)] += 1
+        if len(words) >= 3 and found[" ".join(words)] > max(1, wanted[" ".join(words)]):
+            return line.strip()
+    in_gold, in_text = (Counter(_runs(_words(side), 6, unique=False)) for side in (gold, text))
+    for run, count in in_text.items():
+        if count > max(2, in_gold[run]):
+            return " ".join(run)
+    return None
+
+
+def _words(text: str) -> list[str]:
+    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
+
+
+def _runs(words: list[str], length: int = RUN, unique: bool = True):
+    runs = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
+    return set(runs) if unique else runs
