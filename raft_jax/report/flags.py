@@ -13,8 +13,8 @@ LEAK_WORDS = 5  # so many words of our instructions in a row are no coincidence
 LOOP_WORDS, LOOP_SHARE, LOOP_LENGTH = 4, 0.5, 24
 STATUSES = {
     "ok": "", "empty": "empty", "truncated": "cut at the limit", "refusal": "refusal",
-    "leak": "repeats our instructions", "copy": "the gold answer verbatim", "repetition": "repeats itself", "facts": "facts differ",
-    "unknown": "unknown to the encoder",
+    "leak": "repeats our instructions", "copy": "the gold answer verbatim", "repetition": "repeats itself",
+    "facts": "facts differ", "unknown": "unknown to the encoder",
 }
 
 
