@@ -19,7 +19,7 @@ from raft_jax.config import Config
 BYTES = {"float32": 4, "bfloat16": 2}
 TEACHER_TOKENS = 30  # of the teacher's instructions, beside question and answer
 ACCEPTED_SHARE = 0.6  # of the rows that are fused
-COMPRESSION = 0.85  # of float32 weights and averages, as Orbax writes them
+COMPRESSION = 0.93  # of float32 weights and averages, as Orbax writes them
 RUNTIME_MEMORY = 1.2e9  # of Python, JAX, XLA's programs and the sentence encoder
 ADAM_MOMENTS = 2
 
