@@ -199,6 +199,16 @@ def test_too_few_questions_are_no_verdict():
     assert difference([]) is None and difference([0.5] * 8).sign == 1
 
 
+def test_a_verdict_over_few_questions_claims_nothing(run_dir: Path):
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    for model in evaluation["models"].values():
+        model["answers"], model["general_answers"] = model["answers"][:7], model["general_answers"][:7]
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    for verdict in verdicts(read_run(run_dir)):
+        assert verdict.short.endswith("too few questions to tell a difference from noise.")
+        assert all(line.startswith("too few to tell a difference in") for line in (*verdict.domain, *verdict.general))
+
+
 def test_equal_models_differ_by_nothing(run_dir: Path):
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
     evaluation["models"]["raft"] = evaluation["models"]["sft"]

@@ -11,7 +11,7 @@ from typing import Any
 from raft_jax.report.folder import Run, label
 
 FEWEST = 8  # with fewer questions an interval would promise more than it holds
-NOISE = "no difference beyond noise"
+NOISE, TOO_FEW = "no difference beyond noise", "too few to tell a difference"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def _verdict(run: Run, before: str, after: str) -> Verdict | None:
         if (drift.sign, learned) == (0, "noise"):
             short = f"Between {label(after)} and {label(before)} there is {NOISE}."
     methods = (after,) if before == "base" else (after, before)
+    if drift.half_width is None or all(change.half_width is None for _, change in domain):
+        short = f"{label(after)} against {label(before)}: too few questions to tell a difference from noise."
     return Verdict(methods, short, _domain(domain), _general(drift, accuracy, before == "base"))
 
 
@@ -148,7 +150,8 @@ def _domain(found: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
     """Each measure with its change; those that cannot be told from noise together at the end."""
     clear = [_change(measure, change) for measure, change in found if change.sign]
     unclear = [f"{measure.name} {_interval(measure, change)}" for measure, change in found if not change.sign]
-    return (*clear, *([f"{NOISE} in {_joined(unclear)}"] if unclear else []))
+    few = all(change.half_width is None for _, change in found)
+    return (*clear, *([f"{TOO_FEW if few else NOISE} in {_joined(unclear)}"] if unclear else []))
 
 
 def _general(drift: Difference, accuracy: Difference | None, against_base: bool) -> tuple[str, ...]:
@@ -160,7 +163,8 @@ def _general(drift: Difference, accuracy: Difference | None, against_base: bool)
         if change.sign:
             parts.append(_change(measure, change, "" if against_base and measure is DIVERGENCE else "+"))
         else:
-            parts.append(f"{NOISE} in {measure.name} {_interval(measure, change)}")
+            unclear = TOO_FEW if change.half_width is None else NOISE
+            parts.append(f"{unclear} in {measure.name} {_interval(measure, change)}")
     return tuple(parts)
 
 
@@ -171,7 +175,7 @@ def _change(measure: Measure, change: Difference, sign: str = "+") -> str:
 def _interval(measure: Measure, change: Difference, sign: str = "+") -> str:
     unit = "" if change.sign else measure.unit
     if change.half_width is None:
-        return f"({change.mean:{sign}.{measure.digits}f}{unit} over {change.count}: too few for an interval)"
+        return f"({change.mean:{sign}.{measure.digits}f}{unit} over {change.count})"
     low, high = change.mean - change.half_width, change.mean + change.half_width
     return f"({low:{sign}.{measure.digits}f} to {high:{sign}.{measure.digits}f}{unit})"
 
