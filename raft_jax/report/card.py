@@ -32,7 +32,7 @@ def model_card(
       config: of the run.
       name, title: of the method.
       num_rows: rows that it was trained on.
-      models: marks of each evaluated model, "base" among them.
+      models: scores of each evaluated model, "base" among them.
     """
     train = config.train
     settings = {

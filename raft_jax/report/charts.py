@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _SHADES = ("ink", "muted", "line", "kept", "rejected")
 _METHODS = ("base", "sft", "sdft", "fused_sft", "on_policy", "raft", "other")
 _STAND_INS = {name: f"#0101{index:02x}" for index, name in enumerate(_SHADES + _METHODS)}
-_SIZE = (4.7, 3.0)  # inches at 72 to the inch; the page scales it to the column
+_SIZE = (5.4, 3.5)  # inches at 72 to the inch; the page scales it to the column, 0.9 times on a phone and 1.4 elsewhere
 _MOST_POINTS = 400
 _MARKERS = {"base": "s", "sft": "o", "sdft": "^", "fused_sft": "v", "on_policy": "P", "raft": "D"}
 _DASHES = {"sft": (5, 2), "sdft": (3, 1.5), "fused_sft": (1, 1.2), "on_policy": (6, 2, 1, 2)}
@@ -196,7 +196,7 @@ def _axes(name: str, title: str) -> Iterator[tuple[Axes, io.StringIO]]:
 
     ink, muted, line = (_STAND_INS[key] for key in ("ink", "muted", "line"))
     settings = {
-        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 10.5,
+        "svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 11,
         "axes.edgecolor": line, "axes.spines.top": False, "axes.spines.right": False,
         "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.formatter.useoffset": False,
         "grid.color": line, "grid.linewidth": 0.6, "xtick.color": line, "ytick.color": line,

@@ -1,4 +1,4 @@
-"""Reads a run folder as it lies: finished, interrupted or hardly begun."""
+"""Reads a run folder in whatever state it is: finished, interrupted or just begun."""
 
 from __future__ import annotations
 
@@ -55,6 +55,18 @@ def label(name: str) -> str:
     return LABELS.get(name, name)
 
 
+def read_bytes(path: Path) -> bytes:
+    """The content of a file.
+
+    Raises:
+      InputError: the system does not let it be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); restore it or its permissions") from error
+
+
 def read_run(run_dir: Path) -> Run:
     """Reads everything that the report shows.
 
@@ -97,8 +109,9 @@ def _config(path: Path) -> dict[str, Any]:
         return {}
     from omegaconf import OmegaConf
 
+    text = read_bytes(path)
     try:
-        config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        config = OmegaConf.to_container(OmegaConf.create(text.decode("utf-8")), resolve=False)
     except Exception as error:  # the YAML parser and OmegaConf share no base class
         raise InputError(
             f"{path}: not readable as YAML ({_first_line(error)}); restore it or run again"
@@ -110,34 +123,81 @@ def _evaluation(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        evaluation = json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({_first_line(error)}); run `raft-jax evaluate` again") from error
     if not isinstance(evaluation, dict) or not isinstance(evaluation.get("models", {}), dict):
         raise InputError(f'{path}: expected an object with "models"; run `raft-jax evaluate` again')
+    for name, model in evaluation.get("models", {}).items():
+        if not _is_scored(model):
+            raise InputError(f"{path}: the scores of {name!r} are not those of a model; run `raft-jax evaluate` again")
     return evaluation
 
 
+def _is_scored(model: Any) -> bool:
+    """Whether an entry has the shape of a model's scores, as far as it has any."""
+    if not isinstance(model, dict):
+        return False
+    parts = [model.get(key) or {} for key in ("domain", "general", "weight_distance")]
+    answers = [model.get(key) or [] for key in ("answers", "general_answers")]
+    return (
+        all(isinstance(part, dict) for part in parts)
+        and all(_is_score(score) for part in parts[:2] for key, score in part.items() if key != "cut")
+        and _is_number(parts[2].get("mean")) and isinstance(parts[2].get("layers") or [], list)
+        and all(isinstance(rows, list) and all(isinstance(row, dict) for row in rows) for rows in answers)
+        and all(_is_number(row.get(key)) for rows in answers for row in rows
+                for key in ("token_f1", "similarity", "gold_logprob", "divergence"))
+    )
+
+
+def _is_score(score: Any) -> bool:
+    return score is None or (isinstance(score, dict) and all(map(_is_number, score.values())))
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(read_bytes(path).split(b"\n"), start=1):
         if not line.strip():
             continue
         row = _object(line)
-        if row is None:
+        if row is None or not _is_refined(row):
             raise InputError(f"{path}:{number}: damaged line; run `raft-jax refine` again")
         yield row
+
+
+def _is_refined(row: dict[str, Any]) -> bool:
+    """Whether a row has the types of a RefinedRow, as far as it has its fields."""
+    texts = ("id", "question", "context", "gold", "rewrite", "rewrite_status", "rewrite_note", "answer", "reason")
+    rounds, turns = row.get("rounds") or [], row.get("turns") or []
+    return (
+        all(isinstance(row.get(key, ""), str) for key in texts)
+        and all(_is_number(row.get(key)) for key in ("similarity", "gold_mean", "chosen_round"))
+        and isinstance(rounds, list) and all(
+            isinstance(one, dict) and _is_number(one.get("mean")) and _is_score(one.get("scores")) for one in rounds
+        )
+        and _is_score(row.get("gold_scores"))
+        and isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    )
 
 
 def _appended(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
-    rows = [_object(line) for line in lines]
+    lines = [line for line in read_bytes(path).split(b"\n") if line.strip()]
+    rows = [row if row and _is_measured(row) else None for row in map(_object, lines)]
     lost = rows.count(None)
     if lost:
         place = path.relative_to(path.parents[1] if path.name == "metrics.jsonl" else path.parent)
-        notes.append(f"{lost} unfinished line{'s' if lost > 1 else ''} in {place} left out")
+        notes.append(f"{lost} unfinished or damaged line{'s' if lost > 1 else ''} in {place} left out")
     return [row for row in rows if row is not None]
+
+
+def _is_measured(row: dict[str, Any]) -> bool:
+    """Whether a line of metrics or timings holds numbers, but for its names and its machine."""
+    return all(_is_number(value) for key, value in row.items() if key not in ("stage", "method", "machine"))
 
 
 def _steps(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
@@ -148,7 +208,7 @@ def _steps(path: Path, notes: list[str]) -> tuple[dict[str, Any], ...]:
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line.decode("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

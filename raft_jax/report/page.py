@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import math
+import base64
+import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raft_jax.config import flat
-from raft_jax.report import charts
+from raft_jax.report import charts, figures
+from raft_jax.report.flags import STATUSES, flags_of
 from raft_jax.report.folder import Run, label, read_run
-from raft_jax.report.summary import MISSING, estimate, number, part, summary_tables
+from raft_jax.report.refinement import count_sentence, counts, worst_first
+from raft_jax.report.summary import MISSING, estimate, number, summary_tables
+from raft_jax.report.verdict import verdicts
 
-_MOST_ROWS = 24  # of the kept and of the rejected rows each
-_MOST_ANSWERS = 48
+_FOLDER = Path(__file__).parent
+_MOST_ROWS = 300  # refined rows on the page, worst first
+_MOST_ANSWERS = 100
 # What a reader asks for first.
 _FACTS = {
     "model": "model.source",
@@ -36,17 +39,6 @@ _FACTS = {
     "fixed λ": "train.fixed_weight",
     "seed": "seed",
 }
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A chart with the words around it; where `svg` is empty, `absent` may say why."""
-
-    heading: str
-    svg: str
-    caption: str
-    methods: tuple[str, ...] = ()
-    absent: str = ""
 
 
 def write_report(run_dir: Path) -> Path:
@@ -76,26 +68,32 @@ def render(run: Run) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(label=label, variable=charts.variable, number=number, estimate=estimate)
-    tables = {table.name: table for table in summary_tables(run)}
+    # The policy of the page names the hash of its one script, so that no other could run.
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("page.html.jinja").render(
         name=run.path.resolve().name,
         run=run,
-        missing=MISSING,
+        script=script,
+        script_hash=f"sha256-{digest}",
+        verdicts=verdicts(run),
+        tables={table.name: table for table in summary_tables(run)},
+        tradeoff=figures.tradeoff(run),
+        curves=figures.curves(run),
+        distance=figures.distance(run),
+        similarity=figures.similarity(run),
+        refinement=_refinement(run),
+        answers=_answers(run, "answers", "question", "similarity"),
+        general=_answers(run, "general_answers", "prompt", "divergence"),
+        categories=_categories(run),
+        progress=_progress(run),
+        machines=_machines(run),
         facts=facts(run.config),
         settings=flat(run.config),
-        progress=_progress(run),
-        tables=tables,
-        tradeoff=_tradeoff(run),
-        curves=_curves(run),
-        similarity=_similarity(run),
-        refinement=_refinement(run),
-        distance=_distance(run),
-        answers=_answers(run, "answers"),
-        general=_answers(run, "general_answers"),
-        categories=_categories(run),
+        statuses=STATUSES,
     )
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", page.lstrip())
 
@@ -122,173 +120,74 @@ def _progress(run: Run) -> list[tuple[str, str]]:
     return [*rows, ("evaluate", f"{len(run.models)} models" if run.models else "")]
 
 
-def _tradeoff(run: Run) -> list[Figure]:
-    figures = []
-    for key, heading, y_label in (
-        ("gold_logprob", "Log-likelihood of the gold answers", "gold log-likelihood, nats per token"),
-        ("similarity", "Similarity of the answers to gold", "similarity of the answers to gold"),
-    ):
-        points = []
-        for name, model in run.models.items():
-            x, y = part(model, "general", "divergence"), part(model, "domain", key)
-            if x.get("mean") is not None and y.get("mean") is not None:
-                errors = (x.get("stderr") or 0.0, y.get("stderr") or 0.0)
-                points.append(charts.Point(name, label(name), x["mean"], y["mean"], *errors))
-        values = "; ".join(f"{point.label} {point.x:.4f}, {point.y:.3f}" for point in points)
-        svg = charts.scatter(
-            f"scatter-{key.replace('_', '-')}",
-            f"Divergence from base against {y_label}: {values}",
-            points,
-            x_label="divergence from base, nats per token",
-            y_label=y_label,
-        )
-        figures.append(Figure(heading, svg, "Better is up and to the left."))
-    return figures
-
-
-def _curves(run: Run) -> list[Figure]:
-    nats = {"y_label": "nats per token"}
-    ratio = {"y_label": "ratio (log scale)", "log": True, "level": 1.0}
-    kinds = (
-        ("sft_loss", "SFT loss", nats, "Bold: moving average; faint: single steps. Each method has its own "
-         "targets, so compare the shape, not the height."),
-        ("kl_loss", "KL loss", nats, "Teacher against student on the student’s own rollouts."),
-        ("ratio", "CE / KL ratio", ratio, "L_SFT / (λ · L_KL): near 1 the two terms weigh the same. "
-         "Bold: moving geometric mean."),
-        ("weight", "λ", {"y_label": "λ"}, "The weight of the KL term."),
-    )  # fmt: skip
-    figures = []
-    for key, heading, options, caption in kinds:
-        series = [one for method in run.methods if (one := _series(run, method, key))]
-        ends = "; ".join(f"{label(one.method)} from {one.ends[0]:.4g} to {one.ends[1]:.4g}" for one in series)
-        name = f"curve-{key.replace('_', '-')}"
-        svg = charts.lines(name, f"{heading} over steps: {ends}", series, x_label="step", **options)
-        absent = "None of the methods run so far distils." if run.metrics else ""
-        figures.append(Figure(heading, svg, caption, tuple(one.method for one in series), absent))
-    return figures
-
-
-def _series(run: Run, method: str, key: str) -> charts.Series | None:
-    steps = run.metrics.get(method, ())
-    points = [(line, value) for line in steps if (value := _value(line, key)) is not None]
-    if not points:
-        return None
-    x, y = [line["step"] for line, _ in points], [value for _, value in points]
-    if key == "weight":
-        return charts.Series(method, x, y)
-    if key == "ratio":
-        smooth = [math.exp(value) for value in _moving_average([math.log(value) for value in y])]
-    else:
-        smooth = [line.get(key.replace("loss", "average")) for line, _ in points]
-        smooth = _moving_average(y) if None in smooth else smooth
-    return charts.Series(method, x, smooth, faint=y)
-
-
-def _value(line: dict[str, Any], key: str) -> float | None:
-    if key == "ratio":
-        sft, kl, weight = (line.get(name) or 0.0 for name in ("sft_loss", "kl_loss", "weight"))
-        ratio = sft / (weight * kl) if weight * kl else 0.0
-        return ratio if ratio > 0 and math.isfinite(ratio) else None
-    if key == "sft_loss" and key not in line:
-        key = "loss"
-    return line.get(key)
-
-
-def _moving_average(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """The bias-corrected average of Eq. 11; what is not finite leaves it as it was."""
-    averages, total, count = [], 0.0, 0
-    for value in values:
-        if math.isfinite(value):
-            total, count = decay * total + (1 - decay) * value, count + 1
-        averages.append(total / (1 - decay**count) if count else math.nan)
-    return averages
-
-
-def _similarity(run: Run) -> Figure:
-    groups: dict[bool, list[float]] = {True: [], False: []}
-    for row in run.refined:
-        if row.get("similarity") is not None:
-            groups[bool(row.get("accepted"))].append(row["similarity"])
-    kept, rejected = groups[True], groups[False]
-    unusable = len(run.refined) - len(kept) - len(rejected)
-    threshold = flat(run.config).get("refine.threshold")
-    caption = f"{len(kept):,} kept, {len(rejected):,} below the threshold"
-    caption += f"; {unusable:,} unusable (empty, cut off or refused) and not drawn." if unusable else "."
-    svg = charts.histogram(
-        "similarity",
-        f"Similarity of the rewritings to their gold answers: {len(kept)} kept, {len(rejected)} rejected",
-        kept,
-        rejected,
-        float(threshold) if isinstance(threshold, int | float) else None,
-    )
-    absent = "None of the rewritings could be used." if run.refined else ""
-    return Figure("Similarity to the gold answer", svg, caption, absent=absent)
-
-
 def _refinement(run: Run) -> dict[str, Any]:
-    rows = sorted(run.refined, key=_similarity_of)
-    groups = []
-    for heading, accepted in (("Kept", True), ("Rejected", False)):
-        # From the threshold outwards: that is where one looks twice.
-        members = [row for row in rows if bool(row.get("accepted")) == accepted][:: 1 if accepted else -1]
-        groups.append((heading, len(members), _spread(members, _MOST_ROWS)))
-    rounds = [len(row["rounds"]) for row in run.refined if row.get("rounds")]
-    counts = [
-        ("rows", len(rows)),
-        *(
-            (f"rewriting {status}", count)
-            for status, count in Counter(row.get("rewrite_status") for row in rows).most_common()
-        ),
-        ("kept by the filter", groups[0][1]),
-        ("target is a fusion", sum(row.get("chosen") == "fusion" for row in rows)),
-        ("target is the gold answer", sum(row.get("chosen") == "gold" for row in rows)),
-    ]
-    counts = [(name, f"{count:,}") for name, count in counts]
-    if rounds:
-        counts.append(("rounds of fusion, mean", f"{sum(rounds) / len(rounds):.2f}"))
-    return {"groups": groups, "counts": counts}
+    rows = worst_first(run.refined)
+    return {"sentence": count_sentence(run.refined), "counts": counts(run.refined), "rows": rows[:_MOST_ROWS],
+            "count": len(rows)}
 
 
-def _similarity_of(row: dict[str, Any]) -> float:
-    similarity = row.get("similarity")
-    return -1.0 if similarity is None else similarity
+def _answers(run: Run, key: str, asked: str, score: str) -> dict[str, Any]:
+    """The models' answers to the same questions side by side, flagged; where a method lost most comes first.
 
-
-def _spread(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most so many rows, evenly spaced over all, so that nobody picked them."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[round(index * (len(rows) - 1) / (most - 1))] for index in range(most)]
-
-
-def _distance(run: Run) -> Figure:
-    series, parts = [], []
-    for name, model in run.models.items():
-        distance = part(model, "weight_distance")
-        layers = distance.get("layers") or []
-        if name == "base" or not layers:
-            continue
-        series.append(charts.Series(name, list(range(len(layers))), layers))
-        if distance.get("embedding") is not None:
-            parts.append(f"{label(name)} {distance['embedding']:.4f}")
-    title = "Relative weight distance from base by layer: " + "; ".join(
-        f"{label(one.method)} from {min(one.y):.4f} to {max(one.y):.4f}" for one in series
-    )
-    svg = charts.lines("distance", title, series, x_label="layer", y_label="‖W − W₀‖ / ‖W₀‖", marked=True)
-    caption = "How far each layer moved from the base model." + (
-        f" Embedding: {', '.join(parts)}." if parts else ""
-    )
-    return Figure("Weight distance by layer", svg, caption, tuple(one.method for one in series))
-
-
-def _answers(run: Run, key: str) -> dict[str, Any]:
-    """The models' answers to the same questions side by side."""
+    Lost: similarity to the gold answer against the base model's, or divergence from the base model.
+    """
     questions: dict[str, dict[str, Any]] = {}
     for name, model in run.models.items():
         for answer in model.get(key) or ():
-            entry = questions.setdefault(str(answer.get("id")), {"first": answer, "answers": []})
-            entry["answers"].append((name, answer))
-    return {"count": len(questions), "shown": _spread(list(questions.values()), _MOST_ANSWERS)}
+            empty = {"first": answer, "answers": [], "scores": {}, "order": len(questions)}
+            entry = questions.setdefault(str(answer.get("id")), empty)
+            known = (str(answer.get(asked) or ""), str(answer.get("gold") or ""))
+            flags = [*flags_of(str(answer.get("answer") or ""), *known), *(["cut at the limit"] if answer.get("cut")
+                                                                          else [])]
+            entry["answers"].append((name, answer, flags))
+            entry["scores"][name] = answer.get(score)
+    for entry in questions.values():
+        entry["lost"] = _lost(entry["scores"], higher_is_better=score == "similarity")
+        entry["flags"] = sorted({flag for name, _, flags in entry["answers"] if name != "base" for flag in flags})
+    shown = sorted(questions.values(), key=lambda entry: (-entry["lost"], entry["order"]))
+    return {"count": len(questions), "shown": shown[:_MOST_ANSWERS]}
+
+
+def _lost(scores: Mapping[str, float | None], higher_is_better: bool) -> float:
+    """The largest loss of any method against the base model; 0 where it cannot be told."""
+    base = scores.get("base")
+    others = [value for name, value in scores.items() if name != "base" and value is not None]
+    if base is None or not others:
+        return 0.0
+    return base - min(others) if higher_is_better else max(others) - base
+
+
+def _machines(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What each stage ran on, and the most memory that it took; stages on the same machine together."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in run.timings:
+        machine = line.get("machine")
+        if isinstance(machine, dict):
+            entry = found.setdefault(_hardware(machine), {"stages": [], "lines": []})
+            entry["stages"].append(" ".join([str(line.get("stage")), *([label(line["method"])] if line.get("method")
+                                                                       else [])]))
+            entry["lines"].append(machine)
+    return [(", ".join(entry["stages"]), _machine_facts(hardware, entry["lines"])) for hardware, entry in found.items()]
+
+
+def _hardware(machine: Mapping[str, Any]) -> str:
+    devices = ", ".join(map(str, machine.get("devices") or ()))
+    processes = machine.get("processes")
+    several = f", {processes} processes" if isinstance(processes, int) and processes > 1 else ""
+    host = f"{machine.get('cores', MISSING)} cores, {machine.get('processor', MISSING)}{several}"
+    return f"{devices or MISSING} (host: {host})"
+
+
+def _machine_facts(hardware: str, machines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    facts = [("hardware", hardware)]
+    for key, name in (("peak_host_memory", "peak memory of the process"),
+                      ("peak_device_memory", "peak memory of a device")):
+        peaks = [value for machine in machines if isinstance(value := machine.get(key), int)]
+        if peaks:
+            facts.append((name, f"{max(peaks) / 1e9:.2f} GB"))
+    versions = {f"{name} {number}" for machine in machines for name, number in (machine.get("versions") or {}).items()}
+    pythons = {f"Python {machine['python']}" for machine in machines if machine.get("python")}
+    return [*facts, ("versions", ", ".join(sorted(versions | pythons, key=str.lower)))]
 
 
 def _categories(run: Run) -> list[tuple[str, list[str]]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raft_jax.report.folder import Run, label, read_run
+from raft_jax.report.verdict import verdicts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,7 +34,7 @@ def summary_tables(run: Run | Path) -> list[Table]:
     """The scores, losses, stages and outputs of a run.
 
     Args:
-      run: a run, or the folder it lies in.
+      run: a run, or the run folder.
 
     Returns:
       The tables "scores" (base and each method), "training" (each method), "stages" and "outputs".
@@ -43,7 +45,7 @@ def summary_tables(run: Run | Path) -> list[Table]:
 
 
 def print_summary(run_dir: Path, console: Console, names: Collection[str] | None = None) -> None:
-    """Prints the tables of `summary_tables`.
+    """Prints the tables of `summary_tables`, and before the scores the verdicts in short.
 
     Args:
       run_dir: a run folder.
@@ -54,10 +56,14 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    for table in summary_tables(run_dir):
+    run = read_run(run_dir)
+    for table in summary_tables(run):
         if names is not None and table.name not in names:
             continue
         console.print(Text(f"\n{table.title}", style="bold"))
+        if table.name == "scores":
+            for verdict in verdicts(run):
+                console.print(Text(_visible(verdict.short)))
         if not table.rows:
             console.print(Text("not run yet", style="dim"))
             continue
@@ -65,7 +71,7 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
             width = max(len(what) for what, _ in table.rows)
             for what, path in table.rows:
                 # A path is there to be copied, so it is never wrapped.
-                console.print(Text(f"{what:<{width}}  {path}"), soft_wrap=True)
+                console.print(Text(_visible(f"{what:<{width}}  {path}")), soft_wrap=True)
             continue
         widths = _widths(table, console.width)
         if sum(widths) + 2 * len(widths) > console.width + 2:
@@ -76,10 +82,15 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
             justify = "left" if index < table.text_columns else "right"
             view.add_column(Text(table.columns[index]), justify=justify, width=width)
         for row in table.rows:
-            view.add_row(*map(Text, row))
+            view.add_row(*(Text(_visible(cell)) for cell in row))
         console.print(view)
         if table.note:
-            console.print(Text(table.note, style="dim"))
+            console.print(Text(_visible(table.note), style="dim"))
+
+
+def _visible(text: str) -> str:
+    """A text without control characters, which a terminal would obey."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def _print_stacked(table: Table, console: Console) -> None:
@@ -89,11 +100,11 @@ def _print_stacked(table: Table, console: Console) -> None:
     named = range(table.text_columns, len(table.columns))
     width = max(len(table.columns[index]) for index in named)
     for row in table.rows:
-        console.print(Text(" ".join(row[: table.text_columns]).strip(), style="bold"))
+        console.print(Text(_visible(" ".join(row[: table.text_columns]).strip()), style="bold"))
         for index in named:
             console.print(Text(f"  {table.columns[index]:<{width}}  {row[index]}"), soft_wrap=True)
     if table.note:
-        console.print(Text(table.note, style="dim"))
+        console.print(Text(_visible(table.note), style="dim"))
 
 
 def _widths(table: Table, available: int) -> list[int]:
@@ -183,7 +194,7 @@ def _scores_note(run: Run) -> str:
 
 
 def _cut_note(run: Run) -> str:
-    """Whose answers the limits of length cut, and how many: half an answer earns no more than half the marks."""
+    """Whose answers the limits of length cut, and how many: half an answer has at most half the score."""
     parts = []
     for name, model in run.models.items():
         cut = [
@@ -209,7 +220,9 @@ def _training(run: Run) -> Table:
     return Table(
         name="training",
         title="Training",
-        columns=("method", "steps", "SFT loss first", "last", "KL loss first", "last", "λ first", "last"),
+        columns=(
+            "method", "steps", "SFT loss first", "SFT loss last", "KL loss first", "KL loss last", "λ first", "λ last",
+        ),
         rows=tuple(rows),
         methods=tuple(methods),
         note="Single steps, in nats per token. The methods' targets differ: do not compare their SFT losses.",
@@ -257,7 +270,7 @@ def _outputs(run: Run) -> Table:
     ]
     return Table(
         name="outputs",
-        title="Where it lies",
+        title="Files",
         columns=("what", "path"),
         rows=tuple(rows),
         methods=("",) * len(rows),

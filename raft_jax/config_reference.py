@@ -1,0 +1,116 @@
+"""docs/configuration.md from config.py: `python -m raft_jax.config_reference > docs/configuration.md`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import io
+import json
+import tokenize
+from typing import Any
+from unittest import mock
+
+from raft_jax import config
+from raft_jax.config import Config, DataConfig, ModelConfig
+
+HEAD = """\
+# Configuration
+
+Every key of a config, written by `python -m raft_jax.config_reference > docs/configuration.md` from
+`raft_jax/config.py`; `tests/test_docs.py` fails where this page is out of date.
+
+A config is a YAML file; on the command line `key.path=value` replaces what it says, as in
+`raft-jax run configs/own-data.yaml train.learning_rate=1e-5 methods=[sft,raft]`. Keys that are not given have the
+default of the table, which is the paper's wherever the paper has one; keys without a default have to be given. An
+unknown key, a wrong type or a value that is not allowed is one line and exit code 2, before anything is computed.
+`null` means "none".
+
+[configs/own-data.yaml](../configs/own-data.yaml) is a commented config to begin with. See [data](data.md) for `data.*`,
+[refinement](refinement.md) for `refine.*`, [evaluation](evaluation.md) for `evaluate.*`, [models](models.md) for
+`model.*`, `encoder.*` and `train.lora.*`, [TPU](tpu.md) for `mesh.*`.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key: its dotted name, type, default ("" where it has to be given), allowed values and comment."""
+
+    name: str
+    type: str
+    default: str
+    allowed: str
+    comment: str
+
+
+def reference() -> str:
+    """The page: a table for the run itself, then one for each group."""
+    allowed = allowed_values()
+    parts = [HEAD]
+    for prefix, group in groups(Config):
+        title = f"`{prefix[:-1]}`" if prefix else "The run"
+        rows = [f"| `{key.name}` | {key.type} | {key.default} | {key.allowed} | {key.comment} |"
+                for key in keys_of(prefix, group, allowed)]
+        parts.append("\n".join([
+            f"## {title}", "", inspect.cleandoc(group.__doc__), "", "| key | type | default | allowed | what |",
+            "|---|---|---|---|---|", *rows, "",
+        ]))
+    return "\n".join(parts)
+
+
+def groups(group: type, prefix: str = "") -> list[tuple[str, type]]:
+    """A dataclass of the config and those inside it, each with the prefix of its keys."""
+    found = [(prefix, group)]
+    for field in dataclasses.fields(group):
+        inner = field.default_factory
+        if dataclasses.is_dataclass(inner):
+            found += groups(inner, f"{prefix}{field.name}.")
+    return found
+
+
+def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
+    """The keys of one dataclass that are not groups themselves."""
+    comments = comments_of(group)
+    return [
+        Key(prefix + field.name, _cell(str(field.type).replace("None", "null")), _default(field),
+            _cell(allowed.get(prefix + field.name, "")), _cell(comments.get(field.name, "")))
+        for field in dataclasses.fields(group) if not dataclasses.is_dataclass(field.default_factory)
+    ]
+
+
+def comments_of(group: type) -> dict[str, str]:
+    """The comment behind each field, as config.py has it."""
+    lines, found = inspect.getsource(group).splitlines(), {}
+    names = {field.name for field in dataclasses.fields(group)}
+    for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
+        if token.type == tokenize.COMMENT and (name := token.line.partition(":")[0].strip()) in names:
+            found[name] = token.string.lstrip("# ")
+    return found
+
+
+def allowed_values() -> dict[str, str]:
+    """What config.py's checks say is allowed, by key: the checks are run, and each says its key."""
+    found: dict[str, str] = {}
+
+    def record(condition: bool, key: str, value: Any, allowed: str) -> None:
+        found[key] = f"{found[key]}; {allowed}" if key in found else allowed
+
+    with mock.patch.object(config, "_require", record):
+        Config(run_dir="", model=ModelConfig(source=""), data=DataConfig(path=""))
+    return found
+
+
+def _default(field: dataclasses.Field) -> str:
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if value == "???":
+        return ""
+    if isinstance(value, list):
+        return f"`[{', '.join(value)}]`"
+    return f"`{json.dumps(value).strip(chr(34)) or chr(34) * 2}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("*", "\\*")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
