@@ -6,13 +6,11 @@ import argparse
 import errno
 import math
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from raft_jax import __version__
+from raft_jax import __version__, interrupt
 from raft_jax.errors import InputError
 
 STAGES = {
@@ -110,28 +108,15 @@ def _stage(args) -> int:
     from raft_jax.run_dir import open_run_dir
 
     require_sources(config)
-    with open_run_dir(config) as run_dir, _stop_on_sigterm():
+    with interrupt.handled(), open_run_dir(config) as run_dir:
         run = Run(config, run_dir)
         getattr(run, "all" if args.stage == "run" else args.stage)()
+        interrupt.check()
         run.report()
         # A log has no width; rich would take it for 80 columns and break the table's lines.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
         print_summary(run_dir, Console(width=width), TABLES.get(args.stage))
     return 0
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Ends like Ctrl-C, with a line that says how to go on, where the system asks the process to end."""
-
-    def stop(number, frame):
-        raise KeyboardInterrupt("stopped by SIGTERM; the same command goes on from here")
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _report(args) -> int:
