@@ -105,7 +105,7 @@ def _stage(args) -> int:
     from raft_jax.preflight import require_sources
     from raft_jax.report import print_summary
     from raft_jax.run import Run
-    from raft_jax.run_dir import open_run_dir
+    from raft_jax.run_dir import folder_bytes, open_run_dir
 
     require_sources(config)
     with interrupt.handled(), open_run_dir(config) as run_dir:
@@ -116,6 +116,7 @@ def _stage(args) -> int:
         # A log has no width; rich would take it for 80 columns and break the table's lines.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
         print_summary(run_dir, Console(width=width), TABLES.get(args.stage))
+        print(f"{run_dir}: {folder_bytes(run_dir) / 1e9:.2f} GB on the disk")
     return 0
 
 

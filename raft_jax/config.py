@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
+from raft_jax.files import read_text
+from raft_jax.settings_text import flat, parse_yaml, require_literal
 
 METHOD_NAMES = ("raft", "sft", "sdft", "fused_sft", "on_policy")
 DTYPES = ("float32", "bfloat16")
@@ -157,6 +159,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint_every: int = 50
     keep_checkpoints: int = 2
+    keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
 
     def __post_init__(self):
         for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every",
@@ -250,38 +253,36 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       InputError: no such file, not YAML, an unknown key (with the one that was likely meant), a wrong type, a
         missing value, or a value out of range.
     """
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; configs/ holds examples") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: no such file; configs/ holds examples")
     place = str(path)
     try:
-        loaded = OmegaConf.create(text)
-        if not OmegaConf.is_dict(loaded):
-            raise InputError(f"{path}: expected a YAML mapping of settings")
-        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+        given = require_literal(parse_yaml(read_text(path), place), place)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         for override in overrides:
             if "=" not in override.lstrip("="):
                 raise InputError(f"override {override!r}: expected key.path=value")
             place = f"override {override!r}"
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            merged = OmegaConf.merge(merged, require_literal(given, place))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise InputError(f"{path}: no value for {', '.join(missing)}")
         for key, value in flat(OmegaConf.to_container(merged)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"config: {key} is {value}; allowed: a finite number")
         return OmegaConf.to_object(merged)
+    except InputError:
+        raise
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, InputError) else None
         raise cause or InputError(f"{place}: {_one_line(error)}") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f"{place}: settings that are nested too deeply or refer to each other in a circle") from error
+    except Exception as error:  # the YAML parser, and what OmegaConf lets through of a value
         raise InputError(f"{place}: not valid YAML ({_one_line(error)})") from error
 
 
@@ -308,37 +309,27 @@ def _defaults() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(Config))
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
+def to_dict(config: Config) -> dict[str, Any]:
+    """A config as nested dictionaries of plain values."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, every key written out."""
+    """The config as YAML, every key written out."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def changed_keys(config: Config, saved: str) -> list[str]:
-    """Dotted keys in which a config differs from a saved YAML, as `key: saved → given`; a run folder may be moved.
+def read_saved(path: Path) -> dict[str, Any]:
+    """The dotted keys of a config that a run has saved; keys of other versions may be among them.
 
     Raises:
-      InputError: the saved text is not a config.
+      InputError: it cannot be read, or is no config.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    given = flat(OmegaConf.to_container(OmegaConf.structured(config)))
     try:
-        before = flat(OmegaConf.to_container(OmegaConf.create(saved))) if saved.strip() else {}
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
-        raise InputError(f"the saved config is damaged ({_one_line(error)}); restore it, or set run_dir") from error
-    return [
-        f"{key}: {before.get(key)} → {given.get(key)}"
-        for key in sorted(given.keys() | before.keys()) if key != "run_dir" and given.get(key) != before.get(key)
-    ]
+        return flat(parse_yaml(read_text(path), str(path)))
+    except InputError as error:
+        raise InputError(f"{error}; the saved config is damaged: restore it, or set run_dir") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 from raft_jax.errors import InputError
 
+SUMS = "SHA256SUMS"
 MAX_BYTES = 256 << 20  # of a file that is read as a whole
 
 
@@ -101,3 +102,26 @@ def hash_files(folder: Path) -> dict[str, str]:
                 with path.open("rb") as file:
                     hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS of every file below a folder but README.md, as the program sha256sum does."""
+    sums = {name: digest for name, digest in hash_files(folder).items() if name not in (SUMS, "README.md")}
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
+
+
+def require_sums(folder: Path) -> None:
+    """Raises InputError unless each file of SHA256SUMS is there as it was written; a folder without it passes."""
+    if not (folder / SUMS).exists():
+        return
+    text = read_text(folder / SUMS)
+    try:
+        found = hash_files(folder)
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from error
+    for line in text.splitlines():
+        digest, _, name = line.partition("  ")
+        if name not in found:
+            raise InputError(f"{folder / name}: is gone")
+        if found[name] != digest:
+            raise InputError(f"{folder / name}: damaged, not the bytes that were written")
