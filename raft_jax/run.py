@@ -46,6 +46,7 @@ from raft_jax.run_dir import (
 from raft_jax.sampling import Sampler, Scorer
 from raft_jax.sharding import make_mesh
 from raft_jax.stages import Settings, changes
+from raft_jax.terminal import visible
 from raft_jax.train.loop import read_metrics, tokens_trained, train
 from raft_jax.train.methods import METHODS, Method
 
@@ -83,7 +84,7 @@ class Run:
         """The examples that fit; what does not is told once."""
         rows = Rows(self.config, self.model.tokenizer, self.model.config.max_positions)
         if rows.train_left_out or rows.test_left_out or rows.remembered:
-            print(*rows.describe(at_most=3), sep="\n", flush=True)
+            print(visible("\n".join(rows.describe(at_most=3))), flush=True)
         return rows
 
     @property

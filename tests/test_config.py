@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from raft_jax.config import METHOD_NAMES, load_config, read_saved, to_dict, to_yaml
+from raft_jax.config import ALIASES, METHOD_NAMES, load_config, read_saved, to_dict, to_yaml
 from raft_jax.errors import InputError
 from raft_jax.settings_text import flat
 from raft_jax.train.methods import METHODS
@@ -59,6 +59,11 @@ def test_file_and_overrides_are_merged_and_typed(write):
     ("train: {learning_rat: 1}", (), ("learning_rat", "learning_rate")),
     ("", ("train.learning_rat=1",), ("train.learning_rat=1", "learning_rate")),
     ("", ("learning_rate=1",), ("learning_rate=1", "there is train.learning_rate")),
+    ("", ("train.lr=1",), ("Key 'lr' is not known; here it is train.learning_rate",)),
+    ("lr: 1", (), ("here it is train.learning_rate",)),
+    ("train: {lora: {r: 8}}", (), ("here it is train.lora.rank",)),
+    ("refine: {tau: 0.5}", (), ("here it is refine.threshold",)),
+    ("output_dir: x", (), ("here it is run_dir",)),
     ("", ("lora.rank=1",), ("lora.rank=1", "there is train.lora")),
     ("", ("train.rollout.max_tokens=1",), ("train.rollout.max_tokens=1",)),
     ("train: {batch_size: many}", (), ("train.batch_size", "many")),
@@ -125,6 +130,11 @@ def test_what_cannot_be_read_is_named(write, text, overrides, words):
 def test_values_out_of_range_are_named_with_what_is_allowed(write, override, words):
     message = complaint(write(MINIMAL), override)
     assert words in message and message.startswith("config: "), message
+
+
+def test_aliases_name_keys_that_are_there(write):
+    known = flat(to_dict(load_config(write(MINIMAL))))
+    assert set(ALIASES.values()) <= known.keys() and not set(ALIASES) & {key.rpartition(".")[2] for key in known}
 
 
 def test_missing_values_and_files(write, tmp_path):

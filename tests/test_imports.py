@@ -14,12 +14,14 @@ OURS = {
     ".".join(("raft_jax", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-LOW = ("raft_jax.errors", "raft_jax.files", "raft_jax.interrupt", "raft_jax.sources")  # stand below everything
+LOW = ("raft_jax.errors", "raft_jax.files", "raft_jax.interrupt", "raft_jax.sources",
+       "raft_jax.terminal")  # stand below everything
 # A module may import from raft_jax what its own row, or that of the package it is in, allows.
 ALLOWED = {
     "raft_jax.errors": (),
     "raft_jax.files": ("raft_jax.errors",),
     "raft_jax.interrupt": (),
+    "raft_jax.terminal": (),
     "raft_jax.sources": ("raft_jax.errors",),
     "raft_jax.config": ("raft_jax.settings_text",),
     "raft_jax.settings_text": (),
@@ -43,6 +45,7 @@ THIRD_PARTIES = {
     "raft_jax.errors": set(),
     "raft_jax.files": set(),
     "raft_jax.interrupt": set(),
+    "raft_jax.terminal": set(),
     "raft_jax.sources": {"huggingface_hub"},
     "raft_jax.config": {"omegaconf", "yaml"},
     "raft_jax.settings_text": {"omegaconf", "yaml"},
