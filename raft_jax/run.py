@@ -55,6 +55,11 @@ def _tokens_written(ledger: Ledger) -> int:
     return sum(record.get("num_tokens", 0) for record in ledger.records())
 
 
+def _write_evaluation(path: Path, scores: Mapping[str, Any], settings: Settings) -> None:
+    made_with = {name: settings_for(f"evaluate {name}", settings) for name in scores}
+    write_atomically(path, json.dumps({"models": scores, "settings": made_with}, indent=1, ensure_ascii=False))
+
+
 class Run:
     """The stages of one run. Each leaves its result in the folder and is passed over when that is there."""
 
@@ -193,6 +198,8 @@ class Run:
         if missing:
             self._evaluate(missing, scores, target)
         if stale and is_writer():
+            if not missing:
+                _write_evaluation(target, scores, self.settings)
             os.replace(target, path)
         wait_for_writer("evaluation")
 
@@ -204,8 +211,7 @@ class Run:
             interrupt.check()
             began = time.perf_counter()
             scores[name] = evaluation.evaluate(name, self._params_of(name))
-            made_with = {name: settings_for(f"evaluate {name}", self.settings) for name in scores}
-            write_atomically(path, json.dumps({"models": scores, "settings": made_with}, indent=1, ensure_ascii=False))
+            _write_evaluation(path, scores, self.settings)
             self._write_cards(scores, evaluated=name)
             wait_for_writer(f"evaluate {name}")
             record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, scores[name]["tokens"])

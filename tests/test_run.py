@@ -241,7 +241,8 @@ def test_a_finished_run_is_extended_and_measured_again(copy, command):
     new = json.loads(evaluation.read_text())
     assert list(new["models"]) == ["base", "sft"] and not evaluation.with_name("evaluation.new.json").exists()
     assert new["settings"]["base"]["evaluate.max_new_tokens"] == 6
-    assert all(new["models"][name]["domain"] != old["models"][name]["domain"] for name in ("base", "sft"))
+    assert new["models"]["base"]["tokens"] < old["models"]["base"]["tokens"]
+    assert new["models"]["sft"]["weight_distance"] != old["models"]["sft"]["weight_distance"]
     changed = {name for name, time in files(copy / "run").items() if before.get(name) != time}
     assert {name.partition("/")[0] for name in changed} == {"sft", "evaluation.json", "timings.jsonl", "results.json"}
     assert [line["step"] for line in metrics(copy, "sft")] == [1, 2, 3] and metrics(copy, "sft")[:2] == first
