@@ -110,7 +110,8 @@ def test_with_traceback_it_says_where_the_error_comes_from(folder, capsys):
 def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
     path = str(folder / "config.yaml")
     assert "learning_rate" in complaint(capsys, "check", path, "seed=1", "train.learning_rat=1")
-    for arguments in (["check", path, "seed=1", "--trace-back", "seed=2"], ["chekc", path], [], ["generate"]):
+    assert "which model?" in complaint(capsys, "generate")
+    for arguments in (["check", path, "seed=1", "--trace-back", "seed=2"], ["chekc", path], []):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
     capsys.readouterr()
