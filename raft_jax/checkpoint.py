@@ -1,11 +1,11 @@
 """Checkpoints: Orbax for the arrays, a manifest of content hashes beside them, and the newest whole step wins.
 
 Orbax checks that a step was written to its end, but not what it holds: a flipped byte is restored in silence.
+A step that is not whole is moved aside, never removed; a step that cannot be read is an error, and stays where it is.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,7 +17,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from raft_jax.errors import InputError
-from raft_jax.sharding import from_first_process
+from raft_jax.files import hash_files, parse_json, unreadable
+from raft_jax.sharding import any_process, from_first_process
 
 
 class Checkpoints:
@@ -35,7 +36,11 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self.folder = folder.absolute()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            os.listdir(self.folder)
+        except OSError as error:
+            raise unreadable(self.folder, error) from error
         self.keep = keep
         # Orbax would drop an old step as soon as the new one's arrays are there, before its manifest is.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
@@ -56,7 +61,7 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.StandardSave(state))
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            manifest = json.dumps({"arrays": _arrays(state), "files": _hashes(self.folder / str(step))}, indent=1)
+            manifest = json.dumps({"arrays": _arrays(state), "files": hash_files(self.folder / str(step))}, indent=1)
             path = self._manifest(step)
             partial = path.with_suffix(".partial")
             partial.write_text(manifest)
@@ -73,9 +78,22 @@ class Checkpoints:
           like: a pytree of arrays with the shapes, dtypes and shardings wanted.
 
         Raises:
-          InputError: the step holds other arrays, or arrays of other shapes or dtypes; names the first of them.
+          InputError: the step holds other arrays, or arrays of other shapes or dtypes (names the first of them); or a
+            file of a step cannot be read, which says nothing about what is in it.
         """
-        newest = from_first_process(self._newest_whole() if jax.process_index() == 0 else None)
+        failure, newest = None, None
+        if jax.process_index() == 0:
+            try:
+                newest = self._newest_whole()
+            except OSError as error:
+                failure = error
+        if any_process(failure is not None):
+            path = Path(failure.filename or self.folder) if failure else self.folder
+            raise InputError(
+                f"{unreadable(path, failure or OSError('by the first process'))}; nothing was removed: make it "
+                "readable, and the same command goes on from that step"
+            ) from failure
+        newest = from_first_process(newest)
         self._manager.reload()
         if newest is None:
             return None
@@ -90,22 +108,33 @@ class Checkpoints:
         return self.folder / f"{step}.sha256.json"
 
     def _newest_whole(self) -> int | None:
-        """The newest step whose files are those that were written; newer ones are removed."""
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        """The newest step whose files are those that were written; newer ones are moved aside."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
             if self._is_whole(step):
                 return step
-            print(f"{self.folder / str(step)}: damaged or unfinished; falling back to the step before, if there is one",
+            place = self._move_aside(step)
+            older = "falling back to the step before" if step != steps[-1] else "training begins at step 0"
+            print(f"{self.folder / str(step)}: damaged or unfinished; {older} (it is moved to {place})",
                   file=sys.stderr)
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
-            self._manifest(step).unlink(missing_ok=True)
         return None
 
     def _is_whole(self, step: int) -> bool:
+        """Raises OSError where a file is there and cannot be read."""
         try:
-            manifest = json.loads(self._manifest(step).read_text())
-            return isinstance(manifest["arrays"], dict) and manifest["files"] == _hashes(self.folder / str(step))
-        except (OSError, ValueError, LookupError, TypeError):
+            manifest = parse_json(self._manifest(step).read_bytes())
+            return isinstance(manifest["arrays"], dict) and manifest["files"] == hash_files(self.folder / str(step))
+        except (FileNotFoundError, ValueError, LookupError, TypeError):
             return False
+
+    def _move_aside(self, step: int) -> Path:
+        """Renames a step and its manifest to what Orbax does not take for a step."""
+        names = (f"damaged-{step}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
+        place = next(place for name in names if not (place := self.folder / name).exists())
+        os.replace(self.folder / str(step), place)
+        if self._manifest(step).exists():
+            os.replace(self._manifest(step), place.with_name(place.name + ".sha256.json"))
+        return place
 
     def _require_same(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
         for name in sorted(saved.keys() | wanted.keys()):
@@ -125,11 +154,12 @@ def _arrays(state: Any) -> dict[str, str]:
     }
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                found[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+
+def remove_steps(folder: Path) -> None:
+    """Removes the steps of a training run that nothing goes on from; what was moved aside stays."""
+    for path in folder.glob("*") if folder.is_dir() else ():
+        if path.name.isdigit():
+            path.with_name(f"{path.name}.sha256.json").unlink(missing_ok=True)
+            shutil.rmtree(path)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -6,14 +6,15 @@ import argparse
 import errno
 import math
 import os
-import signal
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
-from raft_jax import __version__
+from raft_jax import __version__, interrupt
+from raft_jax.config import DTYPES, load_config
 from raft_jax.errors import InputError
+from raft_jax.terminal import visible
 
 STAGES = {
     "run": "all stages: refine, train, export, evaluate, report",
@@ -36,25 +37,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if stray := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
     args.words = [*args.words, *rest]  # argparse ends the list at the first option
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # of a log that is not UTF-8
     try:
         return args.function(args) or 0
-    except InputError as error:
+    except KeyboardInterrupt as error:
+        print(f"\nraft-jax: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if (text := _complaint(error)) is None:
+            raise
         if args.traceback:
             import traceback
 
             traceback.print_exc()
-        print(f"raft-jax: error: {error}", file=sys.stderr)
+        print(f"raft-jax: error: {visible(text, one_line=True)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as error:
-        print(f"\nraft-jax: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)
-        return 130
-    except Exception as error:
-        # Orbax tells of a full disk in a ValueError with this text.
-        if args.traceback or os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        print(f"raft-jax: error: {os.strerror(errno.ENOSPC)}; free some, and the same command goes on from here",
-              file=sys.stderr)
-        return 2
+
+
+def _complaint(error: Exception) -> str | None:
+    """The line for an error that is the user's to mend; None for one of ours."""
+    if isinstance(error, InputError):
+        return str(error)
+    # Orbax tells of a full disk in a ValueError with this text.
+    if os.strerror(errno.ENOSPC) in str(error):
+        return f"{os.strerror(errno.ENOSPC)}; free some, and the same command goes on from here"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
+    return None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -84,12 +98,16 @@ def make_parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser(
         "generate", parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
         usage="raft-jax generate [options] CONFIG QUESTION [key.path=value ...]\n"
-              "       raft-jax generate [options] QUESTION --model SOURCE [--model SOURCE ...]",
+              "       raft-jax generate [options] QUESTION --model SOURCE [--model SOURCE ...]\n"
+              "       raft-jax generate [options] CONFIG --questions FILE",
     )
-    verb.add_argument("words", nargs="+", metavar="CONFIG QUESTION", help="of a run: its base model and every model "
-                      "that it has exported are asked; with --model, the question alone")
+    verb.add_argument("words", nargs="*", default=[], metavar="CONFIG QUESTION", help="of a run: its base model and "
+                      "every model that it has exported are asked; with --model, the question alone")
+    verb.add_argument("--questions", metavar="FILE", help="in place of QUESTION: one a line; - is standard input")
+    verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the config's, or float32)")
     verb.add_argument("--model", action="append", metavar="SOURCE",
-                      help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME; may be given again")
+                      help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME[@REVISION]; may be given "
+                           "again")
     verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, at temperatures above 0")
@@ -98,60 +116,60 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _stage(args) -> int:
-    from raft_jax.config import load_config
-
     config = load_config(args.config, args.words)
     _start_jax()
-    from rich.console import Console
-
     from raft_jax.preflight import require_sources
     from raft_jax.report import print_summary
     from raft_jax.run import Run
-    from raft_jax.run_dir import open_run_dir
+    from raft_jax.run_dir import folder_bytes, open_run_dir
 
     require_sources(config)
-    with open_run_dir(config) as run_dir, _stop_on_sigterm():
+    with interrupt.handled(), open_run_dir(config) as run_dir:
         run = Run(config, run_dir)
         getattr(run, "all" if args.stage == "run" else args.stage)()
+        interrupt.check()
         run.report()
         # A log has no width; rich would take it for 80 columns and break the table's lines.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
-        print_summary(run_dir, Console(width=width), TABLES.get(args.stage))
+        print_summary(run_dir, _console(width=width), TABLES.get(args.stage))
+        print(f"{run_dir}: {folder_bytes(run_dir) / 1e9:.2f} GB on the disk")
     return 0
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Ends like Ctrl-C, with a line that says how to go on, where the system asks the process to end."""
-
-    def stop(number, frame):
-        raise KeyboardInterrupt("stopped by SIGTERM; the same command goes on from here")
-
-    previous = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _report(args) -> int:
     """Reads the folder and nothing else, so that a run in progress may be looked at."""
-    from raft_jax.config import load_config
     from raft_jax.report import write_report
 
-    print(write_report(load_config(args.config, args.words).run_dir))
+    run_dir = Path(load_config(args.config, args.words).run_dir).expanduser()
+    print(visible(str(write_report(run_dir))))
     return 0
 
 
 def _check(args) -> int:
-    from rich.console import Console
-
-    from raft_jax.config import load_config
     from raft_jax.preflight import check
 
     # Names and texts of the user's are no markup, and "a:key:b" in one is no emoji.
-    check(load_config(args.config, args.words), Console(markup=False, emoji=False, highlight=False, soft_wrap=True))
+    console = _console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    check(load_config(args.config, args.words), console)
     return 0
+
+
+def _console(**settings):
+    """A console that shows what is in the texts printed to it, and does not obey it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    class VisibleConsole(Console):
+        def print(self, *objects, **options):
+            shown = []
+            for item in objects:
+                if isinstance(item, Text):
+                    item = item.copy()
+                    item.plain = visible(item.plain)
+                shown.append(visible(item) if isinstance(item, str) else item)
+            super().print(*shown, **options)
+
+    return VisibleConsole(**settings)
 
 
 def _generate(args) -> int:
@@ -159,24 +177,20 @@ def _generate(args) -> int:
         raise InputError("--max-new-tokens must be 1 or more, and --temperature 0 or more")
     if not 0 <= args.seed < 2**32:
         raise InputError(f"--seed {args.seed} is outside 0 to 2**32 - 1")
-    if args.model and len(args.words) > 1:
-        raise InputError(f"with --model there is the question alone, in quotes; what is {args.words[1]!r}?")
-    if not args.model and len(args.words) < 2:
-        raise InputError("which model? give a config before the question, or --model SOURCE")
     asked = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    if args.model:
-        question, config = args.words[0], None
-    else:
-        from raft_jax.config import load_config
-
-        path, question, *overrides = args.words
-        if stray := [word for word in overrides if "=" not in word]:
-            raise InputError(f"what is {stray[0]!r}? a question of several words goes in quotes")
+    words, config = list(args.words), None
+    if not args.model:
+        if not words or (len(words) == 1 and args.questions is None):
+            raise InputError("which model? give a config before the question, or --model SOURCE")
+        path, *words = words
+        overrides = [word for word in words if _is_setting(word)]
+        words = [word for word in words if word not in overrides]
         config = load_config(path, overrides)
         asked |= {name: getattr(config.model, name) for name in ("dtype", "attention", "thinking")}
+    if args.dtype:
+        asked["dtype"] = args.dtype
+    questions = _questions(words, args.questions)
     _start_jax()
-    from rich.console import Console
-
     from raft_jax.generate import generate, models_of
 
     if config:
@@ -185,11 +199,46 @@ def _generate(args) -> int:
         models = models_of(config)
         if len(models) == 1:
             print(f"{config.run_dir}: no tuned model there; this is the base model", file=sys.stderr)
-        asked["date"] = date_begun(Path(config.run_dir))
+        asked["date"] = date_begun(Path(config.run_dir).expanduser())
     else:
         models = [(source, source) for source in args.model]
-    generate(models, question, Console(), **asked)
+    generate(models, questions, _console(), **asked)
     return 0
+
+
+def _is_setting(word: str) -> bool:
+    """Whether a word is a setting such as `run_dir=x`, and no question."""
+    from dataclasses import fields
+
+    from raft_jax.config import Config
+
+    name = re.match(r"(\w+)[\w.]*=", word)
+    return name is not None and (name[1] in {field.name for field in fields(Config)} or "." in name[0])
+
+
+def _questions(words: Sequence[str], source: str | None) -> list[str]:
+    """The one question of the command line, or each line of a file or of standard input."""
+    if source is None:
+        if not words:
+            raise InputError("what is the question? give it in quotes, or --questions FILE (- is standard input)")
+        if len(words) > 1:
+            raise InputError(f"what is {words[1]!r}? a question of several words goes in quotes")
+        return list(words)
+    if words:
+        raise InputError(f"with --questions there is no question beside it; what is {words[0]!r}?")
+    if source == "-":
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input: not UTF-8 ({error})") from error
+    else:
+        from raft_jax.files import read_text
+
+        text = read_text(Path(source))
+    questions = [line.strip() for line in text.splitlines() if line.strip()]
+    if not questions:
+        raise InputError(f"{'standard input' if source == '-' else source}: no questions in it; write one a line")
+    return questions
 
 
 def _start_jax() -> None:

@@ -9,9 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
+from raft_jax.files import read_text
+from raft_jax.settings_text import flat, parse_yaml, require_literal
 
 METHOD_NAMES = ("raft", "sft", "sdft", "fused_sft", "on_policy")
 DTYPES = ("float32", "bfloat16")
+# What other programs and the paper call our keys, for the error about an unknown one.
+ALIASES = {
+    "lr": "train.learning_rate", "bs": "train.batch_size", "batch": "train.batch_size", "wd": "train.weight_decay",
+    "per_device_train_batch_size": "train.batch_size", "steps": "train.max_steps", "num_steps": "train.max_steps",
+    "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "warmup": "train.warmup_steps",
+    "gradient_accumulation_steps": "train.num_micro_batches", "grad_accum": "train.num_micro_batches",
+    "max_grad_norm": "train.max_gradient_norm", "clip": "train.max_gradient_norm",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_checkpoints", "lora_r": "train.lora.rank", "lora_rank": "train.lora.rank",
+    "r": "train.lora.rank", "lora_alpha": "train.lora.alpha", "target_modules": "train.lora.targets",
+    "k": "train.top_k", "topk": "train.top_k", "beta": "train.ema_decay", "lambda": "train.fixed_weight",
+    "tau": "refine.threshold", "temp": "train.temperature", "model_name": "model.source", "name": "model.source",
+    "model_name_or_path": "model.source", "base_model": "model.source", "dataset": "data.path", "file": "data.path",
+    "val_size": "data.held_out", "output_dir": "run_dir", "out": "run_dir", "method": "methods", "bf16": "model.dtype",
+    "precision": "model.dtype", "gradient_checkpointing": "model.remat",
+}
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
@@ -163,6 +181,7 @@ class TrainConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint_every: int = 50  # steps between two checkpoints
     keep_checkpoints: int = 2  # the newest so many
+    keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
 
     def __post_init__(self):
         for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every",
@@ -258,38 +277,36 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       InputError: no such file, not YAML, an unknown key (with the one that was likely meant), a wrong type, a
         missing value, or a value out of range.
     """
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; configs/ holds examples") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path}: no such file; configs/ holds examples")
     place = str(path)
     try:
-        loaded = OmegaConf.create(text)
-        if not OmegaConf.is_dict(loaded):
-            raise InputError(f"{path}: expected a YAML mapping of settings")
-        merged = OmegaConf.merge(OmegaConf.structured(Config), loaded)
+        given = require_literal(parse_yaml(read_text(path), place), place)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
         for override in overrides:
             if "=" not in override.lstrip("="):
                 raise InputError(f"override {override!r}: expected key.path=value")
             place = f"override {override!r}"
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
+            merged = OmegaConf.merge(merged, require_literal(given, place))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise InputError(f"{path}: no value for {', '.join(missing)}")
         for key, value in flat(OmegaConf.to_container(merged)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"config: {key} is {value}; allowed: a finite number")
         return OmegaConf.to_object(merged)
+    except InputError:
+        raise
     except OmegaConfBaseException as error:
         cause = error.__cause__ if isinstance(error.__cause__, InputError) else None
         raise cause or InputError(f"{place}: {_one_line(error)}") from error
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise InputError(f"{place}: settings that are nested too deeply or refer to each other in a circle") from error
+    except Exception as error:  # the YAML parser, and what OmegaConf lets through of a value
         raise InputError(f"{place}: not valid YAML ({_one_line(error)})") from error
 
 
@@ -303,6 +320,8 @@ def _one_line(error: Exception) -> str:
         sentence = f"{found[1].lower()} is a group of settings, got {found[2]}"
     elif "is not a ListConfig" in sentence:
         sentence = "expected a list, as in [a, b]"
+    elif (found := re.match(r"Key '(\w+)' not in '\w+'", sentence)) and found[1].lower() in ALIASES:
+        sentence = f"Key '{found[1]}' is not known; here it is {ALIASES[found[1].lower()]}"
     elif found := re.fullmatch(r"Key '(\w+)' not in 'Config'", sentence):
         paths = (f".{key}.".partition(f".{found[1]}.") for key in flat(_defaults()))
         elsewhere = sorted({f"{above[1:]}.{found[1]}" for above, name, _ in paths if name})
@@ -316,37 +335,27 @@ def _defaults() -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(Config))
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
+def to_dict(config: Config) -> dict[str, Any]:
+    """A config as nested dictionaries of plain values."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.structured(config))
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, every key written out."""
+    """The config as YAML, every key written out."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def changed_keys(config: Config, saved: str) -> list[str]:
-    """Dotted keys in which a config differs from a saved YAML, as `key: saved → given`; a run folder may be moved.
+def read_saved(path: Path) -> dict[str, Any]:
+    """The dotted keys of a config that a run has saved; keys of other versions may be among them.
 
     Raises:
-      InputError: the saved text is not a config.
+      InputError: it cannot be read, or is no config.
     """
-    import yaml
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    given = flat(OmegaConf.to_container(OmegaConf.structured(config)))
     try:
-        before = flat(OmegaConf.to_container(OmegaConf.create(saved))) if saved.strip() else {}
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError) as error:
-        raise InputError(f"the saved config is damaged ({_one_line(error)}); restore it, or set run_dir") from error
-    return [
-        f"{key}: {before.get(key)} → {given.get(key)}"
-        for key in sorted(given.keys() | before.keys()) if key != "run_dir" and given.get(key) != before.get(key)
-    ]
+        return flat(parse_yaml(read_text(path), str(path)))
+    except InputError as error:
+        raise InputError(f"{error}; the saved config is damaged: restore it, or set run_dir") from error

@@ -1,4 +1,4 @@
-"""One question, answered by one model or by several side by side."""
+"""Questions, answered by one model or by several side by side."""
 
 from __future__ import annotations
 
@@ -19,46 +19,54 @@ from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.report.folder import label
 from raft_jax.sampling import Sampler
+from raft_jax.terminal import visible
+
+BATCH_SIZE = 8
 
 
 def models_of(config: Config) -> list[tuple[str, str]]:
     """Name and source of a run's base model and of every model that it has exported."""
-    folders = [(name, Path(config.run_dir) / name / "hf") for name in config.methods]
+    folders = [(name, Path(config.run_dir).expanduser() / name / "hf") for name in config.methods]
     tuned = [(label(name), str(folder)) for name, folder in folders if (folder / "config.json").exists()]
     return [("base", config.model.source), *tuned]
 
 
 def generate(
-    models: Sequence[tuple[str, str]], question: str, console: Console, *, max_new_tokens: int, temperature: float,
-    seed: int, dtype: str = "float32", attention: str = "auto", thinking: bool | None = None,
+    models: Sequence[tuple[str, str]], questions: Sequence[str], console: Console, *, max_new_tokens: int,
+    temperature: float, seed: int, dtype: str = "float32", attention: str = "auto", thinking: bool | None = None,
     date: datetime.date | None = None,
 ) -> None:
-    """Prints each model's answer; an answer that was cut at the limit ends with an ellipsis.
+    """Prints each model's answers; an answer that was cut at the limit ends with an ellipsis.
 
-    `date` is what a chat template that prints one takes for today; None is today.
+    `date` is what a chat template that prints one takes for today; None is today. A model is loaded once.
 
     Raises:
-      InputError: there is no such model, or no room for the answer after the question.
+      InputError: there is no such model, or no room for an answer after its question.
     """
-    answers = []
-    for name, source in models:
+    answers: list[list[str]] = []
+    for _, source in models:
         model = load_pretrained(source, jnp.dtype(dtype), attention=attention)
         model.tokenizer.thinking, model.tokenizer.date = thinking, date
-        prompt = model.tokenizer.chat_prompt(question_prompt(question))
-        room = model.config.max_positions - len(prompt)
+        prompts = [model.tokenizer.chat_prompt(question_prompt(question)) for question in questions]
+        longest = max(map(len, prompts))
+        room = model.config.max_positions - longest
         if room < 1:
-            raise InputError(f"{source}: the question of {len(prompt)} tokens is too long for the model's "
+            raise InputError(f"{source}: the question of {longest} tokens is too long for the model's "
                              f"{model.config.max_positions} positions")
         if max_new_tokens > room:
             raise InputError(f"{source}: the question leaves room for {room} tokens; lower --max-new-tokens "
                              f"{max_new_tokens}")
-        (completion,) = Sampler(model, batch_size=1).generate(
-            model.params, [prompt], key=jax.random.key(seed), temperature=temperature, max_new_tokens=max_new_tokens,
+        completions = Sampler(model, batch_size=min(len(prompts), BATCH_SIZE)).generate(
+            model.params, prompts, key=jax.random.key(seed), temperature=temperature, max_new_tokens=max_new_tokens,
         )
-        answer = model.tokenizer.decode(completion.tokens).strip()
-        answers.append((name, answer if completion.finished else answer + " …"))
-    if len(answers) == 1:
-        console.print(Text(answers[0][1]), soft_wrap=True)
-        return
-    width = max(30, console.width // len(answers) - 1)
-    console.print(Columns([Panel(Text(answer), title=Text(name), width=width) for name, answer in answers]))
+        answers.append([model.tokenizer.decode(completion.tokens).strip() + " …" * (not completion.finished)
+                        for completion in completions])
+    for question, given in zip(questions, zip(*answers, strict=True), strict=True):
+        if len(questions) > 1:
+            console.print(Text(f"> {question}", style="bold"), soft_wrap=True)
+        if len(models) == 1:
+            console.print(Text(given[0]), soft_wrap=True)
+            continue
+        width = max(30, console.width // len(models) - 1)
+        console.print(Columns([Panel(Text(visible(answer)), title=Text(visible(name)), width=width)
+                               for answer, (name, _) in zip(given, models, strict=True)]))

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from raft_jax import interrupt
+
 PLAIN_EVERY = 10.0  # seconds between lines of a log
 
 
@@ -21,6 +23,7 @@ class _Plain:
             print(f"{title}: {done}/{total} {unit}", flush=True)
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        interrupt.check()
         self.done += count
         now = time.monotonic()
         if now - self.last < PLAIN_EVERY and self.done < self.total:
@@ -38,6 +41,7 @@ class _Bar:
         self._bar, self._task = bar, task
 
     def advance(self, count: int = 1, note: str = "") -> None:
+        interrupt.check()
         self._bar.update(self._task, advance=count, note=note)
 
 
@@ -57,7 +61,7 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[_Plai
       done: units that an earlier run did.
 
     Yields:
-      An object with `advance(count=1, note="")`.
+      An object with `advance(count=1, note="")`, which raises KeyboardInterrupt if the process was asked to end.
     """
     if not sys.stdout.isatty():
         yield _Plain(title, total, unit, done)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from raft_jax import interrupt
+from raft_jax.checkpoint import remove_steps
 from raft_jax.config import Config
 from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluation
+from raft_jax.files import read_json, require_sums
 from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.models import Model, Tokenizer, load_pretrained
 from raft_jax.models.encoder import load_encoder
@@ -29,15 +33,22 @@ from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.run import Parts, refine, summary
 from raft_jax.refine.write import Item, LocalWriter
 from raft_jax.run_dir import (
+    RESULTS,
+    all_settings,
     is_writer,
+    read_evaluation,
     record_time,
     recorded_time,
+    settings_for,
     start_date,
     wait_for_writer,
     write_atomically,
+    write_results,
 )
 from raft_jax.sampling import Sampler, Scorer
 from raft_jax.sharding import make_mesh
+from raft_jax.stages import Settings, changes
+from raft_jax.terminal import visible
 from raft_jax.train.loop import read_metrics, tokens_trained, train
 from raft_jax.train.methods import METHODS, Method
 
@@ -57,11 +68,18 @@ def _tokens_written(ledger: Ledger) -> int:
     return sum(record.get("num_tokens", 0) for record in ledger.records())
 
 
+def _write_evaluation(path: Path, scores: Mapping[str, Any], settings: Settings) -> None:
+    made_with = {name: settings_for(f"evaluate {name}", settings) for name in scores}
+    write_atomically(path, json.dumps({"models": scores, "settings": made_with}, indent=1, ensure_ascii=False))
+
+
 class Run:
     """The stages of one run. Each leaves its result in the folder and is passed over when that is there."""
 
     def __init__(self, config: Config, run_dir: Path):
         self.config, self.run_dir = config, run_dir
+        self.settings = all_settings(config)
+        self.results = read_json(run_dir / RESULTS) if (run_dir / RESULTS).exists() else {}
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
     @cached_property
@@ -89,7 +107,7 @@ class Run:
         """The examples that fit; what does not is told once."""
         rows = Rows(self.config, self.model.tokenizer, self.model.config.max_positions)
         if rows.train_left_out or rows.test_left_out or rows.remembered:
-            print(*rows.describe(at_most=3), sep="\n", flush=True)
+            print(visible("\n".join(rows.describe(at_most=3))), flush=True)
         return rows
 
     @property
@@ -162,7 +180,7 @@ class Run:
 
     def train(self) -> None:
         """Stage 2 for every method, each followed by its export."""
-        methods = [method for method in self.methods if not self._exported(method.name)]
+        methods = [method for method in self.methods if not self._is_current(f"export {method.name}")]
         if not methods:
             return
         return_memory_after_compiling()
@@ -172,11 +190,13 @@ class Run:
         self.rows.check_training(methods, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
         rows = self.refine() if refined else self.rows.gold
         for method in methods:
+            interrupt.check()
             tokens = self.rows.tokens(rows, method)
             folder = self.run_dir / method.name
+            self._note_settings(f"train {method.name}")
             params = train(self.model, tokens, method, self.config.train, folder, seed=self.config.seed, mesh=self.mesh)
             metrics = read_metrics(folder / "metrics.jsonl")
-            seconds = sum(line["seconds"] for line in metrics)
+            seconds = sum(line.get("seconds", 0) for line in metrics)
             record_time(self.run_dir, "train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
 
@@ -185,24 +205,45 @@ class Run:
         self.train()
 
     def evaluate(self) -> None:
-        """Base model and every trained one, on the same questions; a model that has its marks is passed over."""
+        """Base model and every trained one, on the same questions; a model that has its scores is passed over.
+
+        Scores that were made with other settings stay until all the new ones are there.
+        """
         path = self.run_dir / "evaluation.json"
-        found = self._evaluated(path)
         names = ["base", *(method.name for method in self.methods if self._exported(method.name))]
-        missing = [name for name in names if name not in found["models"]]
-        self._write_cards(found["models"])  # one that was killed may have left them behind its marks
-        if not missing:
-            return
+        found = read_evaluation(path)
+        stale = [name for name in found["models"] if not self._is_current(f"evaluate {name}", found["settings"])]
+        target = path.with_name("evaluation.new.json") if stale else path
+        scores = {name: entry for name, entry in found["models"].items() if name not in stale}
+        if stale and target.exists():
+            begun = read_evaluation(target)
+            scores |= {name: entry for name, entry in begun["models"].items()
+                       if name in begun["settings"] and self._is_current(f"evaluate {name}", begun["settings"])}
+        if dropped := sorted(set(stale) - set(names)):
+            print(f"evaluation.json: without {', '.join(dropped)} from here on, evaluated with other settings and not "
+                  "among methods", flush=True)
+        self._write_cards(scores)  # one that was killed may have left them behind its scores
+        missing = [name for name in names if name not in scores]
+        if missing:
+            self._evaluate(missing, scores, target)
+        if stale and is_writer():
+            if not missing:
+                _write_evaluation(target, scores, self.settings)
+            os.replace(target, path)
+        wait_for_writer("evaluation")
+
+    def _evaluate(self, names: Sequence[str], scores: dict[str, Any], path: Path) -> None:
+        """Evaluates models, and writes their scores to a file as soon as each is done."""
         settings, general = self.config.evaluate, self.rows.check_evaluation()
         evaluation = Evaluation(self.model, self.encoder, self.rows.test, general, settings, self.mesh)
-        for name in missing:
+        for name in names:
+            interrupt.check()
             began = time.perf_counter()
-            marks = evaluation.evaluate(name, self._params_of(name))
-            found["models"][name] = marks
-            write_atomically(path, json.dumps(found, indent=1, ensure_ascii=False))
-            self._write_cards(found["models"], evaluated=name)
+            scores[name] = evaluation.evaluate(name, self._params_of(name))
+            _write_evaluation(path, scores, self.settings)
+            self._write_cards(scores, evaluated=name)
             wait_for_writer(f"evaluate {name}")
-            record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, marks["tokens"])
+            record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, scores[name]["tokens"])
 
     def report(self) -> None:
         """Draws what the folder holds, whatever is still missing."""
@@ -217,19 +258,26 @@ class Run:
         self.train()
         self.evaluate()
 
-    @staticmethod
-    def _evaluated(path: Path) -> dict[str, Any]:
-        """The marks that are there."""
-        try:
-            found = json.loads(path.read_text("utf-8")) if path.exists() else {"models": {}}
-            return {**found, "models": dict(found["models"])}
-        except (ValueError, LookupError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); remove it, and every model is evaluated again") from error
+    def _is_current(self, stage: str, made_with: Mapping[str, Settings] | None = None) -> bool:
+        """Whether the result of a stage is there, and was made with the settings that it would be made with now."""
+        name = stage.partition(" ")[2]
+        if made_with is None and not self._exported(name):
+            return False
+        before = self.results.get(stage) if made_with is None else made_with.get(name, self.results.get(stage))
+        return not before or not changes(before, settings_for(stage, self.settings))
+
+    def _note_settings(self, stage: str) -> None:
+        """Notes with which settings the result of a stage is made."""
+        self.results[stage] = settings_for(stage, self.settings)
+        write_results(self.run_dir, self.results)
 
     def _export(self, method: Method, params) -> None:
         began = time.perf_counter()
         folder = self.run_dir / method.name / "hf"
         export_hf(self.model, params, folder, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
+        self._note_settings(f"export {method.name}")
+        if is_writer() and not self.config.train.keep_finished:
+            remove_steps(folder.with_name("checkpoints"))
         wait_for_writer(f"export {method.name}")
         record_time(self.run_dir, "export", method.name, time.perf_counter() - began, 0)
 
@@ -250,13 +298,15 @@ class Run:
         return model_card(self.config, method.name, method.title, len(self.rows.train), models)
 
     def _exported(self, name: str) -> bool:
-        return (self.run_dir / name / "hf" / "config.json").exists()
+        return (self.run_dir / name / "hf").is_dir()
 
     def _params_of(self, name: str):
         if name == "base":
             return self.model.params
         folder = self.run_dir / name / "hf"
         try:
+            require_sums(folder)
             return load_pretrained(str(folder), jnp.dtype(self.config.model.dtype), self.mesh).params
         except InputError as error:
-            raise InputError(f"{error} (remove {folder}, and the same command does)") from error
+            how = "exports" if (folder.with_name("checkpoints")).exists() else "trains and exports"
+            raise InputError(f"{error} (remove {folder}, and the same command {how} it again)") from error

@@ -6,15 +6,26 @@ import datetime
 import fcntl
 import json
 import os
-from contextlib import contextmanager
+import stat
+from collections.abc import Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from raft_jax.config import METHOD_NAMES, Config, changed_keys, to_yaml
+from raft_jax.config import METHOD_NAMES, Config, read_saved, to_dict, to_yaml
 from raft_jax.data.examples import fingerprint
 from raft_jax.errors import InputError
+from raft_jax.files import kind_of, parse_json, read_bytes, read_json, read_text
 from raft_jax.machine import describe_machine
+from raft_jax.settings_text import flat
+from raft_jax.sources import fingerprint_files, resolve
+from raft_jax.stages import CONTENT, Plan, Settings, plan, settings_of
+from raft_jax.train.methods import METHODS
+
+RESULTS = "results.json"
+SCORES = ("domain", "general", "weight_distance", "answers", "general_answers", "tokens")  # of an evaluated model
 
 
 @contextmanager
@@ -22,19 +33,14 @@ def open_run_dir(config: Config):
     """The run folder, held by this process alone.
 
     A folder in which nothing has been computed yet takes any config and data: what a first try complained about
-    may be mended and tried again.
+    may be mended and tried again. What a changed config leaves standing in one with results is printed.
 
     Raises:
-      InputError: the folder cannot be made, another process uses it, or it was begun with another config (says which
-        keys) or other data.
+      InputError: the folder cannot be made, another process uses it, a file of it is damaged, or a changed setting or
+        other data ask for refinement or training anew (says which).
     """
-    run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / "run.lock").open("w")
-    except OSError as error:
-        raise InputError(f"{run_dir}: cannot be used as run folder ({error.strerror}); set run_dir") from error
-    with lock:
+    run_dir = Path(config.run_dir).expanduser()
+    with _lock_file(run_dir) as lock:
         if is_writer():
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -42,44 +48,151 @@ def open_run_dir(config: Config):
                 raise InputError(
                     f"{run_dir}: another process is running in this folder; wait for it, or set run_dir"
                 ) from error
-        require_unchanged(config)
-        for name, path in _sources(config).items():
-            digest = fingerprint(path)
-            write_atomically(run_dir / f"{name}.sha256", digest + "\n")
+            except OSError as error:
+                raise InputError(f"{run_dir}: cannot be locked ({error.strerror}); set run_dir to a local folder"
+                                 ) from error
+        settings = all_settings(config)
+        planned, records = _compare(config, settings)
+        if is_writer():
+            print(*planned.lines(), sep="\n", end="\n" * bool(planned.lines()), flush=True)
+        for stage in ("refine", *(f"train {name}" for name in config.methods)):
+            records.setdefault(stage, settings_for(stage, settings))  # of what begins now
+        start_date(run_dir)
+        write_results(run_dir, records)
         write_atomically(run_dir / "config.yaml", to_yaml(config))
         yield run_dir
 
 
-def _sources(config: Config) -> dict[str, str]:
-    """The files whose content results are of."""
-    return {"data": config.data.path, "general": config.evaluate.general_path}
+def _lock_file(run_dir: Path):
+    path = run_dir / "run.lock"
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: expected a file, found {kind_of(path.stat().st_mode)}; remove it")
+        return path.open("w")
+    except OSError as error:
+        raise InputError(f"{run_dir}: cannot be used as run folder ({error.strerror}); set run_dir") from error
 
 
-def require_unchanged(config: Config) -> None:
-    """Results of two configs or of two versions of the data must not mix.
+def all_settings(config: Config) -> dict[str, Any]:
+    """Every key of a config, and beside the keys that name files or folders what is in them."""
+    settings = flat(to_dict(config))
+    for key in ("data.path", "evaluate.general_path"):
+        settings[key + CONTENT] = fingerprint(settings[key])
+    settings["model.source" + CONTENT] = fingerprint_files(resolve(config.model.source))
+    with suppress(InputError):  # not every run takes one; a stage that does says what is wrong
+        settings["encoder.source" + CONTENT] = fingerprint_files(resolve(config.encoder.source))
+    return settings
+
+
+def settings_for(stage: str, settings: Settings) -> dict[str, Any]:
+    """What the result of a stage is made with, of all settings; a stage is "refine", "train sft", "evaluate base", …"""
+    name = stage.partition(" ")[2]
+    return settings_of(stage, settings, name in METHODS and METHODS[name].target != "gold")
+
+
+def require_unchanged(config: Config) -> Plan:
+    """What of the run folder stands with this config.
+
+    Raises:
+      InputError: a file of the folder is damaged or gone, or a changed setting or other data ask for refinement or
+        training anew.
+    """
+    return _compare(config, all_settings(config))[0]
+
+
+def _compare(config: Config, settings: Settings) -> tuple[Plan, dict[str, Settings]]:
+    """The plan, and with which settings each result that is there was made."""
+    run_dir = Path(config.run_dir).expanduser()
+    records = read_results(run_dir)
+    names = ("", "base", *config.methods)
+    compared = {stage: record for stage, record in records.items() if stage.partition(" ")[2] in names}
+    return plan(str(run_dir), compared, {stage: settings_for(stage, settings) for stage in compared}), records
+
+
+def _present(run_dir: Path) -> list[str]:
+    """The stages of which there is something in a run folder, but for evaluations."""
+    stages = ["refine"] if (run_dir / "refined").exists() else []
+    for name in METHOD_NAMES:
+        stages += [f"train {name}"] if (run_dir / name).exists() else []
+        stages += [f"export {name}"] if (run_dir / name / "hf").exists() else []
+    return stages
+
+
+def read_results(run_dir: Path) -> dict[str, Settings]:
+    """The settings with which each result that is in the folder was made.
 
     Refined rows alone may lie there without a config: so they are taken along into a new run.
 
     Raises:
-      InputError: the run folder has results of another config or of other data, or does not say of which.
+      InputError: what says so is damaged or gone.
     """
-    run_dir, sources = Path(config.run_dir), _sources(config)
-    if not any((run_dir / name).exists() for name in ("refined", "evaluation.json", *METHOD_NAMES)):
-        return
-    saved, marks = run_dir / "config.yaml", {name: run_dir / f"{name}.sha256" for name in sources}
-    if any((run_dir / name).exists() for name in ("evaluation.json", *METHOD_NAMES)):
-        for path in (saved, *marks.values()):
-            if not path.exists():
-                raise InputError(f"{path}: is gone, and with it what the results beside it are of; put it back, or set "
-                                 "run_dir to a new folder")
-    if saved.exists() and (changed := changed_keys(config, saved.read_text("utf-8"))):
-        raise InputError(
-            f"{run_dir}: was made with another config ({'; '.join(changed)}); "
-            "change that back, or set run_dir to a new folder"
-        )
-    for name, path in marks.items():
-        if path.exists() and path.read_text().strip() != fingerprint(sources[name]):
-            raise InputError(f"{sources[name]}: has changed since {run_dir} was started; set run_dir to a new folder")
+    evaluation = read_evaluation(run_dir / "evaluation.json")
+    evaluated = [f"evaluate {name}" for name in evaluation["models"]]
+    if not (present := [*_present(run_dir), *evaluated]):
+        return {}
+    saved, path = run_dir / "config.yaml", run_dir / RESULTS
+    older = {"data.path": run_dir / "data.sha256", "evaluate.general_path": run_dir / "general.sha256"}
+    is_old = all(file.exists() for file in older.values())  # versions before 0.2 wrote these in place of results.json
+    if present != ["refine"]:
+        for needed in (saved, *([] if is_old else [path, run_dir / "date"])):
+            if not needed.exists():
+                raise InputError(f"{needed}: is gone, and with it what the results beside it are of; put it back, or "
+                                 "set run_dir to a new folder")
+    _timings(run_dir)
+    before = read_saved(saved) if saved.exists() else {}
+    if path.exists():
+        records = read_json(path)
+        if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
+            raise InputError(f"{path}: damaged, expected an object of objects; put it back, or set run_dir to a new "
+                             "folder")
+        # An export that is there without a record was finished by a process that was killed just then.
+        found = {stage: records.get(stage, records.get(stage.replace("export ", "train "))) for stage in present}
+        found |= {f"evaluate {name}": record for name, record in evaluation["settings"].items()
+                  if name in evaluation["models"]}
+        return {stage: record for stage, record in found.items() if record is not None}
+    before |= {key + CONTENT: _digest(file) for key, file in older.items() if file.exists()}
+    return {stage: settings_for(stage, before) for stage in present} if saved.exists() else {}
+
+
+def _digest(path: Path) -> str:
+    text = read_text(path).strip()
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise InputError(f"{path}: damaged, expected a sha256; put it back, or set run_dir to a new folder")
+    return text
+
+
+def write_results(run_dir: Path, records: Mapping[str, Settings]) -> None:
+    """Notes with which settings each result was made; for an evaluation that stands beside its scores."""
+    known = read_evaluation(run_dir / "evaluation.json")["settings"]
+    records = {stage: records[stage] for stage in sorted(records) if stage.removeprefix("evaluate ") not in known}
+    text, path = json.dumps(records, indent=1, ensure_ascii=False) + "\n", run_dir / RESULTS
+    if not path.exists() or path.read_text("utf-8") != text:
+        write_atomically(path, text)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The scores of each model that is there ("models"), and the settings that each was evaluated with ("settings").
+
+    Raises:
+      InputError: the file is damaged, or an entry of it is not all that an evaluation gives.
+    """
+    if not path.exists():
+        return {"models": {}, "settings": {}}
+    advice = "remove it, and every model is evaluated again"
+    try:
+        found = read_json(path)
+    except InputError as error:
+        raise InputError(f"{error}; damaged: {advice}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+        raise InputError(f'{path}: damaged, expected an object with "models"; {advice}')
+    for model, scores in found["models"].items():
+        if missing := [key for key in SCORES if not isinstance(scores, dict) or not scores.get(key)]:
+            raise InputError(f"{path}: damaged, the scores of {model} lack {', '.join(missing)}; {advice}")
+    settings = found.get("settings", {})
+    if not isinstance(settings, dict) or not all(isinstance(record, dict) for record in settings.values()):
+        raise InputError(f'{path}: damaged, expected "settings" of each model; {advice}')
+    return {"models": found["models"], "settings": settings}
 
 
 def start_date(run_dir: Path) -> datetime.date:
@@ -94,7 +207,14 @@ def start_date(run_dir: Path) -> datetime.date:
 def date_begun(run_dir: Path) -> datetime.date | None:
     """The day on which a run was begun, None where it was not."""
     path = run_dir / "date"
-    return datetime.date.fromisoformat(path.read_text("utf-8").strip()) if path.exists() else None
+    if not path.exists():
+        return None
+    text = read_text(path).strip()
+    try:
+        return datetime.date.fromisoformat(text)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({text[:40]!r}); write the day there on which the run was begun, as "
+                         "2026-11-30") from error
 
 
 def is_writer() -> bool:
@@ -140,5 +260,20 @@ def record_time(run_dir: Path, stage: str, method: str | None, seconds: float, t
 
 
 def _timings(run_dir: Path) -> list[dict]:
-    path = run_dir / "timings.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    path, lines = run_dir / "timings.jsonl", []
+    if not path.exists():
+        return lines
+    for number, text in enumerate(read_bytes(path).splitlines(), start=1):
+        try:
+            line = parse_json(text)
+            _ = line["stage"], line["method"], line["seconds"] + line["tokens"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise InputError(f"{path}:{number}: damaged; remove this line: the report will lack a stage's time, and "
+                             "the same command goes on") from error
+        lines.append(line)
+    return lines
+
+
+def folder_bytes(run_dir: Path) -> int:
+    """What a run folder takes on the disk."""
+    return sum(status.st_size for path in run_dir.rglob("*") if stat.S_ISREG((status := path.lstat()).st_mode))

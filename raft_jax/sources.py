@@ -1,11 +1,15 @@
-"""Where a model or a file comes from: `package://MODULE/PATH`, `hf://OWNER/NAME` or a plain path."""
+"""Where a model or a file comes from: `package://MODULE/PATH`, `hf://OWNER/NAME[@REVISION]` or a plain path."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
+import stat
 from pathlib import Path
 
 from raft_jax.errors import InputError
+from raft_jax.files import kind_of, unreadable
 
 
 def resolve(source: str) -> Path:
@@ -13,13 +17,15 @@ def resolve(source: str) -> Path:
 
     Args:
       source: `package://MODULE/PATH` (a file or folder inside an installed package), `hf://OWNER/NAME`
-        (fetched with huggingface_hub, or taken from its cache), or a path.
+        or `hf://OWNER/NAME@REVISION`, a branch, tag or commit (fetched with huggingface_hub, or taken from its
+        cache), or a path.
 
     Returns:
       The path of a file or a folder.
 
     Raises:
-      InputError: the package is not installed, the hub cannot be reached, or nothing is there.
+      InputError: the package is not installed, the hub cannot be reached, nothing is there, or what is there or in
+        the folder is a pipe or a device, which would be waited for without end.
 
     Example:
       >>> resolve("package://raft_jax/sources.py").name
@@ -33,10 +39,75 @@ def resolve(source: str) -> Path:
         raise InputError(f"{source}: unknown kind of source; use package://MODULE/PATH, hf://OWNER/NAME or a path")
     else:
         path = Path(source).expanduser()
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not exists:
         place = "" if str(path) == source else f" ({path})"
         raise InputError(f"{source}: no such file or folder{place}; check the path")
+    _require_files(path)
     return path
+
+
+def _require_files(path: Path) -> None:
+    """Raises InputError where a path, or something in the folder there, is neither a file nor a folder."""
+    try:
+        places = [path] if not path.is_dir() else [path / name for name in os.listdir(path)]
+    except OSError as error:
+        raise unreadable(path, error) from error
+    for place in places:
+        try:
+            mode = place.stat().st_mode
+        except OSError:
+            continue  # a link to nowhere; whoever reads it says so
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise InputError(f"{place}: expected a file, found {kind_of(mode)}")
+
+
+READ_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.txt",
+              "merges.txt", "model.safetensors.index.json", "modules.json", "sentence_bert_config.json",
+              "config_sentence_transformers.json")
+BLOCK_BYTES, NUM_BLOCKS = 1 << 16, 32
+
+
+def fingerprint_files(path: Path) -> dict[str, str]:
+    """A hash of every file that a model or an encoder is read from, by its name.
+
+    A large file is hashed by its size, its beginning and 32 blocks spread over it: under a second for any model.
+
+    Raises:
+      InputError: a file cannot be read.
+    """
+    if path.is_file():
+        return {path.name: _sampled_hash(path)}
+    files = [file for file in path.glob("*") if file.name in READ_FILES or file.suffix in (".safetensors", ".model")]
+    files += [*path.glob("*/config.json"), *path.glob("additional_chat_templates/*.jinja")]
+    return {file.relative_to(path).as_posix(): _sampled_hash(file) for file in sorted(files) if file.is_file()}
+
+
+def fingerprint_model(path: Path) -> str:
+    """One hash of everything that a model or an encoder is read from: weights, tokenizer, chat template and config."""
+    lines = [f"{name} {digest}\n" for name, digest in sorted(fingerprint_files(path).items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _sampled_hash(path: Path) -> str:
+    try:
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        with path.open("rb") as file:
+            if size <= BLOCK_BYTES * NUM_BLOCKS:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(1 << 20))  # of a safetensors file, the header
+                for number in range(NUM_BLOCKS):
+                    file.seek((size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
+                    digest.update(file.read(BLOCK_BYTES))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return digest.hexdigest()
 
 
 def _in_package(source: str) -> Path:
@@ -59,12 +130,15 @@ def _from_hub(source: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    name = source.removeprefix("hf://")
-    if name.count("/") != 1:
-        raise InputError(f"{source}: expected hf://OWNER/NAME")
+    name, at, revision = source.removeprefix("hf://").partition("@")
+    if name.count("/") != 1 or (at and not revision):
+        raise InputError(f"{source}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION (a branch, tag or commit)")
     try:
         # Weights as safetensors only: pickled weights can run code when loaded.
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        return Path(snapshot_download(
+            name, revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+        ))
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{source}: not in the local cache, and the Hugging Face hub cannot be reached; "

@@ -1,6 +1,9 @@
 """Checkpoints: what was saved comes back bit by bit, and what is damaged is never restored."""
 
+import errno
 import json
+import os
+import pathlib
 import shutil
 from typing import Any, NamedTuple
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from raft_jax.checkpoint import Checkpoints
+from raft_jax.checkpoint import Checkpoints, remove_steps
 from raft_jax.errors import InputError
 from raft_jax.sharding import make_mesh
 
@@ -81,7 +84,7 @@ def test_old_steps_go_with_their_manifests(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "10.sha256.json", "2", "2.sha256.json"]
 
 
-@pytest.mark.parametrize("place", ["_hashes", "os.replace"])
+@pytest.mark.parametrize("place", ["hash_files", "os.replace"])
 def test_killed_before_the_manifest_with_one_step_kept(tmp_path, monkeypatch, place):
     """The arrays of the new step are there, its manifest is not: the old step must be."""
     checkpoints = Checkpoints(tmp_path, keep=1)
@@ -121,7 +124,7 @@ def test_a_flipped_bit_anywhere_falls_back(saved, tmp_path, capsys):
 
 @pytest.mark.parametrize("damage", [
     "truncated", "file gone", "file more", "manifest gone", "manifest cut", "manifest odd", "manifest a list",
-    "manifest without arrays",
+    "manifest without arrays", "manifest not text", "manifest deep",
 ])
 def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
@@ -136,6 +139,10 @@ def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
         manifest.unlink()
     elif damage == "manifest cut":
         manifest.write_bytes(manifest.read_bytes()[:-3])
+    elif damage == "manifest not text":
+        manifest.write_bytes(b"\xff\xfe")
+    elif damage == "manifest deep":
+        manifest.write_text("[" * 100_000)
     elif damage == "manifest without arrays":
         manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}))
     else:
@@ -143,6 +150,9 @@ def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     checkpoints = Checkpoints(folder)
     assert_is(checkpoints.restore(LIKE), 2)
     assert not (folder / "4").exists() and not manifest.exists()
+    # Nothing of it is lost, and Orbax does not take it for a step.
+    assert len(list((folder / "damaged-4").rglob("*"))) > 4
+    assert (folder / "damaged-4.sha256.json").exists() == (damage != "manifest gone")
     for step in (4, 6):
         checkpoints.save(step, state_of(step))
     assert_is(checkpoints.restore(LIKE), 6)
@@ -150,11 +160,61 @@ def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     assert_is(restore(folder), 6)
 
 
-def test_every_step_damaged(folder):
+def test_every_step_damaged(folder, capsys):
     for manifest in folder.glob("*.sha256.json"):
         manifest.unlink()
     assert restore(folder) is None
-    assert not list(folder.glob("[0-9]*"))
+    assert sorted(path.name for path in folder.iterdir()) == ["damaged-2", "damaged-4"]
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith(f"{folder / '4'}: damaged or unfinished; falling back to the step before (")
+    assert first.endswith(f"(it is moved to {folder / 'damaged-4'})")
+    assert last.startswith(f"{folder / '2'}: ") and "; training begins at step 0 (" in last
+
+
+def test_a_step_that_is_damaged_again_gets_a_place_of_its_own(folder):
+    (folder / "damaged-4").mkdir()
+    (folder / "4.sha256.json").unlink()
+    assert_is(restore(folder), 2)
+    assert (folder / "damaged-4-2").is_dir() and not list((folder / "damaged-4").iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize("place", ["manifest", "array", "folder"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(folder, monkeypatch, number, place):
+    before = sorted(folder.rglob("*"))
+    refused = {"manifest": folder / "4.sha256.json", "array": data_files(folder)[0], "folder": folder / "4"}[place]
+
+    def failing(function):
+        def call(path, *args, **kwargs):
+            if str(path) == str(refused):
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *args, **kwargs)
+
+        return call
+
+    checkpoints = Checkpoints(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "open", failing(pathlib.Path.open))
+        patch.setattr(os, "scandir", failing(os.scandir))
+        with pytest.raises(InputError) as caught:
+            checkpoints.restore(LIKE)
+    message = str(caught.value)
+    assert message.startswith(f"{refused}: cannot be read ({os.strerror(number)}, {errno.errorcode[number]})")
+    assert "nothing was removed" in message and "\n" not in message
+    assert sorted(folder.rglob("*")) == before
+    checkpoints.close()
+    assert_is(restore(folder), 4)
+
+
+def test_the_steps_of_a_finished_training_go_but_not_what_was_moved_aside(folder):
+    (folder / "4.sha256.json").unlink()
+    assert_is(restore(folder), 2)
+    remove_steps(folder)
+    assert [path.name for path in folder.iterdir()] == ["damaged-4"]
+    shutil.rmtree(folder / "damaged-4")
+    remove_steps(folder)
+    assert not folder.exists()
+    remove_steps(folder)
 
 
 def test_an_unfinished_save_is_passed_over(folder):

@@ -17,9 +17,11 @@ import pytest
 import tiny
 import yaml
 
+from raft_jax import generate as generate_module
 from raft_jax import progress as progress_module
 from raft_jax.cli import main
 from raft_jax.config import load_config
+from raft_jax.models import load_pretrained
 from raft_jax.preflight import require_sources
 from raft_jax.progress import progress
 from raft_jax.run import Run
@@ -108,7 +110,8 @@ def test_with_traceback_it_says_where_the_error_comes_from(folder, capsys):
 def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
     path = str(folder / "config.yaml")
     assert "learning_rate" in complaint(capsys, "check", path, "seed=1", "train.learning_rat=1")
-    for arguments in (["check", path, "seed=1", "--trace-back", "seed=2"], ["chekc", path], [], ["generate"]):
+    assert "which model?" in complaint(capsys, "generate")
+    for arguments in (["check", path, "seed=1", "--trace-back", "seed=2"], ["chekc", path], []):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
     capsys.readouterr()
@@ -286,8 +289,9 @@ def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     assert not (folder / "run").exists()
 
 
-def test_generate_refuses_what_it_cannot_do(template, capsys):
-    model = template / "model"
+def test_generate_refuses_what_it_cannot_do(template, tmp_path, capsys):
+    model, empty = template / "model", tmp_path / "empty"
+    empty.write_text("\n")
     assert "what is 'more'?" in complaint(capsys, "generate", "What?", "--model", model, "more")
     assert "give a config before the question" in complaint(capsys, "generate", "What?")
     config = template / "config.yaml"
@@ -297,6 +301,12 @@ def test_generate_refuses_what_it_cannot_do(template, capsys):
     assert "0 or more" in complaint(capsys, "generate", "What?", "--model", model, "--temperature", -1)
     assert "0 or more" in complaint(capsys, "generate", "What?", "--model", model, "--temperature", "nan")
     assert "what is 'b'? a question of several words" in complaint(capsys, "generate", config, "a", "b", "c?")
+    assert "what is the question?" in complaint(capsys, "generate", config, "run_dir=x")
+    assert "what is the question?" in complaint(capsys, "generate", "--model", model)
+    assert "there is no question beside it; what is 'What?'" in complaint(
+        capsys, "generate", config, "What?", "--questions", config)
+    assert "expected a file, found a device" in complaint(capsys, "generate", config, "--questions", "/dev/zero")
+    assert "empty: no questions in it" in complaint(capsys, "generate", config, "--questions", empty)
     assert main(["generate", str(config), "What?", "--max-new-tokens", "1"]) == 0
     assert capsys.readouterr().err.endswith("run: no tuned model there; this is the base model\n")
     assert "--seed" in complaint(capsys, "generate", "What?", "--model", model, "--seed", -1)
@@ -304,6 +314,85 @@ def test_generate_refuses_what_it_cannot_do(template, capsys):
     assert "lower --max-new-tokens 512" in message
     assert "too long" in complaint(capsys, "generate", "What? " * 300, "--model", model)
     assert "no such file" in complaint(capsys, "generate", "What?", "--model", template / "none")
+
+
+def test_many_questions_are_answered_by_one_load(template, capsys, monkeypatch):
+    model = str(template / "model")
+    options = ["--model", model, "--max-new-tokens", "3", "--dtype", "bfloat16"]
+    single = []
+    for question in ("What is x=1?", "Why?"):
+        assert main(["generate", question, *options]) == 0
+        single.append(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"What is x=1?\n\n  Why?\n")))
+    loads = []
+
+    def load(*args, **settings):
+        loads.append(args)
+        return load_pretrained(*args, **settings)
+
+    monkeypatch.setattr(generate_module, "load_pretrained", load)
+    assert main(["generate", "--questions", "-", *options]) == 0
+    assert capsys.readouterr().out == f"> What is x=1?\n{single[0]}> Why?\n{single[1]}"
+    assert len(loads) == 1 and loads[0][1] == "bfloat16"
+
+
+CONTROLS = "\x1b]0;owned\x07\x1b[2Jx\x9b31m\u202e"
+
+
+def test_what_a_terminal_would_obey_is_made_visible(folder, template, capsys, monkeypatch):
+    """From ids and columns, from names on the command line, and from what a model writes."""
+    write(folder, [ROW, {**OTHER, "id": "b" + CONTROLS, "answer": ""}])
+    for override in ([], ["data.question=" + CONTROLS], [f"data.path={folder}/{CONTROLS}"],
+                     ["methods=[" + CONTROLS[1:3] + "\n]"], [CONTROLS + "=1"]):
+        message = complaint(capsys, "check", folder / "config.yaml", *override)
+        assert not set(message) & set("\x1b\x07\x9b\u202e\n")
+    long = {**ROW, "id": "long" + CONTROLS, "answer": "word " * 90}
+    write(folder, [ROW, long, OTHER, {**OTHER, "id": "test", "split": "test"}])
+    assert main(["check", str(folder / "config.yaml"), "train.batch_size=2"]) == 0
+    out = capsys.readouterr().out
+    assert "long␛]0;owned␇␛[2Jx" in out and not set(out) & set("\x1b\x07\x9b\u202e")
+    monkeypatch.setattr("raft_jax.models.tokenizer.Tokenizer.decode", lambda *_: CONTROLS)
+    model = ["--model", str(template / "model")]
+    assert main(["generate", "Why?", *model, *model, "--max-new-tokens", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "␛]0;owned␇␛[2Jx" in out and not set(out) & set("\x1b\x07\x9b\u202e")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "general.jsonl", "config.yaml"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "unreadable"])
+def test_pipes_folders_and_unreadable_files_are_a_line(folder, capsys, monkeypatch, name, kind):
+    path = folder / name
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:  # as for another user's file; the tests may be run by one who may read everything
+        path.write_bytes(content)
+        whole = Path.open
+
+        def refuse(self, *args, **settings):
+            if self == path:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
+            return whole(self, *args, **settings)
+
+        monkeypatch.setattr(Path, "open", refuse)
+    message = complaint(capsys, "check", folder / "config.yaml")
+    assert str(path) in message
+
+
+def test_a_run_folder_that_cannot_be_written_is_a_line(folder, capsys, monkeypatch):
+    (folder / "run").write_text("")
+    assert "cannot be used as run folder" in complaint(capsys, "refine", folder / "config.yaml")
+    (folder / "run").unlink()
+
+    def refuse(path, text):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("raft_jax.run_dir.write_atomically", refuse)
+    message = complaint(capsys, "refine", folder / "config.yaml")
+    assert message == f"{folder}/run/date: Read-only file system (EROFS)"
 
 
 def test_help_and_version_answer(capsys):

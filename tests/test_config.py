@@ -1,12 +1,16 @@
 """The config: strict about names, types and ranges, and each complaint is one line that says what to do."""
 
 import dataclasses
+import os
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from raft_jax.config import METHOD_NAMES, changed_keys, load_config, to_yaml
+from raft_jax.config import ALIASES, METHOD_NAMES, load_config, read_saved, to_dict, to_yaml
 from raft_jax.errors import InputError
+from raft_jax.settings_text import flat
 from raft_jax.train.methods import METHODS
 
 MINIMAL = "run_dir: runs/x\nmodel: {source: a}\ndata: {path: b}\n"
@@ -55,6 +59,11 @@ def test_file_and_overrides_are_merged_and_typed(write):
     ("train: {learning_rat: 1}", (), ("learning_rat", "learning_rate")),
     ("", ("train.learning_rat=1",), ("train.learning_rat=1", "learning_rate")),
     ("", ("learning_rate=1",), ("learning_rate=1", "there is train.learning_rate")),
+    ("", ("train.lr=1",), ("Key 'lr' is not known; here it is train.learning_rate",)),
+    ("lr: 1", (), ("here it is train.learning_rate",)),
+    ("train: {lora: {r: 8}}", (), ("here it is train.lora.rank",)),
+    ("refine: {tau: 0.5}", (), ("here it is refine.threshold",)),
+    ("output_dir: x", (), ("here it is run_dir",)),
     ("", ("lora.rank=1",), ("lora.rank=1", "there is train.lora")),
     ("", ("train.rollout.max_tokens=1",), ("train.rollout.max_tokens=1",)),
     ("train: {batch_size: many}", (), ("train.batch_size", "many")),
@@ -123,39 +132,67 @@ def test_values_out_of_range_are_named_with_what_is_allowed(write, override, wor
     assert words in message and message.startswith("config: "), message
 
 
+def test_aliases_name_keys_that_are_there(write):
+    known = flat(to_dict(load_config(write(MINIMAL))))
+    assert set(ALIASES.values()) <= known.keys() and not set(ALIASES) & {key.rpartition(".")[2] for key in known}
+
+
 def test_missing_values_and_files(write, tmp_path):
     assert "no value for data.path, model.source, run_dir" in complaint(write(""))
     assert "no such file" in complaint(tmp_path / "none.yaml")
-    assert "cannot be read" in complaint(tmp_path)
-    assert "cannot be read" in complaint(write(b"run_dir: \xff\xfe"))
+    assert "expected a file, found a folder" in complaint(tmp_path)
+    assert "not UTF-8" in complaint(write(b"run_dir: \xff\xfe"))
     assert "expected a YAML mapping" in complaint(write("[1, 2]"))
+    os.mkfifo(tmp_path / "pipe")
+    assert "expected a file, found a named pipe" in complaint(tmp_path / "pipe")
+    assert "expected a file, found a device" in complaint(Path("/dev/zero"))
 
 
 def test_what_is_saved_reads_back_as_the_same(write):
     config = load_config(write(MINIMAL), ["train.fixed_weight=0.1", "refine.judges=[coverage,likelihood]"])
     saved = to_yaml(config)
     assert load_config(write(saved)) == config
-    assert changed_keys(config, saved) == []
+    assert read_saved(write(saved)) == flat(to_dict(config))
 
 
-def test_changed_keys_are_named_with_both_values(write):
-    saved = to_yaml(load_config(write(MINIMAL)))
-    config = load_config(write(MINIMAL), ["train.learning_rate=1e-3", "train.rollout.top_p=0.9", "methods=[sft]"])
-    assert changed_keys(config, saved) == [
-        "methods: ['raft'] → ['sft']", "train.learning_rate: 5e-06 → 0.001", "train.rollout.top_p: 1.0 → 0.9",
-    ]
+def test_a_damaged_saved_config_is_named(write, tmp_path):
+    for damage in ("run_dir: [", "- 1", "[" * 10_000, "\x00"):
+        with pytest.raises(InputError, match=rf"^{tmp_path}/config.yaml: .*the saved config is damaged") as caught:
+            read_saved(write(damage))
+        assert "\n" not in str(caught.value)
 
 
-def test_a_run_folder_may_be_moved(write):
-    saved = to_yaml(load_config(write(MINIMAL)))
-    assert changed_keys(load_config(write(MINIMAL), ["run_dir=/elsewhere/x"]), saved) == []
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in pairwise("abcdefghij")
+)
 
 
-def test_a_damaged_saved_config_is_named(write):
-    config = load_config(write(MINIMAL))
-    for damage in ("run_dir: [", "- 1"):
-        with pytest.raises(InputError, match="the saved config is damaged"):
-            changed_keys(config, damage)
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, "a: " * 5_000, "{" * 3_000, "a: &a [*a]", "a: &a {b: *a}", BOMB, "a: *none", "\x07",
+    "a: !!python/name:os.x", "a: 0b", "train: {epochs: 2001-99-99}", "? [a]\n: b", "1: 2", "null: 1", "- - - a",
+    "a: !!binary x", "a: \"\\ud800\"", "seed: " + "9" * 5_000, "<<: *x", "model: null", "data: null",
+    "methods: null", "seed: null", "a: ${a}", "seed: ${seed}",
+    "train: {epochs: ${train.max_steps}, max_steps: ${train.epochs}}",
+])
+def test_odd_files_are_a_line(write, text):
+    path = write(MINIMAL + text)
+    began = time.perf_counter()
+    message = complaint(path)
+    assert len(message) < 1000 and time.perf_counter() - began < 20
+
+
+@pytest.mark.parametrize("value", ["${oc.env:RAFT_SECRET}", "x-${oc.env:RAFT_SECRET,none}", "${ oc.env : RAFT_SECRET }",
+                                   "${oc.decode:${oc.env:RAFT_SECRET}}"])
+def test_a_value_of_the_environment_is_never_taken(write, monkeypatch, value):
+    monkeypatch.setenv("RAFT_SECRET", "hidden")
+    for message in (complaint(write(f"{MINIMAL}encoder: {{source: '{value}'}}")),
+                    complaint(write(MINIMAL), f"encoder.source={value}")):
+        assert value in message and "hidden" not in message
+
+
+def test_one_setting_may_take_another(write):
+    config = load_config(write(MINIMAL + "encoder: {source: '${model.source}/encoder'}"))
+    assert config.encoder.source == "a/encoder"
 
 
 def test_every_method_has_its_preset():

@@ -1,6 +1,7 @@
 """The sentence encoder against stored embeddings of transformers on torch (see fixtures/make_encoder_fixture.py)."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -251,6 +252,14 @@ def prompts(**values):
     return lambda folder: change(folder / "config_sentence_transformers.json", **values)
 
 
+def tokenizer_limit(value):
+    def damage(folder: Path) -> None:
+        change(folder / "sentence_bert_config.json", max_seq_length=None)
+        change(folder / "tokenizer_config.json", model_max_length=value)
+
+    return damage
+
+
 def content(name: str, text: str):
     return lambda folder: (folder / name).write_text(text)
 
@@ -266,6 +275,20 @@ def weights(edit):
         save_file(arrays, folder / "model.safetensors")
 
     return damage
+
+
+@pytest.mark.parametrize("prefix", ["bert.", "0.auto_model.", "model.encoder_q."])
+def test_a_prefix_of_all_keys_is_left_out(folder, prefix):
+    """As transformers and sentence-transformers save an encoder that is part of another model."""
+    arrays = load_file(folder / "model.safetensors")
+    expected = load_encoder(folder).encode(TEXTS)
+    heads = {"cls.predictions.bias": np.zeros(100, np.float32)}
+    save_file({prefix + key: array for key, array in arrays.items()} | heads, folder / "model.safetensors")
+    np.testing.assert_array_equal(load_encoder(folder).encode(TEXTS), expected)
+    save_file({prefix + key: array for key, array in arrays.items() if "LayerNorm" not in key},
+              folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"the weights lack embeddings.LayerNorm.weight"):
+        load_encoder(folder)
 
 
 def truncated(folder: Path) -> None:
@@ -330,6 +353,38 @@ DAMAGES = {
         weights(lambda w: w.update({SCALE: np.zeros(17, np.float32)})),
         rf"{SCALE} has shape \(17,\), and config.json asks for \(16,\)",
     ),
+    "not finite": (
+        weights(lambda w: w.update({SCALE: np.full(16, np.inf, np.float32)})), rf"{SCALE} holds numbers that are",
+    ),
+    "no number": (
+        weights(lambda w: w.update({QUERY: np.full((16, 16), np.nan, np.float32)})), rf"{QUERY} holds numbers that are",
+    ),
+    "limit as text": (tokenizer_limit("512"), r"tokenizer_config.json: model_max_length is '512'; expected a number"),
+    "limit 0": (tokenizer_limit(0), r"tokenizer_config.json: model_max_length is 0; expected 3 or more"),
+    "limit -1": (tokenizer_limit(-1), r"tokenizer_config.json: model_max_length is -1; expected 3 or more"),
+    "no padding": (
+        lambda folder: (folder / "config.json").write_text(json.dumps(
+            json.loads((folder / "config.json").read_text()) | {"model_type": "roberta", "pad_token_id": None})),
+        r"config.json: pad_token_id is None; expected a token's id",
+    ),
+    "padding beyond": (config(model_type="roberta", pad_token_id=39), r"max_position_embeddings leaves 0 positions"),
+    "epsilon": (config(layer_norm_eps="x"), r"config.json: layer_norm_eps is 'x'; expected a number"),
+    "family as list": (config(model_type=["bert"]), r"config.json: model_type \['bert'\] is not a supported"),
+    "activation as list": (config(hidden_act=["gelu"]), r"config.json: hidden_act \['gelu'\] is not supported"),
+    "pooling as number": (pooling(pooling_mode=5), r"1_Pooling/config.json: pooling_mode is 5"),
+    "prompts as text": (prompts(default_prompt_name="q", prompts="query: "), r"prompts is 'query: '; expected an obj"),
+    "module as number": (
+        content("modules.json", json.dumps([TRANSFORMER, {"type": "models.Pooling", "path": 5}])),
+        r"modules.json: expected a list",
+    ),
+    "deep config": (content("config.json", "[" * 100_000), r"config.json: not valid JSON \(nested too deeply\)"),
+    "a folder": (lambda folder: [(folder / "config.json").unlink(), (folder / "config.json").mkdir()],
+                 r"config.json: expected a file, found a folder"),
+    "a pipe": (lambda folder: [(folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")],
+               r"model.safetensors: expected a file, found a named pipe"),
+    "a pipe below": (lambda folder: [(folder / "1_Pooling/config.json").unlink(),
+                                     os.mkfifo(folder / "1_Pooling/config.json")],
+                     r"1_Pooling/config.json: expected a file, found a named pipe"),
     "integers": (weights(lambda w: w.update({SCALE: np.zeros(16, np.int8)})), rf"{SCALE} holds int8; expected float32"),
 }
 

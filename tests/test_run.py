@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -46,7 +47,8 @@ def command(program_environment):
 def finished(tmp_path_factory, command) -> tuple[Path, str]:
     """A folder with a finished run of all methods, and what the run printed."""
     folder = tmp_path_factory.mktemp("finished")
-    config = tiny.write_run(folder, methods=list(METHODS), train={"max_steps": 2, "checkpoint_every": 1})
+    train = {"max_steps": 2, "checkpoint_every": 1, "keep_finished": True}
+    config = tiny.write_run(folder, methods=list(METHODS), train=train)
     return folder, command("run", config)
 
 
@@ -57,7 +59,7 @@ def copy(finished, tmp_path) -> Path:
     shutil.copytree(finished[0] / "run", folder / "run")
     for name in ("data.jsonl", "general.jsonl"):
         shutil.copy(finished[0] / name, folder / name)
-    for name in ("config.yaml", "run/config.yaml"):
+    for name in ("config.yaml", "run/config.yaml", "run/results.json", "run/evaluation.json"):
         text = (finished[0] / name).read_text()
         for moved in ("run", "data.jsonl", "general.jsonl"):
             text = text.replace(str(finished[0] / moved), str(folder / moved))
@@ -77,8 +79,7 @@ def metrics(folder: Path, name: str) -> list[dict]:
 def files(run_dir: Path) -> dict[str, int]:
     """When each file was last written, but for those that are written at every start."""
     return {str(path.relative_to(run_dir)): path.stat().st_mtime_ns for path in run_dir.rglob("*")
-            if path.is_file() and path.suffix != ".sha256"
-            and path.name not in ("config.yaml", "report.html", "run.lock")}
+            if path.is_file() and path.name not in ("config.yaml", "report.html", "run.lock")}
 
 
 def test_the_rows_have_their_history(finished):
@@ -179,7 +180,8 @@ def test_a_moved_run_goes_on_but_a_changed_one_is_refused(copy, capsys):
         file.write("\n")
     assert main(["run", str(config), f"run_dir={moved}"]) == 2
     message = capsys.readouterr().err
-    assert message.startswith(f"raft-jax: error: {copy / 'data.jsonl'}: has changed") and message.count("\n") == 1
+    assert f"(data.path: {copy / 'data.jsonl'} has changed since); change that back" in message
+    assert message.count("\n") == 1
     assert files(moved) == before
 
 
@@ -215,12 +217,40 @@ def test_an_export_that_was_interrupted_is_made_again_without_training(copy):
     assert len(lines(copy / "run/timings.jsonl")) == 17
 
 
-def test_a_damaged_export_is_to_be_made_again(copy):
-    weights = copy / "run/sft/hf/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-9])
-    words = f"not a whole safetensors file.*; fetch or export it again \\(remove {weights.parent}, and the same command"
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_damaged_export_is_to_be_made_again(copy, name):
+    """One flipped bit is enough: what is evaluated is what was trained."""
+    path = copy / "run/sft/hf" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    run = Run(load_config(copy / "config.yaml"), copy / "run")
+    words = rf"^{path}: damaged, .* \(remove {path.parent}, and the same command exports it again\)$"
     with pytest.raises(InputError, match=words):
-        Run(load_config(copy / "config.yaml"), copy / "run")._params_of("sft")
+        run._params_of("sft")
+    path.unlink()
+    with pytest.raises(InputError, match=f"^{path}: is gone"):
+        run._params_of("sft")
+
+
+def test_a_finished_run_is_extended_and_measured_again(copy, command):
+    """More steps go on from the last checkpoint; what does not depend on the change stays as it is."""
+    before, evaluation = files(copy / "run"), copy / "run/evaluation.json"
+    old, first = json.loads(evaluation.read_text()), metrics(copy, "sft")
+    output = command("run", copy / "config.yaml", "methods=[sft]", "train.max_steps=3", "evaluate.max_new_tokens=6")
+    assert "training and exporting again: sft (train.max_steps: 2 → 3)" in output
+    assert "evaluating again: base, sft (evaluate.max_new_tokens: 8 → 6; train.max_steps: 2 → 3)" in output
+    assert "without fused_sft, on_policy, raft, sdft from here on" in output and "train sft: 2/3 steps" in output
+    new = json.loads(evaluation.read_text())
+    assert list(new["models"]) == ["base", "sft"] and not evaluation.with_name("evaluation.new.json").exists()
+    assert new["settings"]["base"]["evaluate.max_new_tokens"] == 6
+    assert new["models"]["base"]["tokens"] < old["models"]["base"]["tokens"]
+    assert new["models"]["sft"]["weight_distance"] != old["models"]["sft"]["weight_distance"]
+    changed = {name for name, time in files(copy / "run").items() if before.get(name) != time}
+    assert {name.partition("/")[0] for name in changed} == {"sft", "evaluation.json", "timings.jsonl", "results.json"}
+    assert [line["step"] for line in metrics(copy, "sft")] == [1, 2, 3] and metrics(copy, "sft")[:2] == first
+    again = command("run", copy / "config.yaml", "methods=[sft]", "train.max_steps=3", "evaluate.max_new_tokens=6")
+    assert "again" not in again and json.loads(evaluation.read_text()) == new
 
 
 def test_an_evaluation_that_was_interrupted_is_completed(copy, command):
@@ -372,16 +402,16 @@ def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):
     with pytest.raises(InputError, match="seed: 3 → 4"), open_run_dir(load_config(path, ["seed=4"])):
         pass
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS)
-    with pytest.raises(InputError, match=r"data\.jsonl: has changed since"), open_run_dir(other):
+    with pytest.raises(InputError, match=r"data\.path: .*data\.jsonl has changed since"), open_run_dir(other):
         pass
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS[:-1])
     with (tmp_path / "general.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(InputError, match=r"general\.jsonl: has changed since"), open_run_dir(other):
+    with open_run_dir(other):  # no result depends on the general prompts yet
         pass
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "data.sha256", "general.sha256"])
+@pytest.mark.parametrize("name", ["config.yaml", "results.json", "date"])
 def test_what_the_results_are_of_must_be_there(tmp_path, name):
     config = load_config(tiny.write_run(tmp_path))
     with open_run_dir(config) as run_dir:
@@ -392,6 +422,56 @@ def test_what_the_results_are_of_must_be_there(tmp_path, name):
     with open_run_dir(config):
         (run_dir / name).unlink()
     with pytest.raises(InputError, match=f"run/{name}: is gone.*put it back, or set run_dir"), open_run_dir(config):
+        pass
+
+
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("evaluation.json", '{"models": {"base": {}}}', "the scores of base lack domain, general, weight_distance"),
+    ("evaluation.json", '{"base": {}}', 'expected an object with "models"'),
+    ("evaluation.json", "[" * 100_000, "nested too deeply"),
+    ("evaluation.json", b"\xff", "not valid JSON"),
+    ("date", "yesterday", "damaged ('yesterday'); write the day there"),
+    ("date", b"\xff", "not UTF-8"),
+    ("config.yaml", "&a [*a]", "the saved config is damaged"),
+    ("results.json", "{", "not valid JSON"),
+    ("results.json", "[]", "damaged, expected an object"),
+    ("timings.jsonl", '{"stage": "train"}\n', "timings.jsonl:1: damaged; remove this line"),
+    ("timings.jsonl", '{"stage": 1, "method": 1, "seconds": "a", "tokens": 2}\n', "timings.jsonl:1: damaged"),
+])
+def test_damage_of_the_folders_files_is_a_line(tmp_path, name, content, words):
+    config = load_config(tiny.write_run(tmp_path))
+    with open_run_dir(config) as run_dir:
+        (run_dir / "sft").mkdir()
+    (run_dir / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=re.escape(words)) as caught, open_run_dir(config):
+        pass
+    assert str(caught.value).startswith(str(run_dir / name)) and "\n" not in str(caught.value)
+    (run_dir / name).unlink()
+    os.mkfifo(run_dir / name)
+    with pytest.raises(InputError, match=f"{name}: expected a file, found a named pipe"), open_run_dir(config):
+        pass
+
+
+def test_a_model_or_encoder_that_changed_is_named(tmp_path):
+    path = tiny.write_run(tmp_path)
+    shutil.copytree(tiny.ENCODER, tmp_path / "encoder")
+    config = load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[raft,sft]"])
+    with open_run_dir(config) as run_dir:
+        (run_dir / "raft").mkdir()
+    for source, name in (("model", "model.safetensors"), ("model", "chat_template.jinja"),
+                         ("encoder", "1_Pooling/config.json")):
+        file = tmp_path / source / name
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + b" ")
+        words = f"{source}.source: in {tmp_path}/{source}, {name} changed"
+        with pytest.raises(InputError, match=re.escape(words)), open_run_dir(config):
+            pass
+        file.write_bytes(whole)
+    with open_run_dir(config):
+        pass
+    (run_dir / "raft").rename(run_dir / "sft")  # which knows no encoder
+    (tmp_path / "encoder/1_Pooling/config.json").write_text("{}")
+    with open_run_dir(load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[sft]"])):
         pass
 
 

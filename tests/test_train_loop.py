@@ -15,6 +15,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
+from raft_jax import interrupt
 from raft_jax.config import LoraConfig, RolloutConfig, TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
 from raft_jax.errors import InputError
@@ -161,25 +162,22 @@ def test_a_signal_saves_the_step_and_stops(model, rows, tmp_path, undisturbed, m
         def __exit__(self, *_):
             return False
 
-    handler = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, interrupt.handled():
         patch.setattr(loop, "progress", lambda *_: Shown())
         with pytest.raises(KeyboardInterrupt, match=f"stopped by SIGTERM after step {number}; the same command"):
             run(model, rows, tmp_path, checkpoint_every=100)
-    assert signal.getsignal(signal.SIGTERM) is handler
     assert (tmp_path / f"checkpoints/{number}").is_dir()
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == number
     lines = run(model, rows, tmp_path, checkpoint_every=100)[1]
     assert without_times(lines) == without_times(undisturbed[1])
 
 
-def test_a_second_signal_does_not_wait():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="by a second SIGINT"), loop._stop_on_signal() as stopped:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopped == [signal.SIGINT]
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+def test_more_epochs_go_on_and_fewer_are_refused(model, rows, tmp_path, undisturbed):
+    run(model, rows, tmp_path, epochs=1.0)
+    lines = run(model, rows, tmp_path, epochs=2.0)[1]
+    assert without_times(lines) == without_times(undisturbed[1])
+    with pytest.raises(InputError, match=r"is trained up to step 4, and .* ask for 2 steps; raise them, or remove .*"):
+        run(model, rows, tmp_path, epochs=1.0)
 
 
 def test_what_is_not_finite_is_not_saved(model, rows, tmp_path):
@@ -202,6 +200,26 @@ def test_the_metrics_of_steps_that_were_lost_are_cut_off(tmp_path):
     assert [line["loss"] for line in read_metrics(path)] == [1.0, 0.5, 7.0]
     assert path.read_text().count("\n") == 3
     assert MetricsLog(path, keep=0) and path.read_text() == ""
+
+
+def test_damaged_and_missing_metrics_are_said_and_no_others_dropped(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    damaged = b'{"step": 1, "loss": 1.5}\n{"step": 2, "lo\xff}\n[]\n{"step": "4"}\n{"step": 5, "loss": 3.0}\n{"step": 6'
+    path.write_bytes(damaged)
+    MetricsLog(path, keep=5)
+    error = capsys.readouterr().err
+    assert error.startswith(f"{path}:2: 3 damaged line(s), left out of the curves; the file as it was is kept as")
+    assert f"{path}: nothing there about step 2 (3 of 5 steps lack their line)" in error and error.count("\n") == 2
+    assert read_metrics(path) == [{"step": 1, "loss": 1.5}, {"step": 5, "loss": 3.0}]
+    assert (tmp_path / "metrics.damaged.jsonl").read_bytes() == damaged
+    path.unlink()
+    MetricsLog(path, keep=5)
+    assert "nothing there about step 1 (5 of 5 steps" in capsys.readouterr().err
+    path.write_text('{"step": 1, "loss": 1.5}\n{"step": 2')  # what a process leaves that is killed
+    MetricsLog(path, keep=1)
+    assert capsys.readouterr().err == "" and read_metrics(path) == [{"step": 1, "loss": 1.5}]
+    MetricsLog(path, keep=0)
+    assert "no checkpoint of the 1 steps that are logged; training begins at step 0" in capsys.readouterr().err
 
 
 # --- the optimiser ---

@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from raft_jax.errors import InputError
+from raft_jax.files import require_regular
 from raft_jax.models.encoder_families import (
     ACTIVATIONS,
     NUM_RELATIVE_BUCKETS,
@@ -339,6 +340,7 @@ def _fill(rows: list[list[list[int]]], num_rows: int, row_length: int) -> tuple[
 def _load_tokenizer(path: Path, config: EncoderConfig) -> Tokenizer:
     if not path.exists():
         raise InputError(f"{path}: no such file; save the tokenizer with transformers to get one")
+    require_regular(path)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower

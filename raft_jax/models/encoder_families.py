@@ -7,7 +7,7 @@ beyond those of raft_jax.losses: P rows of the position table, Y token types, R 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.errors import InputError
+from raft_jax.files import read_json
 from raft_jax.models.families import Stored
-from raft_jax.models.weights import SafetensorsFolder, read_json
+from raft_jax.models.weights import SafetensorsFolder
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -37,6 +38,7 @@ POOLING_FLAGS = {  # how sentence-transformers before 6 writes the mode; several
 }
 NUM_RELATIVE_BUCKETS = 32  # transformers computes MPNet's buckets with 32, whatever the config says
 # What files hold beside the encoder: a pooler that sentence encoders do not use, counters of old versions.
+HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")  # of other tasks, beside a prefixed encoder
 UNUSED_KEYS = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids", "embeddings.token_type_ids")
 
 BERT_KEYS = {
@@ -84,7 +86,14 @@ class Family(NamedTuple):
     first_position: Callable[[Mapping[str, Any]], int]  # row of the position table that a text's first token takes
 
 
-_ROBERTA = Family(BERT_KEYS, lambda hf: hf.get("pad_token_id", 1) + 1)
+def _after_padding(hf: Mapping[str, Any]) -> int:
+    pad_id = hf.get("pad_token_id", 1)
+    if type(pad_id) is not int or pad_id < 0:
+        raise InputError(f"pad_token_id is {pad_id!r}; expected a token's id: its positions begin after it")
+    return pad_id + 1
+
+
+_ROBERTA = Family(BERT_KEYS, _after_padding)
 FAMILIES = {
     "bert": Family(BERT_KEYS, lambda hf: 0),
     "mpnet": Family(MPNET_KEYS, lambda hf: 2),
@@ -131,11 +140,11 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
     path = model / "config.json"
     values = _read_object(path)
     name = values.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: model_type {name!r} is not a supported sentence encoder; "
                          f"supported: {', '.join(FAMILIES)}")
     activation = values.get("hidden_act", "gelu")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(f"{path}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     if values.get("position_embedding_type", "absolute") != "absolute":
         raise InputError(f"{path}: position_embedding_type {values['position_embedding_type']!r} is not supported; "
@@ -153,16 +162,12 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
 
     settings_path = model / "sentence_bert_config.json"
     settings = _read_object(settings_path) if settings_path.exists() else {}
-    num_positions, first_position = _size(values, "max_position_embeddings", path), family.first_position(values)
-    if settings.get("max_seq_length") is None:
-        tokenizer_path = model / "tokenizer_config.json"
-        limit = _read_object(tokenizer_path).get("model_max_length") if tokenizer_path.exists() else None
-        max_tokens = int(min(num_positions - first_position, limit or num_positions))
-    else:
-        max_tokens = _size(settings, "max_seq_length", settings_path)
-        if not 3 <= max_tokens <= num_positions - first_position:
-            raise InputError(f"{settings_path}: max_seq_length {max_tokens} is outside 3 to "
-                             f"{num_positions - first_position}, the positions that config.json provides")
+    num_positions = _size(values, "max_position_embeddings", path)
+    try:
+        first_position = family.first_position(values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    max_tokens = _max_tokens(model, settings, settings_path, num_positions - first_position)
     poolings, prefix_is_pooled = _read_poolings(folder, modules)
     prefix = _default_prefix(folder) if prefix is None else prefix
     if prefix and not prefix_is_pooled:
@@ -179,13 +184,40 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
         num_token_types=_size(values, "type_vocab_size", path) if "token_type_YD" in family.keys else 0,
         first_position=first_position,
         activation=activation,
-        norm_epsilon=float(values.get("layer_norm_eps", 1e-12)),
+        norm_epsilon=_number(values, "layer_norm_eps", 1e-12, path),
         poolings=poolings,
         normalize="Normalize" in modules,
         max_tokens=max_tokens,
         lower_case=bool(settings.get("do_lower_case", False)),
         prefix=prefix,
     ), model
+
+
+def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, available: int) -> int:
+    """How many tokens of a text are read, at most as many as there are positions."""
+    if available < 3:
+        raise InputError(f"{model / 'config.json'}: max_position_embeddings leaves {available} positions for a text")
+    if settings.get("max_seq_length") is not None:
+        max_tokens = _size(settings, "max_seq_length", settings_path)
+        if not 3 <= max_tokens <= available:
+            raise InputError(f"{settings_path}: max_seq_length {max_tokens} is outside 3 to {available}, the positions "
+                             "that config.json provides")
+        return max_tokens
+    path = model / "tokenizer_config.json"
+    values = _read_object(path) if path.exists() else {}
+    limit = _number(values, "model_max_length", available, path)
+    if limit < 3:
+        raise InputError(f"{path}: model_max_length is {limit:g}; expected 3 or more")
+    return int(min(available, limit))
+
+
+def _number(values: dict[str, Any], name: str, default: float, path: Path) -> float:
+    value = values.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not value == value:
+        raise InputError(f"{path}: {name} is {value!r}; expected a number")
+    return float(value)
 
 
 def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
@@ -201,7 +233,9 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
         "N": config.num_heads, "H": config.width // config.num_heads, "F": config.ffn_width, "R": NUM_RELATIVE_BUCKETS,
     }
     wanted = {stored.key.format(layer): stored for stored in keys.values() for layer in range(config.num_layers)}
-    found = weights.keys()
+    stored_keys = weights.keys()
+    prefix = _key_prefix(stored_keys, keys["token_VD"].key)
+    found = {key.removeprefix(prefix) for key in stored_keys if key.startswith(prefix) or not key.startswith(HEADS)}
     for key, stored in wanted.items():
         if key not in found:
             raise InputError(f"{folder}: the weights lack {key}, expected with shape {_shape(stored, sizes)}")
@@ -210,11 +244,13 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
                          f"of a {config.family} encoder of {config.num_layers} layers")
 
     def read(name: str, key: str) -> np.ndarray:
-        array, expected = weights.read(key), _shape(wanted[key], sizes)
+        array, expected = weights.read(prefix + key), _shape(wanted[key], sizes)
         if array.shape != expected:
             raise InputError(f"{folder}: {key} has shape {array.shape}, and config.json asks for {expected}")
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{folder}: {key} holds {array.dtype}; expected float32, float16 or bfloat16")
+        if not np.isfinite(array).all():
+            raise InputError(f"{folder}: {key} holds numbers that are not finite; this encoder is broken")
         letters, ours = "".join(wanted[key].dims), _letters(name).removeprefix("L")
         array = array.reshape([sizes[letter] for letter in letters])
         return array.transpose([letters.index(letter) for letter in ours])
@@ -227,6 +263,12 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
             array = read(name, stored.key)
         parameters[name] = jnp.asarray(array, dtype)
     return parameters
+
+
+def _key_prefix(keys: Collection[str], first: str) -> str:
+    """What stands before every key where a model was saved as part of another: "bert.", "0.auto_model.", …"""
+    prefixes = sorted((key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)), key=len)
+    return prefixes[0] if prefixes else ""
 
 
 def _letters(name: str) -> str:
@@ -244,7 +286,7 @@ def _read_modules(folder: Path) -> dict[str, str]:
         return {}  # a plain transformers folder: sentence-transformers gives it mean pooling and nothing more
     entries = read_json(path)
     try:
-        modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
+        modules = {entry["type"].rsplit(".", 1)[-1]: str(Path(entry["path"])) for entry in entries}
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: expected a list of modules, each with a type and a path") from error
     if list(modules) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
@@ -259,6 +301,8 @@ def _read_poolings(folder: Path, modules: dict[str, str]) -> tuple[tuple[str, ..
     path = _inside(folder, modules["Pooling"]) / "config.json"
     values = _read_object(path)
     modes = values.get("pooling_mode", [mode for flag, mode in POOLING_FLAGS.items() if values.get(flag)])
+    if not isinstance(modes, str | list):
+        raise InputError(f"{path}: pooling_mode is {modes!r}; supported: {', '.join(POOLINGS)}")
     modes = (modes,) if isinstance(modes, str) else tuple(modes) or ("mean",)
     for mode in modes:
         if mode not in POOLINGS:
@@ -272,7 +316,9 @@ def _default_prefix(folder: Path) -> str:
     name, prompts = values.get("default_prompt_name"), values.get("prompts") or {}
     if name is None:
         return ""
-    if name not in prompts:
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise InputError(f"{path}: prompts is {prompts!r}; expected an object of texts")
+    if not isinstance(name, str) or name not in prompts:
         raise InputError(f"{path}: default_prompt_name {name!r} is not among its prompts ({', '.join(prompts)})")
     return prompts[name]
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raft_jax.files import write_sums
 from raft_jax.models import Model
 from raft_jax.models.weights import SAFETENSORS_DTYPES, stored_tensors
 
@@ -58,6 +59,7 @@ def export_hf(
     tokenizer.save(work)
     (work / "README.md").write_text(card, "utf-8")
     _write_weights(model, params, work, dtype)
+    write_sums(work)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
     return folder

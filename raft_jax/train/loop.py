@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import signal
+import shutil
+import sys
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raft_jax import interrupt
 from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
 from raft_jax.errors import InputError
+from raft_jax.files import parse_json, read_bytes
 from raft_jax.models import Model
 from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
@@ -60,6 +62,7 @@ def train(
 
     Raises:
       TrainingDiverged: a loss or gradient norm that is not finite, before it is written into a checkpoint.
+      InputError: the folder's checkpoint is of another model or of a later step, or cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batches = Batches(
@@ -84,6 +87,11 @@ def train(
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
     restored = checkpoints.restore(state)
     start, state = restored or (0, state)
+    if start > num_steps:
+        raise InputError(
+            f"{folder}: is trained up to step {start}, and train.epochs and train.max_steps ask for {num_steps} steps; "
+            f"raise them, or remove {folder / 'checkpoints'}, and training begins at step 0"
+        )
     log = MetricsLog(folder / "metrics.jsonl", keep=start)
 
     train_step = jax.jit(
@@ -127,7 +135,7 @@ def train(
     done = start
 
     shown = progress(f"train {method.name}", num_steps, "steps", start)
-    with jax.set_mesh(mesh), _stop_on_signal() as stopped, shown as bar:
+    with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # the loop saves before it stops
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = put_batch(batches.at(step), mesh)
@@ -156,14 +164,14 @@ def train(
                 "seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds,
             })
             bar.advance(note=_note(metrics))
-            stop = any_process(bool(stopped))
+            stop = any_process(interrupt.requested() is not None)
             if done % settings.checkpoint_every == 0 or done == num_steps or stop:
                 checkpoints.save(done, state)
             if stop:
                 break
     checkpoints.close()
-    if any_process(bool(stopped)):  # also where it came after the last step
-        name = signal.Signals(stopped[0]).name if stopped else "a signal to another process"
+    if any_process(interrupt.requested() is not None):  # also where it came after the last step
+        name = interrupt.requested() or "a signal to another process"
         raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
     if settings.lora.rank:
         adapters = jax.tree.map(to_host, state.params)
@@ -183,20 +191,27 @@ class MetricsLog:
     """metrics.jsonl: one line a step, the source of every curve."""
 
     def __init__(self, path: Path, keep: int):
-        """Opens the file for appending, with the lines of the first `keep` steps and no others."""
+        """Opens the file for appending, with the lines of the first `keep` steps and no others.
+
+        What is damaged or missing among them is said, and a damaged file is kept as metrics.damaged.jsonl.
+        """
         self.path = path
         if jax.process_index() != 0:
             return
-        lines = []
-        if path.exists():
-            for line in path.read_text("utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= keep:
-                        lines.append(line + "\n")
-                except ValueError:  # the last line of a killed process
-                    break
+        lines, damaged = _scan(path)
+        if damaged:
+            copy = path.with_name("metrics.damaged.jsonl")
+            shutil.copyfile(path, copy)
+            print(f"{path}:{damaged[0]}: {len(damaged)} damaged line(s), left out of the curves; the file as it was "
+                  f"is kept as {copy}", file=sys.stderr)
+        if missing := [step for step in range(1, keep + 1) if step not in lines]:
+            print(f"{path}: nothing there about step {missing[0]} ({len(missing)} of {keep} steps lack their line); "
+                  "training goes on, and curves, time and token counts lack them", file=sys.stderr)
+        if keep == 0 and lines:
+            print(f"{path.parent}: no checkpoint of the {len(lines)} steps that are logged; training begins at step 0",
+                  file=sys.stderr)
         partial = path.with_suffix(".partial")
-        partial.write_text("".join(lines), "utf-8")
+        partial.write_text("".join(json.dumps(lines[step]) + "\n" for step in sorted(lines) if step <= keep), "utf-8")
         partial.replace(path)
 
     def append(self, record: dict[str, Any]) -> None:
@@ -205,37 +220,33 @@ class MetricsLog:
                 file.write(json.dumps(record) + "\n")
 
 
-@contextmanager
-def _stop_on_signal():
-    """Yields a list that stays empty until the process is asked to end; the loop then saves and stops.
+def _scan(path: Path) -> tuple[dict[int, dict[str, float]], list[int]]:
+    """The lines of a metrics file by their step (of two about one step the later), and the numbers of damaged lines.
 
-    A second signal does not wait for the step: what follows the last checkpoint is then done again.
+    A last line without its end is that of a process that was killed, and no damage.
     """
-    received: list[int] = []
-    previous = {}
-
-    def note(number, frame):
-        if received:
-            raise KeyboardInterrupt(f"stopped at once by a second {signal.Signals(number).name}")
-        received.append(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
+    if not path.exists():
+        return {}, []
+    lines, damaged = {}, []
+    texts = read_bytes(path).split(b"\n")
+    for number, text in enumerate(texts, start=1):
         try:
-            previous[number] = signal.signal(number, note)
-        except ValueError:  # not in the main thread: leave signals to whoever runs us
-            break
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+            line = parse_json(text)
+            if not isinstance(line["step"], int) or not all(type(value) in (int, float) for value in line.values()):
+                raise ValueError("expected numbers")
+            lines[line["step"]] = line
+        except (ValueError, LookupError, TypeError, AttributeError):
+            if number < len(texts):
+                damaged.append(number)
+    return lines, damaged
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+    """All whole lines of a metrics file, in the order of their steps."""
+    lines, _ = _scan(path)
+    return [lines[step] for step in sorted(lines)]
 
 
 def tokens_trained(metrics: Sequence[dict[str, float]]) -> int:
     """Tokens that carried loss."""
-    return int(np.sum([line["sft_tokens"] + line.get("rollout_tokens", 0) for line in metrics]))
+    return int(np.sum([line.get("sft_tokens", 0) + line.get("rollout_tokens", 0) for line in metrics]))

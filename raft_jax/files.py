@@ -1,0 +1,127 @@
+"""Small files, read so that whatever is wrong with one is a line that names it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from raft_jax.errors import InputError
+
+SUMS = "SHA256SUMS"
+MAX_BYTES = 256 << 20  # of a file that is read as a whole
+
+
+def require_regular(path: Path) -> None:
+    """Raises InputError where a path is not a regular file: a pipe or a device would be waited for, without end."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: expected a file, found {kind_of(mode)}")
+
+
+def kind_of(mode: int) -> str:
+    """What a path is that is no regular file."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """The error for a file that the system does not let us read; that says nothing about what is in it."""
+    name = errno.errorcode.get(error.errno, "") if error.errno else ""
+    return InputError(f"{path}: cannot be read ({error.strerror or error}{name and f', {name}'})")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a regular file.
+
+    Raises:
+      InputError: there is no such file, it is no regular one, it is larger than any that is read as a whole, or the
+        system does not let us read it.
+    """
+    require_regular(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{path}: larger than {MAX_BYTES >> 20} MiB; this is not the file that is expected here")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The text of a regular file; raises InputError as `read_bytes` does, and where it is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON text as Python's values; raises ValueError also where it is nested too deeply."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content; raises InputError as `read_bytes` does, and where it is not JSON."""
+    content = read_bytes(path)
+    try:
+        return parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by its path in it.
+
+    Raises:
+      OSError: a file or a folder cannot be read. That says nothing about what is in it.
+    """
+
+    def fail(error: OSError):
+        raise error
+
+    hashes = {}
+    for place, folders, names in os.walk(folder, onerror=fail):
+        folders.sort()
+        for name in sorted(names):
+            path = Path(place, name)
+            if path.is_file():
+                with path.open("rb") as file:
+                    hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS of every file below a folder but README.md, as the program sha256sum does."""
+    sums = {name: digest for name, digest in hash_files(folder).items() if name not in (SUMS, "README.md")}
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
+
+
+def require_sums(folder: Path) -> None:
+    """Raises InputError unless each file of SHA256SUMS is there as it was written; a folder without it passes."""
+    if not (folder / SUMS).exists():
+        return
+    text = read_text(folder / SUMS)
+    try:
+        found = hash_files(folder)
+    except OSError as error:
+        raise unreadable(Path(error.filename or folder), error) from error
+    for line in text.splitlines():
+        digest, _, name = line.partition("  ")
+        if name not in found:
+            raise InputError(f"{folder / name}: is gone")
+        if found[name] != digest:
+            raise InputError(f"{folder / name}: damaged, not the bytes that were written")

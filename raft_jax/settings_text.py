@@ -1,0 +1,84 @@
+"""The text of a file of settings, which may be anything: YAML → plain values, with limits."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from raft_jax.errors import InputError
+
+MAX_VALUES = 10_000
+
+
+def parse_yaml(text: str, place: str) -> dict[str, Any]:
+    """A YAML mapping, as plain values with interpolations as they are written.
+
+    Raises:
+      InputError: it is not YAML, not a mapping, nested too deeply, or grows without bound by its aliases.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        _require_small(yaml.compose(text, Loader=yaml.SafeLoader), place)
+        loaded = OmegaConf.create(text)
+        if not OmegaConf.is_dict(loaded):
+            raise InputError(f"{place}: expected a YAML mapping of settings")
+        return OmegaConf.to_container(loaded)
+    except InputError:
+        raise
+    except OmegaConfBaseException as error:
+        raise InputError(f"{place}: {_one_line(error)}") from error
+    except RecursionError as error:
+        raise InputError(f"{place}: not valid YAML (nested too deeply)") from error
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise InputError(f"{place}: not valid YAML ({_one_line(error)})") from error
+
+
+def _require_small(root, place: str) -> None:
+    """Counts the values of a YAML document with its aliases written out, which can be far more than the file holds."""
+    sizes: dict[int, int | None] = {}
+
+    def size(node) -> int:
+        if id(node) in sizes:
+            if sizes[id(node)] is None:
+                raise InputError(f"{place}: not valid YAML (an alias that holds itself; write the value out)")
+            return sizes[id(node)]
+        sizes[id(node)] = None
+        children = node.value if isinstance(node.value, list) else []
+        parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+        sizes[id(node)] = 1 + sum(map(size, parts))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > MAX_VALUES:
+        raise InputError(f"{place}: more than {MAX_VALUES} values; this is no file of settings")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def require_literal(given: dict[str, Any], place: str) -> dict[str, Any]:
+    """Settings in which nothing is taken from elsewhere: a value of the environment would be saved and printed.
+
+    Raises:
+      InputError: an interpolation of the environment or by another resolver; `${other.key}` is allowed.
+    """
+    for key, value in flat(given).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and re.search(r"(?<!\\)\$\{[^}]*:", text):
+                raise InputError(
+                    f"{place}: {key} is {text}, which takes a value from outside the file and would be saved with the "
+                    "results; write the value (a path may begin with ~), or let the shell do it, as in "
+                    "run_dir=$HOME/runs. Secrets such as HF_TOKEN are read from the environment"
+                )
+    return given
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config as dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in config.items():
+        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return result
