@@ -96,7 +96,8 @@ class Run:
         self.rows.check_refinement()
         sampler = Sampler(self.model, settings.batch_size, self.mesh)
         key = jax.random.key(self.config.seed)
-        drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")}
+        drawing = {name: getattr(settings, name) for name in ("temperature", "top_p")}
+        drawing["max_new_tokens"] = self.config.refine_max_new_tokens
 
         def writer(prompt, stream: int) -> LocalWriter:
             return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream), **drawing)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from raft_jax.config import METHOD_NAMES, Config, changed_keys, to_yaml
-from raft_jax.data.examples import fingerprint
+from raft_jax.data.files import fingerprint
 from raft_jax.errors import InputError
 
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 Conversation = list[dict[str, str]]
+Turns = Iterable[Sequence[str]]  # (role, content): the system turn and all turns before the question
 
 
-def question_prompt(question: str, context: str = "") -> Conversation:
-    """What the student sees: the question, after its context where it has one."""
-    return _ask(_whole(question, context))
+def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conversation:
+    """What the student sees: the turns before, then the question, after its context where it has one.
+
+    Example:
+      >>> question_prompt("How long?", turns=[("system", "Be brief.")])
+      [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'How long?'}]
+    """
+    return _ask(_whole(question, context), turns)
 
 
 def rewrite_prompt(question: str, answer: str, context: str = "") -> Conversation:
@@ -32,12 +40,13 @@ def fusion_prompt(question: str, answer: str, rewrite: str, context: str = "") -
     )
 
 
-def teacher_prompt(question: str, answer: str, context: str = "") -> Conversation:
-    """What the teacher sees (Eq. 7, App. H): background knowledge, then the question to be answered from it."""
+def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
+    """What the teacher sees (Eq. 7, App. H): the turns before, then in the last one background knowledge and question."""
     return _ask(
         f"Background reference knowledge:\n{answer}\n\n"
         "Answer the following question, using the background knowledge where it helps.\n"
-        f"{_whole(question, context)}"
+        f"{_whole(question, context)}",
+        turns,
     )
 
 
@@ -46,5 +55,6 @@ def _whole(question: str, context: str) -> str:
     return f"{context}\n\n{question}" if context else question
 
 
-def _ask(text: str) -> Conversation:
-    return [{"role": "user", "content": text}]
+def _ask(text: str, turns: Turns = ()) -> Conversation:
+    earlier = [{"role": role, "content": content} for role, content in turns]
+    return [*earlier, {"role": "user", "content": text}]

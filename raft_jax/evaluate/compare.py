@@ -47,8 +47,9 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
       InputError: file and line of what is not a prompt.
     """
     path = resolve(source)
-    if path.is_dir():
-        raise InputError(f"{path}: a folder; evaluate.general_path is a JSONL file of general prompts")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or device"
+        raise InputError(f"{path}: {kind}; evaluate.general_path is a JSONL file of general prompts")
     prompts, seen = [], {}
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if not line.strip():
@@ -81,7 +82,7 @@ class Evaluation:
         self.scorer = Scorer(model, settings.batch_size, mesh)
         self.divergence = make_divergence(model, settings.batch_size, mesh)
         tokenizer = model.tokenizer
-        asked = [question_prompt(example.question, example.context) for example in self.questions]
+        asked = [question_prompt(example.question, example.context, example.turns) for example in self.questions]
         self.question_prompts = [tokenizer.chat_prompt(messages) for messages in asked]
         self.gold_answers = [
             tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])
