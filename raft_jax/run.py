@@ -70,8 +70,8 @@ class Run:
     def rows(self) -> Rows:
         """The examples that fit; what does not is told once."""
         rows = Rows(self.config, self.model.tokenizer, self.model.config.max_positions)
-        if rows.train_left_out or rows.test_left_out or rows.remembered:
-            print(*rows.describe(at_most=3), sep="\n", flush=True)
+        if rows.incomplete:
+            print(*rows.describe(), sep="\n", flush=True)
         return rows
 
     @property

@@ -461,7 +461,10 @@ def test_pipes_and_devices_are_refused(tmp_path):
 
 def test_what_unpacks_to_far_more_than_text_does_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "MIN_UNPACKED", 2**20)
-    for name, data in (("rows.jsonl.gz", GOOD + b"\n" * 2**24), ("rows.csv.gz", b"question,answer\n" + b",\n" * 2**23)):
+    for name, data in (
+        ("rows.jsonl.gz", GOOD + (b" " * 1023 + b"\n") * 2**14),
+        ("rows.csv.gz", b"question,answer\n" + (b" " * 1023 + b",\n") * 2**14),
+    ):
         path = write(tmp_path, gzip.compress(data), name)
         with memory_below(2**22):  # of 16 MiB unpacked
             assert " MiB unpacked, over 100 times its size" in error_of(path)
@@ -549,6 +552,8 @@ def test_lists_and_objects_are_named_with_what_to_write_instead(tmp_path):
         in error_of(write(tmp_path, [squad]))
     assert "answers must be text, got an object with text, answer_start; write a text, or a list of turns" in error_of(
         write(tmp_path, [squad]), columns=Columns(answer="answers"))
+    assert "set data.question (qa is an object with question, answer; its texts are needed in columns" in error_of(
+        write(tmp_path, [{"qa": {"question": "Why?", "answer": "So."}}]))
     nested = {"messages": {"role": ["user", "assistant"], "content": ["Why?", "So."]}}
     assert 'got an object with role, content; write [{"role": "user", "content": …}' in error_of(
         write(tmp_path, [nested]))

@@ -244,6 +244,10 @@ def _missing(row: Row, name: str, field: str, instead: str = "") -> BadRow:
         value = row.values[close[0]]
         if isinstance(value, Unread | dict | list) and kind_of(value) not in ("string", "a list of objects"):
             advice += f" ({kind_of(value)} stands there; a text, or a list of {{role, content}}, is needed)"
+    objects = [key for key, value in row.values.items() if kind_of(value).startswith("an object")]
+    if objects and not close:
+        advice += (f" ({shown(objects[0])} is {kind_of(row.values[objects[0]])}; its texts are needed in columns of "
+                   "their own)")
     listed = ", ".join(map(shown, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return BadRow(f"{row.where}: no column {quoted(name)}; there are: {listed or 'none'}; {advice}")
 

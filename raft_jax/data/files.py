@@ -138,7 +138,7 @@ def _short(text: object) -> str:
 # Lines
 
 
-def _lines(source: str, path: Path, newline: str) -> Iterator[str]:
+def lines_of(source: str, path: Path, newline: str) -> Iterator[str]:
     """The lines of a text file, packed or not, without a byte order mark.
 
     Args:
@@ -178,7 +178,7 @@ def _not_utf8(source: str, path: Path, zipped: bool) -> InputError:
 
 def _read_json(source: str, path: Path) -> list[Row]:
     rows = []
-    lines = enumerate(_lines(source, path, "\n"), start=1)
+    lines = enumerate(lines_of(source, path, "\n"), start=1)
     for number, line in lines:
         if not line.strip():
             continue
@@ -227,7 +227,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _read_csv(source: str, path: Path, delimiter: str) -> list[Row]:
     # strict: a stray quote is an error, instead of text that loses its quotes or swallows the next rows.
     csv.field_size_limit(MAX_LINE)
-    reader = csv.reader(_without_nul(source, _lines(source, path, "")), delimiter=delimiter, strict=True)
+    reader = csv.reader(_without_nul(source, lines_of(source, path, "")), delimiter=delimiter, strict=True)
     header, rows, line = [], [], 1
     try:
         for fields in reader:
@@ -346,8 +346,8 @@ def _holds_something(source: str, file, name: str) -> list[bool]:
 def _arrow_kind(type) -> str:
     import pyarrow as pa
 
-    if pa.types.is_struct(type) or pa.types.is_map(type):
-        return "an object"
+    if pa.types.is_struct(type):
+        return kind_of(dict.fromkeys(field.name for field in type))
     return "a list" if pa.types.is_nested(type) else str(type)
 
 

@@ -41,7 +41,7 @@ def fusion_prompt(question: str, answer: str, rewrite: str, context: str = "") -
 
 
 def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
-    """What the teacher sees (Eq. 7, App. H): the turns before, then in the last one background knowledge and question."""
+    """What the teacher sees (Eq. 7, App. H): the turns before, then background knowledge and the question in one."""
     return _ask(
         f"Background reference knowledge:\n{answer}\n\n"
         "Answer the following question, using the background knowledge where it helps.\n"

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from raft_jax.config import EvaluateConfig
-from raft_jax.data.examples import Example
+from raft_jax.data.examples import Example, require_whole_characters
+from raft_jax.data.files import lines_of, parse_json, shown_line
 from raft_jax.data.prompts import question_prompt
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
@@ -51,16 +52,17 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
         kind = "a folder" if path.is_dir() else "a pipe or device"
         raise InputError(f"{path}: {kind}; evaluate.general_path is a JSONL file of general prompts")
     prompts, seen = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(lines_of(str(path), path, "\n"), start=1):
         if not line.strip():
             continue
+        values = parse_json(str(path), line.rstrip("\n"), number)
+        require_whole_characters(json.dumps(values, ensure_ascii=False), f"{path}:{number}", "the prompt or its check")
         try:
-            prompts.append(GeneralPrompt(**json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8; save the file with the encoding UTF-8") from error
+            prompts.append(GeneralPrompt(**values))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"{path}:{number}: not a general prompt ({error}); a line has id, category, prompt and check"
+                f"{path}:{number}: not a general prompt ({shown_line(str(error))}); a line has id, category, prompt "
+                "and check"
             ) from error
         if (first := seen.setdefault(prompts[-1].id, number)) != number:
             raise InputError(f"{path}:{number}: id {prompts[-1].id!r} is that of line {first}; give each its own")
