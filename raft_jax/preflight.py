@@ -9,11 +9,11 @@ from raft_jax.config import Config
 from raft_jax.data.batches import TokenRow
 from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
 from raft_jax.data.files import locate
-from raft_jax.data.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
 from raft_jax.data.prompts import Conversation, fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
+from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, check_keys, open_weights

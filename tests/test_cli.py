@@ -101,7 +101,7 @@ def test_with_traceback_it_says_where_the_error_comes_from(folder, capsys):
     for arguments in (["--traceback"], ["train.batch_size=2", "--traceback"], ["--traceback", "train.batch_size=2"]):
         assert main(["check", str(folder / "config.yaml"), f"data.path={folder}/none.jsonl", *arguments]) == 2
         err = capsys.readouterr().err.splitlines()
-        assert err[0] == "Traceback (most recent call last):" and any("examples.py" in line for line in err)
+        assert err[0] == "Traceback (most recent call last):" and any("files.py" in line for line in err)
         assert err[-1].startswith(f"raft-jax: error: data.path: {folder}/none.jsonl: no such file")
 
 

@@ -5,8 +5,8 @@ import tiny
 
 from raft_jax.config import load_config
 from raft_jax.data.examples import Example
-from raft_jax.data.lengths import Lengths, fitting, limits_that_keep, quantiles
 from raft_jax.errors import InputError
+from raft_jax.lengths import Lengths, fitting, limits_that_keep, quantiles
 from raft_jax.models.tokenizer import Tokenizer
 from raft_jax.preflight import Rows
 

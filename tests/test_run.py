@@ -17,10 +17,10 @@ from safetensors.numpy import load_file
 from raft_jax.cli import main
 from raft_jax.config import load_config
 from raft_jax.data.examples import Example, sampling_order
-from raft_jax.data.lengths import fitting
 from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined
 from raft_jax.errors import InputError
+from raft_jax.lengths import fitting
 from raft_jax.preflight import read_data, token_rows
 from raft_jax.run import Run
 from raft_jax.run_dir import open_run_dir, record_time, start_date

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raft_jax.data.files import Row, Unread, Wanted, kind_of, quoted, read_rows, shown
+from raft_jax.data.files import Row, Wanted, read_rows
+from raft_jax.data.wording import Unread, kind_of, quoted, shown
 from raft_jax.errors import InputError
 
 

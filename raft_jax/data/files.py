@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from raft_jax.data.wording import Unread, brief, kind_of, quoted, shown
 from raft_jax.errors import InputError
 from raft_jax.sources import resolve
 
@@ -43,12 +44,6 @@ class Wanted:
 class Row(NamedTuple):
     where: str  # file and line, for messages
     values: dict[str, Any]
-
-
-class Unread(NamedTuple):
-    """In place of a value that was not asked for."""
-
-    kind: str
 
 
 def read_rows(source: str, wanted: Wanted) -> list[Row]:
@@ -112,27 +107,6 @@ def fingerprint(path_or_uri: str | Path) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file())
     lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def shown(text: object) -> str:
-    """A name from a file as it may be printed: a terminal would obey control characters.
-
-    Example:
-      >>> shown("answer"), shown("an\\x1b[2Jswer")
-      ('answer', "'an\\\\x1b[2Jswer'")
-    """
-    text = _short(text)
-    return text if text.isprintable() else repr(text)
-
-
-def quoted(text: object) -> str:
-    """The same in quotes."""
-    return repr(_short(text))
-
-
-def _short(text: object) -> str:
-    text = str(text)
-    return text if len(text) <= 60 else text[:59] + "…"
 
 
 # Lines
@@ -415,25 +389,3 @@ def _plain(value: Any, where: str, name: str) -> Any:
         return value.decode("utf-8") if isinstance(value, bytes) else value
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: column {quoted(name)} is not UTF-8; write it as text") from error
-
-
-def brief(error: Exception) -> str:
-    """A library's error in one line."""
-    return shown_line(f"{type(error).__name__}: {error}")
-
-
-def shown_line(text: str) -> str:
-    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))[:200]
-
-
-def kind_of(value: Any) -> str:
-    """What stands in a row, in words."""
-    if isinstance(value, Unread):
-        return value.kind
-    if isinstance(value, dict) and value:
-        return f"an object with {', '.join(map(shown, list(value)[:4]))}"
-    if isinstance(value, list) and value:
-        of = {str: " of texts", dict: " of objects"}.get(type(value[0]), "")
-        return f"a list{of}"
-    kinds = {type(None): "null", str: "text", list: "an empty list", dict: "an empty object", bytes: "bytes"}
-    return kinds.get(type(value), type(value).__name__)

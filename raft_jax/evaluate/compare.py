@@ -12,8 +12,9 @@ import numpy as np
 
 from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example, require_whole_characters
-from raft_jax.data.files import lines_of, parse_json, shown_line
+from raft_jax.data.files import lines_of, parse_json
 from raft_jax.data.prompts import question_prompt
+from raft_jax.data.wording import shown_line
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
 from raft_jax.evaluate.drift import make_divergence, weight_distance
