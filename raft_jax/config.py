@@ -78,12 +78,15 @@ class DataConfig:
     train_split: str = "train"  # used where the file has the split column
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     held_out: int = 32  # rows set aside where it has none
-    max_train: int | None = None  # use the first this many rows that fit
+    seed: int = 0  # of the choice of held_out, max_train and max_test, by a hash of the rows' ids; apart from `seed`
+    max_train: int | None = None  # use a sample of this many rows that fit
     max_test: int | None = None  # the same for the held-out rows
+    skip_bad_rows: bool = False  # leave out and name rows that cannot be used, instead of stopping at the first
     max_question_tokens: int = 256  # a longer question, context included, leaves its row out
     max_answer_tokens: int = 512  # a longer gold answer leaves its row out
 
     def __post_init__(self):
+        _require(0 <= self.seed < 2**32, "data.seed", self.seed, "0 to 2**32 - 1")
         for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
         for key in ("max_train", "max_test"):
@@ -105,7 +108,7 @@ class RefineConfig:
     judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])  # a fusion's score
     temperature: float = 0.7  # of rewriting and fusion
     top_p: float = 1.0  # the same; 1 samples from the whole vocabulary
-    max_new_tokens: int = 512  # of a rewriting or a fusion; one that is cut here is not used
+    max_new_tokens: int | None = None  # a text that is cut here is unusable; null: data.max_answer_tokens
     batch_size: int = 32  # prompts sampled at once
 
     def __post_init__(self):
@@ -117,7 +120,8 @@ class RefineConfig:
         _require(self.temperature >= 0, "refine.temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "refine.top_p", self.top_p, "above 0, up to 1")
         _require(self.batch_size >= 1, "refine.batch_size", self.batch_size, "1 or more")
-        _require(self.max_new_tokens >= 1, "refine.max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.max_new_tokens is None or self.max_new_tokens >= 1, "refine.max_new_tokens", self.max_new_tokens,
+                 "1 or more, or null for data.max_answer_tokens")
         known = ("similarity", "coverage", "likelihood")
         _require(bool(self.judges) and set(self.judges) <= set(known), "refine.judges", self.judges, ", ".join(known))
 
@@ -266,8 +270,13 @@ class Config:
         allowed = "one or more of " + ", ".join(METHOD_NAMES)
         _require(bool(self.methods) and set(self.methods) <= set(METHOD_NAMES), "methods", self.methods, allowed)
         _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
-        _require(self.refine.max_new_tokens <= self.data.max_answer_tokens, "refine.max_new_tokens",
-                 self.refine.max_new_tokens, f"up to data.max_answer_tokens {self.data.max_answer_tokens}")
+        _require(self.refine_max_new_tokens <= self.data.max_answer_tokens, "refine.max_new_tokens",
+                 self.refine.max_new_tokens, f"up to data.max_answer_tokens {self.data.max_answer_tokens}, or null")
+
+    @property
+    def refine_max_new_tokens(self) -> int:
+        """How long rewritings and fused answers may be: refine.max_new_tokens, by default as gold answers."""
+        return self.refine.max_new_tokens or self.data.max_answer_tokens
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -7,21 +7,28 @@ from pathlib import Path
 
 from raft_jax.config import Config
 from raft_jax.data.batches import TokenRow
-from raft_jax.data.examples import Columns, Example, load_examples, locate, split_counts, split_held_out
+from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
+from raft_jax.data.files import locate
 from raft_jax.data.prompts import Conversation, fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
+from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
 from raft_jax.models.weights import GgufFile, check_keys, open_weights
 from raft_jax.refine.write import task_prompt
 from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
+from raft_jax.terminal import visible
 from raft_jax.train.methods import METHODS, Method
 
-# Control characters but tab and newline → their pictures: a terminal would obey them.
-VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
+NAMED = 3  # rows of each kind that are named
+
+
+def _a_few(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    return ", ".join([*names[:NAMED], *more])
 
 
 def require_source(key: str, source: str, find: Callable[[str], Path] = resolve) -> None:
@@ -39,49 +46,30 @@ def require_sources(config: Config) -> None:
     require_source("evaluate.general_path", config.evaluate.general_path)
 
 
-def read_data(config: Config) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, as data.* asks for them."""
+def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, as data.* asks for them; see `load_examples` for `bad_rows`."""
     data = config.data
     columns = Columns(data.question, data.answer, data.id, data.split, data.context)
     if split_counts(data.path, columns):
-        train_rows = load_examples(data.path, columns, split=data.train_split)
-        test_rows = load_examples(data.path, columns, split=data.test_split)
+        train_rows = load_examples(data.path, columns, data.train_split, bad_rows=bad_rows)
+        test_rows = load_examples(data.path, columns, data.test_split, bad_rows=bad_rows)
     else:
-        train_rows, test_rows = split_held_out(load_examples(data.path, columns), data.held_out, config.seed)
+        examples = load_examples(data.path, columns, bad_rows=bad_rows)
+        train_rows, test_rows = split_held_out(examples, data.held_out, data.seed)
     return train_rows, test_rows
 
 
-def fitting(
-    examples: Sequence[Example], tokenizer: Tokenizer, config: Config, limit: int | None
-) -> tuple[list[Example], dict[str, str]]:
-    """The first `limit` examples within the limits of length, and why each of the others is left out."""
-    kept, left_out = [], {}
-    for example in examples:
-        if len(kept) == limit:
-            break
-        messages = question_prompt(example.question, example.context)
-        question = len(tokenizer.encode(messages[0]["content"]))
-        answer = len(tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}]))
-        if question > config.data.max_question_tokens:
-            left_out[example.id] = f"question of {question} tokens"
-        elif answer > config.data.max_answer_tokens:
-            left_out[example.id] = f"answer of {answer} tokens"
-        else:
-            kept.append(example)
-    return kept, left_out
-
-
-def token_rows(
-    rows: Sequence[RefinedRow], contexts: Sequence[str], tokenizer: Tokenizer, method: Method
-) -> list[TokenRow]:
+def token_rows(rows: Sequence[RefinedRow], tokenizer: Tokenizer, method: Method) -> list[TokenRow]:
     """What a method trains on, as ids."""
     made = []
-    for number, (row, context) in enumerate(zip(rows, contexts, strict=True)):
+    for number, row in enumerate(rows):
         target = {
             "gold": row.gold, "rewrite": row.rewrite if row.accepted else row.gold, "fused": row.answer,
         }[method.target]
-        asked = question_prompt(row.question, context)
-        teacher = teacher_prompt(row.question, target, context) if method.teacher_sees_answer else asked
+        asked = question_prompt(row.question, row.context, row.turns)
+        teacher = asked
+        if method.teacher_sees_answer:
+            teacher = teacher_prompt(row.question, target, row.context, row.turns)
         made.append(TokenRow(
             prompt=tokenizer.chat_prompt(asked),
             answer=tokenizer.chat_answer([*asked, {"role": "assistant", "content": target}]),
@@ -100,42 +88,73 @@ class Rows:
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_positions: int):
         self.config, self.tokenizer, self.max_positions = config, tokenizer, max_positions
-        self.given = read_data(config)
+        self.bad_rows: dict[str, str] = {}  # id → what is wrong
+        self.given = read_data(config, self.bad_rows if config.data.skip_bad_rows else None)
         train, test = self.given
-        self.train, self.train_left_out = fitting(train, tokenizer, config, config.data.max_train)
-        self.test, self.test_left_out = fitting(test, tokenizer, config, config.data.max_test)
-        trained = {example.question for example in self.train}
-        self.remembered = [example.id for example in self.test if example.question in trained]
-        for name, given, kept, *_ in self._sides():
-            if not kept:
-                raise InputError(f"{config.data.path}: all {len(given)} {name} rows are longer than "
-                                 "data.max_question_tokens or data.max_answer_tokens; raise them")
+        self.train_fitting = self._fitting("training", train, config.data.max_train)
+        self.test_fitting = self._fitting("held-out", test, config.data.max_test)
+        self.train, self.test = self.train_fitting.kept, self.test_fitting.kept
+        trained = {(example.question, example.context, example.turns) for example in self.train}
+        self.remembered = [
+            example.id for example in self.test if (example.question, example.context, example.turns) in trained
+        ]
 
-    def _sides(self):
-        data = self.config.data
-        return (("training", self.given[0], self.train, self.train_left_out, "max_train", data.max_train),
-                ("held-out", self.given[1], self.test, self.test_left_out, "max_test", data.max_test))
+    def _fitting(self, name: str, examples: Sequence[Example], limit: int | None) -> Fitting:
+        found = fitting(examples, self.tokenizer, self.config, limit)
+        self.bad_rows |= found.bad
+        if not found.kept and not found.too_long:
+            raise InputError(f"{next(iter(found.bad.values()))}; none of the {len(examples)} {name} rows can be used")
+        if not found.kept:
+            raise InputError(f"{self.config.data.path}: all {len(found.too_long)} {name} rows are longer than "
+                             "data.max_question_tokens or data.max_answer_tokens; raise them")
+        return found
 
-    def describe(self, at_most: int | None = None) -> Iterator[str]:
-        """Lines about what is used and what is left out, naming at most so many rows of each side."""
+    @property
+    def incomplete(self) -> bool:
+        """Whether rows were left out that were asked for, or held-out questions are trained on."""
+        return bool(self.bad_rows or self.train_fitting.too_long or self.test_fitting.too_long or self.remembered)
+
+    def describe(self) -> Iterator[str]:
+        """Lines about what is used and what is left out, naming a few rows of each kind."""
         data = self.config.data
-        for name, given, kept, left_out, key, limit in self._sides():
-            line = f"{name}: {len(kept)} of {len(given)} rows are used"
-            if len(kept) == limit:
-                line += f" (data.{key}={limit})"
-            if not left_out:
-                yield line
-                continue
-            yield (f"{line}; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
-                   f"data.max_answer_tokens={data.max_answer_tokens}: {len(left_out)}")
-            for example, why in list(left_out.items())[:at_most]:
-                yield f"  {example}: {why}"
-            if at_most is not None and len(left_out) > at_most:
-                yield f"  … and {len(left_out) - at_most} more, which `raft-jax check` lists"
+        for name, given, found, key, limit in (
+            ("training", self.given[0], self.train_fitting, "max_train", data.max_train),
+            ("held-out", self.given[1], self.test_fitting, "max_test", data.max_test),
+        ):
+            line = f"{name}: {len(found.kept)} of {len(given)} rows are used"
+            if len(found.kept) == limit:
+                line += f" (a sample, data.{key}={limit})"
+            if found.too_long:
+                reasons = [f"{id}: {why}" for id, why in found.too_long.items()]
+                line += (f"; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
+                         f"data.max_answer_tokens={data.max_answer_tokens}: {len(reasons)} ({_a_few(reasons)})")
+            yield visible(line, one_line=True)
+        if self.bad_rows:
+            yield f"rows that cannot be used, left out by data.skip_bad_rows: {len(self.bad_rows)}"
+            shown = list(self.bad_rows.values())[:NAMED]
+            yield from (visible(f"  {problem}", one_line=True) for problem in shown)
+            if len(self.bad_rows) > NAMED:
+                yield f"  … and {len(self.bad_rows) - NAMED} more"
         if self.remembered:
-            named = ", ".join([*self.remembered[:3], *(["…"] if len(self.remembered) > 3 else [])])
-            yield (f"held-out questions that are training questions, too: {len(self.remembered)} ({named}); "
-                   "what is measured on them may be remembered, not learned")
+            yield visible(
+                f"held-out questions that are training questions, too: {len(self.remembered)} "
+                f"({_a_few(self.remembered)}); what is measured on them may be remembered, not learned",
+                one_line=True,
+            )
+
+    def describe_lengths(self, refines: bool) -> Iterator[str]:
+        """Lines about lengths in tokens, and warnings of limits that are shorter than most answers."""
+        yield from describe_lengths(list((self.train_fitting.lengths | self.test_fitting.lengths).values()))
+        limits = [("evaluate.max_new_tokens", self.config.evaluate.max_new_tokens, self.test_fitting,
+                   "answers that end there are measured as cut")]
+        if refines:
+            limits.append(("refine.max_new_tokens", self.config.refine_max_new_tokens, self.train_fitting,
+                           "rewritings that end there are not used"))
+        for key, limit, found, consequence in limits:
+            end = quantiles([found.lengths[example.id].answer for example in found.kept])[QUANTILES.index(KEPT)]
+            if limit < end:
+                yield (f"warning: {key}={limit} is shorter than the gold answers ({KEPT:.0%} of those used have up to "
+                       f"{end} tokens): {consequence}")
 
     @property
     def gold(self) -> list[RefinedRow]:
@@ -154,8 +173,7 @@ class Rows:
         Raises:
           InputError: a row does not fit the model with its rollout.
         """
-        contexts = {example.id: example.context for example in self.train}
-        made = token_rows(rows, [contexts[row.id] for row in rows], self.tokenizer, method)
+        made = token_rows(rows, self.tokenizer, method)
         rollout = self.config.train.rollout.max_new_tokens if method.distill else 0
         longest = 0
         for row in made:
@@ -185,11 +203,11 @@ class Rows:
                 "change train.batch_size, train.num_micro_batches or the mesh"
             )
         for method in methods:
-            self.tokens(self.gold, method, 0 if method.target == "gold" else self.config.refine.max_new_tokens)
+            self.tokens(self.gold, method, 0 if method.target == "gold" else self.config.refine_max_new_tokens)
 
     def check_refinement(self) -> None:
         """Raises InputError where a prompt for rewriting or fusion leaves no room for what is to be written."""
-        length = self.config.refine.max_new_tokens
+        length = self.config.refine_max_new_tokens
         self._require_room("refine.max_new_tokens", length,
                            (rewrite_prompt(row.answer, row.question, row.context, row.turns) for row in self.train))
         # The fusion's prompt has the rewriting in it.
@@ -200,11 +218,11 @@ class Rows:
         """The general prompts; raises InputError for whatever the evaluation would stumble over."""
         settings, general = self.config.evaluate, load_general_prompts(self.config.evaluate.general_path)
         self._require_room("evaluate.max_new_tokens", settings.max_new_tokens,
-                           (question_prompt(example.question, example.context) for example in self.test))
+                           (question_prompt(example.question, example.context, example.turns) for example in self.test))
         self._require_room("evaluate.general_new_tokens", settings.general_new_tokens,
                            (question_prompt(prompt.prompt) for prompt in general))
         for example in self.test:
-            messages = question_prompt(example.question, example.context)
+            messages = question_prompt(example.question, example.context, example.turns)
             answer = self.tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])
             length = len(self.tokenizer.chat_prompt(messages)) + len(answer)
             if length > self.max_positions:
@@ -231,8 +249,6 @@ def check(config: Config, console) -> None:
       InputError: whatever a run would refuse before it computes anything, but for the mesh, the shapes of the weights
         and what is in the encoder's folder: no device is touched, no tensor read.
     """
-    from rich.text import Text
-
     require_sources(config)
     require_unchanged(config)
     path = resolve(config.model.source)
@@ -246,23 +262,44 @@ def check(config: Config, console) -> None:
     check_keys(weights, decoder)
     rows = Rows(config, tokenizer, decoder.max_positions)
     methods = [METHODS[name] for name in config.methods]
+    refines = any(method.target != "gold" for method in methods)
     console.print(f"data: {config.data.path}")
-    for line in rows.describe():
+    for line in [*rows.describe(), *rows.describe_lengths(refines)]:
         console.print(line)
     rows.check_evaluation()
     rows.check_training(methods)
-    if any(method.target != "gold" for method in methods):
+    if refines:
         rows.check_refinement()
-    steps = max(1, round(config.train.epochs * (len(rows.train) // config.train.batch_size)))
+    console.print(_steps(config, len(rows.train)))
+    # Estimates of disk, memory and time belong here: all that they depend on is checked.
+    _print_example(rows, tokenizer, console)
+
+
+def _steps(config: Config, num_rows: int) -> str:
+    """A line about methods and steps, and about rows that no step takes."""
+    batch_size = config.train.batch_size
+    steps = max(1, round(config.train.epochs * (num_rows // batch_size)))
     steps = min(steps, config.train.max_steps or steps)
-    console.print(f"methods: {', '.join(config.methods)}; {steps} steps of {config.train.batch_size} rows each")
+    line = f"methods: {', '.join(config.methods)}; {steps} steps of {batch_size} rows each"
+    if unused := num_rows - min(num_rows, steps * batch_size):
+        return f"{line}; {unused} of the {num_rows} rows are in none of them"
+    if unused := num_rows % batch_size:
+        line += f"; in each epoch {unused} rows, in turn, do not fill a batch and wait for the next"
+    return line
+
+
+def _print_example(rows: Rows, tokenizer: Tokenizer, console) -> None:
+    """One training example, with the tokens that carry loss in colour."""
+    from rich.text import Text
+
     example = rows.train[0]
-    asked = question_prompt(example.question, example.context)
+    asked = question_prompt(example.question, example.context, example.turns)
     prompt = tokenizer.chat_prompt(asked)
     answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": example.answer}])
-    console.print(
-        f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do"
-    )
+    console.print(visible(
+        f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do",
+        one_line=True,
+    ))
     text = Text()
     for ids, styles in ((prompt, ("dim", "dim")), (answer, ("black on green", "black on bright_green"))):
         for index, characters in enumerate(_characters(tokenizer, ids)):
@@ -277,7 +314,7 @@ def _characters(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[str]:
         held.append(token)
         text = tokenizer.token_text(held)
         if not text.endswith("\N{REPLACEMENT CHARACTER}") or len(held) == 4:  # bytes of the longest character
-            yield text.translate(VISIBLE)
+            yield visible(text)
             held = []
     if held:
-        yield tokenizer.token_text(held).translate(VISIBLE)
+        yield visible(tokenizer.token_text(held))

@@ -106,8 +106,8 @@ class Run:
     def rows(self) -> Rows:
         """The examples that fit; what does not is told once."""
         rows = Rows(self.config, self.model.tokenizer, self.model.config.max_positions)
-        if rows.train_left_out or rows.test_left_out or rows.remembered:
-            print(visible("\n".join(rows.describe(at_most=3))), flush=True)
+        if rows.incomplete:
+            print(visible("\n".join(rows.describe())), flush=True)
         return rows
 
     @property
@@ -135,7 +135,8 @@ class Run:
         self.rows.check_refinement()
         sampler = Sampler(self.model, settings.batch_size, self.mesh)
         key = jax.random.key(self.config.seed)
-        drawing = {name: getattr(settings, name) for name in ("temperature", "top_p", "max_new_tokens")}
+        drawing = {name: getattr(settings, name) for name in ("temperature", "top_p")}
+        drawing["max_new_tokens"] = self.config.refine_max_new_tokens
 
         def writer(prompt, stream: int) -> LocalWriter:
             return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream),

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from raft_jax.config import METHOD_NAMES, Config, read_saved, to_dict, to_yaml
-from raft_jax.data.examples import fingerprint
+from raft_jax.data.files import fingerprint
 from raft_jax.errors import InputError
 from raft_jax.files import kind_of, parse_json, read_bytes, read_json, read_text
 from raft_jax.machine import describe_machine

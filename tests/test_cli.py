@@ -103,7 +103,7 @@ def test_with_traceback_it_says_where_the_error_comes_from(folder, capsys):
     for arguments in (["--traceback"], ["train.batch_size=2", "--traceback"], ["--traceback", "train.batch_size=2"]):
         assert main(["check", str(folder / "config.yaml"), f"data.path={folder}/none.jsonl", *arguments]) == 2
         err = capsys.readouterr().err.splitlines()
-        assert err[0] == "Traceback (most recent call last):" and any("examples.py" in line for line in err)
+        assert err[0] == "Traceback (most recent call last):" and any("files.py" in line for line in err)
         assert err[-1].startswith(f"raft-jax: error: data.path: {folder}/none.jsonl: no such file")
 
 
@@ -280,9 +280,10 @@ def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     out, err = capsys.readouterr()
     assert err == "" and f"data: {folder / 'data.jsonl'}\n" in out
     limits = "left out, as longer than data.max_question_tokens=64 or data.max_answer_tokens=64: 1"
-    assert re.search(rf"^training: 2 of 3 rows are used \(data.max_train=2\); {limits}\n"
-                     rf"  long \[/bold\] :key:: answer of \d+ tokens\n"
-                     rf"held-out: 2 of 3 rows are used; {limits}\n  asked: question of \d+ tokens\n", out, re.M)
+    assert re.search(
+        rf"^training: 2 of 3 rows are used \(a sample, data.max_train=2\); {limits} \(long \[/bold\] :key:: "
+        rf"answer of \d+ tokens\)\nheld-out: 2 of 3 rows are used; {limits} \(asked: question of \d+ tokens\)\n",
+        out, re.M)
     assert "held-out questions that are training questions, too: 1 (later); what is" in out
     assert "methods: raft; 2 steps of 2 rows each" in out
     assert "<|im_start|>user\nWhy a?<|im_end|>\n<|im_start|>assistant\nSo a.<|im_end|>" in out

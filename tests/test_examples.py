@@ -1,14 +1,27 @@
 """Reading questions and answers: every format and shape, and what bad input is told."""
 
 import csv
+import datetime
 import gzip
 import io
 import json
+import os
 import sys
+import tracemalloc
+from contextlib import contextmanager
 
 import pytest
 
-from raft_jax.data.examples import Columns, Example, fingerprint, load_examples, split_counts, split_held_out
+from raft_jax.data import files
+from raft_jax.data.examples import (
+    Columns,
+    Example,
+    load_examples,
+    sampling_order,
+    split_counts,
+    split_held_out,
+)
+from raft_jax.data.files import fingerprint
 from raft_jax.errors import InputError
 
 ROWS = [
@@ -41,8 +54,18 @@ def error_of(path, **kwargs):
     with pytest.raises(InputError) as caught:
         load_examples(path, **kwargs)
     message = str(caught.value)
-    assert message.startswith(str(path)) and "\n" not in message
+    assert message.startswith(str(path)) and message.isprintable()  # one line, and nothing that a terminal obeys
     return message.removeprefix(str(path))
+
+
+@contextmanager
+def memory_below(num_bytes):
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < num_bytes
+    finally:
+        tracemalloc.stop()
 
 
 # Formats
@@ -80,7 +103,7 @@ def test_parquet(tmp_path):
     pa.parquet.write_table(pa.Table.from_pylist([{"id": 7, "messages": chat}]), path)
     assert load_examples(path) == [Example("7", "Why?", "So.")]
     pa.parquet.write_table(pa.Table.from_pylist([*ROWS, {**ROWS[0], "id": "d", "answer": None}]), path)
-    assert error_of(path) == ": row 4: answer must be text, got null"
+    assert error_of(path).startswith(": row 4: answer must be text, got null; data.skip_bad_rows=true")
     whole = path.read_bytes()
     for data in (b"", whole[:-9], b"no parquet"):
         path.write_bytes(data)
@@ -162,18 +185,36 @@ def turns(*texts, first="user"):
 
 
 SYSTEM = {"role": "system", "content": "You are a clerk."}
+CLERK = ("system", "You are a clerk.")
+EARLIER = (("user", "Who?"), ("assistant", "I."))
 
 
 @pytest.mark.parametrize(("row", "expected"), [
     ({"prompt": "Why?", "completion": "So."}, ("Why?", "So.", "")),
     ({"prompt": turns("Why?"), "completion": turns("So.", first="assistant")}, ("Why?", "So.", "")),
     ({"prompt": [SYSTEM, *turns("Who?", "I.", "Why?")], "completion": "So."},
-     ("Why?", "So.", "You are a clerk.\n\nUser: Who?\n\nAssistant: I.")),
+     ("Why?", "So.", "", (CLERK, *EARLIER))),
     ({"messages": turns("Why?", "So.")}, ("Why?", "So.", "")),
-    ({"messages": [SYSTEM, *turns("Why?", "So.")]}, ("Why?", "So.", "You are a clerk.")),
-    ({"messages": [{"role": "system", "content": ""}, *turns("Why?", "So.")]}, ("Why?", "So.", "")),
-    ({"messages": turns("Who?", "I.", "Why?", "So."), "context": "Form 10."},
-     ("Why?", "So.", "Form 10.\n\nUser: Who?\n\nAssistant: I.")),
+    ({"messages": [SYSTEM, *turns("Why?", "So.")]}, ("Why?", "So.", "", (CLERK,))),
+    # Some templates write words of their own where there is no system turn, and none where it is empty.
+    ({"messages": [{"role": "system", "content": ""}, *turns("Why?", "So.")]},
+     ("Why?", "So.", "", (("system", ""),))),
+    ({"messages": turns("Who?", "I.", "Why?", "So."), "context": "Form 10."}, ("Why?", "So.", "Form 10.", EARLIER)),
+    ({"messages": turns("Why?", "So."), "system": "You are a clerk."}, ("Why?", "So.", "", (CLERK,))),
+    ({"messages": turns("Why?", "So."), "system": None, "tools": [], "images": None}, ("Why?", "So.", "")),
+    ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, ("Why?", "So.", "")),
+    ({"conversations": [{"from": "system", "value": "You are a clerk."}, {"from": "human", "value": "Who?"},
+                        {"from": "gpt", "value": "I."}, {"from": "user", "value": "Why?"},
+                        {"from": "assistant", "value": "So.", "weight": 1}]},
+     ("Why?", "So.", "", (CLERK, *EARLIER))),
+    ({"conversations": turns("Why?", "So."), "id_of_source": 3}, ("Why?", "So.", "")),
+    # Weights of turns that are not trained on in any case are without consequence, and so are empty fields.
+    ({"messages": [{"role": "user", "content": "Who?", "weight": 0, "tool_calls": None},
+                   {"role": "assistant", "content": "I.", "weight": 0, "tool_calls": [], "reasoning_content": ""},
+                   *turns("Why?", "So.")]}, ("Why?", "So.", "", EARLIER)),
+    ({"messages": turns("Why?", "So."), "question": None, "answer": None, "prompt": None, "completion": None},
+     ("Why?", "So.", "")),
+    ({"question": "Why?", "answer": "So.", "tools": ["saw"], "weight": 0, "system": "metric"}, ("Why?", "So.", "")),
     ({"question": "Why?", "answer": "So.", "context": "Form 10.", "messages": 3},
      ("Why?", "So.", "Form 10.")),
     ({"question": "Why?", "answer": "So.", "context": None}, ("Why?", "So.", "")),
@@ -183,9 +224,59 @@ def test_shapes(tmp_path, row, expected):
     assert load_examples(write(tmp_path, [row])) == [Example("000001", *expected)]
 
 
-def test_the_first_row_decides_the_shape(tmp_path):
-    path = write(tmp_path, [{"messages": turns("Why?", "So.")}, {"prompt": "Why?", "completion": "So."}])
-    assert ":2: no column 'messages'; there are: prompt, completion" in error_of(path)
+def test_each_row_has_its_shape(tmp_path):
+    path = write(tmp_path, [{"messages": turns("Why?", "So.")}, {"prompt": "Who?", "completion": "I."}])
+    assert load_examples(path) == [Example("000001", "Why?", "So."), Example("000002", "Who?", "I.")]
+    path = write(tmp_path, [{"messages": turns("Why?", "So.")}, {"prompt": "Who?"}])
+    assert ":2: no column 'messages'; there are: prompt" in error_of(path)
+
+
+LOST = {
+    "tool_calls": [{"id": "c1"}], "function_call": {"name": "look"}, "reasoning_content": "Hm.", "thinking": "Hm.",
+    "images": ["pier.png"], "weight": 0,
+}
+
+
+@pytest.mark.parametrize("key", LOST)
+@pytest.mark.parametrize("shape", ["messages", "earlier", "completion", "conversations"])
+def test_what_would_be_lost_of_a_turn_is_refused(tmp_path, key, shape):
+    last = {"role": "assistant", "content": "So.", key: LOST[key]}
+    row = {
+        "messages": {"messages": [*turns("Why?"), last]},
+        "earlier": {"messages": [*turns("Who?"), last, *turns("Why?", "So.")]},
+        "completion": {"prompt": "Why?", "completion": [last]},
+        "conversations": {"conversations": [
+            {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.", key: LOST[key]}]},
+    }[shape]
+    good = {"messages": turns("Why?", "So.")}
+    path = write(tmp_path, [good, row, good])
+    if (shape, key) == ("earlier", "weight"):  # not trained on in any case
+        assert len(load_examples(path)) == 3
+        return
+    message = error_of(path)
+    assert message.startswith(":2: ") and f" has {key}" in message and "data.skip_bad_rows" in message
+    bad = {}
+    assert len(load_examples(path, bad_rows=bad)) == 2
+    assert list(bad) == ["000002"] and f" has {key}" in bad["000002"]
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("tools", [{"type": "function"}]), ("images", ["pier.png"]), ("weight", 0), ("weight", 0.5), ("functions", [{}]),
+    ("videos", ["pier.mp4"]), ("documents", [{"text": "Tides."}]),
+])
+def test_what_would_be_lost_of_a_conversation_is_refused(tmp_path, key, value):
+    for row in ({"messages": turns("Why?", "So.")}, {"prompt": turns("Why?"), "completion": "So."}):
+        assert f":1: the row has {key}" in error_of(write(tmp_path, [{**row, key: value}]))
+
+
+@pytest.mark.parametrize("row", [
+    {"messages": [{"role": "system", "content": "Be \udc80 brief"}, *turns("Why?", "So.")]},
+    {"messages": turns("Wh\ud800o?", "I.", "Why?", "So.")},
+    {"question": "Why?", "answer": "So.", "context": "\udfff"},
+    {"conversations": [{"from": "human", "value": "Why \udc80?"}, {"from": "gpt", "value": "So."}]},
+])
+def test_halves_of_characters_are_refused_everywhere(tmp_path, row):
+    assert "holds half a character" in error_of(write(tmp_path, json.dumps(row).encode()))
 
 
 @pytest.mark.parametrize(("row", "message"), [
@@ -197,11 +288,11 @@ def test_the_first_row_decides_the_shape(tmp_path):
     ({"messages": [*turns("Who?"), SYSTEM, *turns("Why?", "So.")]},
      "turns by user, system, user, assistant; "),
     ({"messages": [*turns("Why?"), {"role": "tool", "content": "1"}, *turns("So.", first="assistant")]},
-     "turn 2 of messages must have a role (system, user, assistant) and text as content, got {'role': "),
+     "turn 2 of messages must have a role (system, user, assistant) and text as content, got the role 'tool' and text"),
     ({"messages": [*turns("Why?"), {"role": "assistant", "content": None}]},
-     "text as content, got {'role': 'assistant', 'content': None}"),
+     "text as content, got the role 'assistant' and null"),
     ({"messages": ["Why?", "So."]}, "turn 1 of messages must have a role (system, user, assistant)"),
-    ({"messages": turns("Why?", " \n")}, "messages is empty"),
+    ({"messages": turns("Why?", " \n")}, "turn 2 of messages is empty"),
     ({"prompt": turns("Why?", "So"), "completion": "."}, "turns by user, assistant, assistant; "),
     ({"prompt": "Why?", "completion": []},
      "completion must be a list of turns (role and content), got an empty"),
@@ -216,7 +307,7 @@ def test_named_columns(tmp_path):
     path = write(tmp_path, [row])
     named = Columns(question="ask", answer="reply", id="n", split="fold", context="page")
     assert load_examples(path, named, split="x") == [Example("5", "Why?", "So.", "Form 10.")]
-    assert error_of(path, columns=Columns("ask", "reply")) == ":1: context must be text, got a list"
+    assert ":1: context must be text, got a list; write" in error_of(path, columns=Columns("ask", "reply"))
     assert load_examples(path, Columns("ask", "reply", context="")) == [Example("000001", "Why?", "So.")]
     for field in ("question", "answer", "id", "context"):
         chosen = Columns(**{"question": "ask", "answer": "reply", "context": "page", field: "absent"})
@@ -284,7 +375,7 @@ GOOD = b'{"id": "a", "question": "Why?", "answer": "So."}\n'
     (b'{"id": "b", "question": "Why?", "answer": null}', "answer must be text, got null"),
     (b'{"id": "b", "question": "Why?", "answer": {"text": "So."}}', "answer must be text, got an object"),
     (b'{"id": "b", "question": "Why?", "answer": ["So."]}',
-     "turn 1 of answer must have a role (system, user, assistant) and text as content, got 'So.'"),
+     "answer must be one text, or a list of turns (role and content), got a list of texts; choose one of them"),
     (b'{"id": "b", "question": "Why \\ud800?", "answer": "So."}', "question holds half a character"),
     (b'{"id": "", "question": "Why?", "answer": "So."}', "id is empty"),
     (b'{"id": 1.5, "question": "Why?", "answer": "So."}', "id must be text, got float"),
@@ -330,7 +421,16 @@ def test_limit_must_be_positive(tmp_path):
     (b'question,answer\nWhy?,"So" it is.\n', ":2: not CSV"),
     (b'question,answer\nWhy?,So.\nWhy?,"So.\nWhy?,So.\n', ":3: not CSV"),
     (b'question,answer,answer\nWhy?,So.,No.\n', ":1: two columns have one name"),
-    (b'question;answer\nWhy?;So.\n', ":2: no column 'question'; there are: question;answer"),
+    (b'question;answer\nWhy?;So.\n', ":1: one column 'question;answer': is the separator ';'? save with commas, or"),
+    (b'question\tanswer\nWhy?\tSo.\n', ":1: one column 'question\\tanswer'"),
+    (b'question|answer\nWhy?|So, then.\n', ":1: one column 'question|answer': is the separator '|'?"),
+    (b'question,answer\nWhy?,So.\n\xef\xbb\xbfquestion,answer\nWho?,I.\n', ":3: the header again"),
+    (b'question,answer\nWhy?,So.\nquestion, answer\n', ":3: the header again"),
+    (b'"question","answer"\nWhy?,So.\n\n"question","answer"\n', ":4: the header again"),
+    (b'question,answer\nWhy?,S\0o.\n', ":2: holds a NUL character; is it UTF-16?"),
+    ("question,answer\nWhy?,So.\n".encode("utf-16-le"), ":1: holds a NUL character; is it UTF-16?"),
+    ("question,answer\nWhy?,So.\n".encode("utf-16"), ":1: not UTF-8 (byte 0xff)"),
+    (b'question,answer\nWhy?,So.\nWh\xe4?,So.\n', ":3: not UTF-8 (byte 0xe4)"),
 ])
 def test_bad_csv(tmp_path, data, message):
     assert error_of(write(tmp_path, data, "rows.csv")).startswith(message)
@@ -349,6 +449,189 @@ def test_bad_gzip(tmp_path):
         assert ": cannot be read (" in error_of(write(tmp_path, data, "rows.jsonl.gz"))
 
 
+def test_pipes_and_devices_are_refused(tmp_path):
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        os.mkfifo(tmp_path / name)
+        assert error_of(tmp_path / name).startswith(": a pipe or device")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    assert error_of(tmp_path / "zero.jsonl").startswith(": a pipe or device")
+    with pytest.raises(InputError, match="a pipe or device"):
+        fingerprint(tmp_path / "rows.jsonl")
+
+
+def test_what_unpacks_to_far_more_than_text_does_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MIN_UNPACKED", 2**20)
+    for name, data in (
+        ("rows.jsonl.gz", GOOD + (b" " * 1023 + b"\n") * 2**14),
+        ("rows.csv.gz", b"question,answer\n" + (b" " * 1023 + b",\n") * 2**14),
+    ):
+        path = write(tmp_path, gzip.compress(data), name)
+        with memory_below(2**22):  # of 16 MiB unpacked
+            assert " MiB unpacked, over 100 times its size" in error_of(path)
+    # Text that packs well is read.
+    write(tmp_path, gzip.compress(as_jsonl([{"question": "Why?" * 2**14, "answer": "So."}])), "rows.jsonl.gz")
+    assert len(load_examples(tmp_path / "rows.jsonl.gz")) == 1
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.jsonl.gz"])
+def test_a_line_without_end_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(files, "MAX_LINE", 2**16)
+    data = (b"question,answer\n" if "csv" in name else GOOD) + b"x" * 2**22
+    path = write(tmp_path, gzip.compress(data) if ".gz" in name else data, name)
+    with memory_below(2**21):  # of 4 MiB
+        assert error_of(path).startswith(":2: a line of")
+    monkeypatch.setattr(files, "MAX_ARRAY", 2**16)
+    array = b"[" + b",\n".join([GOOD] * 2000) + b"]"
+    assert ": a JSON array of more than" in error_of(write(tmp_path, array, "array.json"))
+
+
+def test_one_key_twice_is_refused(tmp_path):
+    path = write(tmp_path, GOOD + b'{"id": "b", "question": "Why?", "answer": "So.", "answer": "No."}')
+    assert error_of(path).startswith(":2: not JSON (an object has the key 'answer' twice)")
+
+
+def test_errors_obey_no_control_characters_of_the_data(tmp_path):
+    escape = "\x1b[2J\n\x9b"
+    for rows in ([{escape: "Why?", "answers": "So."}], [{"id": escape, **row} for row in [{}, {}]],
+                 [{"messages": [{"role": escape, "content": "So."}]}],
+                 [{"messages": [{escape: "x"}]}], [{"question": {escape: 1}, "answer": "So."}],
+                 [{"question": "Why?", "answer": "So.", "split": escape}]):
+        path = write(tmp_path, rows)
+        error_of(path, split="train" if "split" in rows[0] else None)
+    error_of(write(tmp_path, f'question,answer\nWhy?,So.\n"{escape}",\n'.encode(), "rows.csv"))
+    error_of(write(tmp_path, b"question\x1b[2J,question\x1b[2J\nWhy?,So.\n", "rows.csv"))
+
+
+def test_a_missing_column_is_the_files_fault_and_in_some_rows_theirs(tmp_path):
+    rows = [{"question": "Why?", "answer": "So."}, {"question": "Who?"}]
+    assert "data.skip_bad_rows" in error_of(write(tmp_path, rows))
+    assert "data.skip_bad_rows" not in error_of(write(tmp_path, rows[1:]))
+    bad = {}
+    assert [example.id for example in load_examples(write(tmp_path, rows), bad_rows=bad)] == ["000001"]
+    assert ":2: no column 'answer'" in bad["000002"]
+
+
+def test_bad_rows_are_left_out_and_named_where_asked(tmp_path):
+    rows = [*ROWS, {**ROWS[0], "id": "d", "answer": ""}, {**ROWS[0], "id": "e", "question": 3},
+            {**ROWS[0], "id": "f", "question": "Who?"}, {**ROWS[1], "id": "g", "answer": None}]
+    path = write(tmp_path, rows)
+    assert ":4: answer is empty; fill it in or remove the row; data.skip_bad_rows=true leaves" in error_of(path)
+    bad = {}
+    assert [example.id for example in load_examples(path, split="train", bad_rows=bad)] == ["a", "c", "f"]
+    assert bad == {"d": f"{path}:4: answer is empty; fill it in or remove the row",
+                   "e": f"{path}:5: question must be text, got int"}
+    # What is wrong with the file is an error all the same, and so is a file without a good row.
+    for broken, message in (
+        ([*rows, rows[0]], "is already that of"), ([{**ROWS[0], "id": 1.5}], "id must be text"),
+        ([*rows, {**ROWS[0], "id": "h", "split": None}], "split must be text"),
+        (rows[3:5], "answer is empty; fill it in or remove the row; none of the 2 rows can be used"),
+    ):
+        assert message in error_of(write(tmp_path, broken), split="train", bad_rows={})
+
+
+@pytest.mark.parametrize(("row", "way_out"), [
+    ({"id": 1.5}, "data.id=null"), ({"id": None}, "data.id=null"), ({"id": ["a"]}, "data.id=null"),
+    ({"id": "a", "split": None}, 'data.split=""'), ({"id": "a", "split": 3}, 'data.split=""'),
+    ({}, "data.id=null"), ({"id": "c", "split": ""}, 'data.split=""'),
+])
+def test_errors_of_ids_and_splits_name_the_way_out(tmp_path, row, way_out):
+    text = {"question": "Why?", "answer": "So."}
+    first = {"id": "first", **({"split": "train"} if "split" in row else {}), **text}
+    path = write(tmp_path, [first, {**row, **text}])
+    assert way_out in error_of(path, split="train" if "split" in row else None)
+    columns = Columns(id=None) if "id" in way_out else Columns(split="")
+    assert len(load_examples(path, columns)) == 2
+    if "split" in row:
+        path = write(tmp_path, [first, {"id": "z", **text}])
+        assert 'data.split=""' in error_of(path, split="train")
+
+
+def test_lists_and_objects_are_named_with_what_to_write_instead(tmp_path):
+    squad = {"question": "Why?", "answers": {"text": ["So."], "answer_start": [0]}}
+    assert "perhaps to answers (an object with text, answer_start stands there; a text, or a list of {role, content}" \
+        in error_of(write(tmp_path, [squad]))
+    assert "answers must be text, got an object with text, answer_start; write a text, or a list of turns" in error_of(
+        write(tmp_path, [squad]), columns=Columns(answer="answers"))
+    assert "set data.question (qa is an object with question, answer; its texts are needed in columns" in error_of(
+        write(tmp_path, [{"qa": {"question": "Why?", "answer": "So."}}]))
+    nested = {"messages": {"role": ["user", "assistant"], "content": ["Why?", "So."]}}
+    assert 'got an object with role, content; write [{"role": "user", "content": …}' in error_of(
+        write(tmp_path, [nested]))
+
+
+# Parquet
+
+
+def write_parquet(folder, columns):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = folder / "rows.parquet"
+    table = pa.Table.from_arrays(list(columns.values()), names=[name.split("#")[0] for name in columns])
+    pa.parquet.write_table(table, path)
+    return path
+
+
+def test_of_parquet_the_columns_that_are_used_are_read(tmp_path):
+    import pyarrow as pa
+
+    texts = {"question": pa.array(["Why?", "Who?"]), "answer": pa.array(["So.", "I."])}
+    nanoseconds = pa.array([1700000000123456789] * 2, pa.timestamp("ns"))
+    beyond = pa.array([2**62] * 2, pa.timestamp("us"))
+    mars = pa.array([0, 0], pa.timestamp("us", tz="Mars/Olympus"))
+    not_utf8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
+    for name, odd in {"ns": nanoseconds, "beyond": beyond, "mars": mars, "bytes": not_utf8,
+                      "messages": not_utf8, "made at\x1b[2J": mars}.items():
+        path = write_parquet(tmp_path, {**texts, name: odd})
+        assert load_examples(path) == [Example("000001", "Why?", "So."), Example("000002", "Who?", "I.")]
+    for odd in (beyond, mars, not_utf8):
+        path = write_parquet(tmp_path, {**texts, "context": odd})
+        message = error_of(path)
+        assert "column 'context' cannot be read" in message and message.startswith(": row ")
+    assert ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in error_of(
+        write_parquet(tmp_path, {**texts, "answer": not_utf8}))
+    assert ": row 1: question must be text, got bytes" in error_of(
+        write_parquet(tmp_path, {**texts, "question": pa.array([b"Why?", b"Who?"])}))
+    assert ": row 1: id must be text, got float (text or a whole number is expected); give each row its own, or set " \
+        "data.id=null" in error_of(write_parquet(tmp_path, {**texts, "id": pa.array([0.0, 1.0])}))
+    assert "two columns have one name (question, answer, answer)" in error_of(
+        write_parquet(tmp_path, {**texts, "answer#2": texts["answer"]}))
+    assert "id must be text, got datetime" in error_of(
+        write_parquet(tmp_path, {**texts, "id": pa.array([datetime.datetime(2026, 1, 2)] * 2)}))
+    assert "no column 'answer'; there are: question, answers; set data.answer, perhaps to answers (an object" in \
+        error_of(write_parquet(tmp_path, {"question": texts["question"], "answers": pa.array([{"text": ["So."]}] * 2)}))
+
+
+def test_columns_of_nulls_do_not_decide_the_shape_of_parquet(tmp_path):
+    import pyarrow as pa
+
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    path = write_parquet(tmp_path, {
+        "prompt": pa.array([None, "Who?"]), "completion": pa.array([None, "I."]), "messages": pa.array([chat, None]),
+        "tools": pa.array([None, None], pa.list_(pa.string())),
+    })
+    assert load_examples(path) == [Example("000001", "Why?", "So."), Example("000002", "Who?", "I.")]
+    path = write_parquet(tmp_path, {"messages": pa.array([chat, chat]), "tools": pa.array([[], ["saw"]])})
+    assert ": row 2: the row has tools" in error_of(path)
+
+
+def test_large_columns_of_parquet_that_are_not_used_are_not_read(tmp_path):
+    import pyarrow as pa
+
+    pictures = pa.array([os.urandom(2**16) for _ in range(64)])
+    chat = pa.array([[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]] * 64)
+    texts = {"question": pa.array(["Why?"] * 64), "answer": pa.array(["So."] * 64)}
+    for columns in ({**texts, "page": pictures, "messages": pictures, "images": pictures},
+                    {"messages": chat, "page": pictures}):
+        path = write_parquet(tmp_path, columns)
+        before = pa.total_allocated_bytes()
+        peak = pa.default_memory_pool().max_memory()
+        with memory_below(2**20):
+            assert len(load_examples(path)) == 64
+        assert pa.total_allocated_bytes() <= before + 2**20
+        assert pa.default_memory_pool().max_memory() <= max(peak, before + 2**21)
+
+
 # Held-out rows and fingerprints
 
 
@@ -365,6 +648,21 @@ def test_held_out_choice_is_independent_of_order_and_stable():
     assert split_held_out(examples[:1], 0) == (examples[:1], [])
     # A worked constant: if the choice ever changed, a resumed run would train on what it had held out.
     assert [example.id for example in split_held_out(examples[:10], 3, seed=0)[1]] == ["4", "7", "9"]
+
+
+def test_a_sample_is_independent_of_order_and_of_what_is_held_out():
+    examples = [Example(f"{number:03d}", "Q?", "A.") for number in range(400)]
+    sample = [example.id for example in sampling_order(examples)[:40]]
+    assert sample == [example.id for example in sampling_order(examples[::-1])[:40]]
+    # The first 40 of an ordered file would have the mean 19.5; of a sample it is 199.5, give or take 18.
+    assert 130 < sum(map(int, sample)) / 40 < 270
+    more = [example.id for example in sampling_order([*examples, Example("new", "Q?", "A.")])[:40]]
+    assert len(set(sample) - set(more)) <= 1
+    assert set(sample) != {example.id for example in sampling_order(examples, seed=1)[:40]}
+    held_out = {example.id for example in split_held_out(examples, 200)[1]}
+    assert 8 < len(held_out & set(sample)) < 32
+    # A worked constant: if the choice ever changed, a resumed run would go on with other rows.
+    assert [example.id for example in sampling_order(examples[:10])[:3]] == ["003", "007", "004"]
 
 
 @pytest.mark.parametrize("count", [-1, 3, 4])

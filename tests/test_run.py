@@ -18,12 +18,13 @@ from safetensors.numpy import load_file
 
 from raft_jax.cli import main
 from raft_jax.config import load_config
-from raft_jax.data.examples import Example
+from raft_jax.data.examples import Example, sampling_order
 from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined
 from raft_jax.errors import InputError
+from raft_jax.lengths import fitting
 from raft_jax.models import Tokenizer
-from raft_jax.preflight import fitting, read_data, token_rows
+from raft_jax.preflight import read_data, token_rows
 from raft_jax.refine.write import task_prompt
 from raft_jax.run import Run
 from raft_jax.run_dir import open_run_dir, record_time, start_date
@@ -291,7 +292,8 @@ ROWS = [
                         rewrite_status="ok", similarity=0.5, accepted=accepted, answer=answer)
     for example, accepted, answer in (
         (Example("a", "Why?", "gold a"), True, "fused a"),
-        (Example("b", "Who?", "gold b", "It is Monday."), False, "gold b"),
+        (Example("b", "Who?", "gold b", "It is Monday.",
+                 (("system", "Be brief."), ("user", "When?"), ("assistant", "Soon."))), False, "gold b"),
     )
 ]
 TARGETS = {
@@ -303,16 +305,19 @@ TARGETS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_targets_and_teacher_prompts_of_each_method(name):
     tokenizer, method = tiny.make_tokenizer(), METHODS[name]
-    made = token_rows(ROWS, ["", "It is Monday."], tokenizer, method)
+    made = token_rows(ROWS, tokenizer, method)
     asked = ["Why?", "It is Monday.\n\nWho?"]
-    for row, question, target in zip(made, asked, TARGETS[name], strict=True):
+    before = ["", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n"
+              "Soon.<|im_end|>\n"]
+    for row, earlier, question, target in zip(made, before, asked, TARGETS[name], strict=True):
         def text(ids):
             return tokenizer.token_text(ids)
 
-        prompt = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        prompt = f"{earlier}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         assert text(row.prompt) == prompt and text(row.answer) == f"{target}<|im_end|>"
         if name == "raft":  # reference knowledge, then the question, then the answer begins
             told = text(row.teacher_prompt)
+            assert told.startswith(earlier + "<|im_start|>user\nBackground")
             assert told.index(target) < told.index(question)
             assert told.endswith(f"{question}<|im_end|>\n<|im_start|>assistant\n")
         else:
@@ -364,16 +369,18 @@ def test_what_does_not_fit_is_left_out_and_never_cut(tmp_path):
     examples = [
         Example("fits", "Why?", "So."), Example("question", "Why " * 9, "So."), Example("answer", "Why?", "So " * 20),
         Example("context", "Why?", "So.", context="On Monday " * 9), Example("also", "Who?", "He."),
-        Example("late", "Who?", "She."),
+        Example("late", "Who?", "She."), Example("turns", "Why?", "So.", turns=(("system", "On Monday " * 9),)),
     ]
-    kept, left_out = fitting(examples, tokenizer, config, None)
-    assert [example.id for example in kept] == ["fits", "also", "late"]
-    assert {key: why.rsplit(" of ")[0] for key, why in left_out.items()} == {
-        "question": "question", "answer": "answer", "context": "question",
+    found = fitting(examples, tokenizer, config, None)
+    assert [example.id for example in found.kept] == ["fits", "also", "late"]
+    assert {key: why.rsplit(" of ")[0] for key, why in found.too_long.items()} == {
+        "question": "question", "answer": "answer", "context": "question", "turns": "question",
     }
-    assert all(int(re.search(r"of (\d+) tokens", why)[1]) > 8 for why in left_out.values())
-    kept, left_out = fitting(examples, tokenizer, config, 2)  # the first two that fit
-    assert [example.id for example in kept] == ["fits", "also"] and len(left_out) == 3
+    assert all(int(re.search(r"of (\d+) tokens", why)[1]) > 8 for why in found.too_long.values())
+    assert found.lengths.keys() == {example.id for example in examples}
+    order = [example.id for example in sampling_order(examples) if example.id in ("fits", "also", "late")]
+    found = fitting(examples, tokenizer, config, 2)  # a sample of those that fit, in the order of the file
+    assert [example.id for example in found.kept] == [id for id in ("fits", "also", "late") if id in order[:2]]
 
 
 def test_rows_are_held_out_where_the_file_has_no_split(tmp_path):
@@ -384,6 +391,9 @@ def test_rows_are_held_out_where_the_file_has_no_split(tmp_path):
     tiny.write_jsonl(tmp_path / "data.jsonl", [{k: v for k, v in row.items() if k != "split"} for row in tiny.ROWS])
     train, test = read_data(load_config(path, ["data.held_out=5"]))
     assert (len(train), len(test)) == (11, 5) and not {row.id for row in train} & {row.id for row in test}
+    # Runs of two seeds are measured on the same rows; other rows are chosen by a seed of the data's own.
+    assert read_data(load_config(path, ["data.held_out=5", "seed=7"])) == (train, test)
+    assert read_data(load_config(path, ["data.held_out=5", "data.seed=7"]))[1] != test
 
 
 def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):

@@ -82,9 +82,10 @@ class Batches:
     """Shuffled epochs over rows, in batches of one size.
 
     Rows are sorted into `length_buckets` classes of about equal size; a batch draws from one class and is padded to
-    its class's longest row, so the number of shapes is the number of classes. In each
-    epoch the rows that do not fill a batch go to the next longer class, and what is left at the very end waits for
-    the next epoch's shuffle.
+    its class's longest row, so the number of shapes is the number of classes. In each epoch every row is in one batch,
+    except the remainder of `len(rows) / batch_size`. That remainder rotates through all rows, whatever their
+    lengths, so that after any number of epochs no row was used more than once more than another. The rows of a class
+    that do not fill a batch go to the next longer class.
     """
 
     def __init__(self, rows: Sequence[TokenRow], batch_size: int, *, seed: int, pad_id: int, length_buckets: int = 1):
@@ -165,9 +166,13 @@ class Batches:
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
         """The batches of one epoch: the class whose shape each has, and its rows."""
         random = np.random.default_rng([self.seed, epoch])
+        num_rows = len(self.rows)
+        num_unused = num_rows % self.batch_size
+        rotation = np.random.default_rng(self.seed).permutation(num_rows)
+        unused = set(rotation[(epoch * num_unused + np.arange(num_unused)) % num_rows].tolist())
         batches, left_over = [], []
         for number, members in enumerate(self._classes):
-            members = left_over + random.permutation(members).tolist()
+            members = left_over + [row for row in random.permutation(members).tolist() if row not in unused]
             full = len(members) // self.batch_size * self.batch_size
             batches += [(number, members[start : start + self.batch_size]) for start in range(0, full, self.batch_size)]
             left_over = members[full:]

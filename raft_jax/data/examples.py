@@ -1,21 +1,18 @@
-"""Questions and answers from the files that people have: JSONL, JSON, CSV, TSV, Parquet, tfds folders."""
+"""Rows → questions and answers: which columns hold them, conversations, splits, what is held out."""
 
 from __future__ import annotations
 
-import csv
 import difflib
-import gzip
 import hashlib
-import io
-import json
-import zlib
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from raft_jax.data.files import Row, Wanted, read_rows
+from raft_jax.data.wording import Unread, kind_of, quoted, shown
 from raft_jax.errors import InputError
-from raft_jax.sources import resolve
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,15 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its gold answer, and the text that the question refers to, if any."""
+    """One question with its gold answer, and what came before it.
+
+    Attributes:
+      id: its name, unique in the data.
+      question: the last user turn, or the column of questions.
+      answer: the gold answer.
+      context: the text that the question refers to, from the column of that name, "" if there is none.
+      turns: the turns before the question as (role, content): the system turn, and earlier questions and answers.
+    """
 
     id: str
     question: str
@@ -45,30 +50,46 @@ class Example:
     turns: tuple[tuple[str, str], ...] = ()  # (role, content) of what came before the question
 
 
-class _Row(NamedTuple):
-    where: str
-    values: dict[str, Any]
+class BadRow(InputError):
+    """What is wrong with one row alone: without it, the others can be used."""
 
 
 _DEFAULTS = Columns()
+# Shapes of rows that are understood where no columns are named: pairs of columns, one twice for conversations.
+_SHAPES = (
+    (_DEFAULTS.question, _DEFAULTS.answer), ("prompt", "completion"), ("messages", "messages"),
+    ("conversations", "conversations"),
+)
 # What other tools call these columns: suggested when one is missing, never guessed.
 _SYNONYMS = {
     "question": ("prompt", "instruction", "query", "input", "problem"),
     "answer": ("completion", "output", "response", "target", "solution", "chosen"),
 }
+# ShareGPT's names.
+_ROLES = {"human": "user", "gpt": "assistant"}
+# What a turn, or the row of a conversation, may hold beside texts, and would be lost.
+_LOST_WITH_TURN = (
+    "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "images", "image",
+    "audio", "audios", "video", "videos",
+)
+_LOST_WITH_ROW = (
+    "tools", "functions", "documents", "images", "image", "audio", "audios", "video", "videos", "chat_template_kwargs",
+)
+_WEIGHTS = ("weight", "train", "loss")  # of a turn; 0 or false: not to be trained on
 
 
 def load_examples(path_or_uri: str | Path, columns: Columns = _DEFAULTS, split: str | None = None,
-                  limit: int | None = None) -> list[Example]:
+                  limit: int | None = None, bad_rows: dict[str, str] | None = None) -> list[Example]:
     """Reads questions and answers, in the order of the file.
 
-    Three shapes of row are understood, and the first row decides: the columns named by `columns`; `prompt`
-    and `completion`; `messages`, which holds a conversation.
+    Four shapes of row are understood: the columns named by `columns`; `prompt` and `completion`; `messages`, which
+    holds a conversation; ShareGPT's `conversations`. The first of which a row has the columns, with
+    something in them, is the row's.
 
-    A question or an answer may be a list of chat turns. The last turn must be the assistant's and is the answer,
-    the one before it the user's and is the question. What came earlier goes into `context`: the system turn as it
-    is, the others as `User: …` and `Assistant: …`, a blank line between them. Other roles, and contents other than
-    text, are refused.
+    A question or an answer may be a list of chat turns, as role and content or as ShareGPT's from and value. The last
+    turn must be the assistant's and is the answer, the one before it the user's and is the question. What came
+    earlier goes into `turns`. Other roles, contents other than text, and turns with more than text in them are
+    refused.
 
     Args:
       path_or_uri: a file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet), a folder written by tfds (also
@@ -76,6 +97,8 @@ def load_examples(path_or_uri: str | Path, columns: Columns = _DEFAULTS, split: 
       columns: the names of the columns.
       split: only rows of this split (the value of the split column, or a split of a tfds folder). None: all.
       limit: at most so many examples.
+      bad_rows: where given, rows that cannot be used are left out, and put here: id → what is wrong. What is wrong with
+        ids, splits or the file itself is an error in any case.
 
     Returns:
       The examples. Where there is no id column, the id is the row's number in the file, from 000001.
@@ -89,28 +112,47 @@ def load_examples(path_or_uri: str | Path, columns: Columns = _DEFAULTS, split: 
       >>> path = Path(tempfile.mkdtemp()) / "faq.jsonl"
       >>> _ = path.write_text('{"prompt": "How long?", "completion": "Thirty days."}')
       >>> load_examples(path)
-      [Example(id='000001', question='How long?', answer='Thirty days.', context='')]
+      [Example(id='000001', question='How long?', answer='Thirty days.', context='', turns=())]
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: must be at least 1, or absent to read all rows")
-    rows = _read(str(path_or_uri), columns)
+    rows = _read(path_or_uri, columns)
     ids = _ids(rows, columns)
     if split is not None:
         splits = _splits(rows, columns)
         kept = [index for index, name in enumerate(splits) if name == split]
         if not kept:
-            known = ", ".join(f"{name} ({count})" for name, count in sorted(Counter(splits).items()))
+            known = ", ".join(f"{shown(name)} ({count})" for name, count in sorted(Counter(splits).items()))
             advice = (f"there are: {known}; set data.train_split or data.test_split" if known
                       else f"there is no column {columns.split!r}; set data.split")
             raise InputError(f"{path_or_uri}: no rows of the split {split!r}; {advice}")
         rows, ids = [rows[index] for index in kept], [ids[index] for index in kept]
-    shape = _shape(rows[0], columns)
-    return [_example(id, row, shape, columns) for id, row in zip(ids[:limit], rows[:limit], strict=True)]
+    return _examples(ids, rows, columns, limit, bad_rows)
+
+
+def _examples(ids: Sequence[str], rows: Sequence[Row], columns: Columns, limit: int | None,
+              bad_rows: dict[str, str] | None) -> list[Example]:
+    usual = _usual_shape(rows, columns)
+    examples: list[Example] = []
+    first_error = None
+    for id, row in zip(ids, rows, strict=True):
+        if len(examples) == limit:
+            break
+        try:
+            examples.append(_example(id, row, _shape(row, columns) or usual, columns))
+        except BadRow as error:
+            if bad_rows is None:
+                raise InputError(f"{error}; data.skip_bad_rows=true leaves such rows out") from error
+            bad_rows[id] = str(error)
+            first_error = first_error or error
+    if not examples:
+        raise InputError(f"{first_error}; none of the {len(rows)} rows can be used") from first_error
+    return examples
 
 
 def split_counts(path_or_uri: str | Path, columns: Columns = _DEFAULTS) -> dict[str, int]:
     """Counts the rows of each split; empty where there is no split column (then see `split_held_out`)."""
-    return dict(sorted(Counter(_splits(_read(str(path_or_uri), columns), columns)).items()))
+    return dict(sorted(Counter(_splits(_read(path_or_uri, columns), columns)).items()))
 
 
 def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -128,274 +170,226 @@ def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[
     """
     if not 0 <= count < len(examples):
         raise InputError(f"cannot hold out {count} of {len(examples)} examples: one must be left; lower data.held_out")
-    ids = [example.id for example in examples]
-    chosen = set(sorted(ids, key=lambda id: hashlib.sha256(f"{seed}:{id}".encode()).digest())[:count])
+    chosen = set(_in_hash_order([example.id for example in examples], f"{seed}:")[:count])
     return ([example for example in examples if example.id not in chosen],
             [example for example in examples if example.id in chosen])
 
 
-def fingerprint(path_or_uri: str | Path) -> str:
-    """Returns the sha256 of a file, or of the names and contents of the files in a folder, in hexadecimal."""
-    path = locate(str(path_or_uri))
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+def sampling_order(examples: Iterable[Example], seed: int = 0) -> list[Example]:
+    """The examples by a hash of seed and id: the first n are a sample that adding one changes in at most one place.
+
+    Independent of what `split_held_out` chooses with the same seed.
+    """
+    by_id = {example.id: example for example in examples}
+    return [by_id[id] for id in _in_hash_order(by_id, f"{seed}:sample:")]
 
 
-def locate(source: str) -> Path:
-    if source.startswith("hf://"):
-        raise InputError(f"{source}: hf:// names a model; download the data set's file and give its path")
-    return resolve(source.removeprefix("tfds://"))
+def _in_hash_order(ids: Iterable[str], salt: str) -> list[str]:
+    return sorted(ids, key=lambda id: hashlib.sha256(f"{salt}{id}".encode()).digest())
 
 
-# Files → rows
+def _read(path_or_uri: str | Path, columns: Columns) -> list[Row]:
+    others = [name for name in (columns.id, columns.split, columns.context, "system", "weight") if name]
+    return read_rows(str(path_or_uri), Wanted(_shapes(columns), others, _LOST_WITH_ROW, columns.split))
 
 
-def _read(source: str, columns: Columns) -> list[_Row]:
-    path = locate(source)
-    if path.is_dir():
-        rows = _read_tfds(source, path, columns)
-    else:
-        name = path.name.lower()
-        zipped = name.endswith(".gz")
-        kind = Path(name.removesuffix(".gz")).suffix
-        if kind == ".parquet" and not zipped:
-            rows = _read_parquet(source, path)
-        elif kind in (".jsonl", ".json"):
-            rows = _read_json(source, _text_of(source, path, zipped))
-        elif kind in (".csv", ".tsv"):
-            rows = _read_csv(source, _text_of(source, path, zipped), "," if kind == ".csv" else "\t")
-        else:
-            raise InputError(f"{source}: unknown kind of file; use .jsonl, .json, .csv, .tsv (all also .gz), "
-                             ".parquet or a folder written by tfds")
-    if not rows:
-        raise InputError(f"{source}: no rows in it; give a file with questions and answers")
-    return rows
-
-
-def _text_of(source: str, path: Path, zipped: bool) -> str:
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if zipped else data
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{source}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}); "
-                         "save the file with the encoding UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{source}: cannot be read ({_brief(error)}); mend or replace the file") from error
-
-
-def _read_json(source: str, text: str) -> list[_Row]:
-    if text.lstrip().startswith("["):
-        rows = [_Row(f"{source}: item {number}", item)
-                for number, item in enumerate(_parse(source, text, 1), start=1)]
-    else:
-        rows = [_Row(f"{source}:{number}", _parse(source, line, number))
-                for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for row in rows:
-        if not isinstance(row.values, dict):
-            raise InputError(f"{row.where}: expected an object with a key for each column, "
-                             f"found {_kind(row.values)}")
-    return rows
-
-
-def _parse(source: str, text: str, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        line += getattr(error, "lineno", 1) - 1
-        raise InputError(f"{source}:{line}: not JSON ({getattr(error, 'msg', error)}); "
-                         "write one object on each line, or one array of objects") from error
-
-
-def _read_csv(source: str, text: str, delimiter: str) -> list[_Row]:
-    # strict: a stray quote is an error, instead of text that loses its quotes or swallows the next rows.
-    csv.field_size_limit(len(text) + 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header, rows, line = [], [], 1
-    try:
-        for fields in reader:
-            where, line = f"{source}:{line}", reader.line_num + 1
-            if not "".join(fields).strip():
-                continue
-            if not header:
-                header = fields
-                if len(set(header)) != len(header):
-                    raise InputError(f"{where}: two columns have one name ({', '.join(header)}); rename one")
-            elif len(fields) != len(header):
-                raise InputError(f"{where}: {len(fields)} fields, but the header has {len(header)}; "
-                                 'put fields that hold a separator into "quotes"')
-            else:
-                rows.append(_Row(where, dict(zip(header, fields, strict=True))))
-    except csv.Error as error:
-        raise InputError(f"{source}:{line}: not CSV ({error}); put fields that hold quotes into quotes, "
-                         'and write each quote in them twice ("")') from error
-    return rows
-
-
-def _read_parquet(source: str, path: Path) -> list[_Row]:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{source}: Parquet needs pyarrow; pip install pyarrow") from error
-    try:
-        values = pa.parquet.ParquetFile(path).read().to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{source}: not a whole Parquet file ({_brief(error)}); write it again") from error
-    return [_Row(f"{source}: row {number}", value) for number, value in enumerate(values, start=1)]
-
-
-def _read_tfds(source: str, path: Path, columns: Columns) -> list[_Row]:
-    if not all((path / name).is_file() for name in ("features.json", "dataset_info.json")):
-        inside = sorted(str(file.parent.relative_to(path)) for file in path.rglob("*/features.json"))
-        inside = inside or sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-        raise InputError(f"{source}: not a folder written by tfds (features.json and dataset_info.json); "
-                         f"name one of the things in it: {', '.join(inside[:8]) or 'it is empty'}")
-    import tensorflow_datasets as tfds
-
-    rows = []
-    try:
-        builder = tfds.builder_from_directory(path)
-        for name in sorted(builder.info.splits):
-            if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
-                _check_records(source, builder.info.splits[name])
-            for number, values in enumerate(builder.as_data_source(name), start=1):
-                plain = {columns.split: name} | {key: _plain(value) for key, value in values.items()}
-                rows.append(_Row(f"{source}: {name} row {number}", plain))
-    except InputError:
-        raise
-    # tfds raises all sorts of things for a damaged folder, or a format that it reads with TensorFlow only.
-    except Exception as error:
-        raise InputError(f"{source}: tfds cannot read it without TensorFlow ({_brief(error)}); "
-                         "write it again, with file_format='array_record'") from error
-    return rows
-
-
-def _check_records(source: str, split: Any) -> None:
-    # A truncated ArrayRecord file opens without complaint and reads as nothing.
-    from array_record.python.array_record_module import ArrayRecordReader
-
-    for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
-        try:
-            found = ArrayRecordReader(str(path)).num_records()
-        except RuntimeError as error:
-            found = f"none that can be read: {_brief(error)}"
-        if found != expected:
-            raise InputError(f"{source}: {Path(path).name} is damaged; expected {expected} rows, "
-                             f"found {found}; write it again")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.decode("utf-8")
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
-
-
-# Rows → examples
-
-
-def _ids(rows: list[_Row], columns: Columns) -> list[str]:
+def _ids(rows: Sequence[Row], columns: Columns) -> list[str]:
     if not _has(rows, columns, "id"):
         return [f"{number:06d}" for number in range(1, len(rows) + 1)]
+    advice = "give each row its own, or set data.id=null to number the rows"
     seen: dict[str, str] = {}
     for row in rows:
-        id = _get(row, columns.id, "id")
+        if columns.id not in row.values:
+            raise _missing(row, columns.id, "id", "=null to number the rows")
+        id = row.values[columns.id]
         if isinstance(id, int) and not isinstance(id, bool):
             id = str(id)
-        id = _text(id, row.where, columns.id)
+        try:
+            id = _text(id, row.where, columns.id)
+        except BadRow as error:
+            problem = str(error).partition("; ")[0]
+            raise InputError(f"{problem} (text or a whole number is expected); {advice}") from error
         if id in seen:
-            raise InputError(f"{row.where}: the id {id!r} is already that of {seen[id]}; "
-                             "give each row its own, or set data.id=null to number the rows")
+            raise InputError(f"{row.where}: the id {quoted(id)} is already that of {seen[id]}; {advice}")
         seen[id] = row.where
     return list(seen)
 
 
-def _splits(rows: list[_Row], columns: Columns) -> list[str]:
+def _splits(rows: Sequence[Row], columns: Columns) -> list[str]:
     """Returns each row's split, or nothing where there is no such column."""
-    rows = rows if _has(rows, columns, "split") else []
-    return [_text(_get(row, columns.split, "split"), row.where, columns.split) for row in rows]
+    splits = []
+    for row in rows if _has(rows, columns, "split") else ():
+        if columns.split not in row.values:
+            raise _missing(row, columns.split, "split", '="" to use no column')
+        try:
+            splits.append(_text(row.values[columns.split], row.where, columns.split))
+        except BadRow as error:
+            problem = str(error).partition("; ")[0]
+            raise InputError(f'{problem}; give each row its split, or set data.split="" to hold rows out by '
+                             "a hash of their ids") from error
+    return splits
 
 
-def _has(rows: list[_Row], columns: Columns, field: str) -> bool:
+def _has(rows: Sequence[Row], columns: Columns, field: str) -> bool:
     name = getattr(columns, field)
     return bool(name) and (name != getattr(_DEFAULTS, field) or any(name in row.values for row in rows))
 
 
-def _get(row: _Row, name: str, field: str) -> Any:
-    if name in row.values:
-        return row.values[name]
+def _missing(row: Row, name: str, field: str, instead: str = "") -> BadRow:
     names = [str(key) for key in row.values]
     close = [other for other in _SYNONYMS.get(field, ()) if other in names]
     close += [other for other in difflib.get_close_matches(name, names, n=3) if other not in close]
-    advice = f"set data.{field}" + (f", perhaps to {' or '.join(close)}" if close else "")
-    raise InputError(f"{row.where}: no column {name!r}; there are: {', '.join(names) or 'none'}; {advice}")
+    advice = f"set data.{field}{instead}"
+    if close and not instead:
+        advice += f", perhaps to {' or '.join(map(shown, close))}"
+        value = row.values[close[0]]
+        if isinstance(value, Unread | dict | list) and kind_of(value) not in ("string", "a list of objects"):
+            advice += f" ({kind_of(value)} stands there; a text, or a list of {{role, content}}, is needed)"
+    objects = [key for key, value in row.values.items() if kind_of(value).startswith("an object")]
+    if objects and not close:
+        advice += (f" ({shown(objects[0])} is {kind_of(row.values[objects[0]])}; its texts are needed in columns of "
+                   "their own)")
+    listed = ", ".join(map(shown, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    return BadRow(f"{row.where}: no column {quoted(name)}; there are: {listed or 'none'}; {advice}")
 
 
-def _shape(row: _Row, columns: Columns) -> tuple[str, str]:
-    """Returns the columns of the question and of the answer; one column twice is a whole conversation."""
+def _shapes(columns: Columns) -> Sequence[tuple[str, str]]:
+    """The pairs of columns that a question and an answer may be in; one column twice is a whole conversation."""
     named = columns.question, columns.answer
-    if named == (_DEFAULTS.question, _DEFAULTS.answer) and not row.values.keys() >= set(named):
-        for shape in (("prompt", "completion"), ("messages", "messages")):
-            if row.values.keys() >= set(shape):
-                return shape
-    return named
+    return _SHAPES if named == _SHAPES[0] else (named,)
 
 
-def _example(id: str, row: _Row, shape: tuple[str, str], columns: Columns) -> Example:
-    question, answer = _get(row, shape[0], "question"), _get(row, shape[1], "answer")
-    turns = _turns(question, None if shape[0] == shape[1] else "user", row.where, shape[0])
-    if shape[0] != shape[1]:
-        turns += _turns(answer, "assistant", row.where, shape[1])
+def _shape(row: Row, columns: Columns) -> tuple[str, str] | None:
+    """The first shape of which the row has the columns, unless they are null in it."""
+    for shape in _shapes(columns):
+        if all(name in row.values for name in shape) and any(row.values[name] is not None for name in shape):
+            return shape
+    return None
+
+
+def _usual_shape(rows: Sequence[Row], columns: Columns) -> tuple[str, str]:
+    """The shape of the first row that has one.
+
+    Raises:
+      InputError: no row has the columns.
+    """
+    found = next(filter(None, (_shape(row, columns) for row in rows)), None)
+    if found is None:
+        found = _shapes(columns)[0]
+        for name, field in zip(found, ("question", "answer"), strict=True):
+            if not any(name in row.values for row in rows):
+                raise InputError(str(_missing(rows[0], name, field)))
+    return found
+
+
+def _example(id: str, row: Row, shape: tuple[str, str], columns: Columns) -> Example:
+    turns = []
+    for name, field, role in zip(shape, ("question", "answer"), ("user", "assistant"), strict=True):
+        if name not in row.values:
+            raise _missing(row, name, field)
+        turns += _turns(row.values[name], None if shape[0] == shape[1] else role, row.where, name)
+        if shape[0] == shape[1]:
+            break
+    if any(isinstance(row.values[name], list) for name in shape):
+        _require_nothing_lost(row.values, _LOST_WITH_ROW, row.where, "the row")
+        _require_trained(row.values, ("weight",), row.where, "the row")
+        turns = _with_system(turns, row)
     roles = [role for role, _ in turns]
     if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
-        raise InputError(f"{row.where}: turns by {', '.join(roles)}; system may only be first, and the last "
-                         "two must be user (the question) and assistant (the answer)")
+        raise BadRow(f"{row.where}: turns by {_listed(roles)}; system may only be first, and the last "
+                     "two must be user (the question) and assistant (the answer)")
+    context = ""
+    if _has([row], columns, "context"):
+        if columns.context not in row.values:
+            raise _missing(row, columns.context, "context", '="" to use none')
+        # Null, or an empty field of a CSV file: this row has no context.
+        if row.values[columns.context] not in (None, ""):
+            context = _text(row.values[columns.context], row.where, columns.context)
     *earlier, (_, question), (_, answer) = turns
-    told = [f"{role.capitalize()}: {text}".removeprefix("System: ") for role, text in earlier if text.strip()]
-    # Null, or an empty field of a CSV file: this row has no context.
-    if _has([row], columns, "context") and _get(row, columns.context, "context") not in (None, ""):
-        told.insert(0, _text(row.values[columns.context], row.where, columns.context))
-    question, answer = _text(question, row.where, shape[0]), _text(answer, row.where, shape[1])
-    return Example(id, question, answer, context="\n\n".join(told))
+    return Example(id, question, answer, context, tuple(earlier))
+
+
+def _listed(roles: Sequence[str]) -> str:
+    return ", ".join(roles if len(roles) <= 6 else [*roles[:3], "…", *roles[-3:]])
 
 
 def _turns(value: Any, role_of_text: str | None, where: str, name: str) -> list[tuple[str, str]]:
     if role_of_text and not isinstance(value, list):
         return [(role_of_text, _text(value, where, name))]
+    name = shown(name)
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: {name} must be a list of turns (role and content), got {_kind(value)}")
+        raise BadRow(f"{where}: {name} must be a list of turns (role and content), got {kind_of(value)}; "
+                     'write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]')
+    if role_of_text and all(isinstance(turn, str) for turn in value):
+        raise BadRow(f"{where}: {name} must be one text, or a list of turns (role and content), got a list of texts; "
+                     "choose one of them")
     turns = []
     for number, turn in enumerate(value, start=1):
-        role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
+        place = f"turn {number} of {name}"
+        keys = ("from", "value") if isinstance(turn, dict) and "from" in turn and "role" not in turn else (
+            "role", "content")
+        role, content = (turn.get(key) for key in keys) if isinstance(turn, dict) else (None, None)
+        role = _ROLES.get(role, role) if isinstance(role, str) and keys[0] == "from" else role
+        if isinstance(turn, dict):
+            _require_nothing_lost(turn, _LOST_WITH_TURN, where, place)
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
-            raise InputError(f"{where}: turn {number} of {name} must have a role (system, user, assistant) "
-                             f"and text as content, got {turn!r:.60}")
-        turns.append((role, content))
+            got = _turn_in_words(turn, *keys)
+            raise BadRow(f"{where}: {place} must have a role (system, user, assistant) and text as content, got {got}")
+        # A system turn may be empty: some templates have words of their own where there is none.
+        turns.append((role, content if role == "system" and not content.strip() else _text(content, where, place)))
+    _require_trained(value[-1], _WEIGHTS, where, f"the last turn of {name}")
     return turns
 
 
+def _turn_in_words(turn: Any, role_key: str, content_key: str) -> str:
+    if not isinstance(turn, dict):
+        return kind_of(turn)
+    if not isinstance(turn.get(role_key), str) or content_key not in turn:
+        return kind_of(turn)
+    content = turn[content_key]
+    return f"the role {quoted(turn[role_key])} and {'text' if isinstance(content, str) else kind_of(content)}"
+
+
+def _with_system(turns: list[tuple[str, str]], row: Row) -> list[tuple[str, str]]:
+    """Some files of conversations have the system turn in a column of its own."""
+    system = row.values.get("system")
+    if system in (None, "") or turns[0] == ("system", system):
+        return turns
+    if turns[0][0] == "system":
+        raise BadRow(f"{row.where}: a system turn, and another text in the column 'system'; remove one")
+    return [("system", _text(system, row.where, "system")), *turns]
+
+
+def _require_nothing_lost(values: dict[str, Any], names: Iterable[str], where: str, place: str) -> None:
+    for name in names:
+        if values.get(name) not in (None, "", [], {}, False):
+            raise BadRow(f"{where}: {place} has {name}, which would be lost: questions and answers are texts; "
+                         "put it into the text, or remove it or the row")
+
+
+def _require_trained(values: dict[str, Any], names: Iterable[str], where: str, place: str) -> None:
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, int | float) and value != 1:
+            raise BadRow(f"{where}: {place} has {name} {value}, but every answer is trained on, and all count alike; "
+                         f"remove the row, or {name}")
+
+
 def _text(value: Any, where: str, name: str) -> str:
+    name = shown(name)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {name} must be text, got {_kind(value)}")
+        advice = "" if not isinstance(value, dict | list) else "; write a text, or a list of turns {role, content}"
+        raise BadRow(f"{where}: {name} must be text, got {kind_of(value)}{advice}")
     if not value.strip():
-        raise InputError(f"{where}: {name} is empty; fill it in or remove the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where}: {name} holds half a character (a lone surrogate at {error.start}); "
-                         "write the file again as UTF-8") from error
+        raise BadRow(f"{where}: {name} is empty; fill it in or remove the row")
+    require_whole_characters(value, where, name)
     return value
 
 
-def _kind(value: Any) -> str:
-    kinds = {type(None): "null", str: "text", list: "a list", dict: "an object"}
-    return "an empty list" if value == [] else kinds.get(type(value), type(value).__name__)
+def require_whole_characters(text: str, where: str, name: str) -> None:
+    """Raises BadRow for halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRow(f"{where}: {name} holds half a character (a lone surrogate at {error.start}); "
+                     "write the file again as UTF-8") from error

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 Conversation = list[dict[str, str]]
-Turns = Sequence[tuple[str, str]]  # (role, content)
+Turns = Iterable[Sequence[str]]  # (role, content): the system turn and all turns before the question
 
 
 def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conversation:
-    """What the student sees: earlier turns, and the question, after its context where it has one."""
+    """What the student sees: the turns before, then the question, after its context where it has one.
+
+    Example:
+      >>> question_prompt("How long?", turns=[("system", "Be brief.")])
+      [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'How long?'}]
+    """
     return _ask(_whole(question, context), turns)
 
 
@@ -37,7 +42,7 @@ def fusion_prompt(
 
 
 def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
-    """What the teacher sees (Eq. 7, App. H): background knowledge, then the question to be answered from it."""
+    """What the teacher sees (Eq. 7, App. H): the turns before, then background knowledge and the question in one."""
     return _ask(
         f"Background reference knowledge:\n{answer}\n\n"
         "Answer the following question, using the background knowledge where it helps.\n"
@@ -51,8 +56,9 @@ def _whole(question: str, context: str) -> str:
     return f"{context}\n\n{question}" if context else question
 
 
-def _ask(text: str, turns: Turns) -> Conversation:
-    return [{"role": role, "content": content} for role, content in (*turns, ("user", text))]
+def _ask(text: str, turns: Turns = ()) -> Conversation:
+    earlier = [{"role": role, "content": content} for role, content in turns]
+    return [*earlier, {"role": "user", "content": text}]
 
 
 def _task(task: str, text: str, asked: str, turns: Turns) -> Conversation:

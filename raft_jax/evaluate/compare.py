@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from raft_jax.config import EvaluateConfig
-from raft_jax.data.examples import Example
+from raft_jax.data.examples import Example, require_whole_characters
+from raft_jax.data.files import lines_of, parse_json
 from raft_jax.data.prompts import question_prompt
+from raft_jax.data.wording import shown_line
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
 from raft_jax.evaluate.drift import make_divergence, weight_distance
@@ -47,19 +49,21 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
       InputError: file and line of what is not a prompt.
     """
     path = resolve(source)
-    if path.is_dir():
-        raise InputError(f"{path}: a folder; evaluate.general_path is a JSONL file of general prompts")
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a pipe or device"
+        raise InputError(f"{path}: {kind}; evaluate.general_path is a JSONL file of general prompts")
     prompts, seen = [], {}
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(lines_of(str(path), path, "\n"), start=1):
         if not line.strip():
             continue
+        values = parse_json(str(path), line.rstrip("\n"), number)
+        require_whole_characters(json.dumps(values, ensure_ascii=False), f"{path}:{number}", "the prompt or its check")
         try:
-            prompts.append(GeneralPrompt(**json.loads(line.decode("utf-8"))))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number}: not UTF-8; save the file with the encoding UTF-8") from error
+            prompts.append(GeneralPrompt(**values))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"{path}:{number}: not a general prompt ({error}); a line has id, category, prompt and check"
+                f"{path}:{number}: not a general prompt ({shown_line(str(error))}); a line has id, category, prompt "
+                "and check"
             ) from error
         if (first := seen.setdefault(prompts[-1].id, number)) != number:
             raise InputError(f"{path}:{number}: id {prompts[-1].id!r} is that of line {first}; give each its own")
@@ -81,7 +85,7 @@ class Evaluation:
         self.scorer = Scorer(model, settings.batch_size, mesh)
         self.divergence = make_divergence(model, settings.batch_size, mesh)
         tokenizer = model.tokenizer
-        asked = [question_prompt(example.question, example.context) for example in self.questions]
+        asked = [question_prompt(example.question, example.context, example.turns) for example in self.questions]
         self.question_prompts = [tokenizer.chat_prompt(messages) for messages in asked]
         self.gold_answers = [
             tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])

@@ -1,0 +1,54 @@
+"""Names and values from files as they may stand in a message of one line."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Unread(NamedTuple):
+    """In place of a value that was not asked for."""
+
+    kind: str
+
+
+def shown(text: object) -> str:
+    """A name from a file as it may be printed: a terminal would obey control characters.
+
+    Example:
+      >>> shown("answer"), shown("an\\x1b[2Jswer")
+      ('answer', "'an\\\\x1b[2Jswer'")
+    """
+    text = _short(text)
+    return text if text.isprintable() else repr(text)
+
+
+def quoted(text: object) -> str:
+    """The same in quotes."""
+    return repr(_short(text))
+
+
+def _short(text: object) -> str:
+    text = str(text)
+    return text if len(text) <= 60 else text[:59] + "…"
+
+
+def brief(error: Exception) -> str:
+    """A library's error in one line."""
+    return shown_line(f"{type(error).__name__}: {error}")
+
+
+def shown_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))[:200]
+
+
+def kind_of(value: Any) -> str:
+    """What stands in a row, in words."""
+    if isinstance(value, Unread):
+        return value.kind
+    if isinstance(value, dict) and value:
+        return f"an object with {', '.join(map(shown, list(value)[:4]))}"
+    if isinstance(value, list) and value:
+        of = {str: " of texts", dict: " of objects"}.get(type(value[0]), "")
+        return f"a list{of}"
+    kinds = {type(None): "null", str: "text", list: "an empty list", dict: "an empty object", bytes: "bytes"}
+    return kinds.get(type(value), type(value).__name__)

@@ -1,0 +1,143 @@
+"""Which examples fit the limits of length, and how long they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from raft_jax.config import Config
+from raft_jax.data.examples import Example, sampling_order
+from raft_jax.data.prompts import Conversation, question_prompt
+from raft_jax.errors import InputError
+from raft_jax.models.tokenizer import Tokenizer
+
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
+KEPT = 0.95  # the share of rows that limits should keep
+
+
+class Lengths(NamedTuple):
+    """Tokens of an example: the texts of the question and of all before it; the answer with the end of its turn."""
+
+    question: int
+    answer: int
+
+
+@dataclass
+class Fitting:
+    """Examples that are used, in the order of the file, and why others are not.
+
+    Attributes:
+      kept: the examples within the limits.
+      too_long: id → why the example is left out.
+      bad: id → why the model's chat template takes it not.
+      lengths: id → its tokens, of all that were looked at and can be used.
+    """
+
+    kept: list[Example] = field(default_factory=list)
+    too_long: dict[str, str] = field(default_factory=dict)
+    bad: dict[str, str] = field(default_factory=dict)
+    lengths: dict[str, Lengths] = field(default_factory=dict)
+
+
+def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config, limit: int | None) -> Fitting:
+    """The examples within the limits of length, or a sample of `limit` of them.
+
+    Raises:
+      InputError: the chat template refuses an example, and data.skip_bad_rows is false.
+    """
+    data, found, kept = config.data, Fitting(), set()
+    sampled = limit is not None and limit < len(examples)
+    for example in sampling_order(examples, data.seed) if sampled else examples:
+        if len(kept) == limit:
+            break
+        try:
+            lengths = found.lengths[example.id] = measure(example, tokenizer)
+        except InputError as error:
+            message = f"{data.path}: row {example.id!r}: {error}"
+            if not data.skip_bad_rows:
+                raise InputError(f"{message}; data.skip_bad_rows=true leaves such rows out") from error
+            found.bad[example.id] = message
+            continue
+        if lengths.question > data.max_question_tokens:
+            found.too_long[example.id] = f"question of {lengths.question} tokens"
+        elif lengths.answer > data.max_answer_tokens:
+            found.too_long[example.id] = f"answer of {lengths.answer} tokens"
+        else:
+            kept.add(example.id)
+    found.kept = [example for example in examples if example.id in kept]
+    return found
+
+
+def measure(example: Example, tokenizer: Tokenizer) -> Lengths:
+    """Tokens of an example; raises InputError with advice where the chat template does not take it."""
+    messages = question_prompt(example.question, example.context, example.turns)
+    answered = [*messages, {"role": "assistant", "content": example.answer}]
+    try:
+        answer = len(tokenizer.chat_answer(answered))
+    except InputError as error:
+        raise InputError(f"{error}{_advice(answered, tokenizer)}") from error
+    return Lengths(sum(len(tokenizer.encode(message["content"])) for message in messages), answer)
+
+
+def _advice(answered: Conversation, tokenizer: Tokenizer) -> str:
+    """What would make the chat template take a conversation, found by trying."""
+    if answered[0]["role"] == "system" and _is_taken(answered[1:], tokenizer):
+        return ("; it takes no system turn: remove the system turns from the data, put their text into a column "
+                "named 'context', or use another model")
+    before = tokenizer.thinking
+    try:
+        for thinking in (False, True, None):
+            tokenizer.thinking = thinking
+            if thinking is not before and _is_taken(answered, tokenizer):
+                named = {None: "null", True: "true", False: "false"}
+                return (f"; model.thinking={named[before]} and the answer disagree: with "
+                        f"model.thinking={named[thinking]} it is taken")
+    finally:
+        tokenizer.thinking = before
+    return ""
+
+
+def _is_taken(answered: Conversation, tokenizer: Tokenizer) -> bool:
+    try:
+        tokenizer.chat_answer(answered)
+    except InputError:
+        return False
+    return True
+
+
+def quantiles(lengths: Sequence[int]) -> list[int]:
+    """The lengths up to which 50, 90, 95, 99 and 100 % of the rows go.
+
+    Example:
+      >>> quantiles(range(1, 101))
+      [50, 90, 95, 99, 100]
+    """
+    return np.quantile(np.asarray(lengths), QUANTILES, method="inverted_cdf").astype(int).tolist()
+
+
+def limits_that_keep(lengths: Sequence[Lengths], share: float = KEPT) -> Lengths:
+    """The lowest limits, at one quantile for questions and answers, within which this share of rows is.
+
+    Example:
+      >>> limits_that_keep([Lengths(n, 101 - n) for n in range(1, 101)], 0.9)
+      Lengths(question=95, answer=95)
+    """
+    array = np.asarray(lengths)
+    for quantile in np.arange(round(share * 100), 101) / 100:
+        limits = np.quantile(array, quantile, axis=0, method="inverted_cdf")
+        if (array <= limits).all(axis=1).mean() >= share:
+            break
+    return Lengths(*limits.astype(int).tolist())
+
+
+def describe_lengths(lengths: Sequence[Lengths]) -> Iterator[str]:
+    """Quantiles of the lengths, and the limits that would keep most rows."""
+    for name, counts in zip(("questions", "answers"), zip(*lengths, strict=True), strict=True):
+        ends = zip(("50 %", "90 %", "95 %", "99 %", "all"), quantiles(counts), strict=True)
+        yield f"tokens of {name}, of {len(counts)} rows: " + ", ".join(f"{share} up to {end}" for share, end in ends)
+    limits = limits_that_keep(lengths)
+    yield (f"limits that keep {KEPT:.0%} of these rows: data.max_question_tokens={limits.question} "
+           f"data.max_answer_tokens={limits.answer}")

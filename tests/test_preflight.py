@@ -1,0 +1,65 @@
+"""What a chat template refuses is named with its row before anything runs, and lengths are said as they are."""
+
+import pytest
+import tiny
+
+from raft_jax.config import load_config
+from raft_jax.data.examples import Example
+from raft_jax.errors import InputError
+from raft_jax.lengths import Lengths, fitting, limits_that_keep, quantiles
+from raft_jax.models.tokenizer import Tokenizer
+from raft_jax.preflight import Rows
+
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    + tiny.CHAT_TEMPLATE
+)
+PLAIN = Example("plain", "Why?", "So.")
+CLERK = Example("cl\x1berk", "Why?", "So.", turns=(("system", "You are a clerk."),))
+
+
+def with_template(template):
+    tokenizer = tiny.make_tokenizer()
+    return Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": template}, "tiny")
+
+
+def test_a_template_without_system_turns_names_the_row_and_the_way_out(tmp_path):
+    path = tiny.write_run(tmp_path)
+    tokenizer = with_template(NO_SYSTEM)
+    with pytest.raises(InputError, match=r"row 'cl\\x1berk': .*System role not supported.*column named 'context'"):
+        fitting([PLAIN, CLERK], tokenizer, load_config(path), None)
+    found = fitting([PLAIN, CLERK], tokenizer, load_config(path, ["data.skip_bad_rows=true"]), None)
+    assert found.kept == [PLAIN] and list(found.bad) == [CLERK.id] and "no system turn" in found.bad[CLERK.id]
+
+
+def test_bad_rows_are_counted_at_the_start_of_a_run(tmp_path):
+    path = tiny.write_run(tmp_path)
+    empty = [{**tiny.ROWS[0], "id": f"e\x1b{number}", "answer": ""} for number in range(5)]
+    tiny.write_jsonl(tmp_path / "data.jsonl", [*tiny.ROWS, *empty])
+    with pytest.raises(InputError, match=r":17: answer is empty; .*data\.skip_bad_rows=true"):
+        Rows(load_config(path), tiny.make_tokenizer(), 512)
+    rows = Rows(load_config(path, ["data.skip_bad_rows=true"]), tiny.make_tokenizer(), 512)
+    lines = list(rows.describe())
+    assert rows.incomplete and len(rows.train) == 12 and all(line.isprintable() for line in lines)
+    assert "left out by data.skip_bad_rows: 5" in lines[2] and lines[-1] == "  … and 2 more"
+    assert [":17: answer is empty" in lines[3], ":19: answer is empty" in lines[5]] == [True, True]
+
+
+def test_lengths_and_limits():
+    assert quantiles([3]) == [3] * 5 and quantiles([1] * 98 + [7, 9]) == [1, 1, 1, 7, 9]
+    # Of 20 rows one may go: the longest question, or the longest answer, not both.
+    lengths = [Lengths(n, 1) for n in range(1, 20)] + [Lengths(30, 9)]
+    assert limits_that_keep(lengths) == (19, 1)
+    assert limits_that_keep([*lengths[:-1], Lengths(1, 9)]) == (19, 9)
+
+
+def test_limits_shorter_than_the_answers_are_said(tmp_path):
+    path = tiny.write_run(tmp_path)
+    said = "\n".join(Rows(load_config(path), tiny.make_tokenizer(), 512).describe_lengths(refines=True))
+    assert "warning: evaluate.max_new_tokens=8 is shorter than the gold answers" in said
+    config = load_config(path, ["evaluate.max_new_tokens=64", "refine.max_new_tokens=null"])
+    assert config.refine_max_new_tokens == config.data.max_answer_tokens == 64
+    assert "warning" not in "\n".join(Rows(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
+    config = load_config(path, ["evaluate.max_new_tokens=64", "refine.max_new_tokens=2"])
+    said = "\n".join(Rows(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
+    assert "warning: refine.max_new_tokens=2 is shorter" in said
