@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,34 +27,42 @@ def one_line(error: object) -> str:
 
 
 class ChatTemplate:
-    """A chat template; each conversation is given as the template's variables.
+    """A chat template, which is a stranger's program.
 
-    A template is tried first, in a process with limits. Where it stays within them it then renders here what is no longer
-    than what it was tried on, at no cost; all else is rendered in such a process, a tenth of a second each.
+    It is tried first, in a process with limits. Where it stays within them it renders here whatever is no longer than
+    what it was tried on; all else is rendered in such a process, a tenth of a second each.
 
     Args:
       text: in Jinja.
       source: where it is from, for errors.
+      named_tokens: special tokens by the names that templates have for them.
       blank: names that stand for nothing; to print another name that nothing defines is an error.
 
     Raises:
       InputError: it does not compile.
     """
 
-    def __init__(self, text: str, source: str, blank: Sequence[str] = ()):
-        self.text, self.source, self.blank = text, source, tuple(sorted(blank))
-        compiles, error = _tried(text, self.blank)
+    def __init__(self, text: str, source: str, named_tokens: Mapping[str, str], blank: Sequence[str]):
+        self.text, self.source, self.named_tokens, self.blank = text, source, named_tokens, tuple(blank)
+        compiles, error = _tried(text, tuple(named_tokens.items()), self.blank)
         if not compiles:
             raise InputError(f"{source}: the chat template does not compile: {one_line(error)}")
         self._trusted = not error
         self._compiled = None
 
     def render(self, conversations: list[dict[str, Any]], date: str | None = None) -> list[str]:
-        """The text of each conversation, `date` being today (default the clock's).
+        """The text of each conversation.
+
+        Args:
+          conversations: the template's variables: messages, add_generation_prompt, further ones.
+          date: that today is, as YYYY-MM-DD; default the clock's.
 
         Raises:
           InputError: the template raises, prints an undefined name, or takes more time or memory than it may.
         """
+        conversations = [
+            {"tools": None, "documents": None, **self.named_tokens, **variables} for variables in conversations
+        ]
         sizes = [(sum(len(message["content"]) for message in conversation["messages"]), len(conversation["messages"]))
                  for conversation in conversations]
         if self._trusted and all(size <= TRIED_CHARACTERS and turns <= TRIED_TURNS for size, turns in sizes):
@@ -84,19 +92,21 @@ def _ask(text: str, blank: Sequence[str], conversations: list[dict[str, Any]], d
     request = {"template": text, "blank": blank, "conversations": conversations, "date": date, "seconds": SECONDS,
                "bytes": MEMORY_BYTES}
     # -P: the modules beside the program are not for it. Ctrl-C in a terminal reaches a process of the same session.
-    done = subprocess.run([sys.executable, "-P", str(PROGRAM)], input=json.dumps(request), capture_output=True, text=True,
-                          encoding="utf-8", start_new_session=True)
+    done = subprocess.run(
+        [sys.executable, "-P", str(PROGRAM)], input=json.dumps(request), capture_output=True, text=True,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    )
     if done.returncode == 0:
         return json.loads(done.stdout)
     if done.returncode == -signal.SIGPROF:
         return {"error": f"it takes longer than {SECONDS:g} s"}
     if "MemoryError" in done.stderr or done.returncode < 0:
         return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
-    return {"error": f"its process has failed ({done.stderr.strip().splitlines()[-1:]})"}
+    return {"error": f"its process has failed: {done.stderr.strip()[-200:]}"}
 
 
 @lru_cache
-def _tried(text: str, blank: tuple[str, ...]) -> tuple[bool, str]:
+def _tried(text: str, named_tokens: tuple[tuple[str, str], ...], blank: tuple[str, ...]) -> tuple[bool, str]:
     """Whether a template compiles, and why it did not stay within the limits.
 
     Refusals are none of its faults: some templates take no system message, or no answer at the end.
@@ -109,7 +119,7 @@ def _tried(text: str, blank: tuple[str, ...]) -> tuple[bool, str]:
     one = [{"role": "user", "content": long * TRIED_TURNS}]
     conversations = [
         {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate,
-         "bos_token": "<s>", "eos_token": "</s>", **thinking}
+         **dict(named_tokens), **thinking}
         for messages in (short, one, thoughts, turns, [system, *turns[:-1]])
         for generate in (True, False)
         for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True})

@@ -59,7 +59,9 @@ class Tokenizer:
         self.carried_over: dict[str, Any] = {}
         self.named_tokens: dict[str, str] = wrapped.special_tokens_map
         blank = [name for name, token in wrapped.init_kwargs.items() if name.endswith("_token") and token is None]
-        self.template = ChatTemplate(default_template(wrapped.chat_template, source), source, blank)
+        self.template = ChatTemplate(
+            default_template(wrapped.chat_template, source), source, self.named_tokens, blank
+        )
         if not self.named_tokens.get("eos_token"):
             raise InputError(f"{source}: no eos_token; set it in {CONFIG}, to the token that ends an answer")
         self.eos_id = self.id_of(self.named_tokens["eos_token"])
@@ -185,8 +187,7 @@ class Tokenizer:
         thinking = {} if self.thinking is None else {"enable_thinking": self.thinking}
         return self.template.render(
             [
-                {**self.named_tokens, "messages": list(messages), "tools": None, "documents": None,
-                 "add_generation_prompt": add_generation_prompt, **thinking}
+                {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **thinking}
                 for messages, add_generation_prompt in conversations
             ],
             None if self.date is None else self.date.isoformat(),
@@ -210,8 +211,9 @@ class Tokenizer:
         ends = [index for index, token in enumerate(answer) if token in self.stop_ids]
         if not ends:
             return [*answer, self.eos_id]
-        if answer[ends[0]] not in self._special and messages[-1]["content"].strip() not in self.decode(answer[: ends[0]]):
-            raise InputError(f"{self.source}: the answer {one_line(messages[-1]['content'])[:60]!r} holds the token "
+        content = messages[-1]["content"].strip()
+        if answer[ends[0]] not in self._special and content not in self.decode(answer[: ends[0]]):
+            raise InputError(f"{self.source}: the answer {one_line(content)[:60]!r} holds the token "
                              f"{answer[ends[0]]}, at which the model stops (eos_token_id of {self.stops_from})")
         return answer[: ends[0] + 1]
 
