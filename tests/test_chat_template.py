@@ -5,17 +5,18 @@ import time
 
 import jinja2
 import pytest
-from tiny import CHAT_TEMPLATE, wrapped
+from tiny import CHAT_TEMPLATE, make_tokenizer, wrapped
 
 from raft_jax.errors import InputError
 from raft_jax.models import chat_template
 from raft_jax.models.chat_template import ChatTemplate
-from raft_jax.models.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "Hi"}]
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-GROW = "{{% set ns = namespace(x='ab') %}}{{% for i in range(40) %}}{{% set ns.x = {} %}}{{% endfor %}}{{{{ ns.x | length }}}}"
+GROW = ("{{% set ns = namespace(x='ab') %}}{{% for i in range(40) %}}{{% set ns.x = {} %}}{{% endfor %}}"
+        "{{{{ ns.x | length }}}}")
 TIME, MEMORY = r"takes longer than 0\.5 s$", "more than 128 MiB of memory$"
+EITHER = f"(?:{TIME}|{MEMORY})"
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +43,10 @@ def text_of(template: ChatTemplate, messages=HI, **variables) -> str:
     ("{{ '{:>999999999}'.format(1) }}", MEMORY),
     ("{{ messages[0].content.ljust(10 ** 9) }}", MEMORY),
     ("{{ ([0] * 10 ** 9) | length }}", MEMORY),
-    (GROW.format("ns.x ~ ns.x"), MEMORY),
-    (GROW.format("ns.x | replace('a', ns.x)"), MEMORY),
-    (GROW.format("[ns.x, ns.x] | join"), MEMORY),
-    (GROW.format("ns.x | indent(9, true) ~ ns.x"), MEMORY),
+    (GROW.format("ns.x ~ ns.x"), EITHER),
+    (GROW.format("ns.x | replace('a', ns.x)"), EITHER),
+    (GROW.format("[ns.x, ns.x] | join"), EITHER),
+    (GROW.format("ns.x | indent(9, true) ~ ns.x"), EITHER),
     ("{% for i in range(99999) %}{{ 'x' * 200 }}{% endfor %}", r"renders 19,999,800 characters; at most 16,777,216"),
     ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "maximum recursion depth exceeded"),
     ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
@@ -108,20 +109,15 @@ def test_refusals_are_one_harmless_line(template, named):
 
 def test_undefined_names_may_be_asked_for():
     """And a name that is known to stand for nothing may be printed, as in transformers."""
-    template = "{% if x is defined %}1{% endif %}{% if x %}2{% endif %}{{ x | default('3') }}{{ messages[0].name }}{% set y = x %}"
+    template = "{% if x is defined %}1{% endif %}{% if x %}2{% endif %}{{ x | default('3') }}{{ messages[0].name }}"
     assert text_of(make(template)) == "3"
     assert text_of(ChatTemplate("{{ bos_token }}.", "here", {}, ("bos_token",))) == "."
 
 
 def test_names_of_extra_tokens_reach_the_template(tmp_path):
     template = "{% for m in messages %}{{ turn_token }}{{ m.content }}{% endfor %}"
-    tokenizer = wrapped(make_backend(), chat_template=template, extra_special_tokens={"turn_token": "<|im_start|>"})
-    assert tokenizer.render(HI) == "<|im_start|>Hi" and isinstance(tokenizer, Tokenizer)
+    extra = {"turn_token": "<|im_start|>"}
+    tokenizer = wrapped(make_tokenizer().backend, chat_template=template, extra_special_tokens=extra)
+    assert tokenizer.render(HI) == "<|im_start|>Hi"
     tokenizer.save(tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["turn_token"] == "<|im_start|>"
-
-
-def make_backend():
-    from tiny import make_tokenizer
-
-    return make_tokenizer().backend
