@@ -1,6 +1,5 @@
 """Templates that take too long or fill the memory end in one line, wherever they do it."""
 
-import json
 import time
 
 import jinja2
@@ -10,6 +9,7 @@ from tiny import CHAT_TEMPLATE, make_tokenizer, wrapped
 from raft_jax.errors import InputError
 from raft_jax.models import chat_template
 from raft_jax.models.chat_template import ChatTemplate
+from raft_jax.models.tokenizer import tokenizer_from_folder
 
 HI = [{"role": "user", "content": "Hi"}]
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -115,9 +115,12 @@ def test_undefined_names_may_be_asked_for():
 
 
 def test_names_of_extra_tokens_reach_the_template(tmp_path):
-    template = "{% for m in messages %}{{ turn_token }}{{ m.content }}{% endfor %}"
-    extra = {"turn_token": "<|im_start|>"}
+    template = "{% for m in messages %}{{ turn_token }}{{ m.content }}{{ over }}{% endfor %}"
+    extra = {"turn_token": "<|im_start|>", "over": "<|im_end|>"}
     tokenizer = wrapped(make_tokenizer().backend, chat_template=template, extra_special_tokens=extra)
-    assert tokenizer.render(HI) == "<|im_start|>Hi"
     tokenizer.save(tmp_path)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["turn_token"] == "<|im_start|>"
+    again = tokenizer_from_folder(tmp_path)
+    assert tokenizer.render(HI) == again.render(HI) == "<|im_start|>Hi<|im_end|>"
+    again.save(tmp_path / "again")
+    for path in tmp_path.glob("*.*"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()

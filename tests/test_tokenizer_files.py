@@ -154,6 +154,7 @@ def test_tokens_that_transformers_adds(folder, tmp_path, config):
     # transformers 4 knows no TokenizersBackend, and takes a list of tokens under the older key alone.
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not isinstance(settings.get("extra_special_tokens"), list) and "is_local" not in settings
+    assert settings.get("additional_special_tokens", ["<|turn|>"]) == ["<|turn|>"]
     assert_as_transformers(tokenizer_from_folder(tmp_path / "out"), tmp_path / "out")
 
 

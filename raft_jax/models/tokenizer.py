@@ -22,14 +22,22 @@ from raft_jax.errors import InputError
 from raft_jax.models.chat_template import ChatTemplate, one_line
 from raft_jax.models.gguf_tokenizer import END_OF_TURN, read_gguf
 from raft_jax.models.sentencepiece import model_file
-from raft_jax.models.tokenizer_files import CONFIG, check_files, configured_stops, default_template, read_settings
+from raft_jax.models.tokenizer_files import (
+    CONFIG,
+    NAMED_TOKENS,
+    check_files,
+    configured_stops,
+    default_template,
+    read_settings,
+)
 from raft_jax.models.weights import GgufFile, SafetensorsFolder, open_weights
 from raft_jax.sources import resolve
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, for the template
 # In tokenizer_config.json: transformers 5 writes the first for itself; it reads the others no longer, others do.
-NOT_WRITTEN = ("backend", "is_local", "local_files_only", "auto_map", "max_length", "stride", "truncation_strategy")
+NOT_WRITTEN = ("backend", "is_local", "local_files_only", "auto_map", "max_length", "stride", "truncation_strategy",
+               "model_specific_special_tokens")
 CARRIED_OVER = ("add_bos_token", "add_eos_token")
 
 
@@ -106,9 +114,10 @@ class Tokenizer:
         advice = f"and the model's vocab_size is {vocab_size}; resize the embedding or remove the token"
         named = {token for name, token in self.named_tokens.items() if name in self.template.text}
         named |= {self.named_tokens.get("pad_token")}
-        for token, token_id in sorted(self.backend.get_vocab().items(), key=lambda item: item[1]):
+        beyond = [(token_id, token) for token, token_id in self.backend.get_vocab().items() if token_id >= vocab_size]
+        for token_id, token in sorted(beyond):
             harmless = token in self.special_ids and token not in named and token not in self.template.text
-            if token_id >= vocab_size and (token_id in self.stop_ids or not harmless):
+            if token_id in self.stop_ids or not harmless:
                 raise InputError(f"{self.source}: the token {token!r} has the id {token_id}, {advice}")
         if self.stop_ids[-1] >= vocab_size:
             raise InputError(f"{self.source}: eos_token_id of {self.stops_from} has {self.stop_ids[-1]}, {advice}")
@@ -243,8 +252,10 @@ class Tokenizer:
         settings |= self.carried_over
         if settings["tokenizer_class"] == "TokenizersBackend":  # transformers 4, and vLLM with it, knows the older name
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if isinstance(settings.get("extra_special_tokens"), list):  # and has another type for this one
-            settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+        if tokens := settings.pop("extra_special_tokens", None):  # and has an older key for a list of them
+            settings["additional_special_tokens"] = tokens
+        if names := {name: token for name, token in self.named_tokens.items() if name not in NAMED_TOKENS}:
+            settings["extra_special_tokens"] = names
         (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if self.sentencepiece is not None:
             (folder / "tokenizer.model").write_bytes(self.sentencepiece)
