@@ -15,8 +15,8 @@ from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
 from raft_jax.models.families import config_from_hf
-from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from raft_jax.models.weights import GgufFile, check_keys, open_weights
+from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
+from raft_jax.models.weights import check_keys, open_weights
 from raft_jax.refine.write import task_prompt
 from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
@@ -253,12 +253,9 @@ def check(config: Config, console) -> None:
     require_unchanged(config)
     path = resolve(config.model.source)
     weights = open_weights(path)
-    if isinstance(weights, GgufFile):
-        tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
-    else:
-        tokenizer = tokenizer_from_folder(path)
-    tokenizer.thinking = config.model.thinking
     decoder = config_from_hf(weights.hf_config)
+    tokenizer = tokenizer_of(weights, decoder.vocab_size)
+    tokenizer.thinking = config.model.thinking
     check_keys(weights, decoder)
     rows = Rows(config, tokenizer, decoder.max_positions)
     methods = [METHODS[name] for name in config.methods]

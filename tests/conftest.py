@@ -131,7 +131,7 @@ def write_gguf():
             "tokenizer.ggml.token_type": [3 if token in special else 1 for token in sorted(vocab, key=vocab.get)],
             "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
             "tokenizer.ggml.eos_token_id": tokenizer.eos_id, "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
-            "tokenizer.chat_template": tokenizer.settings["chat_template"],
+            "tokenizer.chat_template": tokenizer.template.text,
         } | {name.replace("__", "."): value for name, value in metadata.items()}
         writer = gguf.GGUFWriter(path, family)
         add = {str: writer.add_string, list: writer.add_array, int: writer.add_uint32, float: writer.add_float32}

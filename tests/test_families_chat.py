@@ -3,12 +3,11 @@
 import datetime
 
 import pytest
-from tiny import make_tokenizer
+from tiny import make_tokenizer, wrapped
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from raft_jax.errors import InputError
-from raft_jax.models.tokenizer import Tokenizer
 
 # Each style in short: its marks, where roles and ends stand, what it does with a system message and with white space.
 STYLES = {
@@ -102,10 +101,9 @@ CHATS = {"user": [ASKED], "system": [SYSTEM, ASKED], "assistant": [ASKED, SAID],
 @pytest.fixture(params=STYLES)
 def style(request):
     marks, eos, template = STYLES[request.param]
-    base = make_tokenizer()
-    base.backend.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
-    settings = {**base.settings, "chat_template": template.strip("\n"), "bos_token": marks[0], "eos_token": eos}
-    return marks, Tokenizer(base.backend, settings, "here")
+    backend = make_tokenizer().backend
+    backend.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    return marks, wrapped(backend, chat_template=template.strip("\n"), bos_token=marks[0], eos_token=eos)
 
 
 @pytest.mark.parametrize("thinking", [None, False, True])
@@ -127,7 +125,7 @@ def test_ids_are_those_of_transformers(tmp_path, style, thinking):
 def test_the_day_is_the_one_that_is_set(style):
     _, ours = style
     ours.date = datetime.date(2001, 2, 3)
-    dated = "Today" in ours.settings["chat_template"]
+    dated = "Today" in ours.template.text
     assert ("03 Feb 2001" in ours.render([ASKED])) == dated
 
 
@@ -154,8 +152,8 @@ def test_marks_in_a_content_stay_text(style):
 
 def test_mistral_says_why_it_refuses():
     marks, eos, template = STYLES["mistral"]
-    base = make_tokenizer()
-    base.backend.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
-    settings = {**base.settings, "chat_template": template, "bos_token": "<s>", "eos_token": eos}
+    backend = make_tokenizer().backend
+    backend.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    tokenizer = wrapped(backend, chat_template=template, bos_token="<s>", eos_token=eos)
     with pytest.raises(InputError, match="roles must alternate"):
-        Tokenizer(base.backend, settings, "here").chat_prompt([ASKED, ASKED])
+        tokenizer.chat_prompt([ASKED, ASKED])

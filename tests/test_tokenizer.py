@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import sentencepiece
-from tiny import CHAT_TEMPLATE, make_tokenizer
+from tiny import CHAT_TEMPLATE, make_tokenizer, wrapped
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
@@ -46,8 +46,7 @@ def tokenizer():
 
 
 def with_template(template: str, backend=None, **settings) -> Tokenizer:
-    base = make_tokenizer()
-    return Tokenizer(backend or base.backend, {**base.settings, "chat_template": template, **settings}, "here")
+    return wrapped(backend or make_tokenizer().backend, chat_template=template, **settings)
 
 
 def theirs(tokenizer, folder):
@@ -68,7 +67,7 @@ def chat_ids(reference, messages, add_generation_prompt):
 def test_chats_are_those_of_transformers(tmp_path, template, generate):
     backend = make_tokenizer().backend
     backend.add_tokens([AddedToken("<|sep|>", special=True), AddedToken("<think>", special=False)])
-    names = {"bos_token": "<|endoftext|>", "unk_token": {"__type": "AddedToken", "content": "<|pad|>"}}
+    names = {"bos_token": "<|endoftext|>", "unk_token": AddedToken("<|pad|>", special=True)}
     ours = with_template(template, backend, **(names if template == LLAMA3_TEMPLATE else {}))
     reference = theirs(ours, tmp_path)
     chats = [*CHATS.values(), [{"role": "user", "content": "<think>aloud</think>"}]]
@@ -144,10 +143,11 @@ def test_a_special_tokens_name_changes_nothing_around_it(kind, strips):
 
 def test_templates_see_the_content_as_it_is():
     """A template that asks whether a content starts with or contains a special token's name gets the true answer."""
-    template = "{% for m in messages %}{{ m.content.split('<|pad|>')[-1] }}|{{ '<|im_end|>' in m.content }}{% endfor %}"
+    template = ("{% for m in messages %}{{ m.content }}|{{ m.content.split('<|pad|>')[-1] }}|"
+                "{{ '<|im_end|>' in m.content }}{% endfor %}")
     tokenizer = with_template(template)
     found = tokenizer.chat_prompt([{"role": "user", "content": "thought<|pad|>said<|im_end|>"}])
-    assert found == tokenizer.encode("said<|im_end|>|True")
+    assert found == tokenizer.encode("thought<|pad|>said<|im_end|>|said<|im_end|>|True")
 
 
 # What carries loss
@@ -365,10 +365,9 @@ def test_folders(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("name", "text", "named"), [
     ("tokenizer.json", None, "tokenizer.json is missing"),
-    ("tokenizer.json", "{}", "not a tokenizer"),
-    ("tokenizer_config.json", None, "no such file"),
+    ("tokenizer.json", "{}", "cannot read the tokenizer"),
+    ("tokenizer_config.json", None, "no eos_token"),
     ("tokenizer_config.json", "[]", "expected a JSON object"),
-    ("tokenizer_config.json", '{"eos_token": "<|gone|>"}', "'<|gone|>' is not in the vocabulary"),
     ("tokenizer_config.json", '{"pad_token": "<|pad|>"}', "no eos_token"),
     ("chat_template.jinja", None, "no chat template"),
 ])

@@ -18,7 +18,7 @@ from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, parameter_table
 from raft_jax.models.export import export_hf
 from raft_jax.models.families.rope import plain_rope
-from raft_jax.models.tokenizer import Tokenizer
+from raft_jax.models.tokenizer import Tokenizer, wrap
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -79,11 +79,13 @@ def make_tokenizer() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     ))
     backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>",
-        "pad_token": "<|pad|>",
-    }
-    return Tokenizer(backend, settings, "tiny")
+    return wrapped(backend)
+
+
+def wrapped(backend: Backend, **settings) -> Tokenizer:
+    """A tokenizer with the settings that make_tokenizer's has, but for those given."""
+    usual = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
+    return Tokenizer(wrap(backend, **usual | settings), "here")
 
 
 def make_config(vocab_size: int, **changes) -> DecoderConfig:

@@ -14,8 +14,8 @@ from raft_jax.models.attention import KERNELS, best_kernel, softcap
 from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
 from raft_jax.models.families import config_from_hf
 from raft_jax.models.tiles import Tiled, product
-from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from raft_jax.models.weights import GgufFile, load_parameters, open_weights
+from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
+from raft_jax.models.weights import load_parameters, open_weights
 from raft_jax.sharding import named_sharding
 from raft_jax.sources import resolve
 
@@ -110,9 +110,6 @@ def load_pretrained(
     padding = 0 if mesh is None else -config.vocab_size % mesh.shape["tensor"]
     kernel = best_kernel(dtype, config.attention_softcap, config.head_width) if attention == "auto" else attention
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
-    if isinstance(weights, GgufFile):
-        tokenizer = tokenizer_from_gguf(weights.metadata, str(path))
-    else:
-        tokenizer = tokenizer_from_folder(path)
+    tokenizer = tokenizer_of(weights, config.vocab_size)
     params = load_parameters(weights, config, dtype, mesh)
     return Model(config, params, tokenizer, dict(weights.hf_config), source, weights.generation_config)

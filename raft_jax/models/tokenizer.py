@@ -1,93 +1,126 @@
-"""Tokenizer and chat template, from a Hugging Face folder or a GGUF file, without torch or transformers."""
+"""Text ↔ ids, and conversations → prompts in the model's own chat template.
+
+transformers reads the tokenizer of a folder and writes that of an export. Ours are the shielding of special tokens in
+contents, the split of a conversation into prompt and answer, and what is refused by name.
+"""
 
 from __future__ import annotations
 
 import datetime
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
+from raft_jax.models.chat_template import ChatTemplate, one_line
+from raft_jax.models.gguf_tokenizer import END_OF_TURN, read_gguf
 from raft_jax.models.sentencepiece import model_file
-from raft_jax.models.weights import open_weights, read_object
+from raft_jax.models.tokenizer_files import (
+    CONFIG,
+    NAMED_TOKENS,
+    check_files,
+    configured_stops,
+    default_template,
+    read_settings,
+)
+from raft_jax.models.weights import GgufFile, SafetensorsFolder, open_weights
 from raft_jax.sources import resolve
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
-# How llama.cpp names the way a text is cut before byte-pair merges. Where `whole` is set, a piece that is a token
-# is taken as it is, without merges.
-GPT2_SPLIT = "default"
-PRE_TOKENIZERS = {
-    "smollm": dict(digits=True, pattern=GPT2_SPLIT),
-    "gpt-2": dict(pattern=GPT2_SPLIT),
-    "qwen2": dict(nfc=True, pattern=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )),
-    "llama-bpe": dict(whole=True, pattern=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )),
-}
-# The same of "gpt-4o" (Phi-4-mini): words end where their case does.
-LOWER, UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
-SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PRE_TOKENIZERS["gpt-4o"] = dict(pattern=(
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{SUFFIX}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-))
-GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
-PHI3_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
-SPACE = "▁"  # how sentencepiece writes a space
-# A chat turn may end with another token than a text does.
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
+THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, for the template
+# In tokenizer_config.json: transformers 5 writes the first for itself; it reads the others no longer, others do.
+NOT_WRITTEN = ("backend", "is_local", "local_files_only", "auto_map", "max_length", "stride", "truncation_strategy",
+               "model_specific_special_tokens")
+CARRIED_OVER = ("add_bos_token", "add_eos_token")
 
 
 class Tokenizer:
     """Text ↔ ids, and conversations → prompts in the model's own chat template.
 
     Text that a caller gives never becomes a special token: `<|im_end|>` in a question stays tokens of ordinary text.
-    Added tokens that the tokenizer does not flag as special (Qwen's `<think>`, `<tool_call>`) are tokens wherever they
-    stand, as in transformers.
+    Added tokens that are not special (Qwen's `<think>`, `<tool_call>`) are tokens wherever they stand, as in
+    transformers.
+
+    Args:
+      wrapped: transformers' `PreTrainedTokenizerFast`.
+      source: where it is from, for errors.
+      stop_ids: ids that end a turn beside eos_token.
+      stops_from: the file that says so.
     """
 
-    def __init__(self, backend, settings: Mapping[str, Any], source: str):
-        self.backend = backend  # tokenizers.Tokenizer
-        self.settings = dict(settings)  # what tokenizer_config.json keeps
-        self.source = source
+    def __init__(self, wrapped, source: str, stop_ids: Sequence[int] = (), stops_from: str = ""):
+        self.wrapped, self.source, self.stops_from = wrapped, source, stops_from
+        self.backend = wrapped.backend_tokenizer  # tokenizers.Tokenizer
+        self.backend.no_truncation()
+        self.backend.no_padding()
         # What templates are told: which day it is (default today), and whether the model may think first (its default).
         self.date: datetime.date | None = None
         self.thinking: bool | None = None
         self.sentencepiece: bytes | None = None  # its tokenizer.model
-        self.special_ids = {
-            token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
-        }
+        self.carried_over: dict[str, Any] = {}
+        self.named_tokens: dict[str, str] = wrapped.special_tokens_map
+        blank = [name for name, token in wrapped.init_kwargs.items() if name.endswith("_token") and token is None]
+        self.template = ChatTemplate(
+            default_template(wrapped.chat_template, source), source, self.named_tokens, blank
+        )
+        if not self.named_tokens.get("eos_token"):
+            raise InputError(f"{source}: no eos_token; set it in {CONFIG}, to the token that ends an answer")
+        self.eos_id = self.id_of(self.named_tokens["eos_token"])
+        self.pad_id = self.id_of(self.named_tokens.get("pad_token") or self.named_tokens["eos_token"])
+        added = {token.content: token_id for token_id, token in self.backend.get_added_tokens_decoder().items()}
+        stops = {self.eos_id, *stop_ids, *(added[name] for name in END_OF_TURN if name in added)}
+        self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
+        self.special_ids = self._mark_special(stops)
+        self._special = frozenset(self.special_ids.values())
         names = sorted(self.special_ids, key=len, reverse=True)
         self._special_name = "|".join(map(re.escape, names)) or "(?!)"
+        self._before_name = re.compile(f"(?={self._special_name})")  # a lookahead, for overlapping names
+        self._template_characters = frozenset(self.template.text)
         self._renamed: dict[str, Any] = {}
-        if not self.settings.get("chat_template"):
-            raise InputError(f"{source}: no chat template; an instruction-tuned model is needed")
-        self._template = _compile(self.settings["chat_template"], source)
-        eos = self._special("eos_token")
-        if eos is None:
-            raise InputError(f"{source}: no eos_token in the tokenizer's settings")
-        self.eos_id = self.id_of(eos)
-        pad = self._special("pad_token")
-        self.pad_id = self.eos_id if pad is None else self.id_of(pad)
-        stops = {self.eos_id, *self.settings.get("extra_stop_ids", ())}
-        stops |= {self.special_ids[name] for name in END_OF_TURN if name in self.special_ids}
-        self.stop_ids: tuple[int, ...] = tuple(sorted(stops))
 
-    def _special(self, name: str) -> str | None:
-        value = self.settings.get(name)
-        return value["content"] if isinstance(value, Mapping) else value
+    def _mark_special(self, stops: set[int]) -> dict[str, int]:
+        """Flags eos, pad, bos and what ends a turn as special where the files do not; all special tokens' ids."""
+        marks = {self.named_tokens.get(name) for name in ("eos_token", "pad_token", "bos_token")}
+        added = self.backend.get_added_tokens_decoder()
+        for token_id, token in added.items():
+            if not token.special and (token.content in marks or token_id in stops):
+                token.special = True
+                self.backend.add_special_tokens([token])
+        # "!" as padding is still a character of the alphabet that texts are made of.
+        alphabet = any(token.special and len(token.content) == 1 for token in added.values())
+        alphabet = self.backend.get_vocab(with_added_tokens=False) if alphabet else {}
+        return {
+            token.content: token_id for token_id, token in added.items()
+            if token.special and not (len(token.content) == 1 and token.content in alphabet)
+        }
 
     @property
     def vocab_size(self) -> int:
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raises InputError where a prompt, an answer or a text may hold an id that the embedding has no row for.
+
+        A special token beyond it that the template does not name (Gemma 3's of images, in the models of text alone)
+        cannot.
+        """
+        advice = f"and the model's vocab_size is {vocab_size}; resize the embedding or remove the token"
+        named = {token for name, token in self.named_tokens.items() if name in self.template.text}
+        named |= {self.named_tokens.get("pad_token")}
+        beyond = [(token_id, token) for token, token_id in self.backend.get_vocab().items() if token_id >= vocab_size]
+        for token_id, token in sorted(beyond):
+            harmless = token in self.special_ids and token not in named and token not in self.template.text
+            if token_id in self.stop_ids or not harmless:
+                raise InputError(f"{self.source}: the token {token!r} has the id {token_id}, {advice}")
+        if self.stop_ids[-1] >= vocab_size:
+            raise InputError(f"{self.source}: eos_token_id of {self.stops_from} has {self.stop_ids[-1]}, {advice}")
 
     def id_of(self, token: str) -> int:
         token_id = self.backend.token_to_id(token)
@@ -101,8 +134,9 @@ class Tokenizer:
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        """Text of the ids, special tokens left out, and the one that ends a turn."""
+        ids = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
+        return self.token_text([token for token in ids if token not in self._special])
 
     def token_text(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens by their names."""
@@ -114,18 +148,33 @@ class Tokenizer:
         Args:
           messages: `{"role", "content"}` each. Special tokens' names inside a content stay ordinary text.
           add_generation_prompt: end where the assistant's answer begins.
+
+        Raises:
+          InputError: the template refuses the conversation, or leaves out a question or a system message.
         """
         shielded, marker = self._shield(messages)
-        return self._encode_rendered(self.render(shielded, add_generation_prompt), marker)
+        (text,) = self._render((shielded, add_generation_prompt))
+        self._require_contents(shielded, text)
+        return self._encode_rendered(text, marker)
+
+    def _require_contents(self, messages: Sequence[Message], text: str) -> None:
+        """Templates that expect contents of another shape render nothing, and raise nothing."""
+        for message in messages:
+            content = message["content"].strip()
+            if message["role"] == "assistant" or content in text:  # earlier thoughts may be left out
+                continue
+            if message["role"] != "system" or THINKING_FLAG.sub("", content).strip() not in text:
+                raise InputError(f"{self.source}: the chat template leaves out or changes the {message['role']}'s text "
+                                 f"{one_line(content)[:60]!r}; not supported")
 
     def _shield(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """The messages with a marker before each special token's name, so that those without one are the template's."""
-        used = set(self.settings["chat_template"]).union(*(message["content"] for message in messages))
+        used = self._template_characters.union(*(message["content"] for message in messages))
         private_use = map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
         marker = next(character for character in private_use if character not in used)
-        # The lookahead marks overlapping names too.
-        name = re.compile(f"(?={self._special_name})")
-        return [{**message, "content": name.sub(marker, message["content"])} for message in messages], marker
+        return [
+            {**message, "content": self._before_name.sub(marker, message["content"])} for message in messages
+        ], marker
 
     def _encode_rendered(self, text: str, marker: str) -> list[int]:
         if marker not in text:
@@ -141,26 +190,28 @@ class Tokenizer:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The conversation as text in the model's template."""
-        special = {name: self._special(name) for name in self.settings if name.endswith("_token")}
-        now = datetime.datetime.now() if self.date is None else self.date
+        return self._render((messages, add_generation_prompt))[0]
+
+    def _render(self, *conversations: tuple[Sequence[Message], bool]) -> list[str]:
         thinking = {} if self.thinking is None else {"enable_thinking": self.thinking}
-        try:
-            return self._template.render(
-                messages=list(messages), tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-                strftime_now=now.strftime, **thinking,
-                **{name: token for name, token in special.items() if isinstance(token, str)},
-            )
-        except Exception as error:  # a template can raise anything
-            raise InputError(f"{self.source}: the chat template refuses this conversation: {error}") from error
+        return self.template.render(
+            [
+                {"messages": list(messages), "add_generation_prompt": add_generation_prompt, **thinking}
+                for messages, add_generation_prompt in conversations
+            ],
+            None if self.date is None else self.date.isoformat(),
+        )
 
     def chat_answer(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the last, assistant's message as the model would write it: its text and the end of its turn."""
+        """Ids of the last, assistant's message as the model would write it: its text and the end of its turn.
+
+        Raises:
+          InputError: the template refuses the conversation, changes the answer, or begins it otherwise than its prompt
+            ends.
+        """
         shielded, marker = self._shield(messages)
-        prompt_text, text = self.render(shielded[:-1]), self.render(shielded, add_generation_prompt=False)
-        if not text.startswith(prompt_text):
-            raise InputError(
-                f"{self.source}: the chat template renders an answered question differently; not supported"
-            )
+        prompt_text, text = self._render((shielded[:-1], True), (shielded, False))
+        self._require_answer(shielded[-1]["content"], prompt_text, text)
         prompt, whole = self._encode_rendered(prompt_text, marker), self._encode_rendered(text, marker)
         if whole[: len(prompt)] == prompt:
             answer = whole[len(prompt):]
@@ -169,16 +220,43 @@ class Tokenizer:
         ends = [index for index, token in enumerate(answer) if token in self.stop_ids]
         if not ends:
             return [*answer, self.eos_id]
+        content = messages[-1]["content"].strip()
+        if answer[ends[0]] not in self._special and content not in self.decode(answer[: ends[0]]):
+            raise InputError(f"{self.source}: the answer {one_line(content)[:60]!r} holds the token "
+                             f"{answer[ends[0]]}, at which the model stops (eos_token_id of {self.stops_from})")
         return answer[: ends[0] + 1]
 
+    def _require_answer(self, answer: str, prompt_text: str, text: str) -> None:
+        thoughts = f"model.thinking={json.dumps(self.thinking)} and the answer {one_line(answer)[:60]!r} disagree"
+        if not text.startswith(prompt_text):
+            raise InputError(
+                f"{self.source}: the chat template renders an answered question differently; "
+                + (f"{thoughts}: change one of them" if "think" in self.template.text else "not supported")
+            )
+        answer = answer.strip()
+        if answer.startswith("<think>"):  # templates set thoughts on lines of their own
+            answer, prompt_text, text = ("".join(part.split()) for part in (answer, prompt_text, text))
+        start = text.rfind(answer)
+        if start < 0 or start + len(answer) < len(prompt_text):
+            raise InputError(
+                f"{self.source}: the chat template leaves out or changes the answer {one_line(answer)[:60]!r}"
+                + (f"; {thoughts}" if "think" in answer else "; not supported")
+            )
+
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json, tokenizer_config.json, chat_template.jinja, and tokenizer.model of sentencepiece, from
-        which alone llama.cpp's converter reads such a vocabulary."""
-        self.backend.save(str(folder / "tokenizer.json"))
-        settings = {k: v for k, v in self.settings.items() if k not in ("chat_template", "extra_stop_ids")}
-        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, "utf-8")
-        (folder / "chat_template.jinja").write_text(self.settings["chat_template"], "utf-8")
+        """Writes the tokenizer and all its chat templates as transformers does, 4 and 5, and tokenizer.model of
+        sentencepiece, from which alone llama.cpp's converter reads such a vocabulary."""
+        with _silence():
+            self.wrapped.save_pretrained(folder, legacy_format=False)
+        settings = {key: value for key, value in read_settings(folder / CONFIG).items() if key not in NOT_WRITTEN}
+        settings |= self.carried_over
+        if settings["tokenizer_class"] == "TokenizersBackend":  # transformers 4, and vLLM with it, knows the older name
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if tokens := settings.pop("extra_special_tokens", None):  # and has an older key for a list of them
+            settings["additional_special_tokens"] = tokens
+        if names := {name: token for name, token in self.named_tokens.items() if name not in NAMED_TOKENS}:
+            settings["extra_special_tokens"] = names
+        (folder / CONFIG).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
         if self.sentencepiece is not None:
             (folder / "tokenizer.model").write_bytes(self.sentencepiece)
 
@@ -204,62 +282,55 @@ def _renamed(backend, names: Mapping[str, str]):
     return Backend.from_str(json.dumps(spec))
 
 
-def _compile(template: str, source: str):
-    """A chat template as transformers compiles it, in Jinja's sandbox."""
-    from jinja2 import nodes
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No word of transformers' logging or warnings: what matters to us is raised.
 
-    class Generation(Extension):
-        """`{% generation %}` tells transformers which text is the assistant's; here it changes nothing."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    def raise_exception(message):
-        raise TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, **options):
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    extensions = [Generation, loopcontrols]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
+    It would import torch wherever that is installed, which takes seconds and is never used here.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    hidden = "torch" not in sys.modules and "transformers" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
     try:
-        return environment.from_string(template)
-    except TemplateError as error:
-        raise InputError(f"{source}: the chat template does not compile: {error}") from error
+        import transformers  # noqa: F401
+
+        if hidden:
+            del sys.modules["torch"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def wrap(backend, **settings):
+    """A `tokenizers.Tokenizer` with special tokens and chat template, as transformers' tokenizer."""
+    with _silence():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
-    """From tokenizer.json, tokenizer_config.json, and chat_template.jinja where there is one."""
-    from tokenizers import Tokenizer as Backend
-
-    path = folder / "tokenizer.json"
-    if not path.exists():
+    """As transformers reads it, without code from the folder and without network."""
+    if not (folder / "tokenizer.json").exists():
         raise InputError(f"{folder}: tokenizer.json is missing; a sentencepiece-only tokenizer must be converted first")
-    try:
-        backend = Backend.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{path}: not a tokenizer ({error})") from error
-    backend.no_truncation()
-    backend.no_padding()
-    settings = read_object(folder / "tokenizer_config.json")
-    template_path = folder / "chat_template.jinja"
-    if template_path.exists():
-        settings["chat_template"] = template_path.read_text("utf-8")
-    if isinstance(settings.get("chat_template"), list):  # several named templates
-        settings["chat_template"] = {t["name"]: t["template"] for t in settings["chat_template"]}.get("default")
-    generation = folder / "generation_config.json"
-    if generation.exists():
-        eos = read_object(generation).get("eos_token_id")
-        settings["extra_stop_ids"] = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    tokenizer = Tokenizer(backend, settings, str(folder))
+    check_files(folder)
+    stops_from, stop_ids = configured_stops(folder)
+    with _silence():
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+        try:
+            wrapped = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # whatever the libraries raise
+            raise InputError(f"{folder}: transformers cannot read the tokenizer ({one_line(error)})") from error
+    if not isinstance(wrapped, PreTrainedTokenizerFast):
+        raise InputError(f"{folder}: a {type(wrapped).__name__} is not a tokenizer of the tokenizers library")
+    tokenizer = Tokenizer(wrapped, str(folder), stop_ids, stops_from)
+    config = read_settings(folder / CONFIG)
+    tokenizer.carried_over = {key: config[key] for key in CARRIED_OVER if key in config}
     if (model := folder / "tokenizer.model").is_file():
         tokenizer.sentencepiece = model.read_bytes()
     return tokenizer
@@ -267,103 +338,20 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """Rebuilds a byte-pair or a sentencepiece tokenizer from the fields of a GGUF file."""
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "missing")
-    if kind not in ("gpt2", "llama"):
-        raise InputError(f"{source}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-pair), llama "
-                         "(sentencepiece)")
-    if kind == "gpt2" and pre not in PRE_TOKENIZERS:
-        raise InputError(f"{source}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
-    settings: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        "chat_template": metadata.get("tokenizer.chat_template"),
-    }
-    try:
-        backend = _byte_pairs(metadata, **PRE_TOKENIZERS[pre]) if kind == "gpt2" else _sentencepiece(metadata)
-        _add_tokens(backend, metadata)
-        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
-            if (index := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
-                settings[f"{ours}_token"] = metadata["tokenizer.ggml.tokens"][index]
-        begins = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe")
-        if begins and "bos_token" in settings:
-            _begin_with(backend, settings["bos_token"])
-    except KeyError as error:
-        raise InputError(f"{source}: the GGUF metadata lacks {error.args[0]}") from error
-    except Exception as error:  # the library raises plain Exception
-        raise InputError(f"{source}: the GGUF metadata describes no whole tokenizer ({error})") from error
-    tokenizer = Tokenizer(backend, settings, source)
-    tokenizer.sentencepiece = model_file(metadata) if kind == "llama" else None
+    backend, settings, stop_ids = read_gguf(metadata, source)
+    tokenizer = Tokenizer(wrap(backend, **settings), source, stop_ids, "the GGUF metadata")
+    tokenizer.sentencepiece = model_file(metadata) if metadata["tokenizer.ggml.model"] == "llama" else None
     return tokenizer
 
 
-def _byte_pairs(metadata, pattern: str, digits: bool = False, whole: bool = False, nfc: bool = False):
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-    from tokenizers import Tokenizer as Backend
-
-    vocab = {token: index for index, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = Backend(models.BPE(vocab, merges, ignore_merges=whole))
-    if nfc:
-        backend.normalizer = normalizers.NFC()
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
-    if pattern == GPT2_SPLIT:
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True))
+def tokenizer_of(weights: SafetensorsFolder | GgufFile, vocab_size: int) -> Tokenizer:
+    """The tokenizer beside the weights of a model whose embedding has so many rows."""
+    if isinstance(weights, GgufFile):
+        tokenizer = tokenizer_from_gguf(weights.metadata, str(weights.path))
     else:
-        steps.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
-        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _sentencepiece(metadata):
-    """Pieces that join by their scores are byte pairs whose merges are all ways to split a piece, best score first."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, normalizers
-
-    tokens, scores, kinds = (metadata[f"tokenizer.ggml.{field}"] for field in ("tokens", "scores", "token_type"))
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = sorted(
-        (-score, vocab[token[:cut]], vocab[token[cut:]], cut, token)
-        for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == GGUF_NORMAL
-        for cut in range(1, len(token)) if token[:cut] in vocab and token[cut:] in vocab
-    )
-    backend = Backend(models.BPE(
-        vocab, [(token[:cut], token[cut:]) for *_, cut, token in merges], byte_fallback=True, fuse_unk=True,
-        unk_token=tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)],
-    ))
-    prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
-    spaces = normalizers.Replace(" ", SPACE)
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
-    return backend
-
-
-def _add_tokens(backend, metadata) -> None:
-    """Tokens that are found before all else; a chat's marks are special even where a file calls them the user's."""
-    from tokenizers import AddedToken
-
-    kinds = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
-    # No field says that the marks of Phi-3 swallow the white space behind them; llama.cpp knows it by the name.
-    phi3 = (metadata.get("general.architecture"), metadata["tokenizer.ggml.model"]) == ("phi3", "llama")
-    found = [
-        (token, kind == GGUF_CONTROL or token in END_OF_TURN)
-        for token, kind in kinds if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
-    ]
-    strips = {token for token, special in found if special or token == "</s>"} - PHI3_KEEP_SPACE
-    backend.add_tokens([
-        AddedToken(token, special=special, normalized=False, rstrip=phi3 and token in strips)
-        for token, special in found
-    ])
-
-
-def _begin_with(backend, bos: str) -> None:
-    """A text on its own begins with bos, for those who load an export: our prompts have it from their template."""
-    from tokenizers import processors
-
-    backend.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, backend.token_to_id(bos))]
-    )
+        tokenizer = tokenizer_from_folder(weights.folder)
+    tokenizer.check_ids(vocab_size)
+    return tokenizer
 
 
 def load_tokenizer(source: str) -> Tokenizer:

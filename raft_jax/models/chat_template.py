@@ -1,0 +1,130 @@
+"""A model's chat template, within limits of time and memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from raft_jax.errors import InputError
+
+PROGRAM = Path(__file__).with_name("template_process.py")
+SECONDS, MEMORY_BYTES = 2.0, 512 << 20  # of processor time and memory, in a process of its own
+# The longest conversation that a template is tried on, in characters and in turns.
+TRIED_CHARACTERS, TRIED_TURNS = 100_000, 20
+
+
+def one_line(error: object) -> str:
+    """An error's text on one line, shortened, without characters that a terminal would obey."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= 400 else text[:400] + "…"
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+
+
+class ChatTemplate:
+    """A chat template, which is a stranger's program.
+
+    It is tried first, in a process with limits. Where it stays within them it renders here whatever is no longer than
+    what it was tried on; all else is rendered in such a process, a tenth of a second each.
+
+    Args:
+      text: in Jinja.
+      source: where it is from, for errors.
+      named_tokens: special tokens by the names that templates have for them.
+      blank: names that stand for nothing; to print another name that nothing defines is an error.
+
+    Raises:
+      InputError: it does not compile.
+    """
+
+    def __init__(self, text: str, source: str, named_tokens: Mapping[str, str], blank: Sequence[str]):
+        self.text, self.source, self.named_tokens, self.blank = text, source, named_tokens, tuple(blank)
+        compiles, error = _tried(text, tuple(named_tokens.items()), self.blank)
+        if not compiles:
+            raise InputError(f"{source}: the chat template does not compile: {one_line(error)}")
+        self._trusted = not error
+        self._compiled = None
+
+    def render(self, conversations: list[dict[str, Any]], date: str | None = None) -> list[str]:
+        """The text of each conversation.
+
+        Args:
+          conversations: the template's variables: messages, add_generation_prompt, further ones.
+          date: that today is, as YYYY-MM-DD; default the clock's.
+
+        Raises:
+          InputError: the template raises, prints an undefined name, or takes more time or memory than it may.
+        """
+        conversations = [
+            {"tools": None, "documents": None, **self.named_tokens, **variables} for variables in conversations
+        ]
+        sizes = [(sum(len(message["content"]) for message in conversation["messages"]), len(conversation["messages"]))
+                 for conversation in conversations]
+        if self._trusted and all(size <= TRIED_CHARACTERS and turns <= TRIED_TURNS for size, turns in sizes):
+            return self._render_here(conversations, date)
+        reply = _ask(self.text, self.blank, conversations, date)
+        errors = [result["error"] for result in reply.get("results", [reply]) if "error" in result]
+        if errors:
+            raise self._refusal(errors[0])
+        return [result["text"] for result in reply["results"]]
+
+    def _render_here(self, conversations: list[dict[str, Any]], date: str | None) -> list[str]:
+        from raft_jax.models.template_process import compile_template, render
+
+        if self._compiled is None:
+            self._compiled = compile_template(self.text, self.blank)
+        try:
+            return [render(self._compiled, variables, date) for variables in conversations]
+        except Exception as error:  # a template can raise anything
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: object) -> InputError:
+        return InputError(f"{self.source}: the chat template refuses this conversation: {one_line(error)}")
+
+
+def _ask(text: str, blank: Sequence[str], conversations: list[dict[str, Any]], date: str | None) -> dict[str, Any]:
+    """The reply of a process that has only so much time and memory; an "error" where it has not kept to them."""
+    request = {"template": text, "blank": blank, "conversations": conversations, "date": date, "seconds": SECONDS,
+               "bytes": MEMORY_BYTES}
+    # -P: the modules beside the program are not for it. Ctrl-C in a terminal reaches a process of the same session.
+    done = subprocess.run(
+        [sys.executable, "-P", str(PROGRAM)], input=json.dumps(request), capture_output=True, text=True,
+        encoding="utf-8", errors="replace", start_new_session=True,
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    if done.returncode == -signal.SIGPROF:
+        return {"error": f"it takes longer than {SECONDS:g} s"}
+    if "MemoryError" in done.stderr or done.returncode < 0:
+        return {"error": f"it needs more than {MEMORY_BYTES >> 20} MiB of memory"}
+    return {"error": f"its process has failed: {done.stderr.strip()[-200:]}"}
+
+
+@lru_cache
+def _tried(text: str, named_tokens: tuple[tuple[str, str], ...], blank: tuple[str, ...]) -> tuple[bool, str]:
+    """Whether a template compiles, and why it did not stay within the limits.
+
+    Refusals are none of its faults: some templates take no system message, or no answer at the end.
+    """
+    long = "A line of text, 12:30.\n" * (TRIED_CHARACTERS // TRIED_TURNS // 23)
+    turns = [{"role": role, "content": long} for role in ("user", "assistant")] * (TRIED_TURNS // 2)
+    thoughts = [turns[0], {"role": "assistant", "content": f"<think>{long}</think>{long}"}]
+    short = [{"role": "user", "content": "Why?"}]
+    system = {"role": "system", "content": long}
+    one = [{"role": "user", "content": long * TRIED_TURNS}]
+    conversations = [
+        {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate,
+         **dict(named_tokens), **thinking}
+        for messages in (short, one, thoughts, turns, [system, *turns[:-1]])
+        for generate in (True, False)
+        for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True})
+    ]
+    reply = _ask(text, blank, conversations, None)
+    if "does not compile" in reply:
+        return False, reply["does not compile"]
+    return True, reply.get("error", "")
