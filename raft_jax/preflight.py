@@ -12,9 +12,8 @@ from raft_jax.data.prompts import Conversation, fusion_prompt, question_prompt, 
 from raft_jax.data.refined import RefinedRow
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
-from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_from_folder, tokenizer_from_gguf
-from raft_jax.models.weights import GgufFile, check_keys, open_weights
+from raft_jax.models.weights import GgufFile, check_keys, check_token_ids, config_of, open_weights
 from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
 from raft_jax.train.methods import METHODS, Method
@@ -245,8 +244,9 @@ def check(config: Config, console) -> None:
     else:
         tokenizer = tokenizer_from_folder(path)
     tokenizer.thinking = config.model.thinking
-    decoder = config_from_hf(weights.hf_config)
+    decoder = config_of(weights)
     check_keys(weights, decoder)
+    check_token_ids(tokenizer.backend, decoder, path, (*tokenizer.stop_ids, tokenizer.pad_id))
     rows = Rows(config, tokenizer, decoder.max_positions)
     methods = [METHODS[name] for name in config.methods]
     console.print(f"data: {config.data.path}")

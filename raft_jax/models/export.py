@@ -45,9 +45,9 @@ def export_hf(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     tokenizer = model.tokenizer
-    config = {**model.hf_config, "dtype": jnp.dtype(dtype).name}
-    for key in ("torch_dtype", "auto_map"):  # the older name of dtype; code that is not exported
-        config.pop(key, None)
+    name = jnp.dtype(dtype).name
+    config = {**model.hf_config, "dtype": name, "torch_dtype": name}  # readers of the older name alone take float32
+    config.pop("auto_map", None)  # code that is not exported
     _write_json(work / "config.json", config)
     # The base model's way of being sampled (temperature, top_p, ...) stays.
     generation = {key: value for key, value in (model.generation or {}).items() if key != "transformers_version"}
