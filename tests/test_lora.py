@@ -101,8 +101,9 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
 
 
 SIZES = {
-    "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "tie_word_embeddings": False,
+    "vocab_size": tiny.make_tokenizer().vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0,
+    "tie_word_embeddings": False,
 }
 
 
@@ -139,7 +140,6 @@ def test_peft_reads_what_is_saved_of_a_model_with_vision(tmp_path):
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
               "image_size": 28, "patch_size": 14}
     text = SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
-    text |= {"vocab_size": tiny.make_tokenizer().vocab_size}
     torch.manual_seed(0)
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=1)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")

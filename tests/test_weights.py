@@ -296,7 +296,8 @@ def test_save_load_save_is_byte_identical(
             found |= load_file(path)
         assert set(found) == set(tensors)
         assert all(np.array_equal(found[key], tensor) for key, tensor in tensors.items())
-    assert json.loads(written["config.json"])["dtype"] == jnp.dtype(dtype).name
+    config = json.loads(written["config.json"])
+    assert config["dtype"] == config["torch_dtype"] == jnp.dtype(dtype).name  # older readers know the latter alone
 
 
 def test_export_replaces_an_older_one_whole(tmp_path, folder):
