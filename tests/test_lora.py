@@ -103,7 +103,7 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
 SIZES = {
     "vocab_size": tiny.make_tokenizer().vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0,
-    "tie_word_embeddings": False,
+    "eos_token_id": 1, "tie_word_embeddings": False,
 }
 
 
