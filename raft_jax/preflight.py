@@ -14,9 +14,8 @@ from raft_jax.data.refined import RefinedRow
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
-from raft_jax.models.families import config_from_hf
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
-from raft_jax.models.weights import check_keys, open_weights
+from raft_jax.models.weights import check_keys, config_of, open_weights
 from raft_jax.refine.write import task_prompt
 from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
@@ -253,7 +252,7 @@ def check(config: Config, console) -> None:
     require_unchanged(config)
     path = resolve(config.model.source)
     weights = open_weights(path)
-    decoder = config_from_hf(weights.hf_config)
+    decoder = config_of(weights)
     tokenizer = tokenizer_of(weights, decoder.vocab_size)
     tokenizer.thinking = config.model.thinking
     check_keys(weights, decoder)

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import pytest
 import tiny
 from quick import quick_jit
 
+import raft_jax
 from raft_jax.config import LORA_TARGETS, LoraConfig
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.layer import adapter_names
-from raft_jax.models.lora import TARGETS, adapter_table, init_adapters, merge, save_peft
+from raft_jax.models.lora import TARGETS, adapter_table, init_adapters, merge, peft_base, save_peft
 from raft_jax.sharding import make_mesh
 from raft_jax.train.student import make_student
 
@@ -99,8 +101,9 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
 
 
 SIZES = {
-    "vocab_size": 200, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0, "tie_word_embeddings": False,
+    "vocab_size": tiny.make_tokenizer().vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0,
+    "eos_token_id": 1, "tie_word_embeddings": False,
 }
 
 
@@ -127,3 +130,46 @@ def test_peft_reads_what_is_saved(tmp_path, family, targets):
     found = model.apply(model.params | adapters, TOKENS)
     assert np.abs(found - plain).max() > 0.05
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_peft_reads_what_is_saved_of_a_model_with_vision(tmp_path):
+    """Its vision tower has modules of the same names, which stay as they are."""
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    text = SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=1)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    tiny.make_tokenizer().save(tmp_path / "base")
+    model = with_scale(load_pretrained(str(tmp_path / "base")))
+    assert model.with_vision
+    adapters = random_adapters(model.config)
+    save_peft(adapters, model.config, tmp_path / "adapter", alpha=ALPHA, base=str(tmp_path / "base"), with_vision=True)
+    written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    theirs = AutoModelForCausalLM.from_pretrained(written["base_model_name_or_path"]).eval()
+    adapted = peft.PeftModel.from_pretrained(theirs, str(tmp_path / "adapter"))
+    assert not [name for name, _ in adapted.named_parameters() if "lora" in name and "vision" in name]
+    with torch.no_grad():
+        expected = adapted(torch.tensor(TOKENS)).logits.numpy()
+    found = model.apply(model.params | adapters, TOKENS)
+    assert np.abs(found - model.apply(model.params, TOKENS)).max() > 0.05
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_base_is_a_name_that_peft_finds(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    assert peft_base("model") == (str(tmp_path / "model"), None)
+    assert peft_base("hf://owner/name") == ("owner/name", None)
+    assert peft_base("hf://owner/name@v1.0") == ("owner/name", "v1.0")
+    folder, _ = peft_base("package://raft_jax/models")
+    assert folder == str(Path(raft_jax.__file__).parent / "models")
+    assert peft_base("model.gguf") == peft_base("gone") == (None, None)
+    config = tiny.make_config(64)
+    save_peft(random_adapters(config), config, tmp_path / "adapter", alpha=ALPHA, base="model.gguf")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert "belongs to model.gguf" in (tmp_path / "adapter/README.md").read_text()

@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -20,9 +21,11 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 import raft_jax.models.export as export_module
+from raft_jax.checkpoint import Checkpoints
 from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.models.export import export_hf
+from raft_jax.models.weights import config_of, load_parameters, open_weights
 from raft_jax.sharding import MESH_AXES
 from raft_jax.sources import resolve
 
@@ -171,34 +174,66 @@ def test_mixed_types_and_a_given_dtype_and_mesh(tmp_path, llama_config, tensors)
 
 
 def test_old_exports_may_keep_what_adds_nothing(folder, tensors):
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)},
-              folder / "model.safetensors")
-    load_pretrained(str(folder))
-    change(folder / "config.json", tie_word_embeddings=True)  # with a head of its own beside it
+    head = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
+                         "lm_head.weight": head}, folder / "model.safetensors")
+    assert "unembedding_DV" in load_pretrained(str(folder)).params
+    change(folder / "config.json", tie_word_embeddings=True)  # with the tied head beside it
     assert "unembedding_DV" not in load_pretrained(str(folder)).params
+    del (without := dict(tensors))["model.embed_tokens.weight"]  # or under the other of its names
+    save_file(without, folder / "model.safetensors")
+    model = load_pretrained(str(folder))
+    np.testing.assert_array_equal(model.params["embedding_VD"], tensors["lm_head.weight"])
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path, folder, tensors):
+    """As in transformers 5, whatever config.json says of it; the export then says what is."""
+    change(folder / "config.json", tie_word_embeddings=True)
+    model = load_pretrained(str(folder))
+    np.testing.assert_array_equal(model.params["unembedding_DV"], tensors["lm_head.weight"].T)
+    export_hf(model, model.params, tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    assert "lm_head.weight" in load_file(tmp_path / "out/model.safetensors")
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_a_vocabulary_that_does_not_divide_is_padded(tmp_path, llama_config, random_tensors, write_folder, tied):
+def test_a_vocabulary_is_padded_alike_on_every_mesh(tmp_path, llama_config, random_tensors, write_folder, tied):
+    """To a multiple of the key/value heads, which the tensor axis must divide: a checkpoint fits another mesh."""
     hf = llama_config | {"tie_word_embeddings": tied, "num_key_value_heads": 8, "num_attention_heads": 8}
     assert hf["vocab_size"] % 8 == 4
     folder = write_folder(tmp_path / "model", hf, random_tensors(hf))
-    mesh = Mesh(np.array(jax.devices()).reshape(1, 1, 8), MESH_AXES)
-    plain, padded = load_pretrained(str(folder)), load_pretrained(str(folder), mesh=mesh)
     rows = hf["vocab_size"] + 4
-    assert padded.params["embedding_VD"].shape[0] == padded.unembedding(padded.params).shape[1] == rows
-    assert not np.asarray(padded.params["embedding_VD"])[-4:].any()
-    assert padded.head_settings == plain.head_settings == {"logit_softcap": None, "vocab_size": hf["vocab_size"]}
-    tokens = np.arange(12).reshape(2, 6)
-    logits = [np.asarray(jax.jit(model.apply)(model.params, tokens)) for model in (plain, padded)]
-    np.testing.assert_allclose(logits[1], logits[0], atol=1e-4)
-    for name, model in (("one", plain), ("two", padded)):
-        export_hf(model, model.params, tmp_path / name)
-    for path in (tmp_path / "one").iterdir():
-        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
+    models = [load_pretrained(str(folder))]
+    for sizes in ((1, 1, 8), (1, 2, 2), (1, 1, 1)):
+        devices = np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes)
+        models.append(load_pretrained(str(folder), mesh=Mesh(devices, MESH_AXES)))
+    tokens, reference = np.arange(12).reshape(2, 6), expected_parameters(hf, random_tensors(hf))
+    for number, model in enumerate(models):
+        assert model.params["embedding_VD"].shape[0] == model.unembedding(model.params).shape[1] == rows
+        assert not np.asarray(model.params["embedding_VD"])[-4:].any()
+        assert model.head_settings == {"logit_softcap": None, "vocab_size": hf["vocab_size"]}
+        if number < 2:
+            logits = np.asarray(jax.jit(model.apply)(model.params, tokens))
+            bare = replace(model, config=replace(model.config, vocab_padding=0))
+            np.testing.assert_allclose(logits, jax.jit(bare.apply)(reference, tokens), atol=1e-4)
+        export_hf(model, model.params, tmp_path / str(number))
+        for path in (tmp_path / "0").iterdir():
+            assert (tmp_path / str(number) / path.name).read_bytes() == path.read_bytes(), path.name
+    # What eight devices saved goes on on four and on one.
+    saved = Checkpoints(tmp_path / "checkpoints", keep=1)
+    saved.save(1, models[1].params)
+    saved.close()
+    for model in models[1:]:
+        restored = Checkpoints(tmp_path / "checkpoints", keep=1)
+        _, params = restored.restore(jax.tree.map(jnp.zeros_like, model.params))
+        restored.close()
+        for name, array in params.items():
+            assert array.sharding.is_equivalent_to(model.params[name].sharding, array.ndim)
+            np.testing.assert_array_equal(array, model.params[name])
 
 
 PEAK = """
+import json
 import sys
 import jax, jax.numpy as jnp
 from raft_jax.models import load_pretrained
@@ -209,6 +244,7 @@ def kilobytes(key):
         return int(next(line for line in file if line.startswith(key)).split()[1])
 
 jnp.zeros(1).block_until_ready()
+config_from_hf(json.loads(sys.argv[2]))  # imports transformers
 before = kilobytes("VmRSS:")
 model = load_pretrained(sys.argv[1], dtype=jnp.bfloat16)
 jax.block_until_ready(model.params)
@@ -224,7 +260,8 @@ def test_loading_holds_no_second_model(tmp_path, llama_config, random_tensors, w
     tensors = {key.replace("layers.0", f"layers.{layer}"): tensor.astype(ml_dtypes.bfloat16)
                for layer in range(10) for key, tensor in one.items()}
     folder = write_folder(tmp_path / "model", hf, tensors)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True, timeout=120,
+    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), json.dumps(hf)],
+                          capture_output=True, text=True, timeout=120,
                           env=os.environ | {"XLA_FLAGS": ""})
     assert done.returncode == 0, done.stderr[-2000:]
     peak, size = map(int, done.stdout.split())
@@ -259,7 +296,8 @@ def test_save_load_save_is_byte_identical(
             found |= load_file(path)
         assert set(found) == set(tensors)
         assert all(np.array_equal(found[key], tensor) for key, tensor in tensors.items())
-    assert json.loads(written["config.json"])["dtype"] == jnp.dtype(dtype).name
+    config = json.loads(written["config.json"])
+    assert config["dtype"] == config["torch_dtype"] == jnp.dtype(dtype).name  # older readers know the latter alone
 
 
 def test_export_replaces_an_older_one_whole(tmp_path, folder):
@@ -289,25 +327,43 @@ def test_unknown_architectures_are_named(tmp_path, folder, llama_config, tensors
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; supported: default"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "needs the key factor"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "'rope_type'='linear': {'factor'}"),
     ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a number above 0, got '2'"),
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
      "low_freq_factor 4.0 must be below"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "by layer type is not supported for llama"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported for llama"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "llama with quantization_config"),
+    ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights (gptq, key quantization_config)"),
+    ({"quantization_config": {"load_in_4bit": True}}, "quantised weights (an unnamed method"),
+    ({"quantization": {"group_size": 32, "bits": 4}}, "quantised weights (MLX"),
+    ({"per_layer_config": {"0": {"hidden_size": 3}}}, "llama with per_layer_config"),
+    ({"layer_types": ["sliding_attention"] * 2}, "llama with layer_types"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
+    ({"model_type": "gemma3_text", "rope_parameters": {
+        "full_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}}, "partial_rotary_factor is not"),
+    ({"rope_scaling": {"rope_type": "of the future", "factor": 2.0}}, "rope_type 'of the future' is not supported"),
+    ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type"),
+    ({"rope_scaling": 4}, "rope_parameters"),
+    ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+    ({"hidden_act": {"a": 1}}, "hidden_act"),
+    ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+    ({"layer_types": 5, "model_type": "qwen2"}, "layer_types must be a list of 2"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
+    ({"head_dim": 10**9}, "head_dim must be at most"),
+    ({"hidden_size": 10**9, "head_dim": None}, "head_dim must be at most 65536, got 250000000"),
+    ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
     ({"mlp_bias": True}, "llama with mlp_bias"),
     ({"num_hidden_layers": "2"}, "num_hidden_layers must be a whole number above 0, got '2'"),
     ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number above 0"),
+    ({"rms_norm_eps": "1e-5"}, "Field 'rms_norm_eps' expected float"),
     ({"model_type": "qwen3", "attention_bias": True}, "qwen3 with attention_bias"),
     ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["full"]}, "layer_types"),
     ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "mistral with layer_types"),
     ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of 2 times 0 or 1"),
     ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "partial_rotary_factor turns 3 of 16"),
-    ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear' is not supported for phi3"),
+    ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "must be one of ['longrope'], got"),
     ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}},
-     "long_factor must be a list of 8 numbers"),
+     "short_factor field must have length 4"),
     ({"model_type": "gemma2", "use_bidirectional_attention": True}, "gemma2 with use_bidirectional_attention"),
     ({"model_type": "gemma2", "hidden_activation": "gelu"}, "activation 'gelu' is not supported"),
     ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
@@ -333,9 +389,9 @@ def test_tensors_that_do_not_fit(folder, tensors):
 def test_tensors_that_are_no_floats(folder, tensors):
     path, key = folder / "model.safetensors", "model.layers.1.mlp.up_proj.weight"
     save_file(tensors | {key: tensors[key].astype(np.int8)}, path)
-    assert f"{key} holds int8; expected float32" in error_of(folder)
+    assert f"{key} holds I8; expected F32, F16 or BF16" in error_of(folder)
     save_file(tensors | {key: tensors[key].astype(ml_dtypes.float8_e4m3fn)}, path)
-    assert f"{key} has dtype F8_E4M3, which is not supported; supported: F32" in error_of(folder)
+    assert f"quantised weights (FP8_E4M3: {key})" in error_of(folder)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -365,7 +421,10 @@ def test_an_index_that_points_outside(folder, tensors, shard):
 def test_indices_that_lie(folder, tensors):
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "gone.safetensors")}))
+    load_pretrained(str(folder))  # what it names is gone, and model.safetensors is whole
+    (folder / "model.safetensors").rename(folder / "moved.safetensors")
     assert "gone.safetensors" in error_of(folder)
+    (folder / "moved.safetensors").rename(folder / "model.safetensors")
     for text, named in {
         "[]": "JSON object", "{}": "weight_map", '{"weight_map": []}': "weight_map", "{": "not valid JSON"
     }.items():
@@ -373,7 +432,14 @@ def test_indices_that_lie(folder, tensors):
         assert named in error_of(folder) and str(path) in error_of(folder)
     save_file({"lm_head.weight": np.ones(1, np.float32)}, folder / "other.safetensors")
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")}))
-    assert "the index says" in error_of(folder)
+    assert "two sets of weights, model.safetensors and the shards" in error_of(folder)
+    path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors") | {
+        "lm_head.weight": "other.safetensors", "model.norm.weight": "other.safetensors"}}))
+    assert "which model.safetensors.index.json does not name" in error_of(folder)
+    save_file({key: tensors[key] for key in tensors.keys() - {"lm_head.weight", "model.norm.weight"}},
+              folder / "model.safetensors")
+    assert "the index says that model.norm.weight is here" in error_of(folder)
+    save_file(tensors, folder / "model.safetensors")
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors.keys() - {"lm_head.weight"}, "model.safetensors")}))
     assert error_of(folder).endswith("holds lm_head.weight, which model.safetensors.index.json does not name")
 
@@ -387,6 +453,101 @@ def test_folders_that_lack_files(folder, tmp_path):
     assert "config.json: no such file" in error_of(folder)
     (tmp_path / "model.bin").write_bytes(b"x")
     assert "expected a Hugging Face folder or a .gguf file" in error_of(tmp_path / "model.bin")
+
+
+QUANTISED = {  # what each method adds to the names of tensors
+    "GPTQ": ("qweight", "qzeros", "scales", "g_idx"), "AWQ": ("qweight", "qzeros", "scales"),
+    "bitsandbytes, 4 bits": ("weight", "weight.absmax", "weight.quant_map"), "bitsandbytes, 8 bits": ("weight", "SCB"),
+    "MLX": ("weight", "scales", "biases"), "HQQ": ("W_q", "scale", "zero"), "AQLM": ("codes", "codebooks", "scales"),
+    "EXL2": ("q_weight", "q_scale", "q_perm"), "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "FP8": ("weight", "weight_scale_inv"), "an unknown method": ("weight", "scales"),
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_weights_are_told_by_their_names(folder, tensors, method):
+    key = "model.layers.1.mlp.up_proj.weight"
+    kept = {name: tensor for name, tensor in tensors.items() if name != key}
+    for name in QUANTISED[method]:
+        kept[f"{key.removesuffix('weight')}{name}"] = np.ones(4, np.int32)
+    save_file(kept, folder / "model.safetensors")
+    error = error_of(folder)
+    assert f"quantised weights ({method}: there is model.layers.1.mlp.up_proj." in error
+    assert error.endswith("use the unquantised model")
+
+
+def test_folders_that_hold_something_else(folder):
+    adapter = folder / "adapter_config.json"
+    adapter.write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "org/base"}))
+    assert "a whole model and, in adapter_config.json, an adapter for org/base" in error_of(folder)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    assert "a LoRA adapter for org/base; merge it into its base first" in error_of(folder)
+    adapter.write_text(json.dumps({"base_model_name_or_path": None}))
+    assert "a LoRA adapter for a base that it does not name" in error_of(folder)
+    adapter.unlink()
+    (folder / "config.json").unlink()
+    (folder / "model-Q8_0.gguf").write_bytes(b"GGUF")
+    assert f"for the GGUF file in it give {folder / 'model-Q8_0.gguf'}" in error_of(folder)
+    assert f"give the folder {folder}" in error_of(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json", "model.gguf"])
+def test_what_is_no_file_is_not_opened(folder, name):
+    """A pipe would be waited for without end."""
+    source = folder / name if name.endswith("gguf") else folder
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    assert f"{folder / name}: expected a file, found a pipe, a device or a socket" in error_of(source)
+    (folder / name).unlink()
+    if not name.endswith("gguf"):
+        (folder / name).mkdir()
+        assert f"{folder / name}: expected a file, found a folder" in error_of(source)
+
+
+@pytest.mark.parametrize(("content", "named"), [
+    (b"[" * 100_000, "nested too deeply"), (b'{"a": "\xe9"}', "not valid JSON ('utf-8' codec"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"", "not valid JSON"), (b"null", "found a NoneType"),
+], ids=["deep", "Latin-1", "digits", "empty", "null"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
+def test_damaged_small_files(folder, name, content, named):
+    (folder / name).write_bytes(content)
+    error = error_of(folder)
+    assert f"{folder / name}: " in error and named in error
+
+
+def test_settings_that_are_too_large(folder, monkeypatch):
+    monkeypatch.setattr("raft_jax.models.weight_files.MAX_JSON", 100)
+    assert "are too many for a file of settings" in error_of(folder)
+    monkeypatch.undo()
+    monkeypatch.setattr("raft_jax.models.weight_files.MAX_HEADER", 100)
+    assert "model.safetensors: a header of" in error_of(folder)
+
+
+def test_a_pointer_of_git_lfs(folder):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert "a pointer of Git LFS and not the weights; fetch them with git lfs pull" in error_of(folder)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_file_that_becomes_shorter(tmp_path, folder, llama_config, tensors, write_gguf, kind):
+    """A mapped file would end the process."""
+    gguf_path = write_gguf(tmp_path / "m.gguf", llama_config, tensors)
+    path = gguf_path if kind == "gguf" else folder / "model.safetensors"
+    weights = open_weights(gguf_path if kind == "gguf" else folder)
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(InputError, match="shorter after it was opened"):
+        load_parameters(weights, config_of(weights))
+
+
+def test_tokens_without_a_row_of_the_embedding(tmp_path, folder, llama_config, random_tensors, write_folder):
+    size = llama_config["vocab_size"]
+    fewer = llama_config | {"vocab_size": size - 2}
+    error = error_of(write_folder(tmp_path / "fewer", fewer, random_tensors(fewer)))
+    assert "the token '<|" in error and f"and the model's vocab_size is {size - 2}" in error
+    assert error.endswith("resize the embedding or remove the token")
+    for index, words in ((size, f"and the model's vocab_size is {size}"), (-1, "eos_token_id")):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [size - 1, index]}))
+        assert words in error_of(folder)
 
 
 def test_truncated_gguf(tmp_path, llama_config, tensors, write_gguf):
@@ -403,10 +564,50 @@ def test_truncated_gguf(tmp_path, llama_config, tensors, write_gguf):
     assert "version 99" in error_of(path)
 
 
+def test_a_gguf_file_is_told_by_its_first_bytes(tmp_path, llama_config, tensors, write_gguf):
+    path = write_gguf(tmp_path / "m.gguf", llama_config, tensors)
+    for name in ("M.GGUF", "model.Gguf", "sha256-0123"):
+        path = path.rename(tmp_path / name)
+        assert_same(load_pretrained(str(path)).params, expected_parameters(llama_config, tensors))
+
+
+def test_a_count_in_a_gguf_file_that_lies(tmp_path, llama_config, tensors, write_gguf):
+    """The library would read nothing, 2^40 times."""
+    path = write_gguf(tmp_path / "m.gguf", llama_config, tensors)
+    whole = path.read_bytes()
+    at = whole.index(b"tokenizer.ggml.token_type") + len("tokenizer.ggml.token_type") + 4 + 4
+    path.write_bytes(whole[:at] + struct.pack("<Q", 2**40) + whole[at + 8 :])
+    assert "a truncated or damaged GGUF file" in error_of(path)
+
+
+@pytest.mark.parametrize(("metadata", "factor"), [
+    ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}, 4),
+    ({"llama__rope__scale_linear": 4.0}, 4), ({"llama__rope__scaling__factor": 4.0}, 4),
+    ({"llama__rope__scaling__factor": 2.0, "llama__rope__scale_linear": 4.0}, 2),
+    ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, 1),
+    ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0}, 1),
+    ({"llama__rope__scaling__type": "linear"}, 1), ({}, 1),
+])
+def test_linear_rope_as_llama_cpp_reads_it(tmp_path, llama_config, tensors, write_gguf, metadata, factor):
+    weights = open_weights(write_gguf(tmp_path / "m.gguf", llama_config, tensors, **metadata))
+    width = llama_config["head_dim"]
+    expected = llama_config["rope_theta"] ** (-np.arange(0, width, 2) / width) / factor
+    np.testing.assert_allclose(config_of(weights).ropes[0].frequencies, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize(("metadata", "named"), [
     ({"llama__block_count": None}, "llama.block_count"),
     ({"llama__attention__head_count": None}, "llama.attention.head_count"),
     ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+    ({"llama__rope__scaling__attn_factor": 1.5}, "rope.scaling.attn_factor is not supported"),
+    ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count = 8 is not supported; supported: 16"),
+    ({"llama__attention__value_length": 8}, "llama.attention.value_length = 8 is not supported"),
+    ({"llama__expert_count": 8}, "llama.expert_count = 8 is not supported"),
+    ({"llama__attention__head_count": [4, 4]}, "llama.attention.head_count must be one number of 0 or more, got ["),
+    ({"llama__attention__head_count": 0}, "num_attention_heads must be a whole number above 0"),
+    ({"llama__block_count": "2"}, "llama.block_count must be one number"),
+    ({"split__count": 2, "split__no": 1}, "part 2 of 2; join them with gguf-split --merge"),
+    ({"general__type": "adapter"}, "a GGUF file of type 'adapter'"),
     ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
     ({"tokenizer__ggml__merges": None}, "tokenizer.ggml.merges"),
     ({"tokenizer__ggml__token_type": None}, "tokenizer.ggml.token_type"),

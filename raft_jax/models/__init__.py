@@ -12,10 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from raft_jax.errors import InputError
 from raft_jax.models.attention import KERNELS, best_kernel, softcap
 from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
-from raft_jax.models.families import config_from_hf
 from raft_jax.models.tiles import Tiled, product
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
-from raft_jax.models.weights import load_parameters, open_weights
+from raft_jax.models.weights import config_of, head_differs, load_parameters, open_weights
 from raft_jax.sharding import named_sharding
 from raft_jax.sources import resolve
 
@@ -36,6 +35,7 @@ class Model:
     hf_config: dict[str, Any] | None = None
     source: str = ""  # where it was loaded from
     generation: dict[str, Any] | None = None  # its generation_config.json
+    with_vision: bool = False  # whether it is the decoder of a model with vision, which is left out
 
     def hidden(
         self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None, num_tokens: int | None = None,
@@ -103,13 +103,16 @@ def load_pretrained(
         raise InputError(f"attention {attention!r} is not known; use auto, {', '.join(KERNELS)}")
     path = resolve(source)
     weights = open_weights(path)
-    try:
-        config = config_from_hf(weights.hf_config)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
-    padding = 0 if mesh is None else -config.vocab_size % mesh.shape["tensor"]
+    config = config_of(weights)
+    if config.tied_embeddings and head_differs(weights):
+        config = replace(config, tied_embeddings=False)
+        weights.hf_config["tie_word_embeddings"] = False
+    # The mesh's tensor axis must divide the key/value heads. So padded, parameters and checkpoints have the same shape
+    # on every mesh that the model fits.
+    padding = -config.vocab_size % config.num_kv_heads
     kernel = best_kernel(dtype, config.attention_softcap, config.head_width) if attention == "auto" else attention
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
     tokenizer = tokenizer_of(weights, config.vocab_size)
     params = load_parameters(weights, config, dtype, mesh)
-    return Model(config, params, tokenizer, dict(weights.hf_config), source, weights.generation_config)
+    return Model(config, params, tokenizer, dict(weights.hf_config), source, weights.generation_config,
+                 weights.with_vision)

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from raft_jax.errors import InputError
 from raft_jax.models.decoder import LOGICAL_AXES, DecoderConfig, ParameterInfo
 from raft_jax.models.families import stored_keys
 from raft_jax.models.layer import adapter_names
 from raft_jax.sharding import named_sharding
+from raft_jax.sources import resolve
 
 # Our parameter behind each name that users know from Hugging Face.
 TARGETS = {
@@ -84,7 +86,8 @@ def merge(params: Mapping[str, jax.Array], adapters: Mapping[str, jax.Array], sc
 
 
 def save_peft(
-    adapters: Mapping[str, jax.Array], config: DecoderConfig, folder: Path, *, alpha: float, base: str
+    adapters: Mapping[str, jax.Array], config: DecoderConfig, folder: Path, *, alpha: float, base: str,
+    with_vision: bool = False,
 ) -> None:
     """Writes adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors.
 
@@ -96,6 +99,8 @@ def save_peft(
       folder: made if it is not there.
       alpha: adapters are scaled by alpha / rank.
       base: the model that they belong to, a source as `load_pretrained` takes it.
+      with_vision: it is a model with vision, whose decoder is called `language_model` and whose vision tower has
+        modules of the same names.
     """
     from safetensors.numpy import save_file
 
@@ -108,7 +113,7 @@ def save_peft(
         a_LRI, b_LOR = _joined(parameters, adapters, config, stored)
         ranks[module.rpartition(".")[2]] = a_LRI.shape[1]
         for layer in range(config.num_layers):
-            name = "base_model.model." + module.format(layer)
+            name = "base_model.model." + (_within_vision(module) if with_vision else module).format(layer)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_LRI[layer])
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_LOR[layer])
     rank = min(ranks.values())
@@ -116,13 +121,42 @@ def save_peft(
     own_rank = adapters[next(iter(adapters))].shape[-1]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets: list[str] | str = sorted(ranks)
+    if with_vision:  # a pattern, which must match a module's whole name
+        targets = rf".*\blanguage_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
+    name, revision = peft_base(base)
     (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base.removeprefix("hf://"), "r": rank,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision, "r": rank,
         "lora_alpha": alpha * rank / own_rank, "rank_pattern": wider,
         "alpha_pattern": {name: alpha * size / own_rank for name, size in wider.items()},
-        "target_modules": sorted(ranks), "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+        "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
         "inference_mode": True,
     }, indent=2) + "\n", "utf-8")
+    if name is None:
+        (folder / "README.md").write_text(
+            f"This adapter belongs to {base}, which PEFT cannot load by its name. Load the same model in transformers' "
+            "format, and give it to PeftModel.from_pretrained together with this folder.\n", "utf-8")
+
+
+def _within_vision(module: str) -> str:
+    return "model.language_model." + module.removeprefix("model.")
+
+
+def peft_base(source: str) -> tuple[str | None, str | None]:
+    """Name and revision by which PEFT finds a base: of the hub, or the absolute path of a folder; else neither.
+
+    Example:
+      >>> peft_base("hf://owner/name@main")
+      ('owner/name', 'main')
+    """
+    if source.startswith("hf://"):
+        name, _, revision = source.removeprefix("hf://").partition("@")
+        return name, revision or None
+    try:
+        path = resolve(source)
+    except InputError:  # it was there when the training began
+        return None, None
+    return (str(path.resolve()), None) if path.is_dir() else (None, None)
 
 
 def _joined(parameters, adapters, config, stored):

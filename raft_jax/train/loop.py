@@ -176,7 +176,8 @@ def train(
     if settings.lora.rank:
         adapters = jax.tree.map(to_host, state.params)
         if jax.process_index() == 0:
-            save_peft(adapters, model.config, folder / "adapter", alpha=settings.lora.alpha, base=model.source)
+            save_peft(adapters, model.config, folder / "adapter", alpha=settings.lora.alpha, base=model.source,
+                      with_vision=model.with_vision)
     return jax.jit(student.whole)(state.params, teacher_params) if settings.lora.rank else state.params
 
 

@@ -47,12 +47,15 @@ def hf_config_from_gguf(
         value = metadata.get(f"{arch}.{key}", default)
         if value is None:
             raise InputError(f"GGUF metadata lacks {arch}.{key}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or not math.isfinite(value):
+            raise InputError(f"GGUF metadata: {arch}.{key} must be one number of 0 or more, got {_brief(value)}")
         return value
 
-    if "tokenizer.ggml.tokens" not in metadata:
+    if not isinstance(metadata.get("tokenizer.ggml.tokens"), list):
         raise InputError("GGUF metadata lacks tokenizer.ggml.tokens")
     heads, width = get("attention.head_count"), get("embedding_length")
-    head_width = get("attention.key_length", width // heads)
+    head_width = get("attention.key_length", width // max(heads, 1))
+    _refuse_other_arithmetic(metadata, arch, head_width)
     config = {
         "architectures": [FAMILIES[family].architecture], "model_type": family, "hidden_size": width,
         "num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", heads),
@@ -71,6 +74,10 @@ def hf_config_from_gguf(
         config["hidden_act"] = "silu"
     if family == "phi3":
         config |= _phi3(get, head_width, rope_tensors)
+        if metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "longrope") or (
+                get("rope.scaling.factor", get("rope.scale_linear", 0.0)) not in (0, 1) and not rope_tensors):
+            raise InputError("GGUF rope scaling of phi3 is supported by its tensors rope_factors_long.weight and "
+                             "rope_factors_short.weight only")
     elif family.startswith("gemma"):
         config |= _gemma(get, metadata, arch, family, config)
     else:
@@ -82,18 +89,28 @@ def hf_config_from_gguf(
     return config
 
 
+def _brief(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + " …"
+
+
 def _shortest(value: float) -> float:
     return float(f"{value:.6g}")
 
 
 def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, Any] | None:
-    kind = metadata.get(f"{arch}.rope.scaling.type", "none")
-    if kind == "linear":
-        return {"rope_type": "linear", "factor": _shortest(get("rope.scaling.factor"))}
-    if kind != "none":
+    # As llama.cpp reads them: linear where no type is given, an older name of the factor, and 0 for none.
+    kind = metadata.get(f"{arch}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
         raise InputError(f"GGUF rope scaling {kind!r} is not supported; supported: none, linear")
+    factor = get("rope.scaling.factor", get("rope.scale_linear", 0.0)) if kind == "linear" else 0.0
+    linear = {"rope_type": "linear", "factor": _shortest(factor)} if factor not in (0, 1) else None
+    if get("rope.scaling.attn_factor", 1.0) not in (0, 1):
+        raise InputError(f"GGUF metadata: {arch}.rope.scaling.attn_factor is not supported")
     if "rope_freqs.weight" not in rope_tensors:
-        return None
+        return linear
+    if linear:
+        raise InputError(f"GGUF file: rope_freqs.weight and a linear factor of {factor} together are not supported")
     # Only the divisors of Llama 3's frequencies are kept; what made them is known for every Llama 3 there is.
     found, made = rope_tensors["rope_freqs.weight"], {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain, original = plain_frequencies(config["rope_theta"], config["head_dim"]), 8192
@@ -102,6 +119,20 @@ def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, A
                                                      rtol=1e-3):
         raise InputError("GGUF tensor rope_freqs.weight: not the rope of Llama 3.x (low 1, high 4, length 8192)")
     return {"rope_type": "llama3", "factor": factor, **made, "original_max_position_embeddings": original}
+
+
+def _refuse_other_arithmetic(metadata, arch: str, head_width: int) -> None:
+    """InputError for fields with which llama.cpp computes otherwise than this decoder."""
+    for key, usual in {
+        "rope.dimension_count": head_width, "rope.dimension_count_swa": head_width, "expert_count": 0,
+        "attention.value_length": head_width, "attention.value_length_swa": head_width,
+        "attention.key_length_swa": head_width, "attention.causal": True, "attention.clamp_kqv": 0,
+        "attention.max_alibi_bias": 0, "logit_scale": 1, "residual_scale": 1, "embedding_scale": 1,
+    }.items():
+        if key == "rope.dimension_count" and arch == "phi3":
+            continue  # reads it
+        if (value := metadata.get(f"{arch}.{key}", usual)) not in (usual, 0):
+            raise InputError(f"GGUF metadata: {arch}.{key} = {value} is not supported; supported: {usual}")
 
 
 def _phi3(get, head_width: int, rope_tensors) -> dict[str, Any]:
@@ -132,12 +163,13 @@ def _gemma(get, metadata, arch: str, family: str, config) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": scaled_by,
         "sliding_window": get("attention.sliding_window"),
     }
+    scaling = _rope_scaling(get, metadata, arch, config, {})
+    if scaling:
+        fields["rope_scaling"] = scaling
     if family == "gemma2":
         return fields | {"attn_logit_softcapping": _shortest(get("attn_logit_softcapping", 50.0)),
                          "final_logit_softcapping": _shortest(get("final_logit_softcapping", 30.0))}
     fields["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
     if (cap := metadata.get(f"{arch}.final_logit_softcapping")) is not None:
         fields["final_logit_softcapping"] = _shortest(cap)
-    if scaling := _rope_scaling(get, metadata, arch, config, {}):
-        fields["rope_scaling"] = scaling
     return fields

@@ -46,7 +46,7 @@ def make_rope(settings: Mapping[str, Any], rotary_width: int, max_positions: int
       InputError: an unknown type (named, with those that are known), or a key that is missing or not a number.
     """
     kind = settings.get("rope_type", "default")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise InputError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
     plain = plain_frequencies(_number(settings, "rope_theta"), rotary_width)
     return KINDS[kind](plain, settings, max_positions)

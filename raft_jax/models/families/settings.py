@@ -2,32 +2,75 @@
 
 from __future__ import annotations
 
+import copy
+import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from raft_jax.errors import InputError
 from raft_jax.models.families.rope import make_rope, no_rope
+from raft_jax.models.rope import Rope
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
 FULL, SLIDING = "full_attention", "sliding_attention"
-Config = Mapping[str, Any]  # config.json over the family's defaults
+# Without these no config.json describes a model, though transformers would take a 7B's.
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers")
+# The most of what lists are made of; a damaged or hostile number must not fill the memory.
+LIMITS = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "head_dim": 65_536}
+IGNORED = ("dtype", "torch_dtype", "auto_map", "id2label", "label2id")  # nothing of the arithmetic is in them
+Config = Mapping[str, Any]  # config.json as transformers reads it
 Fields = dict[str, Any]  # of DecoderConfig
+
+
+def as_transformers_reads(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json with what transformers takes where it says nothing, and with today's names for older keys.
+
+    Raises:
+      InputError: a value that transformers refuses, or that would make lists without end.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    for key in REQUIRED:
+        size(hf, key)
+    for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if hf.get(key) is not None:
+            size(hf, key)
+    for key in ("layer_types", "no_rope_layers"):
+        value = hf.get(key)
+        if value is not None and not (isinstance(value, list) and len(value) >= hf["num_hidden_layers"]):
+            kinds = f"{FULL} or {SLIDING}" if key == "layer_types" else "0 or 1"
+            raise InputError(f"config.json: {key} must be a list of {hf['num_hidden_layers']} times {kinds}")
+    given = {key: value for key, value in copy.deepcopy(dict(hf)).items() if key not in IGNORED}
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it only warns of is refused below, or means nothing here
+    try:
+        return CONFIG_MAPPING[hf["model_type"]].from_dict(given).to_dict()
+    except Exception as error:  # each of its checks raises another kind
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        line = re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
+        raise InputError(f"config.json: {line}") from error
+    finally:
+        logging.set_verbosity(level)
 
 
 def size(hf: Config, key: str) -> int:
     """A whole number above 0, or an InputError that names the key."""
-    value = hf.get(key)
+    value, limit = hf.get(key), LIMITS.get(key, 2**31 - 1)
     if value is None:
         raise InputError(f"config.json: {hf['model_type']} needs the key {key}")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"config.json: {key} must be a whole number above 0, got {value!r}")
+    if value > limit:
+        raise InputError(f"config.json: {key} must be at most {limit}, got {value}")
     return value
 
 
 def number(hf: Config, key: str) -> float:
-    """A number above 0, or an InputError that names the key."""
+    """A finite number above 0, or an InputError that names the key."""
     value = hf.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise InputError(f"config.json: {key} must be a number above 0, got {value!r}")
     return float(value)
 
@@ -40,8 +83,10 @@ def plain(hf: Config) -> Fields:
         raise InputError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
                          f"{kv_heads}")
     head_width = size(hf, "hidden_size") // heads if hf.get("head_dim") is None else size(hf, "head_dim")
+    if not 0 < head_width <= LIMITS["head_dim"]:
+        raise InputError(f"config.json: heads of width {head_width} are not supported; at most {LIMITS['head_dim']}")
     activation = hf.get("hidden_activation") or hf.get("hidden_act")
-    if activation not in ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(f"config.json: the activation {activation!r} is not supported; supported: "
                          + ", ".join(ACTIVATIONS))
     return {
@@ -54,34 +99,35 @@ def plain(hf: Config) -> Fields:
 
 
 def llama(hf: Config, fields: Fields) -> Fields:
-    rope = rope_settings(hf)
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise InputError(f"config.json: partial_rotary_factor is not supported for {hf['model_type']}")
-    return {"ropes": (make_rope(rope, fields["head_width"], fields["max_positions"]),)}
+    return {"ropes": (whole_rope(rope_settings(hf), hf, fields),)}
+
+
+def whole_rope(settings: Mapping[str, Any], hf: Config, fields: Fields) -> Rope:
+    """The rope of a family whose heads turn in their whole width."""
+    for key in ("partial_rotary_factor", "rotary_dim"):
+        whole = fields["head_width"] if key == "rotary_dim" else 1.0
+        if (settings | hf).get(key, whole) not in (whole, None):
+            raise InputError(f"config.json: {key} is not supported for {hf['model_type']}")
+    if fields["head_width"] % 2:
+        raise InputError(f"config.json: heads of the odd width {fields['head_width']} are not supported")
+    return make_rope(settings, fields["head_width"], fields["max_positions"])
 
 
 def smollm3(hf: Config, fields: Fields) -> Fields:
     """Every fourth layer knows no positions (arXiv:2501.18795)."""
-    layers = fields["num_layers"]
-    turns = hf.get("no_rope_layers") or [(layer + 1) % size(hf, "no_rope_layer_interval") != 0
-                                         for layer in range(layers)]
-    if not isinstance(turns, list) or len(turns) < layers or not set(turns) <= {0, 1}:
-        raise InputError(f"config.json: no_rope_layers must be a list of {layers} times 0 or 1")
-    turns = turns[:layers]
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    kinds = hf.get("layer_types") or [SLIDING if window and not turn else FULL for turn in turns]
+    turns = hf["no_rope_layers"]
+    if not all(turn in (0, 1) for turn in turns):
+        raise InputError(f"config.json: no_rope_layers must be a list of {fields['num_layers']} times 0 or 1")
+    turns = turns[:fields["num_layers"]]
+    window = hf["sliding_window"] if hf["use_sliding_window"] else None
     rope = llama(hf, fields)["ropes"][0]
     chosen = {"layer_ropes": tuple(0 if turn else 1 for turn in turns), "ropes": (rope, no_rope(fields["head_width"]))}
-    return (chosen if 0 in turns else {"ropes": (rope,)}) | windows(hf, fields, kinds, window)
+    return (chosen if 0 in turns else {"ropes": (rope,)}) | windows(hf, fields, hf["layer_types"], window)
 
 
 def qwen(hf: Config, fields: Fields) -> Fields:
     """Layers from max_window_layers on slide, where use_sliding_window asks for it."""
-    window = hf.get("sliding_window") if hf.get("use_sliding_window") else None
-    kinds = hf.get("layer_types") or [
-        SLIDING if window and layer >= hf["max_window_layers"] else FULL for layer in range(fields["num_layers"])
-    ]
-    return llama(hf, fields) | windows(hf, fields, kinds, window)
+    return llama(hf, fields) | windows(hf, fields, hf["layer_types"], hf["sliding_window"])
 
 
 def qwen2(hf: Config, fields: Fields) -> Fields:
@@ -98,59 +144,43 @@ def mistral(hf: Config, fields: Fields) -> Fields:
 
 
 def phi3(hf: Config, fields: Fields) -> Fields:
-    """Part of each head turns, and LongRoPE goes by two names besides its own."""
-    rope = rope_settings(hf) | {"original_max_position_embeddings": hf["original_max_position_embeddings"]}
-    if rope.get("rope_type") in ("su", "yarn"):
-        rope["rope_type"] = "longrope"
-    if rope.get("rope_type", "default") not in ("default", "longrope"):
-        raise InputError(f"config.json: rope_type {rope['rope_type']!r} is not supported for phi3; supported: "
-                         "default, longrope")
-    rotary_width = int(fields["head_width"] * number({"partial_rotary_factor": 1.0} | rope, "partial_rotary_factor"))
+    """Part of each head turns."""
+    rope = rope_settings(hf)
+    rotary_width = int(fields["head_width"] * number(rope, "partial_rotary_factor"))
     if rotary_width % 2 or not 0 < rotary_width <= fields["head_width"]:
         raise InputError(f"config.json: partial_rotary_factor turns {rotary_width} of {fields['head_width']} numbers; "
                          "it must turn an even part of them")
     ropes = {"ropes": (make_rope(rope, rotary_width, fields["max_positions"]),)}
-    return ropes | windows(hf, fields, [SLIDING] * fields["num_layers"], hf.get("sliding_window"))
+    return ropes | windows(hf, fields, [SLIDING] * fields["num_layers"], hf["sliding_window"])
 
 
 def gemma2(hf: Config, fields: Fields) -> Fields:
     """Every other layer slides; attention scores and logits are capped."""
-    kinds = hf.get("layer_types") or [
-        FULL if (layer + 1) % 2 == 0 else SLIDING for layer in range(fields["num_layers"])
-    ]
     caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
-    return _gemma(hf, fields, kinds) | llama(hf, fields) | {
-        ours: None if hf.get(theirs) is None else number(hf, theirs) for ours, theirs in caps.items()
+    return _gemma(hf, fields) | llama(hf, fields) | {
+        ours: None if hf[theirs] is None else number(hf, theirs) for ours, theirs in caps.items()
     }
 
 
 def gemma3(hf: Config, fields: Fields) -> Fields:
     """Every sixth layer is global and turns by another base than the local ones."""
-    if hf.get("attn_logit_softcapping") is not None:  # transformers reads it and does not apply it
+    if hf["attn_logit_softcapping"] is not None:  # transformers reads it and does not apply it
         raise InputError("config.json: attn_logit_softcapping is not supported for gemma3_text; remove it")
-    period = size(hf, "sliding_window_pattern")
-    kinds = hf.get("layer_types") or [
-        FULL if (layer + 1) % period == 0 else SLIDING for layer in range(fields["num_layers"])
-    ]
-    nested = hf.get("rope_parameters") or {}
-    if not all(isinstance(value, Mapping) for value in nested.values()):
+    nested = hf["rope_parameters"]
+    if nested.keys() != {FULL, SLIDING}:
         raise InputError("config.json: gemma3_text needs rope_parameters by layer type "
                          f"({FULL}, {SLIDING}), got {sorted(nested)}")
-    everywhere = {FULL: {"rope_theta": hf["rope_theta"]} | (nested.get(FULL) or {}) | (hf.get("rope_scaling") or {}),
-                  SLIDING: {"rope_theta": hf["rope_local_base_freq"]} | (nested.get(SLIDING) or {})}
-    ropes = tuple(
-        make_rope(_typed(settings), fields["head_width"], fields["max_positions"]) for settings in everywhere.values()
-    )
-    cap = None if hf.get("final_logit_softcapping") is None else number(hf, "final_logit_softcapping")
-    chosen = {"ropes": ropes, "layer_ropes": tuple(int(kind == SLIDING) for kind in kinds)}
-    return _gemma(hf, fields, kinds) | chosen | {"qk_norm": True, "logit_softcap": cap}
+    ropes = tuple(whole_rope(nested[kind], hf, fields) for kind in (FULL, SLIDING))
+    cap = None if hf["final_logit_softcapping"] is None else number(hf, "final_logit_softcapping")
+    chosen = {"ropes": ropes, "layer_ropes": tuple(int(kind == SLIDING) for kind in hf["layer_types"])}
+    return _gemma(hf, fields) | chosen | {"qk_norm": True, "logit_softcap": cap}
 
 
-def _gemma(hf: Config, fields: Fields, kinds: list[str]) -> Fields:
+def _gemma(hf: Config, fields: Fields) -> Fields:
     return {
         "norm_offset": 1.0, "post_norms": True, "embedding_scale": fields["width"] ** 0.5,
         "query_scale": number(hf, "query_pre_attn_scalar") ** -0.5,
-    } | windows(hf, fields, kinds, hf.get("sliding_window"))
+    } | windows(hf, fields, hf["layer_types"], hf["sliding_window"])
 
 
 def windows(hf: Config, fields: Fields, kinds: list[str], window: int | None) -> Fields:
@@ -158,19 +188,17 @@ def windows(hf: Config, fields: Fields, kinds: list[str], window: int | None) ->
     layers = fields["num_layers"]
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
         raise InputError(f"config.json: layer_types must be a list of {layers} times {FULL} or {SLIDING}")
+    if window is None and SLIDING in (hf.get("layer_types") or ()):
+        raise InputError(f"config.json: layer_types has {SLIDING} and there is no sliding_window"
+                         + (" (use_sliding_window is false)" if hf.get("use_sliding_window") is False else ""))
     if window is None or SLIDING not in kinds or size(hf, "sliding_window") >= fields["max_positions"]:
         return {}
     return {"windows": tuple(window if kind == SLIDING else fields["max_positions"] for kind in kinds)}
 
 
 def rope_settings(hf: Config) -> dict[str, Any]:
-    """transformers 5 writes the rope's settings as one group, earlier releases as several keys."""
-    group = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if not isinstance(group, Mapping) or any(isinstance(value, Mapping) for value in group.values()):
+    """The one rope of all layers; transformers keeps what earlier releases wrote as several keys in one group."""
+    group = hf["rope_parameters"]
+    if any(isinstance(value, Mapping) for value in group.values()):
         raise InputError(f"config.json: rope_parameters by layer type is not supported for {hf['model_type']}")
-    alone = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if hf.get(key) is not None}
-    return _typed(alone | group)
-
-
-def _typed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rope_type": settings.get("type", "default"), **settings}
+    return dict(group)
