@@ -236,7 +236,7 @@ class _Work:
 
     def refine(self, rows: RowLengths) -> float:
         """Rewriting of all rows, then rounds of fusion and likelihoods for those that are accepted."""
-        settings, new = self.config.refine, self.config.refine.max_new_tokens
+        settings, new = self.config.refine, self.config.refine_max_new_tokens
         prompts = [prompt + answer for prompt, answer in rows.train]
         fused = prompts[: math.ceil(ACCEPTED_SHARE * len(prompts))]
         judged = "likelihood" in settings.judges
@@ -290,7 +290,7 @@ class _Work:
         kept = 2 * model.width + 2 * model.query_width + 2 * model.kv_width + 3 * model.ffn_width
         activations = tokens * width * model.num_layers * (model.width if self.config.model.remat else kept)
         places = max(
-            self.config.refine.batch_size * (longest_prompt + longest_answer + 2 * self.config.refine.max_new_tokens),
+            self.config.refine.batch_size * (longest_prompt + longest_answer + 2 * self.config.refine_max_new_tokens),
             self.config.evaluate.batch_size * (longest_prompt + self.config.evaluate.max_new_tokens),
         )
         caches = places * self._cache_bytes() / (data * sharing)

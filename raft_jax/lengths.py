@@ -41,6 +41,10 @@ class Fitting:
     bad: dict[str, str] = field(default_factory=dict)
     lengths: dict[str, Lengths] = field(default_factory=dict)
 
+    @property
+    def kept_lengths(self) -> list[Lengths]:
+        return [self.lengths[example.id] for example in self.kept]
+
 
 def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config, limit: int | None) -> Fitting:
     """The examples within the limits of length, or a sample of `limit` of them.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from raft_jax.data.files import locate
 from raft_jax.data.prompts import Conversation, fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow
 from raft_jax.errors import InputError
+from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
@@ -150,7 +152,7 @@ class Rows:
             limits.append(("refine.max_new_tokens", self.config.refine_max_new_tokens, self.train_fitting,
                            "rewritings that end there are not used"))
         for key, limit, found, consequence in limits:
-            end = quantiles([found.lengths[example.id].answer for example in found.kept])[QUANTILES.index(KEPT)]
+            end = quantiles([lengths.answer for lengths in found.kept_lengths])[QUANTILES.index(KEPT)]
             if limit < end:
                 yield (f"warning: {key}={limit} is shorter than the gold answers ({KEPT:.0%} of those used have up to "
                        f"{end} tokens): {consequence}")
@@ -262,20 +264,32 @@ def check(config: Config, console) -> None:
     console.print(f"data: {config.data.path}")
     for line in [*rows.describe(), *rows.describe_lengths(refines)]:
         console.print(line)
-    rows.check_evaluation()
+    general = rows.check_evaluation()
     rows.check_training(methods)
     if refines:
         rows.check_refinement()
     console.print(_steps(config, len(rows.train)))
-    # Estimates of disk, memory and time belong here: all that they depend on is checked.
+    sizes = RowLengths(
+        [(found.question, found.answer) for found in rows.train_fitting.kept_lengths],
+        [(found.question, found.answer) for found in rows.test_fitting.kept_lengths],
+        [len(tokenizer.encode(prompt.prompt)) for prompt in general],
+    )
+    for line in estimate_lines(config, model_size(decoder, config), sizes, free_disk=_free_disk(config.run_dir),
+                               keep_finished=config.train.keep_finished):
+        console.print(line)
     _print_example(rows, tokenizer, console)
+
+
+def _free_disk(run_dir: str) -> int:
+    """Bytes that are free where a run folder is or will be."""
+    folder = Path(run_dir).absolute()
+    return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 
 def _steps(config: Config, num_rows: int) -> str:
     """A line about methods and steps, and about rows that no step takes."""
     batch_size = config.train.batch_size
-    steps = max(1, round(config.train.epochs * (num_rows // batch_size)))
-    steps = min(steps, config.train.max_steps or steps)
+    steps = num_steps(config, num_rows)
     line = f"methods: {', '.join(config.methods)}; {steps} steps of {batch_size} rows each"
     if unused := num_rows - min(num_rows, steps * batch_size):
         return f"{line}; {unused} of the {num_rows} rows are in none of them"

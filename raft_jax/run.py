@@ -47,6 +47,7 @@ from raft_jax.run_dir import (
 )
 from raft_jax.sampling import Sampler, Scorer
 from raft_jax.sharding import make_mesh
+from raft_jax.sources import fingerprint_model, resolve
 from raft_jax.stages import Settings, changes
 from raft_jax.terminal import visible
 from raft_jax.train.loop import read_metrics, tokens_trained, train
@@ -94,7 +95,8 @@ class Run:
     @cached_property
     def model_identity(self) -> str:
         """Names the model, its tokenizer and how it is run, for what depends on them."""
-        return f"{self.config.model.source} {self.config.model.dtype}"
+        given = self.config.model
+        return f"{fingerprint_model(resolve(given.source))} {given.dtype} thinking {given.thinking}"
 
     @cached_property
     def encoder(self):

@@ -21,7 +21,7 @@ from raft_jax.models.encoder_families import (
     load_parameters,
     read_config,
 )
-from raft_jax.sources import resolve
+from raft_jax.sources import fingerprint_model, resolve
 
 ROW_LENGTH = 256  # tokens; short texts share rows of this length, so that one compiled program serves all
 MOSTLY_UNKNOWN = 0.5  # share of a text's characters
@@ -54,7 +54,8 @@ def load_encoder(
         raise InputError(f"{source}: expected a folder with config.json, tokenizer.json and model.safetensors")
     config, model_folder = read_config(folder, prefix)
     tokenizer = _load_tokenizer(model_folder / "tokenizer.json", config)
-    return Encoder(config, load_parameters(model_folder, config, dtype), tokenizer, batch_size)
+    identity = f"{fingerprint_model(folder)} prefix {config.prefix!r}"
+    return Encoder(config, load_parameters(model_folder, config, dtype), tokenizer, batch_size, identity)
 
 
 class Encoder:

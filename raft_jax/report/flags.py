@@ -14,7 +14,7 @@ LOOP_WORDS, LOOP_SHARE, LOOP_LENGTH = 4, 0.5, 24
 STATUSES = {
     "ok": "", "empty": "empty", "truncated": "cut at the limit", "refusal": "refusal",
     "leak": "repeats our instructions", "copy": "the gold answer verbatim", "repetition": "repeats itself",
-    "facts": "facts differ", "unknown": "unknown to the encoder",
+    "facts": "facts differ", "unrenderable": "not for the chat template", "unknown": "unknown to the encoder",
 }
 
 
@@ -54,7 +54,7 @@ def row_flags(row: Mapping[str, Any]) -> list[str]:
 @cache
 def _instructions() -> frozenset[tuple[str, ...]]:
     """Runs of words of our own prompts, without what stands in their places."""
-    prompts = (rewrite_prompt("", ""), fusion_prompt("", "", ""), teacher_prompt("", ""))
+    prompts = (rewrite_prompt(""), rewrite_prompt("", "?"), fusion_prompt("", ""), teacher_prompt("", ""))
     return frozenset(
         run for prompt in prompts for message in prompt for line in message["content"].splitlines()
         for run in _runs(_words(line), LEAK_WORDS)
