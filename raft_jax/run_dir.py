@@ -55,6 +55,8 @@ def open_run_dir(config: Config):
         planned, records = _compare(config, settings)
         if is_writer():
             print(*planned.lines(), sep="\n", end="\n" * bool(planned.lines()), flush=True)
+        if "refine" in planned.stale:
+            del records["refine"]
         for stage in ("refine", *(f"train {name}" for name in config.methods)):
             records.setdefault(stage, settings_for(stage, settings))  # of what begins now
         start_date(run_dir)

@@ -80,6 +80,9 @@ class Plan:
     def lines(self) -> list[str]:
         """What a run says of it before it begins; nothing where nothing has changed."""
         lines = []
+        if "refine" in self.stale:
+            why = "; ".join(self.stale["refine"].values())
+            lines.append(f"refining again, but for what the ledger has of it ({why})")
         for words, kind in (("training and exporting again", "export"), ("evaluating again", "evaluate")):
             stages = [stage for stage in self.stale if stage.startswith(kind + " ")]
             why = sorted({text for stage in stages for text in self.stale[stage].values()})
@@ -109,10 +112,11 @@ def plan(run_dir: str, records: Mapping[str, Settings], settings: Mapping[str, S
     for stage, before in records.items():
         changed = changes(before, settings[stage])
         kind = stage.partition(" ")[0]
-        allowed = {"refine": (), "train": EXTENDS, "export": REDONE}.get(kind)
+        # Rows that nothing is trained on yet can be refined again; else the training's settings have changed, too.
+        allowed = {"train": EXTENDS, "export": REDONE}.get(kind)
         if allowed is not None:
             refused |= {key: text for key, text in changed.items() if key not in allowed}
-        if changed and kind in ("export", "evaluate"):
+        if changed and kind in ("refine", "export", "evaluate"):
             result.stale[stage] = changed
         elif not changed and kind != "train":
             result.kept.append(stage)

@@ -75,7 +75,7 @@ def refined_row(rng: random.Random, index: int) -> dict:
     )
     rounds = [
         {"round": number, "status": "ok" if number > 1 or index % 3 == 0 else "leak", "mean": 0.7 + 0.06 * number,
-         "note": "" if number > 1 or index % 3 == 0 else "Merge the two texts",
+         "note": "" if number > 1 or index % 3 == 0 else "write one version of it",
          "candidate": f"Candidate {number}: {rewrite}",
          "scores": {"similarity": 0.8, "coverage": 0.75, "likelihood": None if number == 2 else 0.7}}
         for number in range(1, 2 + index % 3)
@@ -83,7 +83,7 @@ def refined_row(rng: random.Random, index: int) -> dict:
     fused = accepted and index % 5 != 2
     answer = f"File within 30 days and attach form C-{index}. {HOSTILE if index % 7 == 1 else ''}"
     if index == LEAKED:
-        answer = "Merge the two texts into one, in clear, complete sentences."
+        answer = "Write one version of it in clear, complete sentences."
     return {
         "id": f"row-{index}", "question": (HOSTILE if index < 2 else "") + question_of(index),
         "context": f"Claims handbook, part {index}. {HOSTILE}" if index % 9 == 4 else "",

@@ -452,10 +452,10 @@ def test_bad_gzip(tmp_path):
 def test_pipes_and_devices_are_refused(tmp_path):
     for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
         os.mkfifo(tmp_path / name)
-        assert error_of(tmp_path / name).startswith(": a pipe or device")
+        assert error_of(tmp_path / name).startswith(": expected a file, found a ")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
-    assert error_of(tmp_path / "zero.jsonl").startswith(": a pipe or device")
-    with pytest.raises(InputError, match="a pipe or device"):
+    assert error_of(tmp_path / "zero.jsonl").startswith(": expected a file, found a ")
+    with pytest.raises(InputError, match="expected a file, found a named pipe"):
         fingerprint(tmp_path / "rows.jsonl")
 
 

@@ -23,7 +23,6 @@ from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt
 from raft_jax.data.refined import RefinedRow, load_refined
 from raft_jax.errors import InputError
 from raft_jax.lengths import fitting
-from raft_jax.models import Tokenizer
 from raft_jax.preflight import read_data, token_rows
 from raft_jax.refine.write import task_prompt
 from raft_jax.run import Run
@@ -186,6 +185,26 @@ def test_a_moved_run_goes_on_but_a_changed_one_is_refused(copy, capsys):
     assert files(moved) == before
 
 
+def test_rows_that_nothing_is_trained_on_are_refined_again_where_settings_changed(copy, capsys):
+    run, config = copy / "run", str(copy / "config.yaml")
+    for name in (*METHODS, "evaluation.json"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    rows, ledger = load_refined(run / "refined"), (run / "refined/ledger.jsonl").read_bytes()
+    assert main(["refine", config, "refine.accept_floor=1.0"]) == 0
+    output = capsys.readouterr().out
+    assert "refining again, but for what the ledger has of it (refine.accept_floor: 0.0 → 1.0)" in output
+    again = load_refined(run / "refined")
+    assert [row.rewrite for row in again] == [row.rewrite for row in rows]
+    assert all(row.chosen == "gold" or row.rounds[row.chosen_round - 1].mean == 1.0 for row in again)
+    assert (run / "refined/ledger.jsonl").read_bytes().startswith(ledger)
+    # Other texts under the same ids are refined, too; the published rows of the first ones are not taken for them.
+    data = [{**row, "answer": row["answer"] + " Indeed."} for row in lines(copy / "data.jsonl")]
+    tiny.write_jsonl(copy / "data.jsonl", data)
+    assert main(["refine", config, "refine.accept_floor=1.0"]) == 0
+    assert "made from other texts" in capsys.readouterr().out
+    assert all(row.gold.endswith(" Indeed.") for row in load_refined(run / "refined"))
+
+
 def test_a_damaged_data_set_comes_back_from_the_ledger(copy, capsys):
     path, ledger = copy / "run/refined/refined.jsonl", copy / "run/refined/ledger.jsonl"
     whole, recorded = path.read_bytes(), ledger.read_bytes()
@@ -251,7 +270,7 @@ def test_a_finished_run_is_extended_and_measured_again(copy, command):
     assert {name.partition("/")[0] for name in changed} == {"sft", "evaluation.json", "timings.jsonl", "results.json"}
     assert [line["step"] for line in metrics(copy, "sft")] == [1, 2, 3] and metrics(copy, "sft")[:2] == first
     again = command("run", copy / "config.yaml", "methods=[sft]", "train.max_steps=3", "evaluate.max_new_tokens=6")
-    assert "again" not in again and json.loads(evaluation.read_text()) == new
+    assert not re.search("(evaluating|exporting|refining) again", again) and json.loads(evaluation.read_text()) == new
 
 
 def test_an_evaluation_that_was_interrupted_is_completed(copy, command):
@@ -355,8 +374,7 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_task_reaches_the_model_whatever_its_template_does_with_a_system_turn(template):
-    tokenizer = tiny.make_tokenizer()
-    tokenizer = Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": TEMPLATES[template]}, "tiny")
+    tokenizer = tiny.wrapped(tiny.make_tokenizer().backend, chat_template=TEMPLATES[template])
     text = tokenizer.decode(task_prompt(tokenizer, rewrite_prompt("He.")))
     system, user = (message["content"] for message in rewrite_prompt("He."))
     assert text == (f"<system>{system}<user>{user}" if template == "takes" else f"<user>{system}\n\n{user}")
@@ -498,7 +516,9 @@ def test_a_stage_has_one_line_of_time(tmp_path):
     record_time(tmp_path, "train", "sft", 1.23456, 10)
     record_time(tmp_path, "train", "raft", 2.0, 20)
     record_time(tmp_path, "train", "sft", 3.0, 30)
-    assert lines(tmp_path / "timings.jsonl") == [
+    found = lines(tmp_path / "timings.jsonl")
+    assert all(line.pop("machine")["cores"] == os.cpu_count() for line in found)
+    assert found == [
         {"stage": "train", "method": "raft", "seconds": 2.0, "tokens": 20},
         {"stage": "train", "method": "sft", "seconds": 3.0, "tokens": 30},
     ]

@@ -13,7 +13,6 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from raft_jax.data import prompts
 from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, parameter_table
 from raft_jax.models.export import export_hf
@@ -65,13 +64,23 @@ def compile_cache(folder: Path) -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+# What the vocabulary is made from besides ROWS. Not the prompts themselves: another wording would make another model.
+WORDS = (
+    "This text answers the question: \n\nRewrite the following text in clear, complete sentences. Keep every fact, "
+    "number and name.\n\n",
+    "These texts answer the question: \n\nText 1: \n\nText 2: \n\nMerge the two texts into one, in clear, complete "
+    "sentences. Keep every fact, number and name of text 1. Write the merged text only.",
+    "Background reference knowledge:\n\n\nAnswer the following question, using the background knowledge where it helps."
+    "\n",
+)
+
+
 def make_tokenizer() -> Tokenizer:
-    """Byte-level BPE in which the prompts' words are single tokens, and a ChatML template."""
+    """Byte-level BPE in which most words of the prompts are single tokens, and a ChatML template."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    written = [prompts.rewrite_prompt("", "?"), prompts.fusion_prompt("", "", "?"), prompts.teacher_prompt("", "")]
-    texts = [message["content"] for conversation in written for message in conversation]
+    texts = list(WORDS)
     texts += [row[key] for row in ROWS for key in ("question", "answer")]
     texts += ["user", "assistant"]
     backend.train_from_iterator(texts * 2, trainers.BpeTrainer(

@@ -313,6 +313,16 @@ def wrap(backend, **settings):
         return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
 
 
+def _require_tokenizer_json(path: Path) -> None:
+    """Says what is wrong with the file itself, which transformers does not name."""
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        Backend.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: not a tokenizer of the tokenizers library ({one_line(error)})") from error
+
+
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """As transformers reads it, without code from the folder and without network."""
     if not (folder / "tokenizer.json").exists():
@@ -325,6 +335,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         try:
             wrapped = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # whatever the libraries raise
+            _require_tokenizer_json(folder / "tokenizer.json")
             raise InputError(f"{folder}: transformers cannot read the tokenizer ({one_line(error)})") from error
     if not isinstance(wrapped, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: a {type(wrapped).__name__} is not a tokenizer of the tokenizers library")
