@@ -132,7 +132,7 @@ def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
     ("evaluate.max_new_tokens=512", ("512 positions", "lower evaluate.max_new_tokens")),
     ("train.batch_size=16", ("12 rows do not fill a batch of 16; lower train.batch_size",)),
     ("train.rollout.max_new_tokens=500", ("512 positions", "train.rollout.max_new_tokens")),
-    ("refine.max_new_tokens=200 data.max_answer_tokens=200 train.rollout.max_new_tokens=300",
+    ("refine.max_new_tokens=180 data.max_answer_tokens=180 train.rollout.max_new_tokens=300",
      ("a row may take 5", "512 positions", "lower data.max_answer_tokens or refine.max_new_tokens or train.rollout")),
     ("mesh.data=16", ("does not fit 8 device(s)", "mesh.data")),
     ("mesh.data=8", ("train.batch_size 4", "does not divide over mesh data×fsdp = 8")),

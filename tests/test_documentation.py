@@ -77,7 +77,7 @@ def test_settings_that_a_page_names_exist(page):
             match = re.fullmatch(r"((?:\w+\.)+\w+)(=.*)?", word)
             if not match or match[1].partition(".")[0] not in groups:
                 continue
-            if match[1].endswith((".py", ".md", ".jsonl", ".sha256")) or match[1] in attributes:
+            if match[1].endswith((".py", ".md", ".jsonl", ".sha256", ".safetensors")) or match[1] in attributes:
                 continue
             assert match[1] in known or any(key.startswith(match[1] + ".") for key in known), f"{page}: {match[1]}"
 

@@ -424,7 +424,8 @@ def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):
         assert load_config(run_dir / "config.yaml") == other
         with pytest.raises(InputError, match="another process is running"), open_run_dir(other):
             pass
-        (run_dir / "refined").mkdir()
+        for name in ("refined", "raft"):
+            (run_dir / name).mkdir()
     with open_run_dir(other):
         pass
     with pytest.raises(InputError, match="seed: 3 → 4"), open_run_dir(load_config(path, ["seed=4"])):

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import re
-import sys
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,6 +26,7 @@ from raft_jax.models.tokenizer_files import (
     default_template,
     read_settings,
 )
+from raft_jax.models.transformers_quietly import transformers_quietly
 from raft_jax.models.weights import GgufFile, SafetensorsFolder, open_weights
 from raft_jax.sources import resolve
 
@@ -246,7 +243,7 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Writes the tokenizer and all its chat templates as transformers does, 4 and 5, and tokenizer.model of
         sentencepiece, from which alone llama.cpp's converter reads such a vocabulary."""
-        with _silence():
+        with transformers_quietly():
             self.wrapped.save_pretrained(folder, legacy_format=False)
         settings = {key: value for key, value in read_settings(folder / CONFIG).items() if key not in NOT_WRITTEN}
         settings |= self.carried_over
@@ -282,32 +279,9 @@ def _renamed(backend, names: Mapping[str, str]):
     return Backend.from_str(json.dumps(spec))
 
 
-@contextmanager
-def _silence() -> Iterator[None]:
-    """No word of transformers' logging or warnings: what matters to us is raised.
-
-    It would import torch wherever that is installed, which takes seconds and is never used here.
-    """
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    hidden = "torch" not in sys.modules and "transformers" not in sys.modules
-    if hidden:
-        sys.modules["torch"] = None
-    try:
-        import transformers  # noqa: F401
-
-        if hidden:
-            del sys.modules["torch"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
-
-
 def wrap(backend, **settings):
     """A `tokenizers.Tokenizer` with special tokens and chat template, as transformers' tokenizer."""
-    with _silence():
+    with transformers_quietly():
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **settings)
@@ -329,7 +303,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise InputError(f"{folder}: tokenizer.json is missing; a sentencepiece-only tokenizer must be converted first")
     check_files(folder)
     stops_from, stop_ids = configured_stops(folder)
-    with _silence():
+    with transformers_quietly():
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:

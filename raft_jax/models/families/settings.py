@@ -11,6 +11,7 @@ from typing import Any
 from raft_jax.errors import InputError
 from raft_jax.models.families.rope import make_rope, no_rope
 from raft_jax.models.rope import Rope
+from raft_jax.models.transformers_quietly import transformers_quietly
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -29,9 +30,6 @@ def as_transformers_reads(hf: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       InputError: a value that transformers refuses, or that would make lists without end.
     """
-    from transformers import CONFIG_MAPPING
-    from transformers.utils import logging
-
     for key in REQUIRED:
         size(hf, key)
     for key in ("vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
@@ -43,16 +41,15 @@ def as_transformers_reads(hf: Mapping[str, Any]) -> dict[str, Any]:
             kinds = f"{FULL} or {SLIDING}" if key == "layer_types" else "0 or 1"
             raise InputError(f"config.json: {key} must be a list of {hf['num_hidden_layers']} times {kinds}")
     given = {key: value for key, value in copy.deepcopy(dict(hf)).items() if key not in IGNORED}
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # what it only warns of is refused below, or means nothing here
-    try:
-        return CONFIG_MAPPING[hf["model_type"]].from_dict(given).to_dict()
-    except Exception as error:  # each of its checks raises another kind
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        line = re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
-        raise InputError(f"config.json: {line}") from error
-    finally:
-        logging.set_verbosity(level)
+    with transformers_quietly():  # what it only warns of is refused below, or means nothing here
+        from transformers import CONFIG_MAPPING
+
+        try:
+            return CONFIG_MAPPING[hf["model_type"]].from_dict(given).to_dict()
+        except Exception as error:  # each of its checks raises another kind
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            line = re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
+            raise InputError(f"config.json: {line}") from error
 
 
 def size(hf: Config, key: str) -> int:
