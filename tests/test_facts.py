@@ -70,6 +70,10 @@ UNFAITHFUL = [
     ("Trains run from Paris to London.", "Trains run from London to Paris.", "changed places"),
     ("Iron is heavier than zinc but cheaper.", "Zinc is heavier than iron but cheaper.", "changed places"),
     # losses and additions
+    ("Schizophrenia is one type of psychotic disorder. People with bipolar disorder may have psychotic symptoms, too. "
+     "Other causes of psychosis are alcohol, brain tumours, and stroke. Treatment depends on the cause of psychosis.",
+     "Schizophrenia is one type of psychotic disorder. Other causes of psychosis are alcohol, brain tumours, brain "
+     "transplants, and stroke; people may have symptoms. Treatment depends on the cause of psychosis.", "bipolar"),
     ("The loan covers tuition, housing and books.", "The loan covers tuition and housing.", "missing (books)"),
     ("If the injury was caused, or made worse, by service, apply.", "If the injury was caused by service, apply.",
      "missing (worse)"),

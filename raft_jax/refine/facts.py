@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 
 from raft_jax.refine.english import (
     INSTEAD_OF,
@@ -27,7 +28,7 @@ from raft_jax.refine.english import (
     UNITS,
 )
 
-MIN_SENTENCE_RECALL = 0.5  # share of the content words of each sentence of the gold answer that a text must have
+SENTENCE_SLACK = 0.1  # so much lower than the recall of all words may that of a sentence be, of words side by side
 MIN_SENTENCE_SUPPORT = 0.5  # share of the content words of each sentence of a text that gold answer and question have
 MAX_NEW_WORDS = 0.4  # the share of a text's content words that neither has
 LONGER_THAN_YES = 3  # words: an answer of no more than a "yes" may be said without it
@@ -357,9 +358,12 @@ def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
         named = ", ".join(words[stem] for stem in lost[:3]) + (", …" if len(lost) > 3 else "")
         yield f"{len(lost)} of {len(wanted)} content words are missing ({named})"
         return
+    # A sentence is said where most of its words stand together; one that is cut in two stands in neighbours.
+    parts = [set(_content(sentence)) for sentence in _SENTENCE_END.split(text)]
+    parts += [one | other for one, other in pairwise(parts)]
     for sentence in _SENTENCE_END.split(gold):
-        stems = dict.fromkeys(_content(sentence))
-        if len(stems) > 1 and sum(stem in present for stem in stems) / len(stems) < MIN_SENTENCE_RECALL:
+        stems = set(_content(sentence))
+        if len(stems) > 1 and max(len(stems & part) for part in parts) / len(stems) < word_recall - SENTENCE_SLACK:
             yield f"the sentence {_brief(sentence)!r} is missing"
 
 
