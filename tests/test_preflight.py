@@ -18,9 +18,8 @@ PLAIN = Example("plain", "Why?", "So.")
 CLERK = Example("cl\x1berk", "Why?", "So.", turns=(("system", "You are a clerk."),))
 
 
-def with_template(template):
-    tokenizer = tiny.make_tokenizer()
-    return Tokenizer(tokenizer.backend, {**tokenizer.settings, "chat_template": template}, "tiny")
+def with_template(template: str) -> Tokenizer:
+    return tiny.wrapped(tiny.make_tokenizer().backend, chat_template=template)
 
 
 def test_a_template_without_system_turns_names_the_row_and_the_way_out(tmp_path):

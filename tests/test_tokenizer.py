@@ -365,7 +365,7 @@ def test_folders(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(("name", "text", "named"), [
     ("tokenizer.json", None, "tokenizer.json is missing"),
-    ("tokenizer.json", "{}", "cannot read the tokenizer"),
+    ("tokenizer.json", "{}", "not a tokenizer"),
     ("tokenizer_config.json", None, "no eos_token"),
     ("tokenizer_config.json", "[]", "expected a JSON object"),
     ("tokenizer_config.json", '{"pad_token": "<|pad|>"}', "no eos_token"),
