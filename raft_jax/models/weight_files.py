@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.errors import InputError
+from raft_jax.files import require_regular
 from raft_jax.models.families import DECODER_OF, config_from_hf, decoder_config, decoder_key, stored_keys
 from raft_jax.models.families.metadata import ROPE_TENSORS, gguf_names, hf_config_from_gguf
 
@@ -28,15 +28,7 @@ SAFETENSORS_DTYPES = {name: jnp.dtype(ours) for name, ours in (
 
 def regular_file(path: Path) -> Path:
     """The path, unless nothing is there, or something that is no file: a pipe or a device could be read for ever."""
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a device or a socket"
-        raise InputError(f"{path}: expected a file, found {kind}")
+    require_regular(path)
     return path
 
 
