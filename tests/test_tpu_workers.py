@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -186,18 +185,16 @@ def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:
     done = cloud.run(scripts / "run.sh", *WHERE, "configs/bad.yaml", RUN[1])
     assert done.returncode == 2 and "no such key" in done.stdout and "ended with exit code 2" in done.stdout
 
-    began = time.monotonic()
     override = "note=it's a 'b' $c"
     done = cloud.run(scripts / "run.sh", *WHERE, *RUN, override)
     try:
         assert done.returncode == 0, done.stderr
-        assert time.monotonic() - began < 30, "it does not wait for the run"
         for home in homes:
             log = (home / "raft_jax" / "run.log").read_text()
             expected = [str(home / "raft_jax" / "source"), "run", *RUN, override, "tpu,cpu"]
             assert log.endswith("".join(f"<{word}>\n" for word in expected))
             pid = int((home / "raft_jax" / "run.pid").read_text())
-            assert os.getsid(pid) == pid, "a session of its own"
+            assert os.getsid(pid) == pid, "it goes on alone, in a session of its own"
 
         done = cloud.run(scripts / "logs.sh", *WHERE, "--worker", "all", "--no-follow")
         assert "[w-0] <configs/a.yaml>" in done.stdout and "[w-1] (running)" in done.stdout
