@@ -14,7 +14,7 @@ quickstart: .venv/installed
 	@echo "for other commands: source $(BIN)/activate, then raft-jax --help; your own data: configs/own-data.yaml"
 
 test: .venv/installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: .venv/installed-tpu
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
