@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from raft_jax.models import Model, load_pretrained
 from raft_jax.sampling import make_generate
+from raft_jax.tokens import Tokens
 
 
 def main() -> None:
@@ -36,9 +37,8 @@ def main() -> None:
           f"{options.prompt_tokens} + {options.new_tokens} tokens")
     print("| batch | seconds, median (range) | new tokens/s |\n|---|---|---|")
     for B in options.batch_size:
-        prompt_BP = jnp.full((B, options.prompt_tokens), 100, jnp.int32)
-        arguments = (loaded.params, prompt_BP, jnp.ones(prompt_BP.shape, bool), jnp.arange(B, dtype=jnp.int32),
-                     jax.random.key(0), jnp.float32(1.0))
+        prompt = Tokens(jnp.full((B, options.prompt_tokens), 100, jnp.int32))
+        arguments = (loaded.params, prompt, jnp.arange(B, dtype=jnp.int32), jax.random.key(0), jnp.float32(1.0))
         jax.block_until_ready(generate(*arguments))
         seconds = []
         for _ in range(options.repeats):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from trl_step import read_rows, take_peak_memory
@@ -31,14 +32,15 @@ def measure(options: argparse.Namespace) -> dict:
     import numpy as np
 
     from raft_jax.config import LoraConfig
-    from raft_jax.data.batches import Batch, Batches, Room, TokenRow
+    from raft_jax.data.batches import Batches, TokenRow, token_capacity
     from raft_jax.data.prompts import question_prompt, teacher_prompt
     from raft_jax.host_memory import return_memory_after_compiling
     from raft_jax.models import load_pretrained
     from raft_jax.sampling import make_generate
     from raft_jax.sharding import make_mesh
+    from raft_jax.tokens import Batch
     from raft_jax.train.state import init_state, make_optimizer
-    from raft_jax.train.step import make_train_step
+    from raft_jax.train.step import LossConfig, make_train_step
     from raft_jax.train.student import make_student
 
     return_memory_after_compiling()  # as the command line does
@@ -49,13 +51,12 @@ def measure(options: argparse.Namespace) -> dict:
     student = make_student(model, LoraConfig(), make_mesh(devices=jax.devices()[:1]))
     state = init_state(student.init(model.params, jax.random.key(0)), optimizer)
     generate = make_generate(model, options.max_new_tokens, unroll=True)
-    train_step = make_train_step(
-        model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
-        head_settings=model.head_settings,
+    losses = LossConfig(
+        model.completion_hidden, student.unembedding, student.forward_params, head_settings=model.head_settings
     )
-    train_step = jax.jit(train_step, donate_argnums=0, static_argnames="room")
+    train_step = jax.jit(make_train_step(losses, optimizer), donate_argnums=0)
 
-    def prepared(rows: list[dict[str, str]], first: int) -> tuple[Batch, Room]:
+    def prepared(rows: list[dict[str, str]], first: int) -> Batch:
         """The batch that a training run on just these rows has at every step."""
         found = []
         for number, row in enumerate(rows, first):
@@ -63,22 +64,20 @@ def measure(options: argparse.Namespace) -> dict:
             answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": row["answer"]}])
             told = teacher_prompt(row["question"], row["answer"])
             found.append(TokenRow(tokenizer.chat_prompt(asked), answer, tokenizer.chat_prompt(told), number))
-        batches = Batches(found, len(found), seed=0, pad_id=tokenizer.pad_id)
-        (room,) = batches.rooms(1)
-        return batches.at(0), room
+        return Batches(found, len(found), seed=0, pad_id=tokenizer.pad_id).at(0)
 
     size = options.batch_size
     rows = read_rows(Path(options.rows), (options.warmup + options.steps) * size)
     batches = [prepared(rows[start : start + size], start) for start in range(0, len(rows), size)]
 
     def step(state, index: int):
-        batch, room = jax.device_put(batches[index][0]), batches[index][1]
+        batch = jax.device_put(batches[index])
         key = jax.random.fold_in(jax.random.key(0), index)
-        given = state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
-        rollout = generate(*given, num_prompt_tokens=room.prompt, shared=room.shared_prompt)
-        room = room.with_rollout(int(rollout.mask_BC.sum()), rollout.mask_BC.size)
-        state, _ = jax.block_until_ready(train_step(state, model.params, batch, rollout, room=room))
-        return state, rollout, room
+        rollout = generate(state.params, batch.prompt, batch.row_ids, key, jnp.float32(1.0))
+        capacity = token_capacity(int(rollout.mask.sum()), rollout.mask.size)
+        batch = batch._replace(rollout=replace(rollout, max_tokens=capacity))
+        state, _ = jax.block_until_ready(train_step(state, model.params, batch))
+        return state, batch
 
     seconds, first_seconds, loss_tokens, real, computed = [], [], [], 0, 0
     for index in range(options.warmup, options.warmup + options.steps):
@@ -86,21 +85,19 @@ def measure(options: argparse.Namespace) -> dict:
         compiled = set()
         while len(seconds) <= index - options.warmup:
             began = time.perf_counter()
-            state, rollout, room = step(state, index)
-            (seconds if room in compiled else first_seconds).append(time.perf_counter() - began)
-            compiled.add(room)
+            state, batch = step(state, index)
+            capacity = batch.rollout.max_tokens
+            (seconds if capacity in compiled else first_seconds).append(time.perf_counter() - began)
+            compiled.add(capacity)
         generate.clear_cache()
         train_step.clear_cache()
-        batch, drawn = batches[index][0], np.asarray(rollout.mask_BC)
-        loss_tokens.append(int(drawn.sum() + batch.answer_mask_BA.sum()))
+        drawn = np.asarray(batch.rollout.mask)
+        loss_tokens.append(int(drawn.sum() + batch.answer.mask.sum()))
         # Prefill, decode (until the last row is done), student, teacher: places outside the attention.
-        prompt, answer, teacher = (int(mask.sum()) for mask in (
-            batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
-        ))
-        prompt, teacher = prompt - (size - 1) * room.shared_prompt, teacher - (size - 1) * room.shared_teacher_prompt
+        sides = batch.prompt, batch.prompt, batch.answer, batch.teacher_prompt
         decoded, generated = drawn[:, : drawn.any(0).sum()].size, int(drawn.sum())
-        real += 2 * prompt + answer + teacher + 3 * generated
-        computed += 2 * room.prompt + room.answer + room.teacher_prompt + decoded + 2 * room.rollout
+        real += sum(int(side.mask.sum()) - (size - 1) * side.shared_prefix for side in sides) + 3 * generated
+        computed += sum(side.max_tokens for side in sides) + decoded + 2 * capacity
     return {
         "side": "raft_jax", "jax": jax.__version__, "seconds": seconds, "loss_tokens": loss_tokens,
         "first_seconds": first_seconds, "padding": 1 - real / computed, "peak_memory_bytes": take_peak_memory(),

@@ -17,6 +17,7 @@ from raft_jax.errors import InputError
 from raft_jax.models import attention, load_pretrained
 from raft_jax.models.decoder import parameter_table, positions_from_mask
 from raft_jax.sharding import make_mesh
+from raft_jax.tokens import Tokens
 
 B, N, K, H = 2, 4, 2, 16
 
@@ -215,7 +216,7 @@ def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forwar
     tokens, mask = jax.ShapeDtypeStruct((2, 21), jnp.int32), jax.ShapeDtypeStruct((2, 21), jnp.bool_)
 
     def weighed(params, tokens, mask):
-        return jnp.sum(model.hidden(params, tokens, None, mask, (8, 7), num_tokens=40).astype(jnp.float32))
+        return jnp.sum(model.hidden(params, Tokens(tokens, mask, 40), fork=(8, 7)).astype(jnp.float32))
 
     found = kernels(platform, jax.grad(weighed), params, tokens, mask)
     assert found == {forward: count * (2 if remat else 1), **dict.fromkeys(backward, count)}

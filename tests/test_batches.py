@@ -1,9 +1,10 @@
 """Batches are a function of the step, every row comes once an epoch, and nothing is cut."""
 
+import jax
 import numpy as np
 import pytest
 
-from raft_jax.data.batches import Batches, Room, TokenRow, pad
+from raft_jax.data.batches import Batches, TokenRow, pad, token_capacity
 
 PAD = 0
 
@@ -19,11 +20,10 @@ def rows(count, longest=30):
 
 def unpadded(batch):
     """The batch's rows as lists, by the masks alone."""
-    sides = ((batch.prompt_BP, batch.prompt_mask_BP), (batch.answer_BA, batch.answer_mask_BA),
-             (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ))
+    sides = batch.prompt, batch.answer, batch.teacher_prompt
     return [
-        TokenRow(*(tokens[row][mask[row]].tolist() for tokens, mask in sides), int(number))
-        for row, number in enumerate(batch.row_B)
+        TokenRow(*(side.ids[row][side.mask[row]].tolist() for side in sides), int(number))
+        for row, number in enumerate(batch.row_ids)
     ]
 
 
@@ -52,7 +52,7 @@ def test_all_rows_are_used_equally_often(count, batch_size, buckets, seed):
     uses = np.zeros(count, int)
     for epoch in range(50):
         for index in range(batches.steps_per_epoch):
-            uses += np.bincount(batches.at(epoch * batches.steps_per_epoch + index).row_B, minlength=count)
+            uses += np.bincount(batches.at(epoch * batches.steps_per_epoch + index).row_ids, minlength=count)
         # Each epoch leaves out less than a batch, and in turn: no row is ever two uses behind another.
         assert uses.sum() == (epoch + 1) * (count - count % batch_size)
         assert uses.max() <= epoch + 1 and uses.max() - uses.min() <= 1
@@ -63,10 +63,9 @@ def test_a_batch_is_a_function_of_seed_and_step():
     one, other = (Batches(data, 4, seed=1, pad_id=PAD, length_buckets=2) for _ in range(2))
     forwards = [one.at(step) for step in range(11)]
     for step in (10, 3, 7, 0, 3):
-        for a, b in zip(forwards[step], other.at(step), strict=True):
-            np.testing.assert_array_equal(a, b)
+        jax.tree.map(np.testing.assert_array_equal, forwards[step], other.at(step))
     reseeded = Batches(data, 4, seed=2, pad_id=PAD, length_buckets=2)
-    assert any((reseeded.at(step).row_B != forwards[step].row_B).any() for step in range(5))
+    assert any((reseeded.at(step).row_ids != forwards[step].row_ids).any() for step in range(5))
 
 
 def test_there_are_no_more_shapes_than_buckets_and_they_pad_less():
@@ -75,72 +74,72 @@ def test_there_are_no_more_shapes_than_buckets_and_they_pad_less():
     for buckets in (1, 4):
         batches = Batches(data, 4, seed=1, pad_id=PAD, length_buckets=buckets)
         made = [batches.at(step) for step in range(3 * batches.steps_per_epoch)]
-        shapes = {(batch.prompt_BP.shape, batch.answer_BA.shape, batch.teacher_prompt_BQ.shape) for batch in made}
+        shapes = {(batch.prompt.ids.shape, batch.answer.ids.shape, batch.teacher_prompt.ids.shape) for batch in made}
         assert len(shapes) <= buckets
         assert all(length % 8 == 0 for shape in shapes for _, length in shape)
-        sizes[buckets] = sum(batch.prompt_BP.size + batch.answer_BA.size for batch in made)
+        sizes[buckets] = sum(batch.prompt.ids.size + batch.answer.ids.size for batch in made)
     assert sizes[4] < sizes[1]
 
 
-@pytest.mark.parametrize(("num_parts", "num_micro_batches"), [(1, 1), (2, 1), (2, 2), (4, 1)])
-def test_rooms_hold_every_batch_of_their_class_and_no_more(num_parts, num_micro_batches):
-    batches = Batches(rows(64, longest=80), 4, seed=1, pad_id=PAD, length_buckets=3)
-    num_steps = 3 * batches.steps_per_epoch
-    rooms = batches.rooms(num_steps, num_parts, num_micro_batches)
+@pytest.mark.parametrize(("num_shards", "num_micro_batches"), [(1, 1), (2, 1), (2, 2), (4, 1)])
+def test_max_tokens_hold_every_batch_of_their_bucket_and_no_more(num_shards, num_micro_batches):
+    batches = Batches(
+        rows(64, longest=80), 4, seed=1, pad_id=PAD, length_buckets=3, epochs=3, num_shards=num_shards,
+        num_micro_batches=num_micro_batches,
+    )
     needed = {}
-    for step, room in enumerate(rooms):
-        batch = batches.at(step)
-        masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ
+    for step in range(3 * batches.steps_per_epoch):
+        sides = batches.at(step)[:3]
         counts = [
-            max(int(part[m::num_micro_batches].sum()) for part in np.split(mask, num_parts)
+            max(int(part[m::num_micro_batches].sum()) for part in np.split(side.mask, num_shards)
                 for m in range(num_micro_batches))
-            for mask in masks
+            for side in sides
         ]
-        shape = (room, *(mask.shape for mask in masks))
+        shape = tuple((side.max_tokens, side.ids.shape) for side in sides)
         needed[shape] = np.maximum(needed.get(shape, 0), counts)
-    assert len(rooms) == num_steps and len(needed) == 3
-    for (room, *_), counts in needed.items():
-        assert (counts <= room[:3]).all() and (np.array(room[:3]) < counts + 8).all()
+    assert len(needed) == 3
+    for shape, counts in needed.items():
+        most = np.array([max_tokens for max_tokens, _ in shape])
+        assert (counts <= most).all() and (most < counts + 8).all()
 
 
-def test_rooms_count_what_all_prompts_begin_with_once():
+def test_max_tokens_count_what_all_prompts_begin_with_once():
     asked = [[1, 2, 3, *range(10 * n, 11 * n)] for n in (9, 20, 14, 30)]
     data = [TokenRow(row, [5] * 8, [1, 2, 4, 4, 7, *row], n) for n, row in enumerate(asked)]
-    batches = Batches(data, 4, seed=0, pad_id=PAD)
+    batch = Batches(data, 4, seed=0, pad_id=PAD).at(0)
     # Prompts of 3 + 73 tokens, counted once what is the same; teacher prompts begin with eight that are.
-    (room,) = batches.rooms(1)
-    assert (room.shared_prompt, room.shared_teacher_prompt) == (3, 8)
-    assert (room.prompt, room.teacher_prompt) == (80, 88)  # 73 + 3 and 73 + 8, in eights
-    (apart,) = batches.rooms(1, share=False)
-    assert (apart.shared_prompt, apart.prompt) == (0, 88)  # 73 + 4 x 3
+    assert (batch.prompt.shared_prefix, batch.answer.shared_prefix, batch.teacher_prompt.shared_prefix) == (3, 0, 8)
+    assert (batch.prompt.max_tokens, batch.teacher_prompt.max_tokens) == (80, 88)  # 73 + 3 and 73 + 8, in eights
+    apart = Batches(data, 4, seed=0, pad_id=PAD, share_prefixes=False).at(0)
+    assert (apart.prompt.shared_prefix, apart.prompt.max_tokens) == (0, 88)  # 73 + 4 x 3
 
 
-def test_room_for_rollouts_comes_in_quarters():
-    found = {Room(1, 1, 1).with_rollout(count, 30).rollout for count in range(31)}
+def test_capacities_of_rollouts_come_in_quarters():
+    found = {token_capacity(count, 30) for count in range(31)}
     assert found == {0, 8, 16, 24, 30}
-    assert all(Room(1, 1, 1).with_rollout(count, 30).rollout >= count for count in range(31))
+    assert all(token_capacity(count, 30) >= count for count in range(31))
 
 
-def test_there_is_no_room_where_rows_do_not_divide():
-    assert Batches(rows(8), 4, seed=0, pad_id=PAD).rooms(2, 4, 2) is None
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match=r"train\.batch_size 4 does not divide over 2 shards of the mesh in 4 micro"):
+        Batches(rows(8), 4, seed=0, pad_id=PAD, num_shards=2, num_micro_batches=4)
 
 
 def test_padding_stands_outside_and_the_masks_say_so():
     batch = Batches(rows(4), 4, seed=0, pad_id=PAD).at(0)
-    sides = ((batch.prompt_mask_BP, True), (batch.answer_mask_BA, False), (batch.teacher_prompt_mask_BQ, True))
-    for mask, left in sides:
-        assert mask.dtype == bool and mask.any(axis=1).all()
-        steps = np.diff(mask.astype(int), axis=1)
+    for side, left in ((batch.prompt, True), (batch.answer, False), (batch.teacher_prompt, True)):
+        assert side.mask.dtype == bool and side.mask.any(axis=1).all()
+        steps = np.diff(side.mask.astype(int), axis=1)
         assert (steps >= 0 if left else steps <= 0).all()
-        assert mask[:, -1 if left else 0].all()
-    for tokens in (batch.prompt_BP, batch.answer_BA, batch.teacher_prompt_BQ, batch.row_B):
-        assert tokens.dtype == np.int32
-    assert (batch.prompt_BP[~batch.prompt_mask_BP] == PAD).all()
+        assert side.mask[:, -1 if left else 0].all()
+        assert side.ids.dtype == np.int32
+    assert batch.row_ids.dtype == np.int32
+    assert (batch.prompt.ids[~batch.prompt.mask] == PAD).all()
 
 
 def test_a_method_without_teacher_has_no_teacher_prompts():
     data = [TokenRow(row.prompt, row.answer, [], row.number) for row in rows(4)]
-    assert Batches(data, 2, seed=0, pad_id=PAD).at(0).teacher_prompt_BQ.shape == (2, 0)
+    assert Batches(data, 2, seed=0, pad_id=PAD).at(0).teacher_prompt.ids.shape == (2, 0)
 
 
 def test_too_few_rows_and_too_long_ones_are_refused():

@@ -17,6 +17,7 @@ from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, init_parameters, parameter_table
 from raft_jax.models.families.rope import make_rope, plain_rope
 from raft_jax.models.tiles import Tiled
+from raft_jax.tokens import Tokens
 
 LLAMA = DecoderConfig(
     family="llama", vocab_size=61, num_layers=3, width=20, num_heads=4, num_kv_heads=2, head_width=6, ffn_width=28,
@@ -163,7 +164,7 @@ def test_a_fork_is_two_texts_after_one_prompt(model):
         for start, length in (4 - prompt, prompt), (4, first), (9, second):
             texts[row, start : start + length] = TOKENS[row, start : start + length]
             mask[row, start : start + length] = True
-    found = model.head(model.hidden(model.params, texts, None, mask, (4, 5)))
+    found = model.head(model.hidden(model.params, Tokens(texts, mask), fork=(4, 5)))
     for row, first in enumerate(firsts):
         places = np.arange(13)
         for branch in (places < 4 + first) & mask[row], ((places < 4) | (places >= 9)) & mask[row]:
@@ -177,8 +178,8 @@ def test_packed_texts_do_not_see_each_other(model):
     tokens, mask = TOKENS[:1], np.zeros((1, 13), np.int32)
     for number, (start, end) in enumerate(texts, start=1):
         mask[0, start:end] = number
-    found = model.head(model.hidden(model.params, tokens, None, mask))
-    unpadded = model.head(model.hidden(model.params, tokens, None, mask, None, 11))
+    found = model.head(model.hidden(model.params, Tokens(tokens, mask)))
+    unpadded = model.head(model.hidden(model.params, Tokens(tokens, mask, 11)))
     np.testing.assert_allclose(unpadded[mask != 0], found[mask != 0], atol=1e-5)
     for start, end in texts:
         expected = twin(model.config, model.params, tokens[0, start:end])
@@ -191,11 +192,11 @@ def test_leaving_padding_out_changes_nothing(model, room):
     tokens, mask = pad_rows((12, 5, 1), left=True)
     mask[1, -2:] = False
     for fork in (None, (6, 3)):
-        expected = np.asarray(model.hidden(model.params, tokens, None, mask, fork))
-        found = np.asarray(model.hidden(model.params, tokens, None, mask, fork, room))
+        expected = np.asarray(model.hidden(model.params, Tokens(tokens, mask), fork=fork))
+        found = np.asarray(model.hidden(model.params, Tokens(tokens, mask, room), fork=fork))
         np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
         assert (found[~mask] == 0).all() or room == mask.size  # where there is no padding, nothing moves
-    assert np.isnan(model.hidden(model.params, tokens, None, mask, None, mask.sum() - 1)).all()
+    assert np.isnan(model.hidden(model.params, Tokens(tokens, mask, int(mask.sum()) - 1))).all()
 
 
 @pytest.mark.parametrize(("start", "unroll"), [(6, False), (2, True)], ids=["loop", "unrolled"])
@@ -206,7 +207,7 @@ def test_cached_decoding_is_the_full_forward(model, start, unroll):
     lengths = (13, 9, 13 - start + 1)  # the last row begins with the prompt's last token
     tokens, mask = pad_rows(lengths, left=True)
     num_tokens = int(mask[:, :start].sum()) if unroll else None
-    hidden_BTD, cache = model.prefill(model.params, tokens[:, :start], mask[:, :start], 15, num_tokens)
+    hidden_BTD, cache = model.prefill(model.params, Tokens(tokens[:, :start], mask[:, :start], num_tokens), 15)
     cache = cache.unstacked() if unroll else cache
     found = [hidden_BTD]
     for t in range(start, 13):
@@ -219,7 +220,7 @@ def test_cached_decoding_is_the_full_forward(model, start, unroll):
 
 def test_a_masked_step_is_not_seen_later(model):
     """Decoding goes on with masked tokens where a row is done; its cache must stay as it was."""
-    _, cache = model.prefill(model.params, TOKENS[:, :6], np.ones((3, 6), bool), 15)
+    _, cache = model.prefill(model.params, Tokens(TOKENS[:, :6]), 15)
     _, cache = model.step(model.params, TOKENS[:, 6:7], np.array([[False], [True], [False]]), cache)
     hidden_B1D, _ = model.step(model.params, TOKENS[:, 7:8], np.ones((3, 1), bool), cache)
     for row, skipped in enumerate((True, False, True)):
@@ -236,7 +237,8 @@ def test_recomputed_layers_give_the_same_gradients():
 
     def gradients(remat):
         model = Model(replace(config, remat=remat), params)
-        return quick_jit(jax.grad(lambda chosen: jnp.sum(jnp.sin(model.hidden(params | chosen, TOKENS)))))(chosen)
+        loss = lambda chosen: jnp.sum(jnp.sin(model.hidden(params | chosen, Tokens(TOKENS))))  # noqa: E731
+        return quick_jit(jax.grad(loss))(chosen)
 
     again = gradients(True)
     for name, gradient in gradients(False).items():
@@ -261,11 +263,11 @@ def test_a_pass_has_the_same_bits_with_and_without_a_backward_pass():
     @jax.jit
     def both(student, teacher):
         def loss(params):
-            hidden_BTD = model.hidden(params, tokens_BT, None, mask_BT)
+            hidden_BTD = model.hidden(params, Tokens(tokens_BT, mask_BT))
             return jnp.sum(hidden_BTD * slope_BTD), hidden_BTD
 
         (_, hidden_BTD), grads = jax.value_and_grad(loss, has_aux=True)(student)
-        return hidden_BTD, model.hidden(teacher, tokens_BT, None, mask_BT), grads
+        return hidden_BTD, model.hidden(teacher, Tokens(tokens_BT, mask_BT)), grads
 
     student_BTD, teacher_BTD, _ = both(model.params, jax.tree.map(jnp.copy, model.params))
     np.testing.assert_array_equal(np.asarray(student_BTD)[mask_BT], np.asarray(teacher_BTD)[mask_BT])
@@ -273,7 +275,7 @@ def test_a_pass_has_the_same_bits_with_and_without_a_backward_pass():
 
 def test_bfloat16_stays_bfloat16(model):
     halved = {name: jnp.asarray(array, jnp.bfloat16) for name, array in model.params.items()}
-    hidden, cache = jax.eval_shape(lambda: Model(model.config, halved).prefill(halved, TOKENS, TOKENS >= 0, 15))
+    hidden, cache = jax.eval_shape(lambda: Model(model.config, halved).prefill(halved, Tokens(TOKENS), 15))
     assert hidden.dtype == cache.key_LBKHS.dtype == cache.value_LBKSH.dtype == jnp.bfloat16
     step, _ = jax.eval_shape(
         lambda cache: Model(model.config, halved).step(halved, TOKENS[:, :1], TOKENS[:, :1] >= 0, cache), cache

@@ -22,6 +22,7 @@ from raft_jax.models import Model, families, load_pretrained  # noqa: E402
 from raft_jax.models.decoder import parameter_table  # noqa: E402
 from raft_jax.models.export import export_hf  # noqa: E402
 from raft_jax.models.families import FAMILIES, config_from_hf, settings  # noqa: E402
+from raft_jax.tokens import Tokens  # noqa: E402
 
 T, PROMPT = 20, 9
 LENGTHS = (T, 14, 12)  # of the rows, when they are padded; the last two begin within the prompt
@@ -115,7 +116,7 @@ def full(config, params, tokens, mask):
 def cached(config, params, tokens, mask):
     """Logits of a prompt and, one at a time, of what follows it."""
     model = Model(config, params)
-    hidden_BPD, cache = model.prefill(params, tokens[:, :PROMPT], mask[:, :PROMPT], T)
+    hidden_BPD, cache = model.prefill(params, Tokens(tokens[:, :PROMPT], mask[:, :PROMPT]), T)
 
     def step(cache, column):
         hidden_B1D, cache = model.step(params, column[0][:, None], column[1][:, None], cache)
@@ -158,7 +159,7 @@ def test_bfloat16_stays_bfloat16(name):
     params = {key: jax.ShapeDtypeStruct(info.shape, jnp.bfloat16) for key, info in parameter_table(config).items()}
     model = Model(config, params)
     mask = np.ones(TOKENS.shape, bool)
-    hidden, cache = jax.eval_shape(lambda params: model.prefill(params, TOKENS, mask, T + 1), params)
+    hidden, cache = jax.eval_shape(lambda params: model.prefill(params, Tokens(TOKENS, mask), T + 1), params)
     step, _ = jax.eval_shape(lambda params, cache: model.step(params, TOKENS[:, :1], mask[:, :1], cache), params, cache)
     assert {hidden.dtype, step.dtype, cache.key_LBKHS.dtype, cache.value_LBKSH.dtype} == {jnp.dtype("bfloat16")}
     logits = jax.eval_shape(lambda params: model.apply(params, TOKENS), params)

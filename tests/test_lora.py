@@ -17,6 +17,7 @@ from raft_jax.models import Model, load_pretrained
 from raft_jax.models.layer import adapter_names
 from raft_jax.models.lora import TARGETS, adapter_table, init_adapters, merge, peft_base, save_peft
 from raft_jax.sharding import make_mesh
+from raft_jax.tokens import Tokens
 from raft_jax.train.student import make_student
 
 RANK, ALPHA = 3, 5.0
@@ -87,17 +88,21 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
     assert student.shardings.keys() == params.keys()
     if rank:
         assert params.keys() == {"query_a_LDR", "query_b_LRNH", "down_a_LFR", "down_b_LRD"}
-    effective = student.effective(params, teacher)
-    assert {array.dtype for array in effective.values()} == {jnp.dtype(jnp.bfloat16)}
-    found, expected = jax.jit(student.model.hidden)(effective, TOKENS), jax.jit(model.hidden)(teacher, TOKENS)
+    forward_params = student.forward_params(params, teacher)
+    assert {array.dtype for array in forward_params.values()} == {jnp.dtype(jnp.bfloat16)}
+    found, expected = (
+        jax.jit(hidden)(weights, Tokens(TOKENS))
+        for hidden, weights in ((student.model.hidden, forward_params), (model.hidden, teacher))
+    )
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))
 
     def loss(params, teacher):
-        return jnp.sum(jnp.square(student.model.hidden(student.effective(params, teacher), TOKENS)).astype(np.float32))
+        hidden_BTD = student.model.hidden(student.forward_params(params, teacher), Tokens(TOKENS))
+        return jnp.sum(jnp.square(hidden_BTD).astype(np.float32))
 
     grads = quick_jit(jax.grad(loss))(params, teacher)
     assert all(grad.dtype == np.float32 for grad in grads.values()) and any(np.any(grad) for grad in grads.values())
-    assert student.whole(params, teacher).keys() == teacher.keys()
+    assert student.merged_params(params, teacher).keys() == teacher.keys()
 
 
 SIZES = {

@@ -142,9 +142,9 @@ def test_greedy_answers_are_those_of_full_forwards(prompts):
     apply = jax.jit(model.apply)
     expected = [[] for _ in prompts]
     for _ in range(14):
-        tokens, mask = pad([*map(list.__add__, prompts, expected)], 96, 0, left=False)
-        logits_BTV = np.asarray(apply(params, tokens))
-        for answer, logits_TV, row in zip(expected, logits_BTV, mask, strict=True):
+        tokens = pad([*map(list.__add__, prompts, expected)], 96, 0, left=False)
+        logits_BTV = np.asarray(apply(params, tokens.ids))
+        for answer, logits_TV, row in zip(expected, logits_BTV, tokens.mask, strict=True):
             answer.append(int(logits_TV[row.sum() - 1].argmax()))
     assert min(len(set(answer)) for answer in expected) > 3
     tokenizer.stop_ids = (*tokenizer.stop_ids, expected[0][4])  # some end early
@@ -156,13 +156,13 @@ def test_greedy_answers_are_those_of_full_forwards(prompts):
 
 
 def test_the_mask_ends_with_the_stop_token(model, sampler, prompts):
-    tokens_BP, mask_BP = pad(prompts, 64, model.tokenizer.pad_id, left=True)
+    prompt = pad(prompts, 64, model.tokenizer.pad_id, left=True)
     row_B = np.array([0, 1, 2, 3, 4, 5, -1], np.int32)
-    rollout = sampler.program(14)(model.params, tokens_BP, mask_BP, row_B, KEY, jnp.float32(1))
-    lengths = rollout.mask_BC.sum(axis=1).tolist()
+    rollout = sampler.program(14)(model.params, prompt, row_B, KEY, jnp.float32(1))
+    lengths = rollout.mask.sum(axis=1).tolist()
     assert lengths[-1] == 0 < min(lengths[:-1]) < 14  # a negative row is filler; some rows end early
-    stops_BC = jnp.isin(rollout.tokens_BC, jnp.array(model.tokenizer.stop_ids))
-    for length, tokens, mask, stops in zip(lengths, *rollout, stops_BC, strict=True):
+    stops_BC = jnp.isin(rollout.ids, jnp.array(model.tokenizer.stop_ids))
+    for length, tokens, mask, stops in zip(lengths, rollout.ids, rollout.mask, stops_BC, strict=True):
         assert mask.tolist() == [place < length for place in range(14)]
         assert not stops[: max(length - 1, 0)].any() and (length in (0, 14) or stops[length - 1])
         assert set(tokens[length:].tolist()) <= {model.tokenizer.pad_id}

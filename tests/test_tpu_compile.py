@@ -20,14 +20,13 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from raft_jax.config import load_config
-from raft_jax.data.batches import Batch, Room
 from raft_jax.models import Model, parameter_shardings
 from raft_jax.models.decoder import parameter_table
 from raft_jax.models.families import config_from_hf
-from raft_jax.sampling.decode import Rollout
 from raft_jax.sharding import make_mesh, partition_spec
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
-from raft_jax.train.step import make_train_step
+from raft_jax.tokens import Batch, Tokens
+from raft_jax.train.step import LossConfig, make_train_step
 from raft_jax.train.student import make_student
 from dataclasses import replace
 
@@ -53,17 +52,17 @@ rows_per_chip = int(sys.argv[3])
 B, P, A = rows_per_chip * 16, 256, config.data.max_answer_tokens
 Q, C = 1024, config.train.rollout.max_new_tokens
 array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=rows)
-batch = Batch(array(jnp.int32, B, P), array(bool, B, P), array(jnp.int32, B, A), array(bool, B, A),
-              array(jnp.int32, B, Q), array(bool, B, Q), array(jnp.int32, B))
-rollout = Rollout(array(jnp.int32, B, C), array(bool, B, C))
-step = make_train_step(student.model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
-                       head_settings=model.head_settings)
-step = jax.jit(step, donate_argnums=0, static_argnames="room")
 # Rows of half the longest, where there is more than one on a chip, that begin as equally as the loop allows.
 shared = 32 if all(rope.long_frequencies is None for rope in decoder.ropes) else 0
-room = Room(*(max(1, rows_per_chip // 2) * length for length in (P, A, Q, C)), shared, shared)
+tokens = lambda length, shared: Tokens(
+    array(jnp.int32, B, length), array(bool, B, length), max(1, rows_per_chip // 2) * length, shared
+)
+batch = Batch(tokens(P, shared), tokens(A, 0), tokens(Q, shared), array(jnp.int32, B), tokens(C, 0))
+losses = LossConfig(student.model.completion_hidden, student.unembedding, student.forward_params,
+                    head_settings=model.head_settings)
+step = jax.jit(make_train_step(losses, optimizer), donate_argnums=0)
 with jax.set_mesh(mesh):
-    compiled = step.lower(state, params, batch, rollout, room=room).compile()
+    compiled = step.lower(state, params, batch).compile()
 memory = compiled.memory_analysis()
 total = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
 total -= memory.alias_size_in_bytes

@@ -105,9 +105,10 @@ def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path):
     """Rollout and train step: the numbers of one device, from parameters that are cut."""
     one, expected = run(model, rows, tmp_path / "one", "raft", batch_size=8)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    batches = Batches(rows, 8, seed=5, pad_id=0, length_buckets=settings().length_buckets)
-    lengths = [tokens.shape[1] for tokens in batches.at(0)[:6:2]]
-    assert sum(batches.rooms(2, 4)[0][:3]) < 2 * sum(lengths)  # of two rows on each device, padding is left out
+    batch = Batches(rows, 8, seed=5, pad_id=0, length_buckets=settings().length_buckets, num_shards=4).at(0)
+    sides = batch.prompt, batch.answer, batch.teacher_prompt
+    # Of two rows on each device, padding is left out.
+    assert sum(side.max_tokens for side in sides) < 2 * sum(side.length for side in sides)
     cut = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
     trained = train(cut, rows, METHODS["raft"], settings(batch_size=8), tmp_path / "eight", seed=5, mesh=mesh)
     for params in (trained, cut.params):

@@ -2,7 +2,6 @@
 
 import operator
 from dataclasses import replace
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,12 @@ import twin
 from quick import quick_jit
 
 from raft_jax.config import LoraConfig
-from raft_jax.data.batches import Batch, Room, TokenRow, pad
+from raft_jax.data.batches import TokenRow, pad
 from raft_jax.models import Model, parameter_shardings
-from raft_jax.sampling.decode import Rollout
 from raft_jax.sharding import make_mesh, put_batch
+from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
-from raft_jax.train.step import make_train_step
+from raft_jax.train.step import LossConfig, completions_of, make_train_step
 from raft_jax.train.student import make_student
 
 V = 24
@@ -42,17 +41,20 @@ def random_rows(seed, rollout_lengths=(5, 1, 0, 3)):
 
 def padded(rows, rollouts):
     """Rows as the train step takes them; padding is a token that occurs, and must not matter."""
-    batch = Batch(
-        *pad([row["prompt"] for row in rows], 7, 3, left=True), *pad([row["answer"] for row in rows], 8, 5, left=False),
-        *pad([row["teacher_prompt"] for row in rows], 9, 7, left=True), np.arange(len(rows), dtype=np.int32),
+    return Batch(
+        pad([row["prompt"] for row in rows], 7, 3, left=True), pad([row["answer"] for row in rows], 8, 5, left=False),
+        pad([row["teacher_prompt"] for row in rows], 9, 7, left=True), np.arange(len(rows), dtype=np.int32),
+        pad(rollouts, 6, 2, left=False),
     )
-    return batch, Rollout(*pad(rollouts, 6, 2, left=False))
 
 
 def build(dtype=np.float32, jit=jax.jit, **settings):
     """A jitted train step and its first state."""
     optimizer = make_optimizer(LEARNING_RATE, weight_decay=settings.pop("weight_decay", 0.1))
-    step = make_train_step(tiny.toy_hidden, tiny.toy_unembedding, optimizer, **{"top_k": 6, **settings})
+    losses = LossConfig(
+        completions_of(tiny.toy_hidden), tiny.toy_unembedding, top_k=6, reduction=settings.pop("reduction", "sequence")
+    )
+    step = make_train_step(losses, optimizer, **settings)
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), tiny.toy_parameters(0))
     return jit(step), init_state(params, optimizer)
 
@@ -69,7 +71,7 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
         expected, teacher = twin.first_state(tiny.toy_parameters(0)), tiny.toy_parameters(1)
         for number in range(5):
             rows, rollouts = random_rows(number)
-            state, metrics = step(state, teacher_params(dtype), *padded(rows, rollouts))
+            state, metrics = step(state, teacher_params(dtype), padded(rows, rollouts))
             expected, numbers = twin.train_step(
                 expected, teacher, rows, rollouts, top_k=6, temperature=1.5, ema_decay=0.9,
                 learning_rate=LEARNING_RATE, weight_decay=0.1, fixed_weight=fixed_weight,
@@ -118,7 +120,7 @@ def test_micro_batches_change_nothing(reduction):
     for num_micro_batches in (1, 2, 4):
         step, state = build(jit=quick_jit, reduction=reduction, num_micro_batches=num_micro_batches)
         for _ in range(2):
-            state, metrics = step(state, teacher_params(), *padded(rows, rollouts))
+            state, metrics = step(state, teacher_params(), padded(rows, rollouts))
         results.append((state, metrics))
     (whole, whole_metrics), *split = results
     for state, metrics in split:
@@ -132,7 +134,7 @@ def test_micro_batches_change_nothing(reduction):
 def test_token_reduction_weighs_every_token_the_same():
     rows, rollouts = random_rows(3)
     step, state = build(reduction="token")
-    metrics = step(state, teacher_params(), *padded(rows, rollouts))[1]
+    metrics = step(state, teacher_params(), padded(rows, rollouts))[1]
     params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
     sft = [(twin.sft_loss(params, row)[0], len(row["answer"])) for row in rows]
     kl = [(twin.kl_loss(params, teacher, row, z, 6, 1.5)[0], len(z)) for row, z in zip(rows, rollouts, strict=True)]
@@ -144,36 +146,34 @@ def test_token_reduction_weighs_every_token_the_same():
 def test_rows_that_do_not_divide_are_refused():
     step, state = build(num_micro_batches=3)
     with pytest.raises(ValueError, match="4 rows do not divide into 3 micro-batches"):
-        step(state, teacher_params(), *padded(*random_rows(0)))
+        step(state, teacher_params(), padded(*random_rows(0)))
 
 
 def test_nothing_flows_into_the_teacher():
     step, state = build()
-    batch, rollout = padded(*random_rows(0))
-    slopes = jax.grad(lambda teacher: step(state, teacher, batch, rollout)[1]["loss"])(teacher_params())
-    assert all(not np.any(slope) for slope in jax.tree.leaves(slopes))
+    batch = padded(*random_rows(0))
+    grads = jax.grad(lambda teacher: step(state, teacher, batch)[1]["loss"])(teacher_params())
+    assert all(not np.any(grad) for grad in jax.tree.leaves(grads))
     # Not because the loss does not see the teacher at all:
-    other = step(state, teacher_params(), batch, rollout)[1]["kl_loss"]
-    assert other != step(state, state.params, batch, rollout)[1]["kl_loss"]
-    assert rollout.tokens_BC.dtype == np.int32
+    other = step(state, teacher_params(), batch)[1]["kl_loss"]
+    assert other != step(state, state.params, batch)[1]["kl_loss"]
 
 
 def test_rollouts_that_are_all_empty_leave_the_sft_loss():
     rows, rollouts = random_rows(0, rollout_lengths=(0, 0, 0, 0))
     step, state = build()
-    state, metrics = step(state, teacher_params(), *padded(rows, rollouts))
+    state, metrics = step(state, teacher_params(), padded(rows, rollouts))
     assert metrics["kl_loss"] == 0 and metrics["empty_rollouts"] == 4 and metrics["loss"] == metrics["sft_loss"]
-    plain, first = build(distill=False)
-    other, plain_metrics = plain(first, None, padded(rows, rollouts)[0], None)
+    plain, first = build(terms=("sft",))
+    other, plain_metrics = plain(first, None, padded(rows, rollouts)._replace(rollout=None))
     np.testing.assert_allclose(metrics["gradient_norm"], plain_metrics["gradient_norm"], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, other.params)
 
 
 def test_without_distillation_nothing_of_it_is_measured():
-    step, state = build(distill=False, num_micro_batches=2)
+    step, state = build(terms=("sft",), num_micro_batches=2)
     rows, rollouts = random_rows(0)
-    batch, _ = padded(rows, rollouts)
-    state, metrics = step(state, None, batch, None)
+    state, metrics = step(state, None, padded(rows, rollouts)._replace(rollout=None))
     assert metrics.keys() == {"loss", "sft_loss", "sft_tokens", "gradient_norm"}
     expected = np.mean([twin.sft_loss(tiny.toy_parameters(0), row)[0] for row in rows])
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
@@ -193,21 +193,33 @@ def tiny_batch(model: Model) -> Batch:
         answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": row["answer"]}])
         rows.append(TokenRow(tokenizer.chat_prompt(asked), answer, tokenizer.chat_prompt(told), number))
     return Batch(
-        *pad([row.prompt for row in rows], 32, tokenizer.pad_id, left=True),
-        *pad([row.answer for row in rows], 32, tokenizer.pad_id, left=False),
-        *pad([row.teacher_prompt for row in rows], 48, tokenizer.pad_id, left=True),
+        pad([row.prompt for row in rows], 32, tokenizer.pad_id, left=True),
+        pad([row.answer for row in rows], 32, tokenizer.pad_id, left=False),
+        pad([row.teacher_prompt for row in rows], 48, tokenizer.pad_id, left=True),
         np.array([row.number for row in rows], np.int32),
     )
 
 
-def room_of(batch: Batch, rollout_mask_BC, num_parts: int, num_micro_batches: int = 1) -> Room:
-    """The most real tokens that a device has of one micro-batch."""
-    masks = batch.prompt_mask_BP, batch.answer_mask_BA, batch.teacher_prompt_mask_BQ, rollout_mask_BC
-    return Room(*(
-        max(int(part[m::num_micro_batches].sum()) for part in np.split(mask, num_parts)
-            for m in range(num_micro_batches))
-        for mask in masks
-    ))
+SIDES = ("prompt", "answer", "teacher_prompt", "rollout")
+
+
+def with_max_tokens(batch: Batch, num_shards: int = 1, num_micro_batches: int = 1, share: bool = False) -> Batch:
+    """The batch, with the most real tokens that a device has of one micro-batch, and what its prompts share."""
+
+    def known(name, tokens):
+        count = max(
+            int(rows[m::num_micro_batches].sum()) for rows in np.split(tokens.mask, num_shards)
+            for m in range(num_micro_batches)
+        )
+        shared = 0
+        if share and "prompt" in name:
+            columns = zip(*map(operator.getitem, tokens.ids, tokens.mask), strict=False)
+            shared = next(i for i, column in enumerate(columns) if len(set(column)) > 1)
+            assert shared > 3
+        repeated = (len(tokens.ids) // (num_shards * num_micro_batches) - 1) * shared
+        return replace(tokens, max_tokens=count - repeated, shared_prefix=shared)
+
+    return batch._replace(**{name: known(name, getattr(batch, name)) for name in SIDES})
 
 
 @pytest.fixture(scope="module")
@@ -215,96 +227,81 @@ def as_padded():
     """Two steps of the plainest kind, and what they were of."""
     model, teacher = tiny.make_model(), tiny.make_model(seed=1).params
     batch = tiny_batch(model)
-    rollout = Rollout(batch.answer_BA[::-1, :6], batch.answer_mask_BA[::-1, :6])
+    batch = batch._replace(rollout=Tokens(batch.answer.ids[::-1, :6], batch.answer.mask[::-1, :6]))
 
     # Plain descent: what the parameters differ by is what the gradients do. Adam would divide it by the smallest.
     optimizer = optax.sgd(LEARNING_RATE)
-    make = partial(make_train_step, model.hidden, model.unembedding, optimizer, top_k=32)
 
-    def run(room=None, **settings):
-        step = quick_jit(make(**settings), static_argnames="room")
+    def make(branches, reduction="sequence", **settings):
+        completion_hidden = model.completion_hidden if branches else completions_of(model.hidden)
+        losses = LossConfig(completion_hidden, model.unembedding, top_k=32, reduction=reduction)
+        return make_train_step(losses, optimizer, **settings)
+
+    def run(batch=batch, branches=False, **settings):
+        step = quick_jit(make(branches, **settings))
         state = init_state(model.params, optimizer)
         for _ in range(2):
-            state, metrics = step(state, teacher, batch, rollout, room=room)
+            state, metrics = step(state, teacher, batch)
         return metrics, state.params
 
-    def loss_of(room, name):
+    def loss_of(batch, name):
         """One loss of the first step, compiled without what else it gives."""
 
         @quick_jit
         def forward(*arguments):
-            return make(distill=name == "kl_loss")(*arguments, room=room)[1][name]
+            terms = ("sft", "kl") if name == "kl_loss" else ("sft",)
+            return make(False, terms=terms)(*arguments)[1][name]
 
-        return forward(init_state(model.params, optimizer), teacher, batch, rollout)
+        return forward(init_state(model.params, optimizer), teacher, batch)
 
-    def of(num_micro_batches=1, share=False):
-        room = room_of(batch, rollout.mask_BC, 1, num_micro_batches)
-        if not share:
-            return room
-        prompt, teacher_prompt = (
-            next(i for i, column in enumerate(zip(*map(operator.getitem, tokens, mask), strict=False))
-                 if len(set(column)) > 1)
-            for tokens, mask in (
-                (batch.prompt_BP, batch.prompt_mask_BP), (batch.teacher_prompt_BQ, batch.teacher_prompt_mask_BQ)
-            )
-        )
-        assert prompt > 3 and teacher_prompt > 3
-        again = len(batch.row_B) // num_micro_batches - 1
-        return room._replace(
-            prompt=room.prompt - again * prompt, teacher_prompt=room.teacher_prompt - again * teacher_prompt,
-            shared_prompt=prompt, shared_teacher_prompt=teacher_prompt,
-        )
-
-    return run, of, run(), loss_of
+    return run, batch, run(), loss_of
 
 
-@pytest.mark.parametrize("settings", [
-    {"forks": True}, {"room": 1, "reduction": "token"}, {"room": 1, "share": True, "forks": True},
-    {"room": 1, "share": True, "num_micro_batches": 2},
-], ids=str)
-def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings):
-    run, room_for, (expected_metrics, expected), _ = as_padded
+@pytest.mark.parametrize(("settings", "known"), [
+    ({"branches": True}, None), ({"reduction": "token"}, {}), ({"branches": True}, {"share": True}),
+    ({"branches": True, "num_micro_batches": 2}, {"share": True, "num_micro_batches": 2}),
+], ids=["branches", "max tokens, by tokens", "branches, shared prefix", "micro-batches, shared prefix"])
+def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings, known):
+    run, batch, (expected_metrics, expected), _ = as_padded
     if settings.get("reduction"):
         expected_metrics, expected = run(reduction="token")
-    settings = dict(settings)
-    share = settings.pop("share", False)
-    room = room_for(settings.get("num_micro_batches", 1), share) if "room" in settings else None
-    metrics, params = run(**{**settings, "room": room})
+    metrics, params = run(batch if known is None else with_max_tokens(batch, **known), **settings)
     for name, value in metrics.items():
         np.testing.assert_allclose(value, expected_metrics[name], rtol=2e-5, atol=1e-7, err_msg=name)
     for name, value in params.items():
         np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-5 * LEARNING_RATE, err_msg=name)
 
 
-def test_too_little_room_is_seen(as_padded):
-    _, room_for, _, loss_of = as_padded
+def test_more_real_tokens_than_max_tokens_are_seen(as_padded):
+    _, batch, _, loss_of = as_padded
     for name, loss in (("teacher_prompt", "kl_loss"), ("rollout", "kl_loss"), ("answer", "sft_loss")):
-        room = room_for()
-        if name == "answer":  # also where the whole text would have room
-            room = room._replace(prompt=room.prompt + 9)
-        assert np.isnan(loss_of(room._replace(**{name: getattr(room, name) - 1}), loss))
+        known = with_max_tokens(batch)
+        if name == "answer":  # also where prompt and answer together would fit
+            known = known._replace(prompt=replace(known.prompt, max_tokens=known.prompt.max_tokens + 9))
+        tokens = getattr(known, name)
+        short = known._replace(**{name: replace(tokens, max_tokens=tokens.max_tokens - 1)})
+        assert np.isnan(loss_of(short, loss))
 
 
-@pytest.mark.parametrize(("whole", "forks"), [(True, True), (True, False), (False, True)])
-def test_a_teacher_that_is_the_student_teaches_nothing(whole, forks):
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_teacher_that_is_the_student_teaches_nothing(whole):
     """To the bit on one device. Cut over eight the two round differently, and what is left has no weight."""
     mesh = make_mesh(devices=jax.devices()[:1]) if whole else make_mesh(2, 2, 2)
     model = tiny.make_model()
     model = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
     student = make_student(model, LoraConfig(), mesh)
     batch = tiny_batch(model)
-    batch = batch._replace(teacher_prompt_BQ=batch.prompt_BP, teacher_prompt_mask_BQ=batch.prompt_mask_BP)
-    rollout = Rollout(batch.answer_BA[:, :8], batch.answer_mask_BA[:, :8])
-    optimizer = make_optimizer(1e-3)
-    step = make_train_step(
-        model.hidden, student.unembedding, optimizer, top_k=32, forks=forks, effective=student.effective
+    batch = batch._replace(
+        teacher_prompt=batch.prompt, rollout=Tokens(batch.answer.ids[:, :8], batch.answer.mask[:, :8])
     )
+    optimizer = make_optimizer(1e-3)
+    losses = LossConfig(model.completion_hidden, student.unembedding, student.forward_params, top_k=32)
+    step = make_train_step(losses, optimizer)
     state: TrainState = init_state(student.init(model.params, jax.random.key(0)), optimizer)
     state = jax.device_put(state, state_shardings(state, student.shardings))
-    room = room_of(batch, rollout.mask_BC, mesh.shape["data"] * mesh.shape["fsdp"])
+    batch = with_max_tokens(batch, mesh.shape["data"] * mesh.shape["fsdp"])
     with jax.set_mesh(mesh):
-        batch, rollout = put_batch((batch, rollout), mesh)
-        metrics = jax.jit(step, static_argnames="room")(state, model.params, batch, rollout, room=room)[1]
+        metrics = jax.jit(step)(state, model.params, put_batch(batch, mesh))[1]
     assert metrics["weight"] == 0 and metrics["loss"] == metrics["sft_loss"]
     if whole:
         assert metrics["kl_loss"] == 0 and metrics["agreement"] == 1

@@ -144,10 +144,9 @@ def toy_parameters(seed: int, vocabulary: int = 24, width: int = 12) -> dict[str
     return {name: random.normal(size=shape) for name, shape in shapes.items()}
 
 
-def toy_hidden(params, tokens_BT, positions_BT, mask_BT):
-    assert positions_BT is None  # they follow from the mask
-    mask_BT1 = mask_BT[..., None].astype(params["scale_D"].dtype)
-    embedded_BTD = params["embedding_VD"][tokens_BT] * mask_BT1
+def toy_hidden(params, tokens):
+    mask_BT1 = tokens.mask[..., None].astype(params["scale_D"].dtype)
+    embedded_BTD = params["embedding_VD"][tokens.ids] * mask_BT1
     mean_BTD = jnp.cumsum(embedded_BTD, axis=1) / jnp.maximum(jnp.cumsum(mask_BT1, axis=1), 1)
     return jnp.tanh(mean_BTD @ params["mixer_DD"]) * params["scale_D"]
 

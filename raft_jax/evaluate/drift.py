@@ -13,6 +13,7 @@ from raft_jax.losses import linear_forward_kl
 from raft_jax.models import Model
 from raft_jax.sampling import Scorer, answer_hidden, answer_means
 from raft_jax.sharding import num_shards
+from raft_jax.tokens import Tokens
 
 
 def make_divergence(
@@ -27,20 +28,19 @@ def make_divergence(
     scorer = Scorer(model, batch_size, mesh)
 
     @jax.jit
-    def mean_kl(base_params, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
-        arrays = (prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
-        base_BAD, tuned_BAD = answer_hidden(model, base_params, *arrays), answer_hidden(model, params, *arrays)
+    def mean_kl(base_params, params, prompt: Tokens, answer: Tokens):
+        base_BAD, tuned_BAD = (answer_hidden(model, weights, prompt, answer) for weights in (base_params, params))
         nats_BA = linear_forward_kl(
             tuned_BAD, model.unembedding(params), base_BAD, model.unembedding(base_params), temperature=1.0,
             vocab_shards=num_shards("vocabulary"), **model.head_settings,
         )
-        return answer_means(nats_BA, answer_mask_BA)
+        return answer_means(nats_BA, answer.mask)
 
     def divergence(
         base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        return scorer.over_pairs(lambda *arrays: mean_kl(base_params, params, *arrays), prompts, answers, progress)
+        return scorer.over_pairs(lambda *pair: mean_kl(base_params, params, *pair), prompts, answers, progress)
 
     return divergence
 

@@ -17,6 +17,7 @@ from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import config_of, head_differs, load_parameters, open_weights
 from raft_jax.sharding import named_sharding
 from raft_jax.sources import resolve
+from raft_jax.tokens import Tokens, concatenate
 
 __all__ = ["DecoderConfig", "Model", "Tokenizer", "load_pretrained", "parameter_shardings"]
 
@@ -37,18 +38,25 @@ class Model:
     generation: dict[str, Any] | None = None  # its generation_config.json
     with_vision: bool = False  # whether it is the decoder of a model with vision, which is left out
 
-    def hidden(
-        self, params, tokens_BT, positions_BT=None, mask_BT=None, fork=None, num_tokens: int | None = None,
-        shared: int = 0,
-    ) -> jax.Array:
+    def hidden(self, params, tokens: Tokens, positions_BT=None, fork=None) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
-        return Decoder(self.config, params).hidden(tokens_BT, positions_BT, mask_BT, fork, num_tokens, shared)
+        return Decoder(self.config, params).hidden(tokens, positions_BT, fork)
 
-    def prefill(
-        self, params, tokens_BT, mask_BT, length: int, num_tokens: int | None = None, shared: int = 0
-    ) -> tuple[jax.Array, Cache]:
+    def completion_hidden(self, params, prompt: Tokens, *completions: Tokens) -> list[jax.Array]:
+        """Hidden states from which each token of a completion is predicted, `[B, C, D]` for each completion.
+
+        One completion or two, each of which follows the prompt. The prompt is computed once for both. One alone is
+        rounded as the second of two is, so that a teacher whose weights are the student's gives the student's numbers.
+        """
+        first = completions[0].length if len(completions) == 2 else 0
+        begin = prompt.length
+        hidden_BTD = self.hidden(params, concatenate(prompt, *completions), fork=(begin, first))
+        last_BCD = jnp.concatenate([hidden_BTD[:, begin - 1 : begin], hidden_BTD[:, begin + first : -1]], axis=1)
+        return [hidden_BTD[:, begin - 1 : begin + first - 1], last_BCD][2 - len(completions) :]
+
+    def prefill(self, params, prompt: Tokens, length: int) -> tuple[jax.Array, Cache]:
         """Hidden states of prompts and a cache that begins with them; see Decoder.prefill."""
-        return Decoder(self.config, params).prefill(tokens_BT, mask_BT, length, num_tokens, shared)
+        return Decoder(self.config, params).prefill(prompt, length)
 
     def step(self, params, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states of the next token and the grown cache; see Decoder.step."""
@@ -64,7 +72,7 @@ class Model:
 
     def apply(self, params, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
         """Logits `[B, T, V]`, float32. For evaluation of short texts: training never holds this array."""
-        return self.logits(self.hidden(params, tokens_BT, positions_BT, mask_BT), self.unembedding(params))
+        return self.logits(self.hidden(params, Tokens(tokens_BT, mask_BT), positions_BT), self.unembedding(params))
 
     def logits(self, hidden_XD, unembedding_DV: jax.Array | Tiled) -> jax.Array:
         """Logits `[..., V]`, float32, of hidden states `[..., D]`, capped where the family caps them."""

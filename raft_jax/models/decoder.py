@@ -23,8 +23,9 @@ from raft_jax.models.attention import KEPT, attend, attend_one, by_cudnn, for_at
 from raft_jax.models.layer import project, residual, rms_norm, side_by_side
 from raft_jax.models.rope import Rope, of_kind, rope_tables
 from raft_jax.models.tiles import Tiled
-from raft_jax.packing import make_packing
 from raft_jax.sharding import constrain
+from raft_jax.tokens import Tokens
+from raft_jax.unpadding import make_unpadding
 
 # What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
 POLICY = reduce(jax.checkpoint_policies.save_from_both_policies, (
@@ -173,47 +174,34 @@ class Decoder(nnx.Module):
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
 
-    def hidden(
-        self, tokens_BT, positions_BT=None, mask_BT=None, fork: tuple[int, int] | None = None,
-        num_tokens: int | None = None, shared: int = 0,
-    ) -> jax.Array:
+    def hidden(self, tokens: Tokens, positions_BT=None, fork: tuple[int, int] | None = None) -> jax.Array:
         """Final hidden states, after the last norm, of whole sequences.
 
         Args:
-          tokens_BT: int32.
+          tokens: padding may stand on either side. With an int32 mask, texts packed in one row, in the order of their
+            numbers, do not see each other. With `max_tokens`, padding is left out of everything but the attention; more
+            real tokens than that make NaN. With `shared_prefix`, what all rows on a device begin with is computed once
+            outside the attention; rows that differ there make NaN. Not for ropes with long frequencies, in which equal
+            tokens of a short and a long text differ.
           positions_BT: int32; default counts the real tokens of each text.
-          mask_BT: bool, True on real tokens; padding may stand on either side. Or int32, the number of the text that
-            a token belongs to, 0 at padding: texts packed in one row, in the order of their numbers, do not see each
-            other. Default: all one text.
           fork: (P, A): the rows hold two continuations of their first P places. What stands behind P + A does not
             see the A in between; it follows the P. With A = 0 there is nothing in between, and all is as without a
             fork but for rounding, which is then that of a row with an A.
-          num_tokens: how many real tokens the rows on one device hold at most: padding is then left out of everything
-            but the attention. More of them than that make NaN.
-          shared: with how many equal tokens the rows on one device begin. They count once in num_tokens, and are
-            computed once outside the attention; rows that differ there make NaN. Not for ropes with long frequencies,
-            in which equal tokens of a short and a long text differ.
 
         Returns:
           hidden_BTD in the parameters' dtype; what stands at padding means nothing.
         """
-        mask_BT = jnp.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT
-        return self._forward(tokens_BT, positions_BT, mask_BT, fork, num_tokens, shared)[0]
+        return self._forward(tokens, positions_BT, fork)[0]
 
-    def prefill(
-        self, tokens_BT, mask_BT, length: int, num_tokens: int | None = None, shared: int = 0
-    ) -> tuple[jax.Array, Cache]:
-        """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them.
-
-        `num_tokens` and `shared` as in `hidden`.
-        """
-        room = length - tokens_BT.shape[1]
-        hidden_BTD, (keys, values) = self._forward(
-            tokens_BT, None, mask_BT, None, num_tokens, shared, keep=True, room=room
+    def prefill(self, prompt: Tokens, length: int) -> tuple[jax.Array, Cache]:
+        """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them."""
+        num_new = length - prompt.length
+        hidden_BTD, (keys, values) = self._forward(prompt, keep_cache=True, num_new=num_new)
+        keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, num_new),))
+        values = jnp.pad(values, ((0, 0),) * 3 + ((0, num_new), (0, 0)))
+        return hidden_BTD, Cache(
+            keys, values, jnp.pad(prompt.real, ((0, 0), (0, num_new))), jnp.int32(prompt.length)
         )
-        keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, room),))
-        values = jnp.pad(values, ((0, 0),) * 3 + ((0, room), (0, 0)))
-        return hidden_BTD, Cache(keys, values, jnp.pad(mask_BT, ((0, 0), (0, room))), jnp.int32(tokens_BT.shape[1]))
 
     def step(self, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states `[B, 1, D]` of the next token, and the cache with it in it.
@@ -272,32 +260,30 @@ class Decoder(nnx.Module):
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
 
-    def _forward(
-        self, tokens_BT, positions_BT, mask_BT, fork=None, num_tokens=None, shared=0, *, keep=False, room=0
-    ):
+    def _forward(self, tokens: Tokens, positions_BT=None, fork=None, *, keep_cache=False, num_new=0):
         """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
-        config = self.config
+        config, tokens_BT, mask_BT = self.config, tokens.ids, tokens.real
         positions_BT = positions_from_mask(mask_BT, fork) if positions_BT is None else positions_BT
-        pack, unpack = make_packing(mask_BT, num_tokens, shared)
-        length_BT = text_lengths(mask_BT, positions_BT) + room
-        ropes = rope_tables(config.ropes, pack(positions_BT), pack(length_BT))
+        unpad, pad = make_unpadding(mask_BT, tokens.max_tokens, tokens.shared_prefix)
+        length_BT = text_lengths(mask_BT, positions_BT) + num_new
+        ropes = rope_tables(config.ropes, unpad(positions_BT), unpad(length_BT))
 
         def layer(x, scanned):
             weights, numbers = scanned
-            query, key, value = map(unpack, project(config, x, weights, of_kind(ropes, numbers.get("rope", 0))))
+            query, key, value = map(pad, project(config, x, weights, of_kind(ropes, numbers.get("rope", 0))))
             key, value = for_attention(key, value)
             mixed = attend(config, query, key, value, positions_BT, mask_BT, fork, numbers.get("window"))
-            return residual(config, x, pack(mixed), weights), (key, value) if keep else None
+            return residual(config, x, unpad(mixed), weights), (key, value) if keep_cache else None
 
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
         policy = None if config.remat else POLICY
         layer = jax.checkpoint(layer, policy=policy)
-        x = self._embed(pack(tokens_BT))
-        if shared:
-            same = jnp.all((unpack(pack(tokens_BT)) == tokens_BT) | (mask_BT == 0))
+        x = self._embed(unpad(tokens_BT))
+        if tokens.shared_prefix:
+            same = jnp.all((pad(unpad(tokens_BT)) == tokens_BT) | (mask_BT == 0))
             x = jnp.where(same, x, jnp.nan)
         x, kept = jax.lax.scan(layer, x, self._layers())
-        return unpack(rms_norm(config, x, self.final_norm_D[...])), kept
+        return pad(rms_norm(config, x, self.final_norm_D[...])), kept
 
     def _embed(self, tokens_BT) -> jax.Array:
         x_BTD = self.embedding_VD[...][tokens_BT]

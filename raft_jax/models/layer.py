@@ -1,7 +1,7 @@
 """One layer of the decoder: queries, keys and values of its input, and what it adds to it.
 
 Letters as in raft_jax.models.decoder; a config is a DecoderConfig, `weights` are those of one layer. Where tokens are
-packed, [B, T] is [R, U] of raft_jax.packing.
+unpadded, [B, T] is [R, U] of raft_jax.unpadding.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,7 @@ from raft_jax.models import Model
 from raft_jax.models.attention import MASKED
 from raft_jax.models.tiles import tiled
 from raft_jax.sharding import num_shards
-
-
-class Rollout(NamedTuple):
-    """What was generated: C new tokens a row."""
-
-    tokens_BC: jax.Array  # int32; padding after a row's end
-    mask_BC: jax.Array  # bool: True on generated tokens, the end-of-turn token among them
+from raft_jax.tokens import Tokens
 
 
 def sample_token(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array, top_p: float = 1.0) -> jax.Array:
@@ -87,11 +80,10 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         at small batches, slower to compile, and the weights are copied once.
 
     Returns:
-      `generate(params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None, shared=0) ->
-      Rollout`. Prompts are left-padded; with `num_prompt_tokens`, at least the most real ones on any device, padding is
-      left out of the prefill, and what all prompts begin with, `shared` tokens that count once, is computed once.
-      `row_B` (int32) names each row's own stream of random numbers, so a row draws the same whatever stands beside
-      it; a negative row is filler and is finished from the start. Decoding ends when every row is done.
+      `generate(params, prompt, row_ids, key, temperature) -> Tokens`. Prompts are Tokens padded on the left; the new
+      tokens are padded on the right, and the end-of-turn token is among the real ones. `row_ids` ([B], int32) name each
+      row's own stream of random numbers, so a row draws the same whatever stands beside it; a negative one is filler
+      and is finished from the start. Decoding ends when every row is done.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
@@ -100,25 +92,21 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     stop_ids = jnp.array(model.tokenizer.stop_ids, jnp.int32)
     pad_id = model.tokenizer.pad_id
 
-    @partial(jax.jit, static_argnames=("num_prompt_tokens", "shared"))
-    def generate(
-        params, prompt_BP, prompt_mask_BP, row_B, key, temperature, num_prompt_tokens=None, shared=0
-    ) -> Rollout:
-        B, P = prompt_BP.shape
+    @jax.jit
+    def generate(params, prompt: Tokens, row_ids, key, temperature) -> Tokens:
+        B, P = prompt.ids.shape
         layers, unembedding = None, model.unembedding(params)
         if unroll:
             num_rows = B // num_shards("batch")
             layers, unembedding = model.unstacked(params, num_rows), tiled(unembedding, num_rows)
-        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_B, 0))
+        keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_ids, 0))
 
         def draw(hidden_BD, index):
             logits_BV = model.logits(hidden_BD, unembedding)
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 
-        hidden_BPD, cache = model.prefill(
-            params, prompt_BP, prompt_mask_BP, P + max_new_tokens, num_prompt_tokens, shared
-        )
+        hidden_BPD, cache = model.prefill(params, prompt, P + max_new_tokens)
         if unroll:
             cache = cache.unstacked()
         first_B = draw(hidden_BPD[:, -1], 0)
@@ -138,8 +126,8 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
             hidden_B1D, cache = model.step(params, token_B[:, None], ~done_B[:, None], cache, layers)
             return index + 1, draw(hidden_B1D[:, 0], index + 1), done_after_B, out_BC, mask_BC, cache
 
-        carry = (jnp.int32(0), first_B, row_B < 0, out_BC, mask_BC, cache)
+        carry = (jnp.int32(0), first_B, row_ids < 0, out_BC, mask_BC, cache)
         _, _, _, out_BC, mask_BC, _ = jax.lax.while_loop(unfinished, step, carry)
-        return Rollout(out_BC, mask_BC)
+        return Tokens(out_BC, mask_BC)
 
     return generate

@@ -12,8 +12,9 @@ import numpy as np
 
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
-from raft_jax.sampling.decode import Rollout, make_generate
+from raft_jax.sampling.decode import make_generate
 from raft_jax.sharding import put_batch, to_host, use_mesh
+from raft_jax.tokens import Tokens
 
 # Prompt lengths are rounded up to one of these, so that a run compiles a handful of programs.
 LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -64,9 +65,9 @@ class Sampler:
         self.model = model
         self.batch_size = batch_size
         self.mesh = mesh
-        self._compiled: dict[tuple[int, float], Callable[..., Rollout]] = {}
+        self._compiled: dict[tuple[int, float], Callable[..., Tokens]] = {}
 
-    def program(self, max_new_tokens: int, top_p: float = 1.0) -> Callable[..., Rollout]:
+    def program(self, max_new_tokens: int, top_p: float = 1.0) -> Callable[..., Tokens]:
         """The jitted sampler of one output length (see make_generate)."""
         found = (max_new_tokens, top_p)
         if found not in self._compiled:
@@ -119,7 +120,7 @@ class Sampler:
         num_rows = rows_per_batch(self.batch_size, len(prompts), self.mesh)
         for batch in self.batches(prompts):
             rollout = self._run(params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens)
-            tokens, mask = to_host(rollout.tokens_BC), to_host(rollout.mask_BC)
+            tokens, mask = to_host(rollout.ids), to_host(rollout.mask)
             for row, index in enumerate(batch):
                 ids = tokens[row][mask[row]].tolist()
                 completions[index] = Completion(ids, ids[-1] in self.model.tokenizer.stop_ids)
@@ -127,13 +128,13 @@ class Sampler:
                 on_batch(batch, [completions[index] for index in batch])
         return completions
 
-    def _run(self, params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens) -> Rollout:
+    def _run(self, params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens) -> Tokens:
         filler = num_rows - len(batch)
         rows = [prompts[index] for index in batch] + [prompts[batch[0]]] * filler
         length = min(bucket(max(map(len, rows))), self.model.config.max_positions - max_new_tokens)
-        tokens, mask = pad(rows, length, self.model.tokenizer.pad_id, left=True)
+        prompt = pad(rows, length, self.model.tokenizer.pad_id, left=True)
         numbers = np.array([row_number(names[index]) for index in batch] + [-1] * filler, np.int32)
-        arrays = (tokens, mask, numbers)
+        arrays = (prompt, numbers)
         if self.mesh is not None:
             arrays = put_batch(arrays, self.mesh)
         with use_mesh(self.mesh):

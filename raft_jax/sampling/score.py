@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.data.batches import pad
@@ -13,6 +12,7 @@ from raft_jax.losses import linear_cross_entropy, sequence_mean
 from raft_jax.models import Model
 from raft_jax.sampling.engine import bucket, rows_per_batch
 from raft_jax.sharding import num_shards, put_batch, to_host, use_mesh
+from raft_jax.tokens import Tokens, concatenate
 
 
 class Scorer:
@@ -22,13 +22,13 @@ class Scorer:
         self.model, self.batch_size, self.mesh = model, batch_size, mesh
 
         @jax.jit
-        def mean_logprob(params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA):
-            hidden_BAD = answer_hidden(model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA)
+        def mean_logprob(params, prompt: Tokens, answer: Tokens):
+            hidden_BAD = answer_hidden(model, params, prompt, answer)
             nats_BA = linear_cross_entropy(
-                hidden_BAD, model.unembedding(params), answer_BA, vocab_shards=num_shards("vocabulary"),
+                hidden_BAD, model.unembedding(params), answer.ids, vocab_shards=num_shards("vocabulary"),
                 **model.head_settings,
             )
-            return -answer_means(nats_BA, answer_mask_BA)
+            return -answer_means(nats_BA, answer.mask)
 
         self._mean_logprob = mean_logprob
 
@@ -37,7 +37,7 @@ class Scorer:
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Mean log-likelihood per answer token given the prompt, nats: `[num_pairs]` float32."""
-        return self.over_pairs(lambda *arrays: self._mean_logprob(params, *arrays), prompts, answers, progress)
+        return self.over_pairs(lambda *pair: self._mean_logprob(params, *pair), prompts, answers, progress)
 
     def over_pairs(
         self,
@@ -46,7 +46,7 @@ class Scorer:
         answers: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """`function(prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> values_B` over all pairs, in batches.
+        """`function(prompt, answer) -> values_B`, of Tokens, over all pairs, in batches.
 
         `progress` is called after each batch with the number of pairs in it.
         """
@@ -57,13 +57,14 @@ class Scorer:
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
             filled = chosen + chosen[:1] * (num_rows - len(chosen))
-            sides = []
+            pair = []
             for rows, left in ((prompts, True), (answers, False)):
                 picked = [rows[index] for index in filled]
-                sides += pad(picked, bucket(max(map(len, picked))), pad_id, left=left)
-            arrays = put_batch(tuple(sides), self.mesh) if self.mesh is not None else sides
+                pair.append(pad(picked, bucket(max(map(len, picked))), pad_id, left=left))
+            if self.mesh is not None:
+                pair = put_batch(pair, self.mesh)
             with use_mesh(self.mesh):
-                values[chosen] = to_host(function(*arrays))[: len(chosen)]
+                values[chosen] = to_host(function(*pair))[: len(chosen)]
             if progress is not None:
                 progress(len(chosen))
         return values
@@ -74,8 +75,6 @@ def answer_means(values_BA: jax.Array, mask_BA: jax.Array) -> jax.Array:
     return jax.vmap(lambda values_A, mask_A: sequence_mean(values_A[None], mask_A[None]))(values_BA, mask_BA)
 
 
-def answer_hidden(model: Model, params, prompt_BP, prompt_mask_BP, answer_BA, answer_mask_BA) -> jax.Array:
+def answer_hidden(model: Model, params, prompt: Tokens, answer: Tokens) -> jax.Array:
     """Hidden states `[B, A, D]` from which the model predicts each token of an answer that follows its prompt."""
-    tokens_BT = jnp.concatenate([prompt_BP, answer_BA], axis=1)
-    mask_BT = jnp.concatenate([prompt_mask_BP, answer_mask_BA], axis=1)
-    return model.hidden(params, tokens_BT, None, mask_BT)[:, prompt_BP.shape[1] - 1 : -1]
+    return model.hidden(params, concatenate(prompt, answer))[:, prompt.length - 1 : -1]

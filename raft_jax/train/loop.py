@@ -7,8 +7,8 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from raft_jax import interrupt
 from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
-from raft_jax.data.batches import Batches, TokenRow
+from raft_jax.data.batches import Batches, TokenRow, token_capacity
 from raft_jax.errors import InputError
 from raft_jax.files import parse_json, read_bytes
 from raft_jax.models import Model
@@ -27,10 +27,11 @@ from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.sampling.decode import make_generate
 from raft_jax.sharding import any_process, num_shards, put_batch, to_host
+from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.methods import Method
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
-from raft_jax.train.step import make_train_step
-from raft_jax.train.student import make_student
+from raft_jax.train.step import LossConfig, make_train_step
+from raft_jax.train.student import Student, make_student
 
 
 class TrainingDiverged(InputError):
@@ -65,8 +66,13 @@ def train(
       InputError: the folder's checkpoint is of another model or of a later step, or cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with jax.set_mesh(mesh):
+        num_batch_shards = num_shards("batch")
     batches = Batches(
-        rows, settings.batch_size, seed=seed, pad_id=model.tokenizer.pad_id, length_buckets=settings.length_buckets
+        rows, settings.batch_size, seed=seed, pad_id=model.tokenizer.pad_id, length_buckets=settings.length_buckets,
+        epochs=settings.epochs, num_shards=num_batch_shards, num_micro_batches=settings.num_micro_batches,
+        # LongRoPE uses other frequencies for long sequences, so equal prefixes of a short and a long one differ.
+        share_prefixes=all(rope.long_frequencies is None for rope in model.config.ropes),
     )
     all_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
     num_steps = min(all_steps, settings.max_steps or all_steps)
@@ -94,44 +100,21 @@ def train(
         )
     log = MetricsLog(folder / "metrics.jsonl", keep=start)
 
+    chunk_size = {} if settings.loss_chunk_size is None else {"chunk_size": settings.loss_chunk_size}
+    losses = LossConfig(
+        student.model.completion_hidden, student.unembedding, student.forward_params, top_k=settings.top_k,
+        temperature=settings.temperature, reduction=settings.reduction,
+        head_settings=model.head_settings | chunk_size,
+    )
     train_step = jax.jit(
         make_train_step(
-            student.model.hidden, student.unembedding, optimizer, distill=method.distill, top_k=settings.top_k,
-            temperature=settings.temperature, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
-            reduction=settings.reduction, num_micro_batches=settings.num_micro_batches,
-            loss_chunk_size=settings.loss_chunk_size, forks=True,
-            effective=student.effective, head_settings=model.head_settings,
+            losses, optimizer, terms=method.terms, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
+            num_micro_batches=settings.num_micro_batches,
         ),
-        donate_argnums=0, static_argnames="room",
+        donate_argnums=0,
     )
-    with jax.set_mesh(mesh):
-        num_parts = num_shards("batch")
-    # Of all the epochs, so that steps that are left for a later run are no reason for other programs.
-    # With a rope that turns long texts otherwise, equal beginnings of a short and a long one are not the same.
-    make_rooms = partial(
-        batches.rooms, all_steps, num_parts, share=all(rope.long_frequencies is None for rope in model.config.ropes)
-    )
-    rooms = make_rooms(settings.num_micro_batches)
-    prompt_rooms = rooms if settings.num_micro_batches == 1 else make_rooms()
-    num_cells = num_parts * settings.num_micro_batches
-    rollout_capacity = settings.batch_size // num_cells * settings.rollout.max_new_tokens
-    # The rollout's program is used at every step: worth its compilation.
-    generate = make_generate(
-        student.model, settings.rollout.max_new_tokens, top_p=settings.rollout.top_p,
-        unroll=jax.default_backend() == "cpu",
-    )
-
-    @partial(jax.jit, static_argnames=("num_prompt_tokens", "shared"))
-    def draw(params, teacher_params, *given, **static):
-        """A rollout, and the most tokens that any device has of it in one micro-batch."""
-        rollout = generate(student.effective(params, teacher_params), *given, **static)
-        if rooms is None:
-            return rollout, None
-        cells = rollout.mask_BC.reshape(num_parts, -1, settings.num_micro_batches, rollout.mask_BC.shape[1])
-        return rollout, jnp.max(jnp.sum(cells, axis=(1, 3)))
-
+    sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
     rollout_key = jax.random.fold_in(key, 1)
-    temperature = jnp.float32(settings.rollout.temperature)
     done = start
 
     shown = progress(f"train {method.name}", num_steps, "steps", start)
@@ -139,17 +122,12 @@ def train(
         for step in range(start, num_steps):
             began = time.perf_counter()
             batch = put_batch(batches.at(step), mesh)
-            rollout, rollout_seconds, room = None, 0.0, rooms and rooms[step]
+            rollout_seconds = 0.0
             if method.distill:
-                key = jax.random.fold_in(rollout_key, step)
-                rollout, count = draw(
-                    state.params, teacher_params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, temperature,
-                    num_prompt_tokens=prompt_rooms[step].prompt, shared=prompt_rooms[step].shared_prompt,
-                )
-                jax.block_until_ready(rollout)
-                room = room and room.with_rollout(int(count), rollout_capacity)
+                rollout = sample_rollout(state.params, teacher_params, batch, jax.random.fold_in(rollout_key, step))
+                batch = batch._replace(rollout=jax.block_until_ready(rollout))
                 rollout_seconds = time.perf_counter() - began
-            state, metrics = train_step(state, teacher_params, batch, rollout, room=room)
+            state, metrics = train_step(state, teacher_params, batch)
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not all(map(math.isfinite, metrics.values())):
                 bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
@@ -178,7 +156,34 @@ def train(
         if jax.process_index() == 0:
             save_peft(adapters, model.config, folder / "adapter", alpha=settings.lora.alpha, base=model.source,
                       with_vision=model.with_vision)
-    return jax.jit(student.whole)(state.params, teacher_params) if settings.lora.rank else state.params
+    return jax.jit(student.merged_params)(state.params, teacher_params) if settings.lora.rank else state.params
+
+
+def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shards: int) -> Callable[..., Tokens]:
+    """Builds `sample_rollout(params, teacher_params, batch, key) -> Tokens`: the student's own answers (Eq. 6), with
+    the most real tokens that a device has of them in one micro-batch, rounded up."""
+    num_micro_batches, rollout = settings.num_micro_batches, settings.rollout
+    rows = settings.batch_size // (num_batch_shards * num_micro_batches)
+    # The rollout's program is used at every step: worth its compilation.
+    generate = make_generate(
+        student.model, rollout.max_new_tokens, top_p=rollout.top_p, unroll=jax.default_backend() == "cpu"
+    )
+
+    @jax.jit
+    def sample(params, teacher_params, prompt, row_ids, key, temperature):
+        tokens = generate(student.forward_params(params, teacher_params), prompt, row_ids, key, temperature)
+        counts = jnp.sum(tokens.mask.reshape(num_batch_shards, rows, num_micro_batches, -1), axis=(1, 3))
+        return tokens, jnp.max(counts)
+
+    temperature = jnp.float32(rollout.temperature)
+
+    def sample_rollout(params, teacher_params, batch: Batch, key: jax.Array) -> Tokens:
+        # All micro-batches at once.
+        prompt = replace(batch.prompt, max_tokens=num_micro_batches * batch.prompt.max_tokens)
+        tokens, count = sample(params, teacher_params, prompt, batch.row_ids, key, temperature)
+        return replace(tokens, max_tokens=token_capacity(int(count), rows * rollout.max_new_tokens))
+
+    return sample_rollout
 
 
 def _note(metrics: dict[str, float]) -> str:

@@ -1,4 +1,4 @@
-"""The methods, as presets of one loop: which text is the target, and whether and how the teacher takes part."""
+"""The methods: which text is the target, which terms the loss has, and what the teacher sees."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ class Method:
     name: str
     title: str
     target: str  # "gold" (y), "rewrite" (Eq. 3) or "fused" (Eq. 4)
-    distill: bool  # with the on-policy distillation term of Eqs. 6-10
+    terms: tuple[str, ...]  # of the loss, see raft_jax.train.step.TERMS
     teacher_sees_answer: bool = False  # Eq. 7, or a teacher that sees the question alone
+
+    @property
+    def distill(self) -> bool:
+        """Whether the student answers by itself and a teacher is beside it (Eqs. 6-10)."""
+        return "kl" in self.terms
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("raft", "RAFT", "fused", distill=True, teacher_sees_answer=True),
-        Method("sft", "SFT on the gold answers", "gold", distill=False),
-        Method("sdft", "SFT on the rewritten answers (SDFT, arXiv:2402.13669)", "rewrite", distill=False),
-        Method("fused_sft", "SFT on the fused answers", "fused", distill=False),
+        Method("raft", "RAFT", "fused", terms=("sft", "kl"), teacher_sees_answer=True),
+        Method("sft", "SFT on the gold answers", "gold", terms=("sft",)),
+        Method("sdft", "SFT on the rewritten answers (SDFT, arXiv:2402.13669)", "rewrite", terms=("sft",)),
+        Method("fused_sft", "SFT on the fused answers", "fused", terms=("sft",)),
         Method("on_policy", "SFT on the gold answers with on-policy distillation (GKD, arXiv:2306.13649)", "gold",
-               distill=True),
+               terms=("sft", "kl")),
     )
 }

@@ -24,8 +24,8 @@ class Student:
 
     model: Model
     init: Callable[[Params, jax.Array], Params]  # (teacher_params, key) -> params
-    effective: Callable[[Params, Params], Params]  # (params, teacher_params) -> what the model runs with
-    whole: Callable[[Params, Params], Params]  # (params, teacher_params) -> weights of a model of its own
+    forward_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> what the model runs with
+    merged_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> weights of a model of its own
     shardings: dict[str, NamedSharding]
 
     def unembedding(self, params: Params) -> jax.Array | Tied:
@@ -44,17 +44,17 @@ def make_student(model: Model, lora: LoraConfig, mesh: Mesh) -> Student:
       mesh: where the parameters lie.
     """
     dtype = model.params["final_norm_D"].dtype
-    rounded = partial(jax.tree.map, lambda array: array.astype(dtype))
+    cast = partial(jax.tree.map, lambda array: array.astype(dtype))
     if not lora.rank:
         return Student(
             model, lambda teacher, key: jax.tree.map(lambda array: jnp.copy(array.astype(jnp.float32)), teacher),
-            lambda params, teacher: rounded(params), lambda params, teacher: params,
+            lambda params, teacher: cast(params), lambda params, teacher: params,
             parameter_shardings(model.config, mesh),
         )
     config = replace(model.config, adapter_scale=lora.alpha / lora.rank)
     return Student(
         replace(model, config=config), lambda teacher, key: init_adapters(config, lora.rank, lora.targets, key),
-        lambda params, teacher: jax.lax.stop_gradient(teacher) | rounded(params),
+        lambda params, teacher: jax.lax.stop_gradient(teacher) | cast(params),
         lambda params, teacher: merge(teacher, params, config.adapter_scale),
         adapter_shardings(config, lora.rank, lora.targets, mesh),
     )

@@ -10,8 +10,9 @@ import tiny
 from quick import quick_jit
 
 from raft_jax.models import parameter_shardings
-from raft_jax.packing import Packing
 from raft_jax.sharding import make_mesh, put_batch
+from raft_jax.tokens import Tokens
+from raft_jax.unpadding import Unpadding
 
 MASK = np.random.default_rng(0).random((8, 7)) < 0.6
 X = np.random.default_rng(1).normal(size=(8, 7, 3)).astype(np.float32)
@@ -28,13 +29,13 @@ def packed(x, num_groups, num_tokens):
 
 def test_there_and_back():
     num_tokens = MASK.sum() + 2
-    packing = Packing(jnp.asarray(MASK), num_tokens)
+    unpadding = Unpadding(jnp.asarray(MASK), num_tokens)
     for x in (X, np.arange(56, dtype=np.int32).reshape(8, 7), MASK):
-        found = packing.pack(x)
+        found = unpadding.unpad(x)
         assert found.dtype == x.dtype
         np.testing.assert_array_equal(found, packed(x, 1, num_tokens))
         mask = MASK.reshape(*MASK.shape, *(1,) * (x.ndim - 2))
-        np.testing.assert_array_equal(packing.unpack(found), np.where(mask, x, 0))
+        np.testing.assert_array_equal(unpadding.pad(found), np.where(mask, x, 0))
 
 
 def test_the_gradient_goes_to_the_tokens_alone():
@@ -42,10 +43,10 @@ def test_the_gradient_goes_to_the_tokens_alone():
     slope_GNX = np.random.default_rng(2).normal(size=(1, num_tokens, 3)).astype(np.float32)
 
     def there(x):
-        return jnp.sum(Packing(jnp.asarray(MASK), num_tokens).pack(x) * slope_GNX)
+        return jnp.sum(Unpadding(jnp.asarray(MASK), num_tokens).unpad(x) * slope_GNX)
 
     def back(x):
-        return jnp.sum(Packing(jnp.asarray(MASK), num_tokens).unpack(x) * X)
+        return jnp.sum(Unpadding(jnp.asarray(MASK), num_tokens).pad(x) * X)
 
     expected = np.zeros_like(X)
     expected[MASK] = slope_GNX[0, :-2]
@@ -75,12 +76,12 @@ def test_what_rows_share_has_places_once_and_the_sum_of_their_gradients():
     )
 
     def unpacked(x_RUX, mask):
-        return Packing(mask, num_tokens, shared).unpack(x_RUX)
+        return Unpadding(mask, num_tokens, shared).pad(x_RUX)
 
     mesh = make_mesh(data=num_groups, devices=jax.devices()[:num_groups])
     with jax.set_mesh(mesh):
         mask, given, slopes = put_batch((BEGUN, x, slope), mesh)
-        found = jax.jit(lambda x, mask: Packing(mask, num_tokens, shared).pack(x))(given, mask)
+        found = jax.jit(lambda x, mask: Unpadding(mask, num_tokens, shared).unpad(x))(given, mask)
         np.testing.assert_array_equal(found, rows)
         np.testing.assert_array_equal(jax.jit(unpacked)(found, mask), np.where(BEGUN[..., None], x, 0))
         gradient = jax.jit(jax.grad(lambda x: jnp.sum(unpacked(x, mask) * slopes)))(found)
@@ -99,9 +100,9 @@ def test_what_rows_share_is_computed_once_and_changes_nothing():
     slope = random.normal(size=(*mask.shape, model.config.width)).astype(np.float32) * mask[..., None]
 
     def total(params, tokens, **settings):
-        return jnp.sum(model.hidden(params, tokens, None, mask, **settings) * slope)
+        return jnp.sum(model.hidden(params, Tokens(tokens, mask, **settings)) * slope)
 
-    settings = {"num_tokens": int(mask.sum()) - 3 * shared, "shared": shared}
+    settings = {"max_tokens": int(mask.sum()) - 3 * shared, "shared_prefix": shared}
     expected = quick_jit(jax.value_and_grad(total))(model.params, tokens)
     of_shared = quick_jit(jax.value_and_grad(partial(total, **settings)))
     found = of_shared(model.params, tokens)
@@ -116,13 +117,14 @@ def test_what_rows_share_is_computed_once_and_changes_nothing():
 def test_text_numbers_are_a_mask():
     numbers = np.where(MASK, 1 + np.arange(7) // 3, 0).astype(np.int32)
     num_tokens = MASK.sum() + 2
-    packing = Packing(jnp.asarray(numbers), num_tokens)
-    np.testing.assert_array_equal(packing.pack(X), packed(X, 1, num_tokens))
+    unpadding = Unpadding(jnp.asarray(numbers), num_tokens)
+    np.testing.assert_array_equal(unpadding.unpad(X), packed(X, 1, num_tokens))
 
 
 def test_too_little_room_is_not_a_cut_text():
-    packing = Packing(jnp.asarray(MASK), MASK.sum() - 1)
-    assert np.isnan(packing.pack(X)).all() and np.isnan(packing.unpack(X.reshape(1, -1, 3)[:, : MASK.sum() - 1])).all()
+    unpadding = Unpadding(jnp.asarray(MASK), MASK.sum() - 1)
+    assert np.isnan(unpadding.unpad(X)).all()
+    assert np.isnan(unpadding.pad(X.reshape(1, -1, 3)[:, : MASK.sum() - 1])).all()
 
 
 def test_eight_devices_pack_their_own_rows():
@@ -130,9 +132,9 @@ def test_eight_devices_pack_their_own_rows():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
 
     def there_and_back(mask, x):
-        packing = Packing(mask, room)
-        there = packing.pack(x)
-        return there, packing.unpack(there)
+        unpadding = Unpadding(mask, room)
+        there = unpadding.unpad(x)
+        return there, unpadding.pad(there)
 
     with jax.set_mesh(mesh):
         program = jax.jit(there_and_back).lower(*put_batch((MASK, X), mesh)).compile()
@@ -158,4 +160,4 @@ def test_heads_stay_cut():
 
 def test_rows_that_do_not_divide():
     with jax.set_mesh(make_mesh(data=8)), pytest.raises(ValueError, match="6 rows do not divide over 8 parts"):
-        Packing(jnp.ones((6, 4), bool), 8)
+        Unpadding(jnp.ones((6, 4), bool), 8)

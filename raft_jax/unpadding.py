@@ -18,22 +18,22 @@ import jax.numpy as jnp
 from raft_jax.sharding import UNCONSTRAINED, constrain, num_shards
 
 
-class Packing:
+class Unpadding:
     """Where the real tokens of `[B, T]` lie in `[R, U]`, and the way there and back.
 
     Example:
-      >>> packing = Packing(jnp.array([[False, True], [True, True]]), 4)
-      >>> packing.pack(jnp.array([[9, 5], [6, 7]])).tolist()
+      >>> unpadding = Unpadding(jnp.array([[False, True], [True, True]]), 4)
+      >>> unpadding.unpad(jnp.array([[9, 5], [6, 7]])).tolist()
       [[5, 6, 7, 0]]
-      >>> packing.unpack(jnp.array([[5, 6, 7, 3]])).tolist()
+      >>> unpadding.pad(jnp.array([[5, 6, 7, 3]])).tolist()
       [[0, 5], [6, 7]]
 
     Two rows that both begin with 6:
 
-      >>> packing = Packing(jnp.array([[False, True, True], [True, True, True]]), 4, shared=1)
-      >>> packing.pack(jnp.array([[9, 6, 5], [6, 7, 8]])).tolist()
+      >>> unpadding = Unpadding(jnp.array([[False, True, True], [True, True, True]]), 4, shared=1)
+      >>> unpadding.unpad(jnp.array([[9, 6, 5], [6, 7, 8]])).tolist()
       [[6, 5, 7, 8]]
-      >>> packing.unpack(jnp.array([[1, 2, 3, 4]])).tolist()
+      >>> unpadding.pad(jnp.array([[1, 2, 3, 4]])).tolist()
       [[0, 1, 2], [1, 3, 4]]
     """
 
@@ -65,12 +65,12 @@ class Packing:
         self._shared = shared
         self._fits = jnp.all(count_RS[:, -1] <= num_tokens) & jnp.all(jnp.sum(mask_BT, axis=1) >= shared)
 
-    def pack(self, x_BTX: jax.Array) -> jax.Array:
+    def unpad(self, x_BTX: jax.Array) -> jax.Array:
         """`[B, T, ...]` → `[R, U, ...]`; places without a token hold zeros."""
         x_RSX = x_BTX.reshape(self._own_RS.shape[0], -1, *x_BTX.shape[2:])
         return self._whole(_move(x_RSX, self._source_RU, self._own_RS))
 
-    def unpack(self, x_RUX: jax.Array) -> jax.Array:
+    def pad(self, x_RUX: jax.Array) -> jax.Array:
         """`[R, U, ...]` → `[B, T, ...]`; zeros at padding."""
         x_RSX = _spread(self._shared, x_RUX, self._place_RS, self._source_RU, self._again_RM)
         return self._whole(x_RSX.reshape(*self._rows, *x_RUX.shape[2:]))
@@ -82,13 +82,13 @@ class Packing:
         return constrain(x, "batch", *(UNCONSTRAINED,) * (x.ndim - 1))
 
 
-def make_packing(mask_BT: jax.Array, num_tokens: int | None, shared: int = 0) -> tuple[Callable, Callable]:
-    """`Packing`'s pack and unpack; both leave alone what they are given where there is no padding to leave out, or
+def make_unpadding(mask_BT: jax.Array, num_tokens: int | None, shared: int = 0) -> tuple[Callable, Callable]:
+    """`Unpadding`'s unpad and pad; both leave alone what they are given where there is no padding to leave out, or
     where num_tokens is None."""
     if num_tokens is None or num_tokens >= mask_BT.size // num_shards("batch"):
         return lambda x: x, lambda x: x
-    packing = Packing(mask_BT, num_tokens, shared)
-    return packing.pack, packing.unpack
+    unpadding = Unpadding(mask_BT, num_tokens, shared)
+    return unpadding.unpad, unpadding.pad
 
 
 @jax.custom_vjp

@@ -1,0 +1,71 @@
+"""Token ids with their mask, and batches of them: what data, sampling, models and training pass to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("ids", "mask"), meta_fields=("max_tokens", "shared_prefix")
+)
+@dataclass(frozen=True)
+class Tokens:
+    """Rows of token ids and which of them are real. The static fields let a model skip padding; where one of them
+    changes, jit compiles again.
+
+    Attributes:
+      ids: [B, T], int32.
+      mask: [B, T], bool, True on real tokens; or int32, the number of the text that a token belongs to, 0 at padding
+        (see raft_jax.models.decoder.Decoder.hidden). None: every token is real.
+      max_tokens: at least the most real tokens of the rows on one device, of one micro-batch; None where nothing is
+        known, and padding is computed like any token.
+      shared_prefix: with how many equal tokens the rows begin. They count once in `max_tokens`.
+
+    Example:
+      >>> prompt, answer = Tokens(jnp.array([[0, 5]]), jnp.array([[False, True]]), 1), Tokens(jnp.array([[6, 7]]))
+      >>> concatenate(prompt, answer)
+      Tokens(ids=Array([[0, 5, 6, 7]], dtype=int32), mask=Array([[False,  True,  True,  True]], dtype=bool), \
+max_tokens=None, shared_prefix=0)
+    """
+
+    ids: jax.Array
+    mask: jax.Array | None = None
+    max_tokens: int | None = None
+    shared_prefix: int = 0
+
+    @property
+    def real(self) -> jax.Array:
+        """[B, T], bool or int32: the mask, also where it was left out."""
+        return jnp.ones(self.ids.shape, bool) if self.mask is None else self.mask
+
+    @property
+    def length(self) -> int:
+        """T."""
+        return self.ids.shape[1]
+
+
+class Batch(NamedTuple):
+    """One training batch; prompts padded on the left, what follows them on the right."""
+
+    prompt: Tokens
+    answer: Tokens  # the end-of-turn token among them
+    teacher_prompt: Tokens
+    row_ids: jax.Array  # [B], int32: names each row's stream of random numbers
+    rollout: Tokens | None = None  # the student's own answers, where a term of the loss needs them
+
+
+def concatenate(first: Tokens, *others: Tokens) -> Tokens:
+    """Rows behind one another, `[B, T + T' + ...]`; what the first ones begin with is what all begin with."""
+    parts = (first, *others)
+    counts = [part.max_tokens for part in parts]
+    return Tokens(
+        jnp.concatenate([part.ids for part in parts], axis=1),
+        jnp.concatenate([part.real for part in parts], axis=1),
+        None if None in counts else sum(counts),
+        0 if None in counts else first.shared_prefix,
+    )
