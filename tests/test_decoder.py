@@ -55,8 +55,8 @@ class Compiled:
         self.config, self.params = config, random_params(config)
         model = Model(config, self.params)
         self.apply, self.step = jax.jit(model.apply), jax.jit(model.step)
-        self.hidden = quick_jit(model.hidden, static_argnums=(4, 5))
-        self.prefill = quick_jit(model.prefill, static_argnums=(3, 4))
+        self.hidden = quick_jit(model.hidden, static_argnames="fork")
+        self.prefill = quick_jit(model.prefill, static_argnums=2)
 
     def logits(self, tokens_BT, mask_BT=None, first_position=None) -> np.ndarray:
         mask_BT = np.ones(tokens_BT.shape, bool) if mask_BT is None else mask_BT

@@ -48,7 +48,7 @@ def test_untrained_adapters_add_nothing():
         down, up = (np.asarray(adapters[name]) for name in adapter_names(TARGETS[target]))
         assert not up.any() and 0.5 < np.abs(down).max() * np.prod(down.shape[1:-1]) ** 0.5 <= 1
     hidden = jax.jit(model.hidden)
-    np.testing.assert_array_equal(hidden(model.params | adapters, TOKENS), hidden(model.params, TOKENS))
+    np.testing.assert_array_equal(hidden(model.params | adapters, Tokens(TOKENS)), hidden(model.params, Tokens(TOKENS)))
 
 
 def test_adapters_add_what_merging_adds():
@@ -66,12 +66,14 @@ def test_adapters_add_what_merging_adds():
     for name, value in expected.items():
         np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
     hidden = quick_jit(model.hidden)
-    plain, found = hidden(model.params, TOKENS), hidden(model.params | adapters, TOKENS)
+    plain, found = (hidden(weights, Tokens(TOKENS)) for weights in (model.params, model.params | adapters))
     assert np.abs(found - plain).max() > 0.1
-    np.testing.assert_allclose(found, hidden(expected, TOKENS), atol=2e-5)
+    np.testing.assert_allclose(found, hidden(expected, Tokens(TOKENS)), atol=2e-5)
     # and in decoding, over stacked layers and one by one
     mask = np.ones(TOKENS.shape, bool)
-    _, cache = quick_jit(model.prefill, static_argnums=3)(model.params | adapters, TOKENS[:, :-1], mask[:, :-1], 12)
+    _, cache = quick_jit(model.prefill, static_argnums=2)(
+        model.params | adapters, Tokens(TOKENS[:, :-1], mask[:, :-1]), 12
+    )
     for layers in (None, model.unstacked(model.params | adapters, 2)):
         last, _ = quick_jit(model.step)(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
         np.testing.assert_allclose(last[:, 0], found[:, -1], atol=2e-5)
