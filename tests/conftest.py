@@ -3,18 +3,13 @@
 import json
 import os
 
-from jaxlib import version
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-if version.__version_info__ < (0, 11):
-    # Most of the time goes into compiling, and the older code for fused loops compiles three times as fast. Later
-    # versions have no such flag, and end the process for one that they do not know.
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 import numpy as np
 import pytest
+from quick import OLD_FUSIONS
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
@@ -43,9 +38,9 @@ def program_environment(tmp_path_factory):
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
     return os.environ | {
-        "XLA_FLAGS": " ".join(flags), "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in OLD_FUSIONS.items()),
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }

@@ -23,6 +23,9 @@ FAITHFUL = [
     ("Call the VA's office.", "Call the office of the VA.", ""),
     ("It can't be sold.", "It cannot be sold.", ""),
     ("Nobody may enter.", "Nobody is allowed to enter.", ""),
+    ("Paid and unpaid leave count.", "Unpaid leave counts, and so does paid leave.", ""),
+    ("Bring a paper with your name (like a bill).", "Bring a paper with your name, such as a bill.", ""),
+    ("One boat keeps clear of the other.", "One of the boats and the other boat: the first keeps clear.", ""),
 ]
 UNFAITHFUL = [
     # numbers and units
@@ -39,6 +42,16 @@ UNFAITHFUL = [
     ("See Alice about it.", "See Robert about it.", "Alice"),
     ("Open www.example.org/form to apply.", "Open the form to apply.", "example"),
     ("Use $name =~ s/a/b/ here.", "Use $name =~ s/a/c/ here.", "s/a/b/"),
+    # one of two that differ by their form alone
+    ("Guards on duty, whether an armed patrol or an unarmed patrol, may enter the old harbour at night.",
+     "Guards on duty, whether an armed patrol or some patrol, may enter the old harbour at night.",
+     "'unarmed' is missing"),
+    # made-up examples
+    ("Bring a paper that shows your name.", "Bring a paper that shows your name, such as a passport.",
+     "an example is new"),
+    ("Bring two papers (including a bill) to the office.",
+     "Bring two papers (including a bill, such as a passport) to the office.", "an example is new"),
+    ("The grant pays for books and tools.", "The grant pays for books, tools, and other costs.", "'and other' is new"),
     # negations
     ("You may not enter the zone.", "You may enter the zone.", "negation is lost"),
     ("You may enter the zone.", "You may not enter the zone.", "negation is new"),

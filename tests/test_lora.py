@@ -20,6 +20,8 @@ from raft_jax.sharding import make_mesh
 from raft_jax.tokens import Tokens
 from raft_jax.train.student import make_student
 
+# Before transformers, which else is imported without it (raft_jax.models.transformers_quietly).
+torch = pytest.importorskip("torch")
 RANK, ALPHA = 3, 5.0
 TOKENS = np.random.default_rng(0).integers(0, 200, (2, 9))
 
@@ -118,7 +120,7 @@ SIZES = {
     ("llama", LORA_TARGETS), ("llama", ("q_proj", "v_proj")), ("phi3", LORA_TARGETS), ("phi3", ("v_proj", "o_proj")),
 ])
 def test_peft_reads_what_is_saved(tmp_path, family, targets):
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -141,7 +143,7 @@ def test_peft_reads_what_is_saved(tmp_path, family, targets):
 
 def test_peft_reads_what_is_saved_of_a_model_with_vision(tmp_path):
     """Its vision tower has modules of the same names, which stay as they are."""
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,

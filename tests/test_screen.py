@@ -85,6 +85,10 @@ def test_loops_are_found_and_lists_are_not():
     assert repetition("Call the office. Bring a form. Call the office.", gold) == "Call the office."
     assert repetition("- Books and supplies\n" * 3, gold) == "- Books and supplies"
     assert repetition("Yes. Yes. Call the office.", gold) is None
+    # The first name is the second's: what should stand there is lost.
+    named = "The guest pass replaces neither the crew pass of the harbour nor a visa."
+    twice = "The crew pass of the harbour or a visa does not replace the crew pass of the harbour or a visa."
+    assert repetition(twice, named) == "the crew pass of the harbour"
     run = "the boat that keeps clear of it, "
     assert repetition("It is " + run * 4, gold)
     assert repetition(f"{gold} {gold}", f"{gold} {gold}") is None

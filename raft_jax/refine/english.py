@@ -12,7 +12,7 @@ STOP_WORDS = _words("""
     a an the this that these those it its they them their theirs he him his she her hers you your yours we us our ours
     i me my mine who whom whose which what where when why how there here is are was were be been being am do does did
     done doing have has had having will would shall should can could may might must ought need to of in on at by for
-    from with as and or but nor so if then than into onto upon about also too very just each such some any all both
+    from with as like and or but nor so if then than into onto upon about also too very just each such some any all both
     more most other same own not no only while because since until through during before after up down out over under
     again further once well yes get gets got make makes made go goes use used using via per etc e.g i.e
 """)

@@ -43,6 +43,9 @@ _CONTRACTION = re.compile(r"\w*n't$|'(?:ll|re|ve|d|m|s)$")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _SYMBOLS = re.compile(r"[_$@%\\<>=|~{}\[\]#^*]|\w[/:]+\w|[a-z0-9]\.[a-z0-9]|\w\(\)")
 
+_EXAMPLE = re.compile(r"\b(?:such as|for example|for instance)\b", re.IGNORECASE)
+_LIKE = re.compile(r"\b(?:like|including)\b|\be\.g\.", re.IGNORECASE)
+_AND_OTHER = re.compile(r"\b(?:and|or) others?\b", re.IGNORECASE)
 _MODAL_PHRASES = (
     (re.compile(r"\b(?:have|has|had|need|needs|needed) to\b"), "obligation"),
     (re.compile(r"\b(?:is|are|be) (?:able|free) to\b"), "permission"),
@@ -71,7 +74,8 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
     found = [
         *_number_mismatches(gold, text, source), *_name_mismatches(gold, text, source), *_symbol_mismatches(gold, text),
         *_negation_mismatches(gold, text), *_modal_mismatches(gold, text), *_opposite_mismatches(gold, text),
-        *_lost_words(gold, text, word_recall), *_added_words(gold, text, source),
+        *_lost_contrasts(gold, text), *_lost_words(gold, text, word_recall), *_added_words(gold, text, source),
+        *_added_examples(gold, text, source),
     ]
     # What two sentences exchange, the texts as a whole do not show.
     in_text = numbers(text)
@@ -314,6 +318,20 @@ def _opposite_mismatches(gold: str, text: str) -> Iterator[str]:
             yield f"{plain!r} became {word!r}"
 
 
+def _lost_contrasts(gold: str, text: str) -> Iterator[str]:
+    """A word that stands beside its opposite in the gold answer, where only the opposite is left: of "active or
+    inactive duty" both are meant.
+
+    Example:
+      >>> list(_lost_contrasts("Paid and unpaid leave count.", "Paid leave counts."))
+      ["'unpaid' is missing"]
+    """
+    wanted, found = set(_words(gold)), set(_words(text))
+    for word in sorted(wanted - found):
+        if any(other in _formed_opposites(word) or word in _formed_opposites(other) for other in wanted & found):
+            yield f"{word!r} is missing"
+
+
 def _formed_opposites(word: str) -> set[str]:
     """Opposites of a word by its form, whether or not there are such words.
 
@@ -378,6 +396,20 @@ def _added_words(gold: str, text: str, source: str) -> Iterator[str]:
         supported = sum(stem in known for stem in stems)
         if len(stems) > 2 and supported / len(stems) < MIN_SENTENCE_SUPPORT and not spelled_out:
             yield f"the sentence {_brief(sentence)!r} is new"
+
+
+def _added_examples(gold: str, text: str, source: str) -> Iterator[str]:
+    """Examples and "and others" that nothing tells of: what follows is then made up."""
+    known = f"{gold}\n{source}"
+
+    def more(*patterns: re.Pattern) -> bool:
+        in_text, in_known = (sum(len(pattern.findall(side)) for pattern in patterns) for side in (text, known))
+        return in_text > in_known
+
+    if more(_EXAMPLE) and more(_EXAMPLE, _LIKE):  # "like" may become "such as"
+        yield "an example is new"
+    if more(_AND_OTHER):
+        yield "'and other' is new"
 
 
 def _brief(sentence: str) -> str:

@@ -83,7 +83,7 @@ def repeated_instructions(text: str, instructions: str, sources: str) -> str | N
 
 
 def repetition(text: str, gold: str) -> str | None:
-    """A sentence, or six words in a row, that a text says more often than the gold answer, and in a loop.
+    """A sentence, or six words in a row, that a text says twice or more, and more often than the gold answer.
 
     Example:
       >>> repetition("Call the office. Call the office.", "Call the office.")
@@ -98,7 +98,7 @@ def repetition(text: str, gold: str) -> str | None:
             return line.strip()
     in_gold, in_text = (Counter(_runs(_words(side), 6, unique=False)) for side in (gold, text))
     for run, count in in_text.items():
-        if count > max(2, in_gold[run]):
+        if count > max(1, in_gold[run]):
             return " ".join(run)
     return None
 
