@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -31,6 +32,8 @@ from raft_jax.models.weights import GgufFile, SafetensorsFolder, open_weights
 from raft_jax.sources import resolve
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# Contractions, digits, capitals, accents and white space, which tokenizers cut each in their own way.
+CUT_IN_MANY_WAYS = "It's we'LL 12345 3.50 HelloWorld cafe\u0301 na\u00efve \u4f60\u597d!?\n\n  x\t y //\n"
 THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, for the template
 # In tokenizer_config.json: transformers 5 writes the first for itself; it reads the others no longer, others do.
 NOT_WRITTEN = ("backend", "is_local", "local_files_only", "auto_map", "max_length", "stride", "truncation_strategy",
@@ -297,6 +300,20 @@ def _require_tokenizer_json(path: Path) -> None:
         raise InputError(f"{path}: not a tokenizer of the tokenizers library ({one_line(error)})") from error
 
 
+def _tell_other_ids(path: Path, wrapped) -> None:
+    """Says where transformers builds a class's own tokenizer, which cuts texts otherwise than tokenizer.json does."""
+    from tokenizers import Tokenizer as Backend
+
+    name = type(wrapped).__name__
+    if name == "TokenizersBackend":  # takes tokenizer.json as it is
+        return
+    ours, theirs = (backend.encode(CUT_IN_MANY_WAYS, add_special_tokens=False).ids
+                    for backend in (Backend.from_file(str(path)), wrapped.backend_tokenizer))
+    if ours != theirs:
+        print(f"{path}: cuts texts otherwise than transformers' {name}, which transformers takes for this model; so do "
+              "this run and its exports, and other programs may give other ids", file=sys.stderr, flush=True)
+
+
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """As transformers reads it, without code from the folder and without network."""
     if not (folder / "tokenizer.json").exists():
@@ -313,6 +330,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             raise InputError(f"{folder}: transformers cannot read the tokenizer ({one_line(error)})") from error
     if not isinstance(wrapped, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: a {type(wrapped).__name__} is not a tokenizer of the tokenizers library")
+    _tell_other_ids(folder / "tokenizer.json", wrapped)
     tokenizer = Tokenizer(wrapped, str(folder), stop_ids, stops_from)
     config = read_settings(folder / CONFIG)
     tokenizer.carried_over = {key: config[key] for key in CARRIED_OVER if key in config}
