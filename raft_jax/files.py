@@ -110,6 +110,12 @@ def write_sums(folder: Path) -> None:
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
 
 
+def named_in_sums(folder: Path) -> list[Path]:
+    """The files that SHA256SUMS names; none where it is not there."""
+    lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).exists() else []
+    return [folder / line.partition("  ")[2] for line in lines]
+
+
 def require_sums(folder: Path) -> None:
     """Raises InputError unless each file of SHA256SUMS is there as it was written; a folder without it passes."""
     if not (folder / SUMS).exists():

@@ -236,7 +236,7 @@ def test_an_export_is_cut_as_the_file_was(tmp_path, arch, pre):
     """transformers reads the tokenizer of some architectures in one way, whatever is in tokenizer.json."""
     fields = gguf_fields(pre, ["12", "123"], ["1 2", "12 3"]) | {"general.architecture": arch}
     if (arch, pre) == ("qwen2", "llama-bpe"):
-        with pytest.raises(InputError, match=r"^here: a qwen2 model with the gpt2 tokenizer 'llama-bpe', .* as 'qwen2'"):
+        with pytest.raises(InputError, match=r"^here: a qwen2 model with .* 'llama-bpe', .* as 'qwen2'"):
             tokenizer_from_gguf(fields, "here")
         return
     tokenizer, text = tokenizer_from_gguf(fields, "here"), "It's CAN'T 12345 cafe\u0301,  x\n\ny!!\n"
