@@ -516,8 +516,8 @@ def test_damaged_small_files(folder, name, content, named):
 
 
 def test_settings_that_are_too_large(folder, monkeypatch):
-    monkeypatch.setattr("raft_jax.models.weight_files.MAX_JSON", 100)
-    assert "are too many for a file of settings" in error_of(folder)
+    monkeypatch.setattr("raft_jax.files.MAX_BYTES", 100)
+    assert "this is not the file that is expected here" in error_of(folder)
     monkeypatch.undo()
     monkeypatch.setattr("raft_jax.models.weight_files.MAX_HEADER", 100)
     assert "model.safetensors: a header of" in error_of(folder)

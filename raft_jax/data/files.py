@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from raft_jax.data.wording import Unread, brief, kind_of, quoted, shown
 from raft_jax.errors import InputError
+from raft_jax.files import require_regular
 from raft_jax.sources import resolve
 
 MAX_LINE = 2**26  # characters of one line: a longer one is not a row of text
@@ -87,15 +88,7 @@ def locate(source: str) -> Path:
         )
     if source.startswith("hf://"):
         raise InputError(f"{source}: hf:// names a model; download the data set's file and give its path")
-    path = resolve(source.removeprefix("tfds://"))
-    require_regular(source, path)
-    return path
-
-
-def require_regular(source: str, path: Path) -> None:
-    """Raises InputError for pipes, sockets and devices: they may never end, and cannot be read twice."""
-    if not (path.is_file() or path.is_dir()):
-        raise InputError(f"{source}: a pipe or device; save what comes from it in a file, and give that")
+    return resolve(source.removeprefix("tfds://"))
 
 
 def fingerprint(path_or_uri: str | Path) -> str:
@@ -368,7 +361,7 @@ def _check_records(source: str, split: Any) -> None:
 
     for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
         if Path(path).exists():
-            require_regular(source, Path(path))
+            require_regular(Path(path))
         try:
             found = ArrayRecordReader(str(path)).num_records()
         except RuntimeError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from raft_jax.terminal import one_line
+
 
 class Unread(NamedTuple):
     """In place of a value that was not asked for."""
@@ -34,11 +36,7 @@ def _short(text: object) -> str:
 
 def brief(error: Exception) -> str:
     """A library's error in one line."""
-    return shown_line(f"{type(error).__name__}: {error}")
-
-
-def shown_line(text: str) -> str:
-    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))[:200]
+    return one_line(f"{type(error).__name__}: {error}", 200)
 
 
 def kind_of(value: Any) -> str:

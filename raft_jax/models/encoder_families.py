@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.errors import InputError
-from raft_jax.files import read_json
+from raft_jax.files import read_json, read_object
 from raft_jax.models.families import Stored
 from raft_jax.models.weights import SafetensorsFolder
 
@@ -138,7 +138,7 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
     modules = _read_modules(folder)
     model = _inside(folder, modules.get("Transformer", ""))
     path = model / "config.json"
-    values = _read_object(path)
+    values = read_object(path)
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: model_type {name!r} is not a supported sentence encoder; "
@@ -161,7 +161,7 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
         raise InputError(f"{path}: hidden_size {width} does not divide over {num_heads} attention heads")
 
     settings_path = model / "sentence_bert_config.json"
-    settings = _read_object(settings_path) if settings_path.exists() else {}
+    settings = read_object(settings_path, optional=True)
     num_positions = _size(values, "max_position_embeddings", path)
     try:
         first_position = family.first_position(values)
@@ -204,7 +204,7 @@ def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, avai
                              "that config.json provides")
         return max_tokens
     path = model / "tokenizer_config.json"
-    values = _read_object(path) if path.exists() else {}
+    values = read_object(path, optional=True)
     limit = _number(values, "model_max_length", available, path)
     if limit < 3:
         raise InputError(f"{path}: model_max_length is {limit:g}; expected 3 or more")
@@ -299,7 +299,7 @@ def _read_poolings(folder: Path, modules: dict[str, str]) -> tuple[tuple[str, ..
     if "Pooling" not in modules:
         return ("mean",), True
     path = _inside(folder, modules["Pooling"]) / "config.json"
-    values = _read_object(path)
+    values = read_object(path)
     modes = values.get("pooling_mode", [mode for flag, mode in POOLING_FLAGS.items() if values.get(flag)])
     if not isinstance(modes, str | list):
         raise InputError(f"{path}: pooling_mode is {modes!r}; supported: {', '.join(POOLINGS)}")
@@ -312,7 +312,7 @@ def _read_poolings(folder: Path, modules: dict[str, str]) -> tuple[tuple[str, ..
 
 def _default_prefix(folder: Path) -> str:
     path = folder / "config_sentence_transformers.json"
-    values = _read_object(path) if path.exists() else {}
+    values = read_object(path, optional=True)
     name, prompts = values.get("default_prompt_name"), values.get("prompts") or {}
     if name is None:
         return ""
@@ -334,11 +334,4 @@ def _size(values: dict[str, Any], name: str, path: Path) -> int:
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise InputError(f"{path}: {name} is {value!r}; expected a whole number of at least 1")
-    return value
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
     return value

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.models.chat_template import one_line
+from raft_jax.terminal import one_line
 
 # How llama.cpp names the way a text is cut before byte-pair merges. Where `whole` is set, a piece that is a token
 # is taken as it is, without merges.

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.models.chat_template import ChatTemplate, one_line
+from raft_jax.files import read_object
+from raft_jax.models.chat_template import ChatTemplate
 from raft_jax.models.gguf_tokenizer import END_OF_TURN, read_gguf
 from raft_jax.models.sentencepiece import model_file
 from raft_jax.models.tokenizer_files import (
@@ -25,11 +26,11 @@ from raft_jax.models.tokenizer_files import (
     check_files,
     configured_stops,
     default_template,
-    read_settings,
 )
 from raft_jax.models.transformers_quietly import transformers_quietly
 from raft_jax.models.weights import GgufFile, SafetensorsFolder, open_weights
 from raft_jax.sources import resolve
+from raft_jax.terminal import one_line
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 # Contractions, digits, capitals, accents and white space, which tokenizers cut each in their own way.
@@ -165,7 +166,7 @@ class Tokenizer:
                 continue
             if message["role"] != "system" or THINKING_FLAG.sub("", content).strip() not in text:
                 raise InputError(f"{self.source}: the chat template leaves out or changes the {message['role']}'s text "
-                                 f"{one_line(content)[:60]!r}; not supported")
+                                 f"{one_line(content, 60)!r}; not supported")
 
     def _shield(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """The messages with a marker before each special token's name, so that those without one are the template's."""
@@ -222,12 +223,12 @@ class Tokenizer:
             return [*answer, self.eos_id]
         content = messages[-1]["content"].strip()
         if answer[ends[0]] not in self._special and content not in self.decode(answer[: ends[0]]):
-            raise InputError(f"{self.source}: the answer {one_line(content)[:60]!r} holds the token "
+            raise InputError(f"{self.source}: the answer {one_line(content, 60)!r} holds the token "
                              f"{answer[ends[0]]}, at which the model stops (eos_token_id of {self.stops_from})")
         return answer[: ends[0] + 1]
 
     def _require_answer(self, answer: str, prompt_text: str, text: str) -> None:
-        thoughts = f"model.thinking={json.dumps(self.thinking)} and the answer {one_line(answer)[:60]!r} disagree"
+        thoughts = f"model.thinking={json.dumps(self.thinking)} and the answer {one_line(answer, 60)!r} disagree"
         if not text.startswith(prompt_text):
             raise InputError(
                 f"{self.source}: the chat template renders an answered question differently; "
@@ -239,7 +240,7 @@ class Tokenizer:
         start = text.rfind(answer)
         if start < 0 or start + len(answer) < len(prompt_text):
             raise InputError(
-                f"{self.source}: the chat template leaves out or changes the answer {one_line(answer)[:60]!r}"
+                f"{self.source}: the chat template leaves out or changes the answer {one_line(answer, 60)!r}"
                 + (f"; {thoughts}" if "think" in answer else "; not supported")
             )
 
@@ -248,7 +249,7 @@ class Tokenizer:
         sentencepiece, from which alone llama.cpp's converter reads such a vocabulary."""
         with transformers_quietly():
             self.wrapped.save_pretrained(folder, legacy_format=False)
-        settings = {key: value for key, value in read_settings(folder / CONFIG).items() if key not in NOT_WRITTEN}
+        settings = {key: value for key, value in read_object(folder / CONFIG).items() if key not in NOT_WRITTEN}
         settings |= self.carried_over
         if settings["tokenizer_class"] == "TokenizersBackend":  # transformers 4, and vLLM with it, knows the older name
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -332,7 +333,7 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
         raise InputError(f"{folder}: a {type(wrapped).__name__} is not a tokenizer of the tokenizers library")
     _tell_other_ids(folder / "tokenizer.json", wrapped)
     tokenizer = Tokenizer(wrapped, str(folder), stop_ids, stops_from)
-    config = read_settings(folder / CONFIG)
+    config = read_object(folder / CONFIG, optional=True)
     tokenizer.carried_over = {key: config[key] for key in CARRIED_OVER if key in config}
     if (model := folder / "tokenizer.model").is_file():
         tokenizer.sentencepiece = model.read_bytes()
