@@ -590,6 +590,9 @@ def test_of_parquet_the_columns_that_are_used_are_read(tmp_path):
         assert "column 'context' cannot be read" in message and message.startswith(": row ")
     assert ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in error_of(
         write_parquet(tmp_path, {**texts, "answer": not_utf8}))
+    bad = {}  # counted and named where rows may be left out
+    assert load_examples(tmp_path / "rows.parquet", bad_rows=bad) == [Example("000001", "Why?", "a")]
+    assert list(bad) == ["000002"] and ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in bad["000002"]
     assert ": row 1: question must be text, got bytes" in error_of(
         write_parquet(tmp_path, {**texts, "question": pa.array([b"Why?", b"Who?"])}))
     assert ": row 1: id must be text, got float (text or a whole number is expected); give each row its own, or set " \

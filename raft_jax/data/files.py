@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raft_jax.data.wording import Unread, brief, kind_of, quoted, shown
+from raft_jax.data.wording import Unread, Unreadable, brief, kind_of, quoted, shown
 from raft_jax.errors import InputError
-from raft_jax.files import require_regular
+from raft_jax.files import hash_files, require_regular, unreadable
 from raft_jax.sources import resolve
 
 MAX_LINE = 2**26  # characters of one line: a longer one is not a row of text
@@ -94,11 +94,13 @@ def locate(source: str) -> Path:
 def fingerprint(path_or_uri: str | Path) -> str:
     """Returns the sha256 of a file, or of the names and contents of the files in a folder, in hexadecimal."""
     path = locate(str(path_or_uri))
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        lines = [f"{name}\0{digest}\n" for name, digest in sorted(hash_files(path).items(), key=lambda pair: Path(pair[0]))]
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from error
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -280,13 +282,14 @@ def _column(source: str, file, name: str) -> list[Any]:
     try:
         return values.to_pylist()
     except Exception:  # times out of range, unknown time zones, bytes that are not UTF-8
-        for number, value in enumerate(values, start=1):
-            try:
-                value.as_py()
-            except Exception as error:
-                raise InputError(f"{source}: row {number}: column {quoted(name)} cannot be read ({brief(error)}); "
-                                 "write it as text") from error
-        raise
+        return list(map(_cell, values))
+
+
+def _cell(value) -> Any:
+    try:
+        return value.as_py()
+    except Exception as error:
+        return Unreadable(brief(error))
 
 
 def _holds_something(source: str, file, name: str) -> list[bool]:

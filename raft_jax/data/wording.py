@@ -13,6 +13,12 @@ class Unread(NamedTuple):
     kind: str
 
 
+class Unreadable(NamedTuple):
+    """In place of a value that its library cannot give."""
+
+    problem: str
+
+
 def shown(text: object) -> str:
     """A name from a file as it may be printed: a terminal would obey control characters.
 
@@ -43,6 +49,8 @@ def kind_of(value: Any) -> str:
     """What stands in a row, in words."""
     if isinstance(value, Unread):
         return value.kind
+    if isinstance(value, Unreadable):
+        return f"what cannot be read ({value.problem})"
     if isinstance(value, dict) and value:
         return f"an object with {', '.join(map(shown, list(value)[:4]))}"
     if isinstance(value, list) and value:
