@@ -246,8 +246,8 @@ def check(config: Config, console) -> None:
     """Looks at config, data and model, starts nothing, and shows one training example with the tokens that carry loss.
 
     Raises:
-      InputError: whatever a run would refuse before it computes anything, but for the mesh, the shapes of the weights
-        and what is in the encoder's folder: no device is touched, no tensor read.
+      InputError: whatever a run would refuse before it computes anything, but for the mesh, the numbers in the weights
+        and what is in the encoder's folder: no device is touched.
     """
     require_sources(config)
     require_unchanged(config)

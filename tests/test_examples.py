@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import errno
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import sys
 import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -686,3 +688,14 @@ def test_fingerprint(tmp_path):
     assert len({folder, renamed, fingerprint(tmp_path)}) == 3
     with pytest.raises(InputError):
         fingerprint(path)
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "."])
+def test_a_file_that_the_system_does_not_let_us_read_has_no_fingerprint(tmp_path, monkeypatch, source):
+    def refuse(path, *arguments):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    path = write(tmp_path, GOOD, "rows.jsonl")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=f"^{path}: cannot be read .*EMFILE"):
+        fingerprint(tmp_path / source)

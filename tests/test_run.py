@@ -30,13 +30,15 @@ from raft_jax.run_dir import SCORES, open_run_dir, record_time, start_date
 from raft_jax.train.methods import METHODS
 
 TIMES = ("seconds", "rollout_seconds")
+SECRET = "hf_canaryInTheEnvironment"
 
 
 @pytest.fixture(scope="module")
 def command(program_environment):
     def run(*arguments: object) -> str:
-        done = subprocess.run([sys.executable, "-m", "raft_jax", *map(str, arguments)], env=program_environment,
-                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200, check=False)
+        done = subprocess.run([sys.executable, "-m", "raft_jax", *map(str, arguments)],
+                              env=program_environment | {"HF_TOKEN": SECRET}, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=1200, check=False)
         assert done.returncode == 0, done.stdout
         return done.stdout
 
@@ -142,6 +144,12 @@ def test_every_model_is_exported(finished):
         assert tuned.keys() == base.keys() and any((tuned[key] != base[key]).any() for key in base)
         assert {"config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= {p.name for p in hf.iterdir()}
         assert not hf.with_name("hf.partial").exists()
+
+
+def test_no_secret_of_the_environment_is_kept(finished):
+    folder, output = finished
+    holding = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert not holding and SECRET not in output
 
 
 def test_the_log_is_plain_and_ends_with_the_table(finished):

@@ -98,7 +98,8 @@ def fingerprint(path_or_uri: str | Path) -> str:
         if path.is_file():
             with path.open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
-        lines = [f"{name}\0{digest}\n" for name, digest in sorted(hash_files(path).items(), key=lambda pair: Path(pair[0]))]
+        hashes = sorted((Path(name), digest) for name, digest in hash_files(path).items())
+        lines = [f"{name.as_posix()}\0{digest}\n" for name, digest in hashes]
     except OSError as error:
         raise unreadable(Path(error.filename or path), error) from error
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -7,6 +7,8 @@ beyond those of raft_jax.losses: P rows of the position table, Y token types, R 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from raft_jax.errors import InputError
 from raft_jax.files import read_json, read_object
 from raft_jax.models.families import Stored
 from raft_jax.models.weights import SafetensorsFolder
+from raft_jax.terminal import one_line
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -36,6 +39,7 @@ POOLING_FLAGS = {  # how sentence-transformers before 6 writes the mode; several
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+MOST, MOST_LAYERS = 1 << 31, 1024  # of any size, and of layers
 NUM_RELATIVE_BUCKETS = 32  # transformers computes MPNet's buckets with 32, whatever the config says
 # What files hold beside the encoder: a pooler that sentence encoders do not use, counters of old versions.
 HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")  # of other tasks, beside a prefixed encoder
@@ -215,8 +219,8 @@ def _number(values: dict[str, Any], name: str, default: float, path: Path) -> fl
     value = values.get(name)
     if value is None:
         return default
-    if type(value) not in (int, float) or not value == value:
-        raise InputError(f"{path}: {name} is {value!r}; expected a number")
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{path}: {name} is {one_line(repr(value), 60)}; expected a number")
     return float(value)
 
 
@@ -324,14 +328,19 @@ def _default_prefix(folder: Path) -> str:
 
 
 def _inside(folder: Path, subfolder: str) -> Path:
-    path = (folder / subfolder).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        path = (folder / subfolder).resolve()
+        inside = path.is_relative_to(folder.resolve()) and bool(os.fsencode(path))
+    except ValueError:  # no name that a file can have
+        inside = False
+    if not inside:
         raise InputError(f"{folder / 'modules.json'}: the path {subfolder!r} leaves the folder")
     return path
 
 
 def _size(values: dict[str, Any], name: str, path: Path) -> int:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{path}: {name} is {value!r}; expected a whole number of at least 1")
+    most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InputError(f"{path}: {name} is {one_line(repr(value), 60)}; expected a whole number from 1 to {most}")
     return value
