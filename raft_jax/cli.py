@@ -14,7 +14,7 @@ from pathlib import Path
 from raft_jax import __version__, interrupt
 from raft_jax.config import DTYPES, load_config
 from raft_jax.errors import InputError
-from raft_jax.terminal import visible
+from raft_jax.terminal import one_line, visible
 
 STAGES = {
     "run": "all stages: refine, train, export, evaluate, report",
@@ -28,6 +28,7 @@ TABLES = {
     "refine": ("outputs",), "train": ("training", "outputs"), "export": ("outputs",), "evaluate": ("scores", "outputs"),
 }
 LOG_WIDTH = 120
+LONGEST_LINE = 4000  # of an error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        print(f"raft-jax: error: {visible(text, one_line=True)}", file=sys.stderr)
+        print(f"raft-jax: error: {one_line(text, LONGEST_LINE)}", file=sys.stderr)
         return 2
 
 

@@ -18,7 +18,6 @@ from raft_jax.config import Config
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TEACHER_TOKENS = 30  # of the teacher's instructions, beside question and answer
-ACCEPTED_SHARE = 0.6  # of the rows that are fused
 COMPRESSION = 0.93  # of float32 weights and averages, as Orbax writes them
 RUNTIME_MEMORY = 1.2e9  # of Python, JAX, XLA's programs and the sentence encoder
 ADAM_MOMENTS = 2
@@ -198,8 +197,8 @@ def estimate_lines(
         return [*lines, f"time: not known for {name}"]
     stages = [(stage, getattr(found, stage)) for stage in ("refine", "train", "evaluate")]
     shares = ", ".join(f"{stage} {_time(seconds)}" for stage, seconds in stages if seconds)
-    return [*lines, f"time: about {_time(found.seconds)} on {known.name} ({shares}), if answers run to their limits of "
-                    "tokens; less if they end earlier"]
+    return [*lines, f"time: about {_time(found.seconds)} at most on {known.name} ({shares}): as if every rewriting "
+                    "were fused and every answer ran to its limit of tokens"]
 
 
 @dataclass(frozen=True)
@@ -235,15 +234,15 @@ class _Work:
         return self.forward(sum(prompts)) + num_batches * new_tokens * step + programs * self.device.compile_seconds
 
     def refine(self, rows: RowLengths) -> float:
-        """Rewriting of all rows, then rounds of fusion and likelihoods for those that are accepted."""
+        """Rewriting of all rows, then rounds of fusion and likelihoods as if each were accepted: most are not, but how
+        many depends on model and data (docs/refinement.md)."""
         settings, new = self.config.refine, self.config.refine_max_new_tokens
         prompts = [prompt + answer for prompt, answer in rows.train]
-        fused = prompts[: math.ceil(ACCEPTED_SHARE * len(prompts))]
         judged = "likelihood" in settings.judges
-        tokens = 2 * sum(fused)  # of the candidate and of the rewriting
+        tokens = 2 * sum(prompts)  # of the candidate and of the rewriting
         seconds = self.generate(prompts, new, settings.batch_size, programs=2)
         for _ in range(settings.rounds):
-            seconds += self.generate([prompt + new for prompt in fused], new, settings.batch_size)
+            seconds += self.generate([prompt + new for prompt in prompts], new, settings.batch_size)
             seconds += self.forward(tokens) if judged else 0.0
         return seconds
 

@@ -16,8 +16,9 @@ SUMS = "SHA256SUMS"
 MAX_BYTES = 256 << 20  # of a file that is read as a whole
 
 
-def require_regular(path: Path) -> None:
-    """Raises InputError where a path is not a regular file: a pipe or a device would be waited for, without end."""
+def require_regular(path: Path) -> Path:
+    """The path; raises InputError where it is not a regular file: a pipe or a device would be waited for, without end.
+    """
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
@@ -26,6 +27,7 @@ def require_regular(path: Path) -> None:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: expected a file, found {kind_of(mode)}")
+    return path
 
 
 def kind_of(mode: int) -> str:
@@ -40,28 +42,28 @@ def unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path}: cannot be read ({error.strerror or error}{name and f', {name}'})")
 
 
-def read_bytes(path: Path) -> bytes:
-    """The content of a regular file.
+def read_bytes(path: Path, most: int | None = None) -> bytes:
+    """The content of a regular file of at most `most` bytes (MAX_BYTES where that is not given).
 
     Raises:
       InputError: there is no such file, it is no regular one, it is larger than any that is read as a whole, or the
         system does not let us read it.
     """
-    require_regular(path)
+    most = most or MAX_BYTES
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
+        with require_regular(path).open("rb") as file:
+            content = file.read(most + 1)
     except OSError as error:
         raise unreadable(path, error) from error
-    if len(content) > MAX_BYTES:
-        raise InputError(f"{path}: larger than {MAX_BYTES >> 20} MiB; this is not the file that is expected here")
+    if len(content) > most:
+        raise InputError(f"{path}: larger than {most >> 20} MiB; this is not the file that is expected here")
     return content
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most: int | None = None) -> str:
     """The text of a regular file; raises InputError as `read_bytes` does, and where it is not UTF-8."""
     try:
-        return read_bytes(path).decode("utf-8")
+        return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from error
 
@@ -81,6 +83,28 @@ def read_json(path: Path) -> Any:
         return parse_json(content)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+    """A JSON file that holds an object; with `optional`, nothing where there is no such file.
+
+    Raises:
+      InputError: as `read_json`, and where it holds something else.
+    """
+    if optional and not is_there(path):
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    return value
+
+
+def is_there(path: Path) -> bool:
+    """Whether something is at a path; raises InputError where the system does not tell."""
+    try:
+        return path.exists()
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def hash_files(folder: Path) -> dict[str, str]:
@@ -108,6 +132,12 @@ def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS of every file below a folder but README.md, as the program sha256sum does."""
     sums = {name: digest for name, digest in hash_files(folder).items() if name not in (SUMS, "README.md")}
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
+
+
+def named_in_sums(folder: Path) -> list[Path]:
+    """The files that SHA256SUMS names; none where it is not there."""
+    lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).exists() else []
+    return [folder / line.partition("  ")[2] for line in lines]
 
 
 def require_sums(folder: Path) -> None:

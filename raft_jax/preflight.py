@@ -21,7 +21,7 @@ from raft_jax.models.weights import check_keys, config_of, open_weights
 from raft_jax.refine.write import task_prompt
 from raft_jax.run_dir import require_unchanged
 from raft_jax.sources import resolve
-from raft_jax.terminal import visible
+from raft_jax.terminal import one_line, visible
 from raft_jax.train.methods import METHODS, Method
 
 NAMED = 3  # rows of each kind that are named
@@ -129,18 +129,17 @@ class Rows:
                 reasons = [f"{id}: {why}" for id, why in found.too_long.items()]
                 line += (f"; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
                          f"data.max_answer_tokens={data.max_answer_tokens}: {len(reasons)} ({_a_few(reasons)})")
-            yield visible(line, one_line=True)
+            yield one_line(line)
         if self.bad_rows:
             yield f"rows that cannot be used, left out by data.skip_bad_rows: {len(self.bad_rows)}"
             shown = list(self.bad_rows.values())[:NAMED]
-            yield from (visible(f"  {problem}", one_line=True) for problem in shown)
+            yield from (f"  {one_line(problem)}" for problem in shown)
             if len(self.bad_rows) > NAMED:
                 yield f"  … and {len(self.bad_rows) - NAMED} more"
         if self.remembered:
-            yield visible(
+            yield one_line(
                 f"held-out questions that are training questions, too: {len(self.remembered)} "
-                f"({_a_few(self.remembered)}); what is measured on them may be remembered, not learned",
-                one_line=True,
+                f"({_a_few(self.remembered)}); what is measured on them may be remembered, not learned"
             )
 
     def describe_lengths(self, refines: bool) -> Iterator[str]:
@@ -247,8 +246,8 @@ def check(config: Config, console) -> None:
     """Looks at config, data and model, starts nothing, and shows one training example with the tokens that carry loss.
 
     Raises:
-      InputError: whatever a run would refuse before it computes anything, but for the mesh, the shapes of the weights
-        and what is in the encoder's folder: no device is touched, no tensor read.
+      InputError: whatever a run would refuse before it computes anything, but for the mesh, the numbers in the weights
+        and what is in the encoder's folder: no device is touched.
     """
     require_sources(config)
     require_unchanged(config)
@@ -306,9 +305,8 @@ def _print_example(rows: Rows, tokenizer: Tokenizer, console) -> None:
     asked = question_prompt(example.question, example.context, example.turns)
     prompt = tokenizer.chat_prompt(asked)
     answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": example.answer}])
-    console.print(visible(
-        f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do",
-        one_line=True,
+    console.print(one_line(
+        f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do"
     ))
     text = Text()
     for ids, styles in ((prompt, ("dim", "dim")), (answer, ("black on green", "black on bright_green"))):

@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import jax
 from raft_jax.config import METHOD_NAMES, Config, read_saved, to_dict, to_yaml
 from raft_jax.data.files import fingerprint
 from raft_jax.errors import InputError
-from raft_jax.files import kind_of, parse_json, read_bytes, read_json, read_text
+from raft_jax.files import SUMS, kind_of, named_in_sums, parse_json, read_bytes, read_json, read_text
 from raft_jax.machine import describe_machine
 from raft_jax.settings_text import flat
 from raft_jax.sources import fingerprint_files, resolve
@@ -53,8 +53,8 @@ def open_run_dir(config: Config):
                                  ) from error
         settings = all_settings(config)
         planned, records = _compare(config, settings)
-        if is_writer():
-            print(*planned.lines(), sep="\n", end="\n" * bool(planned.lines()), flush=True)
+        if lines := [*planned.lines(), *missing_files(run_dir, config)] if is_writer() else []:
+            print(*lines, sep="\n", flush=True)
         if "refine" in planned.stale:
             del records["refine"]
         for stage in ("refine", *(f"train {name}" for name in config.methods)):
@@ -155,6 +155,43 @@ def read_results(run_dir: Path) -> dict[str, Settings]:
         return {stage: record for stage, record in found.items() if record is not None}
     before |= {key + CONTENT: _digest(file) for key, file in older.items() if file.exists()}
     return {stage: settings_for(stage, before) for stage in present} if saved.exists() else {}
+
+
+def missing_files(run_dir: Path, config: Config) -> Iterator[str]:
+    """A line about each file that a finished stage has left and that is not there any more, with what comes of it."""
+    for path, consequence in _left_behind(run_dir, config):
+        if not path.exists():
+            yield f"{path}: is gone; {consequence}"
+
+
+def _left_behind(run_dir: Path, config: Config) -> Iterator[tuple[Path, str]]:
+    """The files that finished stages have left, as far as the others tell, and what it means where one is not there."""
+    timings, evaluation, refined = run_dir / "timings.jsonl", run_dir / "evaluation.json", run_dir / "refined"
+    timed = {(line["stage"], line["method"]) for line in _timings(run_dir)}
+    recorded = read_json(run_dir / RESULTS) if (run_dir / RESULTS).exists() else {}
+    exported = [name for name in config.methods if (run_dir / name / "hf").exists()]
+    again = "the same command makes it again"
+    if exported or evaluation.exists():
+        yield timings, "the report lacks the time and the machine of what was finished before"
+    if any(stage == "evaluate" for stage, _ in timed) and not (run_dir / "evaluation.new.json").exists():
+        yield evaluation, "every model is evaluated again"
+    published = any((refined / name).exists() for name in ("manifest.json", "refined.jsonl"))
+    if published or any(METHODS[name].target != "gold" for name in exported):
+        yield refined / "ledger.jsonl", "what is refined again is written anew"
+        yield refined / "refined.jsonl", "the report lacks the refined rows, and raft-jax refine makes it again"
+        yield refined / "manifest.json", "raft-jax refine makes it again"
+    for name in config.methods:
+        folder = run_dir / name
+        if name not in exported:
+            if f"export {name}" in recorded or ("export", name) in timed:
+                yield folder / "hf", again + ", training what no checkpoint holds"
+            continue
+        yield folder / "metrics.jsonl", "the report lacks its curves"
+        yield folder / "hf" / SUMS, "the files beside it are no longer checked"
+        if config.train.lora.rank:
+            yield folder / "adapter", f"remove {folder / 'hf'}, too, and {again}"
+        for file in named_in_sums(folder / "hf"):
+            yield file, f"remove {folder / 'hf'}, and {again}"
 
 
 def _digest(path: Path) -> str:

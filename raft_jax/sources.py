@@ -69,11 +69,12 @@ READ_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokeni
               "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.txt",
               "merges.txt", "model.safetensors.index.json", "modules.json", "sentence_bert_config.json",
               "config_sentence_transformers.json")
+COMMIT = "commit"  # among the fingerprints of a model from the hub; not a part of what the model is
 BLOCK_BYTES, NUM_BLOCKS = 1 << 16, 32
 
 
 def fingerprint_files(path: Path) -> dict[str, str]:
-    """A hash of every file that a model or an encoder is read from, by its name.
+    """A hash of every file that a model or an encoder is read from, by its name; of one from the hub, its commit, too.
 
     A large file is hashed by its size, its beginning and 32 blocks spread over it: under a second for any model.
 
@@ -84,12 +85,14 @@ def fingerprint_files(path: Path) -> dict[str, str]:
         return {path.name: _sampled_hash(path)}
     files = [file for file in path.glob("*") if file.name in READ_FILES or file.suffix in (".safetensors", ".model")]
     files += [*path.glob("*/config.json"), *path.glob("additional_chat_templates/*.jinja")]
-    return {file.relative_to(path).as_posix(): _sampled_hash(file) for file in sorted(files) if file.is_file()}
+    found = {file.relative_to(path).as_posix(): _sampled_hash(file) for file in sorted(files) if file.is_file()}
+    # huggingface_hub keeps what a branch or a tag stood for in a folder that the commit names.
+    return found | {COMMIT: path.name} if path.parent.name == "snapshots" else found
 
 
 def fingerprint_model(path: Path) -> str:
     """One hash of everything that a model or an encoder is read from: weights, tokenizer, chat template and config."""
-    lines = [f"{name} {digest}\n" for name, digest in sorted(fingerprint_files(path).items())]
+    lines = [f"{name} {digest}\n" for name, digest in sorted(fingerprint_files(path).items()) if name != COMMIT]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

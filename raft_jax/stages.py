@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raft_jax.errors import InputError
+from raft_jax.sources import COMMIT
 
 Settings = Mapping[str, Any]  # dotted keys of a config, and the content of what it names, as in "data.path: content"
 
@@ -50,9 +51,19 @@ def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]
 
 
 def changes(before: Settings, now: Settings) -> dict[str, str]:
-    """What differs, as text by key. A key that one side does not know says nothing: it is of another version."""
-    return {key: _change(key, before[key], now[key], now)
-            for key in sorted(before.keys() & now.keys()) if before[key] != now[key]}
+    """What differs, as text by key. A key that one side does not know says nothing: it is of another version.
+
+    Where the content of what a key names is the same, its place may be another.
+    """
+    both = before.keys() & now.keys()
+    return {key: _change(key, before[key], now[key], now) for key in sorted(both)
+            if _content(before[key]) != _content(now[key])
+            and not (key + CONTENT in both and _content(before[key + CONTENT]) == _content(now[key + CONTENT]))}
+
+
+def _content(value: Any) -> Any:
+    """A value, or the fingerprints of a model's files without its commit, which may move without them."""
+    return {name: digest for name, digest in value.items() if name != COMMIT} if isinstance(value, dict) else value
 
 
 def _change(key: str, before: Any, now: Any, settings: Settings) -> str:
@@ -60,8 +71,12 @@ def _change(key: str, before: Any, now: Any, settings: Settings) -> str:
         return f"{key}: {before} → {now}"
     key = key.removesuffix(CONTENT)
     if isinstance(before, dict) and isinstance(now, dict):
-        names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-        return f"{key}: in {settings[key]}, {', '.join(names[:4])}{', …' if len(names) > 4 else ''} changed"
+        names = sorted(name for name in (before.keys() | now.keys()) - {COMMIT} if before.get(name) != now.get(name))
+        moved = ""
+        if COMMIT in before and before[COMMIT] != now.get(COMMIT):
+            name = settings[key].partition("@")[0]
+            moved = f" (commit {now.get(COMMIT, 'unknown')}; the run began with {name}@{before[COMMIT]})"
+        return f"{key}: in {settings[key]}{moved}, {', '.join(names[:4])}{', …' if len(names) > 4 else ''} changed"
     return f"{key}: {settings[key]} has changed since"
 
 

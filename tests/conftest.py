@@ -138,7 +138,7 @@ def write_gguf():
             f"{family}.attention.key_length": hf["head_dim"], f"{family}.attention.value_length": hf["head_dim"],
             f"{family}.rope.freq_base": hf["rope_theta"],
             f"{family}.attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2" if family == "qwen2" else "gpt-2",
             "tokenizer.ggml.tokens": sorted(vocab, key=vocab.get),
             "tokenizer.ggml.token_type": [3 if token in special else 1 for token in sorted(vocab, key=vocab.get)],
             "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],

@@ -83,7 +83,7 @@ def test_an_ordinary_conversation_reads_as_jinja_alone_renders_it():
 
 
 @pytest.mark.parametrize(("template", "named"), [
-    ("{{ raise_exception('\x1b[31mred\x07\n\u202eodd ' + 'x' * 999) }}", r"\\x1b\[31mred\\x07 \\u202eodd x+…$"),
+    ("{{ raise_exception('\x1b[31mred\x07\n\u202eodd ' + 'x' * 999) }}", r"␛\[31mred␇ �odd x+…$"),
     ("{{ turn_token }}", "it prints turn_token, which nothing defines; .* tokenizer_config.json"),
     ("{{ 'a' ~ turn_token }}", "it prints turn_token"),
 ])

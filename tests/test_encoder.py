@@ -369,6 +369,12 @@ DAMAGES = {
     ),
     "padding beyond": (config(model_type="roberta", pad_token_id=39), r"max_position_embeddings leaves 0 positions"),
     "epsilon": (config(layer_norm_eps="x"), r"config.json: layer_norm_eps is 'x'; expected a number"),
+    "huge epsilon": (config(layer_norm_eps=10**400), r"config.json: layer_norm_eps is 1000.*…; expected a number"),
+    "endless layers": (config(num_hidden_layers=2**63), r"config.json: num_hidden_layers is .* from 1 to 1024"),
+    "half a character": (
+        content("modules.json", json.dumps([TRANSFORMER, {"type": "models.Pooling", "path": "\ud800"}])),
+        r"modules.json: the path .* leaves the folder",
+    ),
     "family as list": (config(model_type=["bert"]), r"config.json: model_type \['bert'\] is not a supported"),
     "activation as list": (config(hidden_act=["gelu"]), r"config.json: hidden_act \['gelu'\] is not supported"),
     "pooling as number": (pooling(pooling_mode=5), r"1_Pooling/config.json: pooling_mode is 5"),

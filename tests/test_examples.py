@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import errno
 import gzip
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import sys
 import tracemalloc
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -590,6 +592,9 @@ def test_of_parquet_the_columns_that_are_used_are_read(tmp_path):
         assert "column 'context' cannot be read" in message and message.startswith(": row ")
     assert ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in error_of(
         write_parquet(tmp_path, {**texts, "answer": not_utf8}))
+    bad = {}  # counted and named where rows may be left out
+    assert load_examples(tmp_path / "rows.parquet", bad_rows=bad) == [Example("000001", "Why?", "a")]
+    assert list(bad) == ["000002"] and ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in bad["000002"]
     assert ": row 1: question must be text, got bytes" in error_of(
         write_parquet(tmp_path, {**texts, "question": pa.array([b"Why?", b"Who?"])}))
     assert ": row 1: id must be text, got float (text or a whole number is expected); give each row its own, or set " \
@@ -683,3 +688,14 @@ def test_fingerprint(tmp_path):
     assert len({folder, renamed, fingerprint(tmp_path)}) == 3
     with pytest.raises(InputError):
         fingerprint(path)
+
+
+@pytest.mark.parametrize("source", ["rows.jsonl", "."])
+def test_a_file_that_the_system_does_not_let_us_read_has_no_fingerprint(tmp_path, monkeypatch, source):
+    def refuse(path, *arguments):
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
+
+    path = write(tmp_path, GOOD, "rows.jsonl")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(InputError, match=f"^{path}: cannot be read .*EMFILE"):
+        fingerprint(tmp_path / source)

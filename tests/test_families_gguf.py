@@ -77,7 +77,8 @@ def write_gguf(path, arch: str, hf: dict, reference, fields: dict, extra=None):
         own["attention.layer_norm_rms_epsilon"] = 1e-5
     tokens = sorted(vocab, key=vocab.get)
     metadata = {f"{arch}.{key}": value for key, value in own.items()} | {
-        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2" if arch == "qwen2" else "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": [3 if token in special else 1 for token in tokens],
         "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
         "tokenizer.ggml.eos_token_id": tokenizer.eos_id, "tokenizer.ggml.padding_token_id": tokenizer.pad_id,

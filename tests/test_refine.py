@@ -284,10 +284,10 @@ def test_what_is_wrong_with_a_text_is_said_and_counted(ledger):
     assert [candidate.status for candidate in rows[5].rounds] == ["copy", "empty", "empty"]
     assert list(summary(rows)) == [
         "refined 6 rows: 1 have a fused answer, 5 keep the gold one",
-        "  rewritings: 2 accepted, 1 repeat the instructions, 1 the gold answer word for word, 1 repeat themselves, "
-        "1 differ in facts or words",
-        "  fused candidates: 6, of which 1 chosen, 2 empty, 1 differ in facts or words, 1 repeat the instructions, "
-        "1 the gold answer word for word",
+        "  rewritings: 2 accepted, 1 × repeats our instructions, 1 × the gold answer word for word, "
+        "1 × repeats itself, 1 × differs in facts or words",
+        "  fused candidates: 6, of which 1 chosen, 2 × empty, 1 × differs in facts or words, "
+        "1 × repeats our instructions, 1 × the gold answer word for word",
     ]
     without = refine(data[4:5], parts(rewriter), dataclasses.replace(config, check_facts=False), ledger)
     assert without[0].accepted  # the paper's filter alone

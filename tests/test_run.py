@@ -26,17 +26,19 @@ from raft_jax.lengths import fitting
 from raft_jax.preflight import read_data, token_rows
 from raft_jax.refine.write import task_prompt
 from raft_jax.run import Run
-from raft_jax.run_dir import open_run_dir, record_time, start_date
+from raft_jax.run_dir import SCORES, open_run_dir, record_time, start_date
 from raft_jax.train.methods import METHODS
 
 TIMES = ("seconds", "rollout_seconds")
+SECRET = "hf_canaryInTheEnvironment"
 
 
 @pytest.fixture(scope="module")
 def command(program_environment):
     def run(*arguments: object) -> str:
-        done = subprocess.run([sys.executable, "-m", "raft_jax", *map(str, arguments)], env=program_environment,
-                              text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=1200, check=False)
+        done = subprocess.run([sys.executable, "-m", "raft_jax", *map(str, arguments)],
+                              env=program_environment | {"HF_TOKEN": SECRET}, text=True, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, timeout=1200, check=False)
         assert done.returncode == 0, done.stdout
         return done.stdout
 
@@ -142,6 +144,12 @@ def test_every_model_is_exported(finished):
         assert tuned.keys() == base.keys() and any((tuned[key] != base[key]).any() for key in base)
         assert {"config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= {p.name for p in hf.iterdir()}
         assert not hf.with_name("hf.partial").exists()
+
+
+def test_no_secret_of_the_environment_is_kept(finished):
+    folder, output = finished
+    holding = [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert not holding and SECRET not in output
 
 
 def test_the_log_is_plain_and_ends_with_the_table(finished):
@@ -454,6 +462,34 @@ def test_what_the_results_are_of_must_be_there(tmp_path, name):
         pass
 
 
+@pytest.mark.parametrize(("name", "consequence"), [
+    ("timings.jsonl", "the report lacks the time"), ("evaluation.json", "every model is evaluated again"),
+    ("refined/ledger.jsonl", "written anew"), ("refined/refined.jsonl", "the report lacks the refined rows"),
+    ("refined/manifest.json", "refine makes it again"), ("sft/metrics.jsonl", "the report lacks its curves"),
+    ("sft/hf", "the same command makes it again"), ("sft/hf/SHA256SUMS", "no longer checked"),
+    ("sft/hf/model.safetensors", "remove .*/sft/hf, and the same command makes it again"),
+])
+def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
+    config = load_config(tiny.write_run(tmp_path), ["methods=[sft]"])
+    run_dir, scores = tmp_path / "run", {"base": dict.fromkeys(SCORES, 1)}
+    for file, text in {
+        "sft/metrics.jsonl": "", "sft/hf/SHA256SUMS": "0  model.safetensors\n", "sft/hf/model.safetensors": "",
+        "refined/ledger.jsonl": "", "refined/refined.jsonl": "", "refined/manifest.json": "{}",
+        "evaluation.json": json.dumps({"models": scores}), "date": "2026-11-27", "results.json": "{}",
+        "config.yaml": (tmp_path / "config.yaml").read_text(),
+    }.items():
+        (run_dir / file).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / file).write_text(text)
+    for stage, method in (("export", "sft"), ("evaluate", "base")):
+        record_time(run_dir, stage, method, 1.0, 1)
+    with open_run_dir(config):
+        assert capsys.readouterr().out == ""
+    path = run_dir / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with open_run_dir(config):
+        assert re.fullmatch(f"{path}: is gone; .*{consequence}.*\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("evaluation.json", '{"models": {"base": {}}}', "the scores of base lack domain, general, weight_distance"),
     ("evaluation.json", '{"base": {}}', 'expected an object with "models"'),
@@ -502,6 +538,32 @@ def test_a_model_or_encoder_that_changed_is_named(tmp_path):
     (tmp_path / "encoder/1_Pooling/config.json").write_text("{}")
     with open_run_dir(load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[sft]"])):
         pass
+
+
+def test_a_branch_of_the_hub_that_moved_is_named(tmp_path, monkeypatch):
+    """What counts is what is there: the commit that the run began with may be named, and one with the same files."""
+    tiny.write_run(tmp_path)
+    first, same, other = (tmp_path / "models--someone--small" / "snapshots" / (40 * digit) for digit in "abc")
+    for commit in (first, same, other):
+        shutil.copytree(tmp_path / "model", commit)
+    (other / "generation_config.json").write_text("{}")
+    branch = [first]
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, revision, **rest: branch[0].parent / (revision or branch[0].name))
+    config = tmp_path / "config.yaml"
+    with open_run_dir(load_config(config, ["model.source=hf://someone/small"])) as run_dir:
+        (run_dir / "raft").mkdir()
+    recorded = json.loads((run_dir / "results.json").read_text())["train raft"]
+    assert recorded["model.source: content"]["commit"] == "a" * 40
+    branch[0] = other
+    words = (f"model.source: in hf://someone/small (commit {'c' * 40}; the run began with "
+             f"hf://someone/small@{'a' * 40}), generation_config.json changed")
+    with pytest.raises(InputError, match=re.escape(words)), open_run_dir(
+            load_config(config, ["model.source=hf://someone/small"])):
+        pass
+    for source in (f"hf://someone/small@{'a' * 40}", f"hf://someone/small@{'b' * 40}", f"{tmp_path}/model"):
+        with open_run_dir(load_config(config, [f"model.source={source}"])):
+            pass
 
 
 def test_a_run_keeps_the_day_on_which_it_was_begun(tmp_path):

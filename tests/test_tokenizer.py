@@ -230,6 +230,20 @@ def test_how_a_text_is_cut(pre, pieces):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"])
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2"])
+def test_an_export_is_cut_as_the_file_was(tmp_path, arch, pre):
+    """transformers reads the tokenizer of some architectures in one way, whatever is in tokenizer.json."""
+    fields = gguf_fields(pre, ["12", "123"], ["1 2", "12 3"]) | {"general.architecture": arch}
+    if (arch, pre) == ("qwen2", "llama-bpe"):
+        with pytest.raises(InputError, match=r"^here: a qwen2 model with .* 'llama-bpe', .* as 'qwen2'"):
+            tokenizer_from_gguf(fields, "here")
+        return
+    tokenizer, text = tokenizer_from_gguf(fields, "here"), "It's CAN'T 12345 cafe\u0301,  x\n\ny!!\n"
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": arch.replace("gemma3", "gemma3_text")}))
+    assert theirs(tokenizer, tmp_path).encode(text, add_special_tokens=False) == tokenizer.encode(text)
+
+
 def test_llama_3_takes_whole_words_without_merges():
     """Its vocabulary holds words that no chain of merges reaches; llama.cpp and transformers take them as they are."""
     fields = gguf_fields("llama-bpe", ["cat", "ca"], ["c a"])

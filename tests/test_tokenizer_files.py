@@ -50,6 +50,17 @@ def assert_as_transformers(tokenizer, folder):
     assert tokenizer.named_tokens == reference.special_tokens_map
 
 
+@pytest.mark.parametrize(("model_type", "cut"), [("qwen2", "qwen2"), ("qwen2", "llama-bpe"), ("llama", "llama-bpe")])
+def test_a_class_that_cuts_otherwise_than_tokenizer_json_is_named(folder, capsys, model_type, cut):
+    cuts = tokenizer_from_gguf(gguf_fields(cut, ["12"], ["1 2"]), "here").backend.to_str()
+    source = folder({"tokenizer.json": cuts, "config.json": {"model_type": model_type}}, eos_token="<|end|>",
+                    pad_token="<|end|>")
+    tokenizer = tokenizer_from_folder(source)
+    assert tokenizer.encode("12") == AutoTokenizer.from_pretrained(source).encode("12", add_special_tokens=False)
+    told = f"{source}/tokenizer.json: cuts texts otherwise than transformers' Qwen2Tokenizer, "
+    assert capsys.readouterr().err.startswith(told) == ((model_type, cut) == ("qwen2", "llama-bpe"))
+
+
 # Chat templates
 
 

@@ -344,6 +344,7 @@ def test_unknown_architectures_are_named(tmp_path, folder, llama_config, tensors
     ({"rope_scaling": {"rope_type": "of the future", "factor": 2.0}}, "rope_type 'of the future' is not supported"),
     ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type"),
     ({"rope_scaling": 4}, "rope_parameters"),
+    ({"rope_theta": 10**400}, "the rope's rope_theta must be a number above 0, got 1000"),
     ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
     ({"hidden_act": {"a": 1}}, "hidden_act"),
     ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
@@ -516,8 +517,8 @@ def test_damaged_small_files(folder, name, content, named):
 
 
 def test_settings_that_are_too_large(folder, monkeypatch):
-    monkeypatch.setattr("raft_jax.models.weight_files.MAX_JSON", 100)
-    assert "are too many for a file of settings" in error_of(folder)
+    monkeypatch.setattr("raft_jax.files.MAX_BYTES", 100)
+    assert "this is not the file that is expected here" in error_of(folder)
     monkeypatch.undo()
     monkeypatch.setattr("raft_jax.models.weight_files.MAX_HEADER", 100)
     assert "model.safetensors: a header of" in error_of(folder)

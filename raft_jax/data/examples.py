@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.data.files import Row, Wanted, read_rows
-from raft_jax.data.wording import Unread, kind_of, quoted, shown
+from raft_jax.data.wording import Unread, Unreadable, kind_of, quoted, shown
 from raft_jax.errors import InputError
 
 
@@ -376,6 +376,8 @@ def _require_trained(values: dict[str, Any], names: Iterable[str], where: str, p
 
 
 def _text(value: Any, where: str, name: str) -> str:
+    if isinstance(value, Unreadable):
+        raise BadRow(f"{where}: column {quoted(name)} cannot be read ({value.problem}); write it as text")
     name = shown(name)
     if not isinstance(value, str):
         advice = "" if not isinstance(value, dict | list) else "; write a text, or a list of turns {role, content}"

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raft_jax.data.wording import Unread, brief, kind_of, quoted, shown
+from raft_jax.data.wording import Unread, Unreadable, brief, kind_of, quoted, shown
 from raft_jax.errors import InputError
+from raft_jax.files import hash_files, require_regular, unreadable
 from raft_jax.sources import resolve
 
 MAX_LINE = 2**26  # characters of one line: a longer one is not a row of text
@@ -87,25 +88,20 @@ def locate(source: str) -> Path:
         )
     if source.startswith("hf://"):
         raise InputError(f"{source}: hf:// names a model; download the data set's file and give its path")
-    path = resolve(source.removeprefix("tfds://"))
-    require_regular(source, path)
-    return path
-
-
-def require_regular(source: str, path: Path) -> None:
-    """Raises InputError for pipes, sockets and devices: they may never end, and cannot be read twice."""
-    if not (path.is_file() or path.is_dir()):
-        raise InputError(f"{source}: a pipe or device; save what comes from it in a file, and give that")
+    return resolve(source.removeprefix("tfds://"))
 
 
 def fingerprint(path_or_uri: str | Path) -> str:
     """Returns the sha256 of a file, or of the names and contents of the files in a folder, in hexadecimal."""
     path = locate(str(path_or_uri))
-    if path.is_file():
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    lines = [f"{file.relative_to(path).as_posix()}\0{fingerprint(file)}\n" for file in files]
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        hashes = sorted((Path(name), digest) for name, digest in hash_files(path).items())
+        lines = [f"{name.as_posix()}\0{digest}\n" for name, digest in hashes]
+    except OSError as error:
+        raise unreadable(Path(error.filename or path), error) from error
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -287,13 +283,14 @@ def _column(source: str, file, name: str) -> list[Any]:
     try:
         return values.to_pylist()
     except Exception:  # times out of range, unknown time zones, bytes that are not UTF-8
-        for number, value in enumerate(values, start=1):
-            try:
-                value.as_py()
-            except Exception as error:
-                raise InputError(f"{source}: row {number}: column {quoted(name)} cannot be read ({brief(error)}); "
-                                 "write it as text") from error
-        raise
+        return list(map(_cell, values))
+
+
+def _cell(value) -> Any:
+    try:
+        return value.as_py()
+    except Exception as error:
+        return Unreadable(brief(error))
 
 
 def _holds_something(source: str, file, name: str) -> list[bool]:
@@ -368,7 +365,7 @@ def _check_records(source: str, split: Any) -> None:
 
     for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
         if Path(path).exists():
-            require_regular(source, Path(path))
+            require_regular(Path(path))
         try:
             found = ArrayRecordReader(str(path)).num_records()
         except RuntimeError as error:

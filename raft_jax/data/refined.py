@@ -16,6 +16,13 @@ from raft_jax.errors import InputError
 Status = Literal[
     "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown"
 ]
+# In the words of console and report.
+STATUSES: dict[Status, str] = {
+    "ok": "usable", "empty": "empty", "truncated": "cut at the limit of length", "refusal": "refusal",
+    "leak": "repeats our instructions", "copy": "the gold answer word for word", "repetition": "repeats itself",
+    "facts": "differs in facts or words", "unrenderable": "not for the chat template",
+    "unknown": "unknown to the sentence encoder",
+}
 
 _MANIFEST = "manifest.json"
 _ROWS = "refined.jsonl"

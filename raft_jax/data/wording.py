@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from raft_jax.terminal import one_line
+
 
 class Unread(NamedTuple):
     """In place of a value that was not asked for."""
 
     kind: str
+
+
+class Unreadable(NamedTuple):
+    """In place of a value that its library cannot give."""
+
+    problem: str
 
 
 def shown(text: object) -> str:
@@ -34,17 +42,15 @@ def _short(text: object) -> str:
 
 def brief(error: Exception) -> str:
     """A library's error in one line."""
-    return shown_line(f"{type(error).__name__}: {error}")
-
-
-def shown_line(text: str) -> str:
-    return "".join(c if c.isprintable() else "�" for c in " ".join(text.split()))[:200]
+    return one_line(f"{type(error).__name__}: {error}", 200)
 
 
 def kind_of(value: Any) -> str:
     """What stands in a row, in words."""
     if isinstance(value, Unread):
         return value.kind
+    if isinstance(value, Unreadable):
+        return f"what cannot be read ({value.problem})"
     if isinstance(value, dict) and value:
         return f"an object with {', '.join(map(shown, list(value)[:4]))}"
     if isinstance(value, list) and value:

@@ -14,7 +14,6 @@ from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example, require_whole_characters
 from raft_jax.data.files import lines_of, parse_json
 from raft_jax.data.prompts import question_prompt
-from raft_jax.data.wording import shown_line
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
 from raft_jax.evaluate.drift import make_divergence, weight_distance
@@ -23,6 +22,7 @@ from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.sampling import Completion, Sampler, Scorer
 from raft_jax.sources import resolve
+from raft_jax.terminal import one_line
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
             prompts.append(GeneralPrompt(**values))
         except (ValueError, TypeError) as error:
             raise InputError(
-                f"{path}:{number}: not a general prompt ({shown_line(str(error))}); a line has id, category, prompt "
+                f"{path}:{number}: not a general prompt ({one_line(error, 200)}); a line has id, category, prompt "
                 "and check"
             ) from error
         if (first := seen.setdefault(prompts[-1].id, number)) != number:

@@ -12,18 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
+from raft_jax.terminal import one_line
 
 PROGRAM = Path(__file__).with_name("template_process.py")
 SECONDS, MEMORY_BYTES = 2.0, 512 << 20  # of processor time and memory, in a process of its own
 # The longest conversation that a template is tried on, in characters and in turns.
 TRIED_CHARACTERS, TRIED_TURNS = 100_000, 20
-
-
-def one_line(error: object) -> str:
-    """An error's text on one line, shortened, without characters that a terminal would obey."""
-    text = " ".join(str(error).split())
-    text = text if len(text) <= 400 else text[:400] + "…"
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
 
 
 class ChatTemplate:

@@ -7,6 +7,8 @@ beyond those of raft_jax.losses: P rows of the position table, Y token types, R 
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.errors import InputError
-from raft_jax.files import read_json
+from raft_jax.files import read_json, read_object
 from raft_jax.models.families import Stored
 from raft_jax.models.weights import SafetensorsFolder
+from raft_jax.terminal import one_line
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -36,6 +39,7 @@ POOLING_FLAGS = {  # how sentence-transformers before 6 writes the mode; several
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+MOST, MOST_LAYERS = 1 << 31, 1024  # of any size, and of layers
 NUM_RELATIVE_BUCKETS = 32  # transformers computes MPNet's buckets with 32, whatever the config says
 # What files hold beside the encoder: a pooler that sentence encoders do not use, counters of old versions.
 HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")  # of other tasks, beside a prefixed encoder
@@ -138,7 +142,7 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
     modules = _read_modules(folder)
     model = _inside(folder, modules.get("Transformer", ""))
     path = model / "config.json"
-    values = _read_object(path)
+    values = read_object(path)
     name = values.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: model_type {name!r} is not a supported sentence encoder; "
@@ -161,7 +165,7 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
         raise InputError(f"{path}: hidden_size {width} does not divide over {num_heads} attention heads")
 
     settings_path = model / "sentence_bert_config.json"
-    settings = _read_object(settings_path) if settings_path.exists() else {}
+    settings = read_object(settings_path, optional=True)
     num_positions = _size(values, "max_position_embeddings", path)
     try:
         first_position = family.first_position(values)
@@ -204,7 +208,7 @@ def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, avai
                              "that config.json provides")
         return max_tokens
     path = model / "tokenizer_config.json"
-    values = _read_object(path) if path.exists() else {}
+    values = read_object(path, optional=True)
     limit = _number(values, "model_max_length", available, path)
     if limit < 3:
         raise InputError(f"{path}: model_max_length is {limit:g}; expected 3 or more")
@@ -215,8 +219,8 @@ def _number(values: dict[str, Any], name: str, default: float, path: Path) -> fl
     value = values.get(name)
     if value is None:
         return default
-    if type(value) not in (int, float) or not value == value:
-        raise InputError(f"{path}: {name} is {value!r}; expected a number")
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{path}: {name} is {one_line(repr(value), 60)}; expected a number")
     return float(value)
 
 
@@ -299,7 +303,7 @@ def _read_poolings(folder: Path, modules: dict[str, str]) -> tuple[tuple[str, ..
     if "Pooling" not in modules:
         return ("mean",), True
     path = _inside(folder, modules["Pooling"]) / "config.json"
-    values = _read_object(path)
+    values = read_object(path)
     modes = values.get("pooling_mode", [mode for flag, mode in POOLING_FLAGS.items() if values.get(flag)])
     if not isinstance(modes, str | list):
         raise InputError(f"{path}: pooling_mode is {modes!r}; supported: {', '.join(POOLINGS)}")
@@ -312,7 +316,7 @@ def _read_poolings(folder: Path, modules: dict[str, str]) -> tuple[tuple[str, ..
 
 def _default_prefix(folder: Path) -> str:
     path = folder / "config_sentence_transformers.json"
-    values = _read_object(path) if path.exists() else {}
+    values = read_object(path, optional=True)
     name, prompts = values.get("default_prompt_name"), values.get("prompts") or {}
     if name is None:
         return ""
@@ -324,21 +328,19 @@ def _default_prefix(folder: Path) -> str:
 
 
 def _inside(folder: Path, subfolder: str) -> Path:
-    path = (folder / subfolder).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    try:
+        path = (folder / subfolder).resolve()
+        inside = path.is_relative_to(folder.resolve()) and bool(os.fsencode(path))
+    except ValueError:  # no name that a file can have
+        inside = False
+    if not inside:
         raise InputError(f"{folder / 'modules.json'}: the path {subfolder!r} leaves the folder")
     return path
 
 
 def _size(values: dict[str, Any], name: str, path: Path) -> int:
     value = values.get(name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{path}: {name} is {value!r}; expected a whole number of at least 1")
-    return value
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
+    most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InputError(f"{path}: {name} is {one_line(repr(value), 60)}; expected a whole number from 1 to {most}")
     return value

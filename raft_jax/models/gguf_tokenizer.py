@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.models.chat_template import one_line
+from raft_jax.terminal import one_line
 
 # How llama.cpp names the way a text is cut before byte-pair merges. Where `whole` is set, a piece that is a token
 # is taken as it is, without merges.
@@ -30,6 +30,9 @@ PRE_TOKENIZERS["gpt-4o"] = dict(pattern=(
     rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{SUFFIX}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ))
+# Architectures whose byte pairs transformers cuts in one way, whatever is in tokenizer.json: an export with another
+# pattern would be read with other ids than those that were trained on.
+FIXED_PRE_TOKENIZER = {"qwen2": "qwen2"}
 GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
 PHI3_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 SPACE = "▁"  # how sentencepiece writes a space
@@ -50,6 +53,11 @@ def read_gguf(metadata: Mapping[str, Any], source: str) -> tuple[Any, dict[str, 
                          "(sentencepiece)")
     if kind == "gpt2" and pre not in PRE_TOKENIZERS:
         raise InputError(f"{source}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
+    arch = str(metadata.get("general.architecture"))
+    if (wanted := FIXED_PRE_TOKENIZER.get(arch)) and (kind, pre) != ("gpt2", wanted):
+        raise InputError(f"{source}: a {arch} model with the {kind} tokenizer {pre!r}, of which no export can be made: "
+                         f"transformers reads every {arch} tokenizer as {wanted!r}; correct tokenizer.ggml.pre if it "
+                         "is wrong, or give the model's Hugging Face folder")
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
         backend = _byte_pairs(metadata, **PRE_TOKENIZERS[pre]) if kind == "gpt2" else _sentencepiece(metadata)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import datetime
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.models.chat_template import ChatTemplate, one_line
+from raft_jax.files import read_object
+from raft_jax.models.chat_template import ChatTemplate
 from raft_jax.models.gguf_tokenizer import END_OF_TURN, read_gguf
 from raft_jax.models.sentencepiece import model_file
 from raft_jax.models.tokenizer_files import (
@@ -24,13 +26,15 @@ from raft_jax.models.tokenizer_files import (
     check_files,
     configured_stops,
     default_template,
-    read_settings,
 )
 from raft_jax.models.transformers_quietly import transformers_quietly
 from raft_jax.models.weights import GgufFile, SafetensorsFolder, open_weights
 from raft_jax.sources import resolve
+from raft_jax.terminal import one_line
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# Contractions, digits, capitals, accents and white space, which tokenizers cut each in their own way.
+CUT_IN_MANY_WAYS = "It's we'LL 12345 3.50 HelloWorld cafe\u0301 na\u00efve \u4f60\u597d!?\n\n  x\t y //\n"
 THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, for the template
 # In tokenizer_config.json: transformers 5 writes the first for itself; it reads the others no longer, others do.
 NOT_WRITTEN = ("backend", "is_local", "local_files_only", "auto_map", "max_length", "stride", "truncation_strategy",
@@ -162,7 +166,7 @@ class Tokenizer:
                 continue
             if message["role"] != "system" or THINKING_FLAG.sub("", content).strip() not in text:
                 raise InputError(f"{self.source}: the chat template leaves out or changes the {message['role']}'s text "
-                                 f"{one_line(content)[:60]!r}; not supported")
+                                 f"{one_line(content, 60)!r}; not supported")
 
     def _shield(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """The messages with a marker before each special token's name, so that those without one are the template's."""
@@ -219,12 +223,12 @@ class Tokenizer:
             return [*answer, self.eos_id]
         content = messages[-1]["content"].strip()
         if answer[ends[0]] not in self._special and content not in self.decode(answer[: ends[0]]):
-            raise InputError(f"{self.source}: the answer {one_line(content)[:60]!r} holds the token "
+            raise InputError(f"{self.source}: the answer {one_line(content, 60)!r} holds the token "
                              f"{answer[ends[0]]}, at which the model stops (eos_token_id of {self.stops_from})")
         return answer[: ends[0] + 1]
 
     def _require_answer(self, answer: str, prompt_text: str, text: str) -> None:
-        thoughts = f"model.thinking={json.dumps(self.thinking)} and the answer {one_line(answer)[:60]!r} disagree"
+        thoughts = f"model.thinking={json.dumps(self.thinking)} and the answer {one_line(answer, 60)!r} disagree"
         if not text.startswith(prompt_text):
             raise InputError(
                 f"{self.source}: the chat template renders an answered question differently; "
@@ -236,7 +240,7 @@ class Tokenizer:
         start = text.rfind(answer)
         if start < 0 or start + len(answer) < len(prompt_text):
             raise InputError(
-                f"{self.source}: the chat template leaves out or changes the answer {one_line(answer)[:60]!r}"
+                f"{self.source}: the chat template leaves out or changes the answer {one_line(answer, 60)!r}"
                 + (f"; {thoughts}" if "think" in answer else "; not supported")
             )
 
@@ -245,7 +249,7 @@ class Tokenizer:
         sentencepiece, from which alone llama.cpp's converter reads such a vocabulary."""
         with transformers_quietly():
             self.wrapped.save_pretrained(folder, legacy_format=False)
-        settings = {key: value for key, value in read_settings(folder / CONFIG).items() if key not in NOT_WRITTEN}
+        settings = {key: value for key, value in read_object(folder / CONFIG).items() if key not in NOT_WRITTEN}
         settings |= self.carried_over
         if settings["tokenizer_class"] == "TokenizersBackend":  # transformers 4, and vLLM with it, knows the older name
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -297,6 +301,20 @@ def _require_tokenizer_json(path: Path) -> None:
         raise InputError(f"{path}: not a tokenizer of the tokenizers library ({one_line(error)})") from error
 
 
+def _tell_other_ids(path: Path, wrapped) -> None:
+    """Says where transformers builds a class's own tokenizer, which cuts texts otherwise than tokenizer.json does."""
+    from tokenizers import Tokenizer as Backend
+
+    name = type(wrapped).__name__
+    if name == "TokenizersBackend":  # takes tokenizer.json as it is
+        return
+    ours, theirs = (backend.encode(CUT_IN_MANY_WAYS, add_special_tokens=False).ids
+                    for backend in (Backend.from_file(str(path)), wrapped.backend_tokenizer))
+    if ours != theirs:
+        print(f"{path}: cuts texts otherwise than transformers' {name}, which transformers takes for this model; so do "
+              "this run and its exports, and other programs may give other ids", file=sys.stderr, flush=True)
+
+
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """As transformers reads it, without code from the folder and without network."""
     if not (folder / "tokenizer.json").exists():
@@ -313,8 +331,9 @@ def tokenizer_from_folder(folder: Path) -> Tokenizer:
             raise InputError(f"{folder}: transformers cannot read the tokenizer ({one_line(error)})") from error
     if not isinstance(wrapped, PreTrainedTokenizerFast):
         raise InputError(f"{folder}: a {type(wrapped).__name__} is not a tokenizer of the tokenizers library")
+    _tell_other_ids(folder / "tokenizer.json", wrapped)
     tokenizer = Tokenizer(wrapped, str(folder), stop_ids, stops_from)
-    config = read_settings(folder / CONFIG)
+    config = read_object(folder / CONFIG, optional=True)
     tokenizer.carried_over = {key: config[key] for key in CARRIED_OVER if key in config}
     if (model := folder / "tokenizer.model").is_file():
         tokenizer.sentencepiece = model.read_bytes()

@@ -8,49 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.models.chat_template import one_line
-from raft_jax.models.weights import read_object
+from raft_jax.files import MAX_BYTES, is_there, read_object, read_text, require_regular
+from raft_jax.terminal import one_line
 
 CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = ("tokenizer.json", CONFIG, SPECIAL_TOKENS, "added_tokens.json", "chat_template.jinja", "config.json",
          "generation_config.json", "tokenizer.model")
-MAX_BYTES, MAX_TEMPLATE_BYTES = 256 << 20, 1 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
 TEMPLATE_NAME = re.compile(r"\w[\w. -]*")
 
 
 def check_files(folder: Path) -> None:
     """Raises InputError unless each file of a tokenizer is a file, of a sensible size, and says what it may."""
     for path in [*(folder / name for name in FILES), *sorted(folder.glob("additional_chat_templates/*"))]:
-        if not path.exists():
-            continue
-        limit = MAX_TEMPLATE_BYTES if path.suffix == ".jinja" else MAX_BYTES
-        if not path.is_file():
-            raise InputError(f"{path}: expected a file")
-        if path.stat().st_size > limit:
-            raise InputError(f"{path}: larger than {limit >> 20} MiB; is it the right file?")
-        if path.suffix == ".jinja":
-            try:
-                path.read_text("utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-            except OSError as error:
-                raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        if path.suffix == ".jinja" and is_there(path):
+            read_text(path, MAX_TEMPLATE_BYTES)
+        elif is_there(path) and require_regular(path).stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: larger than {MAX_BYTES >> 20} MiB; is it the right file?")
     for name in (CONFIG, SPECIAL_TOKENS):
-        settings = read_settings(folder / name)
+        settings = read_object(folder / name, optional=True)
         for key in NAMED_TOKENS:
             _check_token(folder / name, key, settings.get(key), typed=name == CONFIG)
         for key in ("extra_special_tokens", "additional_special_tokens"):
             _check_tokens(folder / name, key, settings.get(key))
-    _check_templates(folder / CONFIG, read_settings(folder / CONFIG).get("chat_template"))
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing where it is not there."""
-    try:
-        return read_object(path) if path.exists() else {}
-    except (OSError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read ({one_line(error)})") from error
+    _check_templates(folder / CONFIG, read_object(folder / CONFIG, optional=True).get("chat_template"))
 
 
 def _check_token(path: Path, key: str, value: Any, typed: bool) -> None:
@@ -81,7 +63,7 @@ def _check_templates(path: Path, value: Any) -> None:
     if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
         named = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(named, Mapping) or not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise InputError(f"{path}: chat_template is {one_line(repr(value))[:120]}; expected a text, an object of names "
+        raise InputError(f"{path}: chat_template is {one_line(repr(value), 120)}; expected a text, an object of names "
                          'and texts, or a list of {"name": ..., "template": ...}')
 
 
@@ -107,7 +89,7 @@ def default_template(templates: str | Mapping[str, str] | None, source: str) -> 
 def configured_stops(folder: Path) -> tuple[str, list[int]]:
     """The eos_token_id that generation_config.json has, else config.json: the file's name, and the ids."""
     for name in ("generation_config.json", "config.json"):
-        settings = read_settings(folder / name)
+        settings = read_object(folder / name, optional=True)
         value = settings.get("eos_token_id")
         if value is None and isinstance(text := settings.get("text_config"), Mapping):  # of a model with vision
             value = text.get("eos_token_id")

@@ -11,48 +11,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.errors import InputError
-from raft_jax.files import require_regular
+from raft_jax.files import read_object, require_regular
 from raft_jax.models.families import DECODER_OF, config_from_hf, decoder_config, decoder_key, stored_keys
 from raft_jax.models.families.metadata import ROPE_TENSORS, gguf_names, hf_config_from_gguf
 
 MODEL_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-MAX_JSON = 64 << 20  # bytes; the index of the largest models has a few million
 MAX_HEADER = 32 << 20
 GGUF_MAGIC, LFS_MAGIC = b"GGUF", b"version https://git-lfs"
 SAFETENSORS_DTYPES = {name: jnp.dtype(ours) for name, ours in (
     ("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("F64", "float64"), ("I64", "int64"),
     ("I32", "int32"), ("I16", "int16"), ("I8", "int8"), ("U8", "uint8"), ("BOOL", "bool"),
 )}
-
-
-def regular_file(path: Path) -> Path:
-    """The path, unless nothing is there, or something that is no file: a pipe or a device could be read for ever."""
-    require_regular(path)
-    return path
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file, or an InputError that names it."""
-    size = regular_file(path).stat().st_size
-    if size > MAX_JSON:
-        raise InputError(f"{path}: {size} bytes are too many for a file of settings; at most {MAX_JSON} are read")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    except RecursionError as error:
-        raise InputError(f"{path}: not valid JSON (nested too deeply)") from error
-    except ValueError as error:  # also text that is not UTF-8, and numbers of thousands of digits
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object, or an InputError that names it."""
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found a {type(value).__name__}")
-    return value
 
 
 def _refuse_other_folders(folder: Path) -> None:
@@ -123,8 +93,7 @@ class SafetensorsFolder:
     @property
     def generation_config(self) -> dict[str, Any]:
         """How the model is meant to be sampled; nothing where the folder does not say."""
-        path = self.folder / "generation_config.json"
-        return read_object(path) if path.exists() else {}
+        return read_object(self.folder / "generation_config.json", optional=True)
 
     @property
     def place(self) -> Path:
@@ -154,7 +123,7 @@ class SafetensorsFolder:
                              + ", ".join(SAFETENSORS_DTYPES))
         array = np.empty(shape, SAFETENSORS_DTYPES[dtype])
         try:
-            with regular_file(path).open("rb") as file:
+            with require_regular(path).open("rb") as file:
                 file.seek(start + header[key]["data_offsets"][0])
                 num_bytes = file.readinto(array.reshape(-1).view(np.uint8)) if array.size else 0
         except OSError as error:
@@ -170,7 +139,7 @@ class SafetensorsFolder:
         if path in self._headers:
             return self._headers[path]
         try:
-            with regular_file(path).open("rb") as file:
+            with require_regular(path).open("rb") as file:
                 begin = file.read(len(LFS_MAGIC))
                 size = int.from_bytes(begin[:8], "little")
                 if begin == LFS_MAGIC:
@@ -198,7 +167,7 @@ def _open_gguf(path: Path):
             return super()._get(offset, dtype, count, override_order)
 
     try:
-        with regular_file(path).open("rb") as file:
+        with require_regular(path).open("rb") as file:
             if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
                 raise InputError(f"{path}: not a GGUF file")
         reader = Reader(path)
@@ -301,7 +270,7 @@ def open_weights(path: Path) -> SafetensorsFolder | GgufFile:
         return SafetensorsFolder(path)
     if path.suffix.lower() == ".gguf":
         return GgufFile(path)
-    with regular_file(path).open("rb") as file:
+    with require_regular(path).open("rb") as file:
         if file.read(len(GGUF_MAGIC)) == GGUF_MAGIC:
             return GgufFile(path)
     hint = f"; give the folder {path.parent}" if path.suffix == ".safetensors" else ""

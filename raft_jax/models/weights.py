@@ -22,14 +22,12 @@ from raft_jax.models.weight_files import (
     GgufFile,
     SafetensorsFolder,
     open_weights,
-    read_json,
-    read_object,
 )
 from raft_jax.sharding import named_sharding, to_host
 
 __all__ = [
     "SAFETENSORS_DTYPES", "GgufFile", "SafetensorsFolder", "check_keys", "config_of", "head_differs",
-    "load_parameters", "open_weights", "read_json", "read_object", "stored_tensors",
+    "load_parameters", "open_weights", "stored_tensors",
 ]
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from raft_jax.config import RefineConfig
 from raft_jax.data.examples import Example
-from raft_jax.data.refined import RefinedRow, Round
+from raft_jax.data.refined import STATUSES, RefinedRow, Round
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.refine.facts import is_copy, mismatches
@@ -97,13 +97,13 @@ def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
     fused = sum(row.chosen == "fusion" for row in rows)
     yield f"refined {len(rows)} rows: {fused} have a fused answer, {len(rows) - fused} keep the gold one"
     accepted = sum(row.accepted for row in rows)
-    counts = Counter(DESCRIPTIONS[row.rewrite_status] for row in rows if not row.accepted)
-    counts["below the similarity threshold"] = counts.pop(DESCRIPTIONS["ok"], 0)
+    counts = Counter(STATUSES[row.rewrite_status] for row in rows if not row.accepted)
+    counts["below the similarity threshold"] = counts.pop(STATUSES["ok"], 0)
     yield f"  rewritings: {accepted} accepted{_listed(counts)}"
     candidates = [candidate for row in rows for candidate in row.rounds]
     if candidates:
-        counts = Counter(DESCRIPTIONS[candidate.status] for candidate in candidates)
-        usable = counts.pop(DESCRIPTIONS["ok"], 0)
+        counts = Counter(STATUSES[candidate.status] for candidate in candidates)
+        usable = counts.pop(STATUSES["ok"], 0)
         counts["judged worse than the gold answer or below refine.accept_floor"] = usable - fused
         yield f"  fused candidates: {len(candidates)}, of which {fused} chosen{_listed(counts)}"
     if unknown := sum(row.rewrite_status == "unknown" for row in rows):
@@ -111,16 +111,8 @@ def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
                "encoder.source to a multilingual one, such as hf://intfloat/multilingual-e5-small")
 
 
-DESCRIPTIONS = {
-    "ok": "usable", "empty": "empty", "truncated": "cut at refine.max_new_tokens", "refusal": "refusals",
-    "leak": "repeat the instructions", "repetition": "repeat themselves", "copy": "the gold answer word for word",
-    "facts": "differ in facts or words", "unrenderable": "that the chat template cannot render",
-    "unknown": "unknown to the sentence encoder",
-}
-
-
 def _listed(counts: Mapping[str, int]) -> str:
-    return "".join(f", {count} {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]) if count)
+    return "".join(f", {count} × {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]) if count)
 
 
 def _write(

@@ -71,6 +71,11 @@ def repeated_instructions(text: str, instructions: str, sources: str) -> str | N
     for match in TASK_WORDS.finditer(text):
         if match[0].lower() not in allowed:
             return match[0]
+    return shared_run(text, instructions, sources)
+
+
+def shared_run(text: str, instructions: str, sources: str) -> str | None:
+    """Four words or more in a row that a text has from the instructions and not from the row's own texts."""
     words, scaffold, own = _words(text), _runs(_words(instructions)), _runs(_words(sources))
     for start in range(len(words) - RUN + 1):
         run = tuple(words[start : start + RUN])

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.config import flat
+from raft_jax.data.refined import STATUSES
 from raft_jax.report import charts, figures
-from raft_jax.report.flags import STATUSES, flags_of
+from raft_jax.report.flags import flags_of
 from raft_jax.report.folder import Run, label, read_run
 from raft_jax.report.refinement import count_sentence, counts, worst_first
 from raft_jax.report.summary import MISSING, estimate, number, summary_tables
@@ -137,8 +138,8 @@ def _answers(run: Run, key: str, asked: str, score: str) -> dict[str, Any]:
             empty = {"first": answer, "answers": [], "scores": {}, "order": len(questions)}
             entry = questions.setdefault(str(answer.get("id")), empty)
             known = (str(answer.get(asked) or ""), str(answer.get("gold") or ""))
-            flags = [*flags_of(str(answer.get("answer") or ""), *known), *(["cut at the limit"] if answer.get("cut")
-                                                                          else [])]
+            flags = flags_of(str(answer.get("answer") or ""), *known)
+            flags += [STATUSES["truncated"]] if answer.get("cut") else []
             entry["answers"].append((name, answer, flags))
             entry["scores"][name] = answer.get(score)
     for entry in questions.values():

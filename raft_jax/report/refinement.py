@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from raft_jax.report.flags import STATUSES, row_flags
+from raft_jax.data.refined import STATUSES
+from raft_jax.report.flags import row_flags
 
 # Why a row keeps its gold answer, where its rewriting could be used.
 BELOW, NOT_BETTER = "below the threshold", "without a better fusion"
@@ -59,10 +60,10 @@ def counts(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     flagged = sum(bool(row_flags(row)) for row in rows)
     named = [
         ("rows", len(rows)),
-        *((f"rewritings: {STATUSES.get(status) or status}", count) for status, count in
+        *((f"rewritings: {STATUSES.get(status, status)}", count) for status, count in
           Counter(str(row.get("rewrite_status")) for row in rows).most_common()),
         ("kept by the filter", sum(bool(row.get("accepted")) for row in rows)),
-        *((f"candidates: {STATUSES.get(status) or status}", count) for status, count in candidates.most_common()),
+        *((f"candidates: {STATUSES.get(status, status)}", count) for status, count in candidates.most_common()),
         ("target is a fusion", sum(row.get("chosen") == "fusion" for row in rows)),
         ("target is the gold answer", sum(row.get("chosen") == "gold" for row in rows)),
         *([("flagged targets", flagged)] if flagged else []),

@@ -10,7 +10,9 @@ import numpy as np
 
 from raft_jax.errors import InputError
 from raft_jax.models.rope import Rope
+from raft_jax.terminal import one_line
 
+MOST = float(np.finfo(np.float32).max)
 LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -63,8 +65,8 @@ def _number(settings: Mapping[str, Any], key: str) -> float:
     value = settings.get(key)
     if value is None:
         raise InputError(f"config.json: rope_type {settings.get('rope_type')!r} needs the key {key} in rope_parameters")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"config.json: the rope's {key} must be a number above 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MOST:
+        raise InputError(f"config.json: the rope's {key} must be a number above 0, got {one_line(repr(value), 60)}")
     return float(value)
 
 
