@@ -252,7 +252,7 @@ def test_the_decoder_by_a_kernel(monkeypatch, windows):
     for fork in (None, (8, 7)):
         found, expected = (as_one(x.hidden, x.params, Tokens(tokens, mask), fork=fork) for x in (model, plain))
         np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
-    found, expected = (as_one(x.prefill, x.params, tokens, mask_BT=mask, length=24)[0] for x in (model, plain))
+    found, expected = (as_one(x.prefill, x.params, Tokens(tokens, mask), length=24)[0] for x in (model, plain))
     np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
     assert set(calls) == ({None} if windows is None else {4, None})
 
