@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import quick_jit
@@ -34,6 +35,16 @@ def step_of(row):
         return *seen, grads
 
     return quick_jit(step)
+
+
+def unreduced_and_grad(loss):
+    """x -> (the loss of each token, the gradient of their sum), compiled."""
+
+    def run(x):
+        loss_BT, pullback = jax.vjp(loss, x)
+        return loss_BT, pullback(jnp.ones_like(loss_BT))[0]
+
+    return quick_jit(run)
 
 
 def assert_close(got, want, rtol=2e-5, atol=2e-6):

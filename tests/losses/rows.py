@@ -9,7 +9,7 @@ import losses_twin as twin
 import numpy as np
 
 from raft_jax import losses
-from raft_jax.losses import Tied, sequence_mean, sequence_weight, token_mean, token_weight
+from raft_jax.losses import TiedEmbedding, reference, sequence_mean, sequence_weight, token_mean, token_weight
 
 B, T, D, V, K = 2, 5, 4, 24, 6
 
@@ -48,6 +48,11 @@ class Row:
             return tuple(self.loss(*student, *fixed, weight_BT=of(mask)) for of in (sequence_weight, token_weight))
         return tuple(of(self.nats(student, fixed), mask) for of in (sequence_mean, token_mean))
 
+    @property
+    def reference(self):
+        """The same in plain JAX, from logits: raft_jax/losses/reference.py."""
+        return REFERENCES[self.twin.func](self.twin.keywords)
+
     def nats_of_logits(self, student, fixed):
         return self.of_logits(jnp.matmul(*student), jnp.matmul(*fixed) if self.distils else fixed[0])
 
@@ -61,8 +66,8 @@ def tied(loss):
     """Every unembedding [D, V] given as the embedding table [V, D]."""
 
     def nats(hidden, unembedding, *fixed, **settings):
-        fixed = fixed[:1] + tuple(Tied(x.T) for x in fixed[1:])
-        return loss(hidden, Tied(unembedding.T), *fixed, **settings)
+        fixed = fixed[:1] + tuple(TiedEmbedding(x.T) for x in fixed[1:])
+        return loss(hidden, TiedEmbedding(unembedding.T), *fixed, **settings)
 
     return nats
 
@@ -85,7 +90,7 @@ def answers_at_once(hidden, unembedding, labels, **settings):
 
 def rollouts_at_once(hidden, unembedding, *teacher, **settings):
     """`linear_raft_losses` for its KL; no answer has a label."""
-    others, labels = jnp.ones_like(hidden), jnp.full(hidden.shape[:2], -1)
+    others, labels = jnp.ones_like(hidden), jnp.full(hidden.shape[:-1], -1)
     return losses.linear_raft_losses(others, labels, hidden, unembedding, *teacher, **settings)[1]
 
 
@@ -105,7 +110,7 @@ def table():
          {"beta": 0.3, "temperature": 1.0}, True, True),
     ]  # fmt: skip
     rows = [
-        Row("linear_raft_losses-sft", partial(answers_at_once, chunk_size=4, k=K), twin.cross_entropy,
+        Row("linear_raft_losses-sft", partial(answers_at_once, chunk_size=4, k=K), partial(twin.cross_entropy),
             losses.cross_entropy, True, False),
         Row("linear_raft_losses-kl", partial(rollouts_at_once, chunk_size=4, **truncated),
             partial(twin.top_k_forward_kl, **truncated), partial(losses.top_k_forward_kl, **truncated), True, True),
@@ -122,4 +127,8 @@ def table():
     return rows
 
 
+REFERENCES = {
+    getattr(twin, name): lambda settings, name=name: partial(getattr(reference, name), **settings)
+    for name in ("cross_entropy", "top_k_forward_kl", "forward_kl", "reverse_kl", "jensen_shannon")
+}
 ROWS = table()

@@ -220,7 +220,7 @@ def test_kept_teacher():
     np.testing.assert_allclose(
         linear_kl(hidden, unembedding, kept, k=3), linear_kl(*models, k=3), rtol=1e-4, atol=1e-6
     )
-    bare = TopK(*(np.asarray(x) for x in kept[:2]))
+    bare = TopK(np.asarray(kept.indices_BTK), np.asarray(kept.logits_BTK))
     got, fewer = as_one(top_k_forward_kl, hidden @ unembedding, bare, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert fewer.keys() == {"student_mass", "student_entropy", "agreement"}
