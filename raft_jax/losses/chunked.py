@@ -139,27 +139,18 @@ def _linear_losses_forward(terms, chunk_size, hidden, head, targets):
 
 def _linear_losses_backward(terms, chunk_size, saved, cotangents):
     hidden, head, targets, residuals = saved
-    shapes = [x.shape[:-1] for x in hidden]
-
-    def by_token(trees):
-        return tuple(
-            jax.tree.map(lambda x, shape=shape: x.reshape(math.prod(shape), *x.shape[len(shape) :]), tree)
-            for shape, tree in zip(shapes, trees, strict=True)
-        )
-
-    # In rows that both sets of tokens have, and behind one another in time: a batch split over devices stays there.
-    rows = [shape[0] if shape else 1 for shape in shapes]
+    # The terms' tokens are joined row by row, so that a batch that is split over devices stays where it is.
+    rows = [x.shape[0] if x.ndim > 1 else 1 for x in hidden]
     num_rows = max(1, math.gcd(*rows)) if all(isinstance(n, int) for n in rows) else 1
-    tokens = by_token(target.tokens for target in targets)
-    heads, temperatures = tuple(x.teacher_head for x in targets), tuple(x.temperature for x in targets)
-    arrays = by_token(hidden), head, tokens, heads, temperatures, by_token(residuals), by_token(cotangents)
-    plain = partial(_vocabulary_blocks, terms, chunk_size, num_rows, False)
+    parts = tuple(map(TermArrays.by_token, terms, hidden, targets, residuals, cotangents))
+    plain = partial(_over_vocabulary, terms, chunk_size, num_rows, False)
     if xla_cpu.is_16_bit(head.matrix):
-        by_bits = partial(_vocabulary_blocks, terms, chunk_size, num_rows, True)
-        hidden_grads, head_grad = xla_cpu.on_cpu(by_bits, plain, *arrays)
+        by_bits = partial(_over_vocabulary, terms, chunk_size, num_rows, True)
+        hidden_grads, head_grad = xla_cpu.on_cpu(by_bits, plain, head, parts)
     else:
-        hidden_grads, head_grad = plain(*arrays)
-    return tuple(g.reshape(x.shape) for g, x in zip(hidden_grads, hidden, strict=True)), head_grad, None
+        hidden_grads, head_grad = plain(head, parts)
+    hidden_grads = (g.astype(x.dtype).reshape(x.shape) for g, x in zip(hidden_grads, hidden, strict=True))
+    return tuple(hidden_grads), head_grad, None
 
 
 linear_losses.defvjp(_linear_losses_forward, _linear_losses_backward)
@@ -211,54 +202,71 @@ class VocabBlocks(NamedTuple):
         return jax.lax.dynamic_update_slice_in_dim(x, piece, self.start(index), axis_within)
 
 
-def _vocabulary_blocks(
-    terms, chunk_size, num_rows, bits, hidden, head, tokens, teacher_heads, temperatures, residuals, cotangents
-):
-    """Gradients of the hidden states ([N, D] each) and of the head. All arrays by token; bits: see xla_cpu.py."""
-    cotangents = [
-        term.loss.cotangent(x, cotangent) for term, x, cotangent in zip(terms, tokens, cotangents, strict=True)
-    ]
-    keep = [any_nonzero(x) for x in cotangents]
-    clean = [jnp.where(k[:, None], x, 0) for k, x in zip(keep, hidden, strict=True)]  # masked rows may hold NaN
-    sizes = [x.shape[0] // num_rows for x in hidden]
-    hidden_ND = _side_by_side(num_rows, clean)
+class TermArrays(NamedTuple):
+    """What the backward pass of one term needs, by token."""
+
+    hidden_ND: jax.Array
+    keep_N: jax.Array  # which tokens have a cotangent; the others may hold NaN, and their hidden states here are 0
+    targets: Targets
+    residuals: Any
+    cotangent: Any
+
+    @classmethod
+    def by_token(cls, term: Term, hidden, targets: Targets, residuals, cotangent) -> TermArrays:
+        shape = hidden.shape[:-1]
+
+        def flat(tree):
+            return jax.tree.map(lambda x: x.reshape(math.prod(shape), *x.shape[len(shape) :]), tree)
+
+        targets = targets._replace(tokens=flat(targets.tokens))
+        cotangent = term.loss.cotangent(targets.tokens, flat(cotangent))
+        keep_N = any_nonzero(cotangent)
+        hidden_ND = jnp.where(keep_N[:, None], flat(hidden), 0)
+        return cls(hidden_ND, keep_N, targets, flat(residuals), cotangent)
+
+    def dlogits(self, term: Term, head: LMHead, teacher_head: LMHead | None, columns_M) -> jax.Array:
+        """Gradient of h W + bias, [N, M], at the columns to which both heads have been cut."""
+        logits, derivative = None, 1
+        if term.loss.needs_logits:
+            logits = head.logits(self.hidden_ND, term.student, columns_M)
+            derivative = term.student.derivative(logits)
+        compared = self.targets.compared(term, self.targets.tokens, teacher_head, columns_M)
+        dlogits_NM = term.loss.dlogits(logits, compared, self.residuals, self.cotangent, columns_M) * derivative
+        return jnp.where(self.keep_N[:, None], dlogits_NM, 0)
+
+
+def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermArrays, ...]):
+    """Gradients of each term's hidden states ([N, D], not rounded) and of the head; bits: see xla_cpu.py."""
+    hidden_ND, config = _join(num_rows, [part.hidden_ND for part in parts]), terms[0].student
     num_tokens = hidden_ND.shape[0] if isinstance(hidden_ND.shape[0], int) else SYMBOLIC_ROWS * 16
-    blocks = VocabBlocks.of(head.vocabulary, terms[0].student.shards, num_tokens, chunk_size)
+    blocks = VocabBlocks.of(head.vocabulary, config.shards, num_tokens, chunk_size)
     bits = bits and blocks.num_blocks > 1
     accumulated = checks.accumulation_dtype(hidden_ND.dtype, head.dtype)
-
     split_head, *split_teachers = [
-        None if x is None else jax.tree.map(blocks.split, x, x.axes) for x in (head, *teacher_heads)
+        None if x is None else jax.tree.map(blocks.split, x, x.axes)
+        for x in (head, *(part.targets.teacher_head for part in parts))
     ]
 
-    def dlogits_of(i, piece, index, columns_M):
-        term = terms[i]
-        config, target = term.student, Targets(tokens[i], temperature=temperatures[i])
-        if not term.loss.needs_logits:
-            compared = target.compared(term._replace(teacher=None), tokens[i], None)
-            dlogits = term.loss.dlogits(None, compared, residuals[i], cotangents[i], columns_M)
-        else:
-            teacher = split_teachers[i]
-            if teacher is not None:
-                teacher = jax.tree.map(lambda x, axis: blocks.read(x, axis, index), teacher, teacher.axes)
-            logits = piece.logits(clean[i], config, columns_M)
-            compared = target.compared(term, tokens[i], teacher, columns_M)
-            dlogits = term.loss.dlogits(logits, compared, residuals[i], cotangents[i], columns_M)
-            dlogits = dlogits * config.derivative(logits)
-        return jnp.where(keep[i][:, None], dlogits, 0)
+    def read(split, index):
+        return None if split is None else jax.tree.map(lambda x, axis: blocks.read(x, axis, index), split, split.axes)
 
     def block(carry, index):
         hidden_grad, head_grad = carry
-        columns_M = blocks.columns(index)
-        piece = jax.tree.map(lambda x, axis: blocks.read(x, axis, index), split_head, head.axes)
-        dlogits_NM = _side_by_side(num_rows, [dlogits_of(i, piece, index, columns_M) for i in range(len(terms))])
+        columns_M, piece = blocks.columns(index), read(split_head, index)
+        dlogits_NM = _join(
+            num_rows,
+            [
+                part.dlogits(term, piece, read(teacher, index), columns_M)
+                for term, part, teacher in zip(terms, parts, split_teachers, strict=True)
+            ],
+        )
         update = piece.gradient(hidden_ND, dlogits_NM, head.dtype, blocks.shards)
         if bits:
             update = jax.tree.map(xla_cpu.as_bits, update)
         head_grad = jax.tree.map(lambda x, u, axis: blocks.write(x, u, axis, index), head_grad, update, head.axes)
         if blocks.rows % blocks.size:
             dlogits_NM = jnp.where(blocks.is_new(index), dlogits_NM, 0)
-        grad = piece.hidden_gradient(dlogits_NM, terms[0].student, columns_M, like=hidden_ND)
+        grad = piece.hidden_gradient(dlogits_NM, config, columns_M, like=hidden_ND)
         return (hidden_grad + grad.astype(accumulated), head_grad), None
 
     head_grad = jax.tree.map(jnp.zeros_like, split_head)
@@ -271,27 +279,27 @@ def _vocabulary_blocks(
         carry, _ = jax.lax.scan(block, carry, jnp.arange(blocks.num_blocks))
     hidden_grad, head_grad = carry
     head_grad = jax.tree.map(lambda x, like: xla_cpu.from_bits(x, like.dtype).reshape(like.shape), head_grad, head)
-    parts = _taken_apart(num_rows, hidden_grad, sizes)
-    return tuple(grad.astype(x.dtype) for grad, x in zip(parts, hidden, strict=True)), head_grad
+    return _split(num_rows, hidden_grad, [part.hidden_ND.shape[0] for part in parts]), head_grad
 
 
-def _side_by_side(num_rows, arrays):
+def _join(num_rows: int, arrays):
     """[N, X] and [N', X] as one [N + N', X], row by row of a batch that both have."""
     if len(arrays) == 1:
         return arrays[0]
-    rows = [x.reshape(num_rows, x.shape[0] // num_rows, x.shape[1]) for x in arrays]
-    joined = jnp.concatenate(rows, axis=1)
+    joined = jnp.concatenate([x.reshape(num_rows, x.shape[0] // num_rows, x.shape[1]) for x in arrays], axis=1)
     return joined.reshape(num_rows * joined.shape[1], joined.shape[2])
 
 
-def _taken_apart(num_rows, array, sizes):
-    """What `_side_by_side` has joined."""
+def _split(num_rows: int, array, sizes):
+    """What `_join` has joined."""
     if len(sizes) == 1:
-        return [array]
-    array = array.reshape(num_rows, sum(sizes), array.shape[1])
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    parts = [jax.lax.slice_in_dim(array, a, a + size, axis=1) for a, size in zip(starts, sizes, strict=True)]
-    return [x.reshape(num_rows * x.shape[1], x.shape[2]) for x in parts]
+        return (array,)
+    array, start, parts = array.reshape(num_rows, sum(sizes) // num_rows, array.shape[1]), 0, []
+    for size in sizes:
+        end = start + size // num_rows
+        parts.append(jax.lax.slice_in_dim(array, start, end, axis=1).reshape(size, array.shape[2]))
+        start = end
+    return tuple(parts)
 
 
 # ------------------------------------------------------------------ a weighted sum, its gradient formed forward
