@@ -23,11 +23,11 @@ every_distilling_loss = each([row for row in ROWS if row.distils])
 
 @functools.cache
 def step_of(row):
-    """(student, fixed, mask) -> (nats, means, gradients of the first mean), compiled once for the whole file."""
+    """(student, fixed, mask) -> (losses, means, gradients of the first mean), compiled once for the whole file."""
 
     def loss(student, fixed, mask):
         means = row.means(student, fixed, mask)
-        return means[0], (row.nats(student, fixed), means)
+        return means[0], (row.unreduced(student, fixed), means)
 
     def step(student, fixed, mask):
         floating = row.distils  # labels have no gradient to be asked for

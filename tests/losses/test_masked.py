@@ -1,8 +1,8 @@
 """What is masked may hold anything: NaN or inf there reaches no loss and no gradient. What counts is not hidden."""
 
+import in_float64
 import jax
 import jax.numpy as jnp
-import losses_twin as twin
 import numpy as np
 import pytest
 from contract import MASK, assert_close, every_linear_loss, every_loss, step_of
@@ -63,7 +63,7 @@ def test_garbage_without_a_label(bad):
     hidden, unembedding = (random.normal(size=size).astype(np.float32) for size in [(B, T, D), (D, V)])
     labels = np.where(MASK, random.integers(0, V, (B, T)), -100)
     logits = hidden @ unembedding
-    probs = np.stack([[twin.softmax(np.float64(x)) for x in row] for row in logits])
+    probs = np.stack([[in_float64.softmax(np.float64(x)) for x in row] for row in logits])
     dlogits = probs - np.eye(V)[np.maximum(labels, 0)]
     dlogits *= MASK[..., None] / (B * T)
     want_hidden, want_unembedding = dlogits @ unembedding.T, np.einsum("btd,btv->dv", hidden, dlogits)

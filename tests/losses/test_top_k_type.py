@@ -1,8 +1,8 @@
 """`TopK`: what it checks, what is absent, and what it remembers."""
 
+import in_float64
 import jax
 import jax.numpy as jnp
-import losses_twin as twin
 import numpy as np
 import pytest
 from contract import unreduced_and_grad
@@ -17,8 +17,8 @@ INF = np.inf
 
 
 def in_numpy(student, indices, logits, temperature=1.5):
-    p, q = twin.softmax(np.float64(student)[indices] / temperature), twin.softmax(np.float64(logits) / temperature)
-    return temperature**2 * twin.kl(q, p), temperature * (p - q)
+    p, q = (in_float64.softmax(np.float64(x) / temperature) for x in (student[indices], logits))
+    return temperature**2 * in_float64.kl(q, p), temperature * (p - q)
 
 
 def linear(student, teacher, **settings):

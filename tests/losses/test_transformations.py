@@ -110,7 +110,7 @@ def test_a_traced_temperature(row):
     student, fixed = row.student(), row.fixed()
     fixed_temperature = row.loss.keywords.get("temperature", 1.5)
     at = lambda t: row.loss(*student, *fixed, temperature=t)  # noqa: E731
-    assert_close(quick_jit(at)(fixed_temperature), as_one(row.nats, student, fixed))
+    assert_close(quick_jit(at)(fixed_temperature), as_one(row.unreduced, student, fixed))
     with pytest.raises(ValueError, match="temperature carries no gradient"):
         jax.grad(lambda t: at(t).sum())(1.5)
     traced = jax.make_jaxpr(jax.grad(lambda x, t: row.loss(x, *student[1:], *fixed, temperature=t).sum()))
@@ -145,7 +145,7 @@ def test_nothing_at_all(row, shape):
     step = quick_jit(jax.value_and_grad(lambda student: row.means(student, fixed, mask)[0]))
     value, grads = step(student)
     assert value == 0 and all(g.shape == x.shape and not g.any() for g, x in zip(grads, student, strict=True))
-    assert jax.eval_shape(row.nats, student, fixed).shape == shape
+    assert jax.eval_shape(row.unreduced, student, fixed).shape == shape
 
 
 @every_loss
