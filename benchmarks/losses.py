@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from raft_jax.losses import (
-    Tied,
+    TiedEmbedding,
     cross_entropy,
     jensen_shannon,
     linear_cross_entropy,
@@ -59,23 +59,24 @@ def jax_losses(shape, chunk_size):
 
     def linear(answer, rollout, table, teacher, teacher_table, labels):
         sft = linear_cross_entropy(
-            answer, Tied(table), labels, weight_BT=token_weight(mask), chunk_size=chunk_size
+            answer, TiedEmbedding(table), labels, weight_BT=token_weight(mask), chunk_size=chunk_size
         )
         kl = linear_top_k_forward_kl(
-            rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
+            rollout, TiedEmbedding(table), teacher, TiedEmbedding(teacher_table), chunk_size=chunk_size, **distil
         )
         return sft + token_mean(kl, mask)
 
     def at_once(answer, rollout, table, teacher, teacher_table, labels):
         sft, kl = linear_raft_losses(
-            answer, labels, rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
-        )
+            answer, labels, rollout, TiedEmbedding(table), teacher, TiedEmbedding(teacher_table),
+            chunk_size=chunk_size, **distil,
+        )  # fmt: skip
         return token_mean(sft, mask) + token_mean(kl, mask)
 
     def unreduced(answer, rollout, table, teacher, teacher_table, labels):
-        sft = linear_cross_entropy(answer, Tied(table), labels, chunk_size=chunk_size)
+        sft = linear_cross_entropy(answer, TiedEmbedding(table), labels, chunk_size=chunk_size)
         kl = linear_top_k_forward_kl(
-            rollout, Tied(table), teacher, Tied(teacher_table), chunk_size=chunk_size, **distil
+            rollout, TiedEmbedding(table), teacher, TiedEmbedding(teacher_table), chunk_size=chunk_size, **distil
         )
         return token_mean(sft, mask) + token_mean(kl, mask)
 
@@ -97,8 +98,8 @@ def jax_losses(shape, chunk_size):
 
     def linear_jsd(answer, rollout, table, teacher, teacher_table, labels):
         settings = {"weight_BT": token_weight(mask), "chunk_size": chunk_size}
-        sft = linear_cross_entropy(answer, Tied(table), labels, **settings)
-        models = answer, Tied(table), teacher, Tied(teacher_table)
+        sft = linear_cross_entropy(answer, TiedEmbedding(table), labels, **settings)
+        models = answer, TiedEmbedding(table), teacher, TiedEmbedding(teacher_table)
         return (sft + linear_jensen_shannon(*models, temperature=1.0, **settings)) / 2
 
     def jsd_of_logits(answer, rollout, table, teacher, teacher_table, labels):

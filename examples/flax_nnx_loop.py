@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 from raft_jax.losses import (
-    Tied,
+    TiedEmbedding,
     init_balance,
     linear_cross_entropy,
     linear_top_k_forward_kl,
@@ -38,7 +38,7 @@ class TinyModel(nnx.Module):
         return jnp.tanh(self.mix(jnp.concatenate([tokens_BTD, before_BTD], axis=-1)))
 
     def unembedding(self):
-        return Tied(self.embed.embedding[...])
+        return TiedEmbedding(self.embed.embedding[...])
 
 
 def predictions(model, prompt_BP, answer_BA):

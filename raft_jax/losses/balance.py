@@ -1,4 +1,4 @@
-"""Two losses kept at the same weight by their running averages."""
+"""RAFT's objective: two losses kept at the same weight by their running averages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class BalanceState(NamedTuple):
 
     def corrected(self, *, decay: float = 0.9) -> tuple[jax.Array, jax.Array]:
         """The bias-corrected averages (m / (1 - decay**s)) of SFT and KL; 0 before the first update."""
-        correction = jnp.where(self.count > 0, 1 - jnp.asarray(decay, jnp.float32) ** self.count, 1)
+        power = jnp.asarray(decay, jnp.float32) ** self.count.astype(jnp.float32)
+        correction = jnp.where(self.count > 0, 1 - power, 1)
         return self.sft_average / correction, self.kl_average / correction
 
 
@@ -36,23 +37,31 @@ def update_balance(
     decay: float = 0.9,
     epsilon: float = 1e-8,
     floor: float = 1e-9,
+    max_weight: float | None = None,
 ) -> tuple[jax.Array, BalanceState]:
     """Weight of the KL term at which both terms weigh the same, and the averages behind it.
 
         m_k = decay m_k + (1 - decay) L_k,    weight = m̂_SFT / (m̂_KL + epsilon),    m̂ = m / (1 - decay**s)
 
+    Call it once an optimiser step, with the losses of the whole batch; not once a micro-batch or a device.
+
     Args:
         state: from `init_balance` or the previous step.
-        sft_loss, kl_loss: scalars, nats, of the whole batch (not of a micro-batch or of one device).
+        sft_loss, kl_loss: scalars, nats. Where one is not finite the averages stay as they were.
         decay: in [0, 1).
         epsilon: > 0, nats.
-        floor: >= 0, nats. While m̂_KL is no more than this the weight is 0: so much is left of a KL of 0 where float32
-            models round differently (a student that still is its teacher, cut over devices), and the ratio would
-            make a gradient of it that drowns cross entropy's.
+        floor: >= 0, nats. While m̂_KL is no more than this the weight is 0: a student that still is its teacher has a
+            KL of about 1e-13 where float32 models round differently, and the ratio would blow the gradient of that
+            rounding up until it drowns cross entropy's.
+        max_weight: > 0. Default: no limit.
 
     Returns:
         (weight, state): a float32 scalar that carries no gradient, and the next state. The current losses
-        are in the averages, so at the first step the weight is their ratio.
+        are in the averages, so at the first step the weight is their ratio. NaN where a loss is not finite.
+
+    Raises:
+        ValueError: a loss is no scalar or a setting is outside of its range; said while tracing. Settings may be traced
+            and are then not checked.
 
     RAFT (arXiv:2606.00147), Eqs. 11 and 12.
 
@@ -60,18 +69,52 @@ def update_balance(
     >>> round(float(weight), 4), int(state.count)
     (4.0, 1)
     """
-    if not 0 <= decay < 1:
-        raise ValueError(f"decay must be in [0, 1), got {decay}")
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be > 0, got {epsilon}")
-    if not floor >= 0:
-        raise ValueError(f"floor must be >= 0, got {floor}")
+    _check("decay", decay, "in [0, 1)", lambda x: 0 <= x < 1)
+    _check("epsilon", epsilon, "> 0", lambda x: x > 0)
+    _check("floor", floor, ">= 0", lambda x: x >= 0)
+    if max_weight is not None:
+        _check("max_weight", max_weight, "> 0", lambda x: x > 0)
     checks.scalar("sft_loss", sft_loss)
     checks.scalar("kl_loss", kl_loss)
-
-    def average(old: jax.Array, loss: jax.Array) -> jax.Array:
-        return decay * old + (1 - decay) * jax.lax.stop_gradient(jnp.asarray(loss, jnp.float32))
-
-    state = BalanceState(state.count + 1, average(state.sft_average, sft_loss), average(state.kl_average, kl_loss))
+    losses = [jax.lax.stop_gradient(jnp.asarray(loss)).astype(jnp.float32) for loss in (sft_loss, kl_loss)]
+    finite = jnp.isfinite(losses[0]) & jnp.isfinite(losses[1])
+    decay, epsilon, floor = (jnp.asarray(x, jnp.float32) for x in (decay, epsilon, floor))
+    averages = [
+        jnp.where(finite, decay * old + (1 - decay) * loss, old) for old, loss in zip(state[1:], losses, strict=True)
+    ]
+    state = BalanceState(state.count + finite.astype(jnp.int32), *averages)
     sft_average, kl_average = state.corrected(decay=decay)
-    return jnp.where(kl_average <= floor, 0, sft_average / (kl_average + epsilon)), state
+    weight = jnp.where(kl_average <= floor, 0, sft_average / (kl_average + epsilon))
+    if max_weight is not None:
+        weight = jnp.minimum(weight, jnp.asarray(max_weight, jnp.float32))
+    return jnp.where(finite, weight, jnp.nan), state
+
+
+def raft_objective(sft_loss: jax.Array, kl_loss: jax.Array, weight: jax.Array) -> jax.Array:
+    """Cross entropy on the fused answers plus the weighted distillation loss on the rollouts.
+
+        L = L_SFT + stop_gradient(weight) L_KL
+
+    Args:
+        sft_loss, kl_loss, weight: scalars; the losses in nats, the weight from `update_balance`.
+
+    Returns:
+        A scalar, nats. The weight carries no gradient.
+
+    Raises:
+        ValueError: an argument is no scalar.
+
+    RAFT (arXiv:2606.00147), Eq. 12.
+
+    >>> raft_objective(2.0, 0.5, 4.0)
+    4.0
+    """
+    checks.scalar("sft_loss", sft_loss)
+    checks.scalar("kl_loss", kl_loss)
+    checks.scalar("weight", weight)
+    return sft_loss + jax.lax.stop_gradient(weight) * kl_loss
+
+
+def _check(name: str, value, words: str, holds) -> None:
+    if not checks.is_traced(value) and not holds(float(value)):
+        raise ValueError(f"{name} must be {words}, got {value}")

@@ -1,28 +1,44 @@
-"""What the losses refuse, said at trace time: the argument, what it got, what it wants."""
+"""Arguments checked while tracing: an error names the argument, what it got and what it wants. And dtypes."""
 
 from __future__ import annotations
 
 import numbers
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 
-def widen(values: jax.Array) -> jax.Array:
-    """To float32, in which the losses are computed; float64 stays."""
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+def accumulation_dtype(*dtypes):
+    """What losses and sums are computed in: float32, or float64 where an input is."""
+    wide = any(jnp.dtype(x) == jnp.float64 for x in dtypes) and jax.config.jax_enable_x64
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
-def floating(name: str, values: jax.Array, ndim: int) -> None:
+def compute_dtype(*dtypes):
+    """What the factors of a product are cast to: their own dtype where they share one."""
+    first, *others = map(jnp.dtype, dtypes)
+    return first if first.itemsize < 8 and all(x == first for x in others) else accumulation_dtype(*dtypes)
+
+
+def upcast(values: jax.Array) -> jax.Array:
+    return jnp.asarray(values, accumulation_dtype(values.dtype))
+
+
+def floating(name: str, values: jax.Array, ndim: int | None = None) -> None:
+    """A floating-point array of that many dimensions; of at least one where nothing is said."""
     _of_type(name, values, jnp.floating, "a floating-point")
-    if values.ndim != ndim:
+    if ndim is not None and values.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {values.shape}")
+    if values.ndim == 0:
+        raise ValueError(f"{name} must have at least one dimension, got a scalar")
 
 
 def tokens(name: str, values: jax.Array, want: tuple[int, ...]) -> None:
-    """[B, T] and whatever follows."""
-    if values.shape[:2] != want:
-        raise ValueError(f"{name} must have shape [{want[0]}, {want[1]}, ...] like the student's, got {values.shape}")
+    """An array [..., X] whose leading dimensions are the student's."""
+    if values.shape[:-1] != want:
+        shape = "".join(f"{size}, " for size in want)
+        raise ValueError(f"{name} must have shape [{shape}...] like the student's, got {values.shape}")
 
 
 def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> None:
@@ -31,14 +47,18 @@ def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> None:
         raise ValueError(f"labels_BT must have shape {want}, got {labels_BT.shape}")
 
 
-def mask(mask_BT: jax.Array, want: tuple[int, ...] | None = None) -> None:
-    _of_type("mask_BT", mask_BT, jnp.bool_, "a bool")
+def mask(mask_BT: jax.Array, want: tuple[int, ...] | None = None) -> jax.Array:
+    """As bool: an integer mask counts where it is not 0."""
+    if not hasattr(mask_BT, "dtype") or not (mask_BT.dtype == jnp.bool_ or jnp.issubdtype(mask_BT.dtype, jnp.integer)):
+        given = getattr(mask_BT, "dtype", type(mask_BT).__name__)
+        raise ValueError(f"mask_BT must be a bool or integer array, got {given}")
     if want is not None and mask_BT.shape != want:
         raise ValueError(f"mask_BT must have the shape {want} of values_BT, got {mask_BT.shape}")
+    return mask_BT != 0 if mask_BT.dtype != jnp.bool_ else jnp.asarray(mask_BT)
 
 
 def weight(weight_BT: jax.Array, want: tuple[int, ...]) -> None:
-    floating("weight_BT", weight_BT, 2)
+    _of_type("weight_BT", weight_BT, jnp.floating, "a floating-point")
     if weight_BT.shape != want:
         raise ValueError(f"weight_BT must have shape {want}, got {weight_BT.shape}")
 
@@ -48,38 +68,60 @@ def scalar(name: str, value: jax.Array) -> None:
         raise ValueError(f"{name} must be a scalar, got shape {jnp.shape(value)}; reduce it first (sequence_mean)")
 
 
-def temperature(value: float) -> None:
-    _positive("temperature", value)
+def temperature(value, dtype) -> jax.Array:
+    """As an array; it may be traced, and to differentiate by it is an error."""
+    if jnp.shape(value) != ():
+        raise ValueError(f"temperature must be a scalar, got shape {jnp.shape(value)}")
+    if is_traced(value):
+        return without_gradient("temperature", value.astype(dtype))
+    if not float(value) > 0:
+        raise ValueError(f"temperature must be > 0, got {value}")
+    return jnp.asarray(value, dtype)
 
 
-def softcap(value: float | None) -> None:
-    if value is not None:
-        _positive("logit_softcap", value)
+def logit_scale(value) -> float:
+    return static("logit_scale", value, "multiply the hidden states (and the bias) by it instead")
 
 
-def beta(value: float) -> None:
+def softcap(value) -> float | None:
+    if value is None:
+        return None
+    value = static("logit_softcap", value)
+    if not value > 0:
+        raise ValueError(f"logit_softcap must be > 0, got {value}")
+    return value
+
+
+def beta(value) -> float:
+    value = static("beta", value)
     if not 0 < value < 1:
         raise ValueError(f"beta must be in (0, 1), got {value}; use forward_kl or reverse_kl at the ends")
+    return value
 
 
-def chunk_size(value: int) -> None:
-    _count("chunk_size", value)
+def label_smoothing(value) -> float:
+    value = static("label_smoothing", value)
+    if not 0 <= value < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {value}")
+    return value
 
 
-def truncation(k: int, recall: float | None) -> None:
-    _count("k", k)
-    if recall is not None and not 0 < recall <= 1:
+def z_loss(value) -> float:
+    value = static("z_loss", value)
+    if not value >= 0:
+        raise ValueError(f"z_loss must be >= 0, got {value}")
+    return value
+
+
+def chunk_size(value: int) -> int:
+    return count("chunk_size", value)
+
+
+def truncation(k: int | None, recall: float | None) -> None:
+    if k is not None:
+        count("k", k)
+    if recall is not None and not 0 < static("recall", recall) <= 1:
         raise ValueError(f"recall must be in (0, 1] or None for the exact top k, got {recall}")
-
-
-def top_k(teacher, want: tuple[int, ...]) -> None:
-    """A `TopK` that was computed elsewhere."""
-    indices, logits = teacher.indices_BTK, teacher.logits_BTK
-    _of_type("indices_BTK", indices, jnp.integer, "an integer")
-    floating("logits_BTK", logits, 3)
-    tokens("logits_BTK", logits, want)
-    if indices.shape != logits.shape:
-        raise ValueError(f"indices_BTK must have the shape {logits.shape} of logits_BTK, got {indices.shape}")
 
 
 def vocab_size(value: int | None, **vocabularies: int) -> int:
@@ -94,16 +136,34 @@ def vocab_size(value: int | None, **vocabularies: int) -> int:
     return value
 
 
+def is_traced(value) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def static(name: str, value, instead: str = "pass a Python number") -> float:
+    """A Python float: part of the compiled program."""
+    if is_traced(value):
+        raise ValueError(f"{name} must be known when the program is traced, got a traced array; {instead}")
+    return float(value)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def without_gradient(name: str, value: jax.Array) -> jax.Array:
+    """The value; its derivative is an error that names it, where a custom VJP would give zero."""
+    return value
+
+
+@without_gradient.defjvp
+def _no_derivative(name, primals, tangents):
+    raise ValueError(f"{name} carries no gradient here; pass jax.lax.stop_gradient({name})")
+
+
+def count(name: str, value: int) -> int:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    return int(value)
+
+
 def _of_type(name: str, values: jax.Array, kind, words: str) -> None:
     if not hasattr(values, "dtype") or not jnp.issubdtype(values.dtype, kind):
         raise ValueError(f"{name} must be {words} array, got {getattr(values, 'dtype', type(values).__name__)}")
-
-
-def _count(name: str, value: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-
-
-def _positive(name: str, value: float) -> None:
-    if not isinstance(value, jax.core.Tracer) and not float(value) > 0:
-        raise ValueError(f"{name} must be > 0, got {value}")

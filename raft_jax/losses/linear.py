@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import functools
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from raft_jax.losses import blocks, checks, placement, reduce, tokens, truncation
-from raft_jax.losses.head import Head, Tied, logits_slope, make_logits, pair
+from raft_jax.losses import checks, sharding, truncation
+from raft_jax.losses.chunked import Targets, Term, linear_losses, over_tokens, weighted_linear_loss
+from raft_jax.losses.lm_head import LMHead, LogitConfig, TiedEmbedding, pair
+from raft_jax.losses.pointwise import CrossEntropy, ForwardKL, JensenShannon, ReverseKL, TopKForwardKL
 from raft_jax.losses.truncation import TopK
 
 
 def linear_cross_entropy(
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array | Tied,
+    unembedding_DV: jax.Array | TiedEmbedding,
     labels_BT: jax.Array,
     *,
     weight_BT: jax.Array | None = None,
@@ -25,16 +27,19 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_size: int = 512,
     vocab_shards: int | None = None,
-) -> jax.Array:
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    return_logsumexp: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """`cross_entropy` of the logits h W.
 
-        v = softcap tanh(scale (h W + bias) / softcap),    nats_bt = log sum_a exp(v_bta) - v_bt,label
+        v = softcap tanh(scale (h W + bias) / softcap),    loss_bt = log sum_a exp(v_bta) - v_bt,label
 
     Args:
-        hidden_BTD: [B, T, D], float.
-        unembedding_DV: [D, V], float; or `Tied(embedding_VD)`, the embedding table.
-        labels_BT: [B, T], int. A negative label is no target: 0 nats, no gradient.
-        weight_BT: [B, T], float. With it the result is the scalar sum_bt weight_bt nats_bt, and its gradient is
+        hidden_BTD: [B, T, D], or any leading shape; float.
+        unembedding_DV: [D, V], float; or `TiedEmbedding(embedding_VD)`, the embedding table.
+        labels_BT: [B, T], int. A negative label is no target: loss 0, no gradient.
+        weight_BT: [B, T], float. With it the result is the scalar sum_bt weight_bt loss_bt, and its gradient is
             formed in the forward pass: three products with the unembedding in place of four, and one float32
             array [D, V] more. `sequence_weight` and `token_weight` make it from a mask.
         bias_V: [V], float. Default: none.
@@ -44,9 +49,13 @@ def linear_cross_entropy(
         chunk_size: chunk_size * V logits are held at a time, forward and backward.
         vocab_shards: devices over which the vocabulary is split. Default: from the array's type where its
             mesh axes are explicit, else the most that the number of devices and V allow, up to 16.
+        label_smoothing, z_loss, return_logsumexp: as in `cross_entropy`; the last not with weights.
 
     Returns:
-        nats_BT: [B, T], float32; with weights a scalar.
+        loss_BT: [B, T], float32, nats; or (loss_BT, logsumexp_BT); with weights a scalar.
+
+    Raises:
+        ValueError: an argument does not fit; said while tracing.
 
     RAFT (arXiv:2606.00147), Eq. 5.
 
@@ -54,79 +63,95 @@ def linear_cross_entropy(
     >>> round(float(linear_cross_entropy(hidden_BTD, unembedding_DV, jnp.array([[3]]))[0, 0]), 4)  # log 4
     1.3863
     """
-    checks.floating("hidden_BTD", hidden_BTD, 3)
-    checks.labels(labels_BT, hidden_BTD.shape[:2])
-    head = Head.checked("", hidden_BTD, unembedding_DV, bias_V)
+    checks.floating("hidden_BTD", hidden_BTD)
+    checks.labels(labels_BT, hidden_BTD.shape[:-1])
+    head = LMHead.checked("", hidden_BTD, unembedding_DV, bias_V)
     vocab_size = checks.vocab_size(vocab_size, unembedding_DV=head.vocabulary)
-    form = head.form(logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards)
-    if weight_BT is None:
-        return placement.automatic(functools.partial(_cross_entropy, form), hidden_BTD, head, labels_BT)
-    checks.weight(weight_BT, hidden_BTD.shape[:2])
-    return placement.automatic(
-        functools.partial(_weighted_cross_entropy, form), hidden_BTD, head, weight_BT, labels_BT, scalar=True
+    loss = CrossEntropy(
+        vocab_size, checks.label_smoothing(label_smoothing), checks.z_loss(z_loss), bool(return_logsumexp)
     )
+    if return_logsumexp and weight_BT is not None:
+        raise ValueError("return_logsumexp must be False with weight_BT: the weighted sum alone is returned")
+    term = Term(loss, head.config(logit_scale, logit_softcap, vocab_size, vocab_shards))
+    return _one_loss(term, checks.chunk_size(chunk_size), hidden_BTD, head, weight_BT, Targets(jnp.asarray(labels_BT)))
 
 
-def _cross_entropy(form, hidden_BTD, head, labels_BT):
-    return cross_entropy_forward(form, hidden_BTD, head, labels_BT)[0]
+def linear_forward_kl(
+    student_hidden_BTD: jax.Array,
+    student_unembedding_DV: jax.Array | TiedEmbedding,
+    teacher_hidden_BTD: jax.Array,
+    teacher_unembedding_DV: jax.Array | TiedEmbedding,
+    *,
+    temperature: float = 1.5,
+    **settings,
+) -> jax.Array:
+    """`forward_kl` of the logits h W.
+
+        loss_bt = T² sum_a q_a (log q_a - log p_a),    q = softmax(u / T),    p = softmax(v / T)
+
+    Args:
+        student_hidden_BTD, student_unembedding_DV: [B, T, D] and [D, V], float, or `TiedEmbedding`.
+        teacher_hidden_BTD, teacher_unembedding_DV: the same of any width D'. No gradient.
+        temperature: > 0. May be traced; carries no gradient.
+        settings: student_bias_V, teacher_bias_V, logit_scale, logit_softcap, vocab_size, chunk_size and
+            vocab_shards as in `linear_top_k_forward_kl`, weight_BT as in `linear_cross_entropy`.
+
+    Returns:
+        loss_BT: [B, T], float32, nats; with weights a scalar.
+
+    Raises:
+        ValueError: an argument does not fit; said while tracing.
+
+    >>> hidden_BTD, unembedding_DV = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(3, 4)
+    >>> linear_forward_kl(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV).tolist()
+    [[0.0, 0.0]]
+    """
+    models = student_hidden_BTD, student_unembedding_DV, teacher_hidden_BTD, teacher_unembedding_DV
+    return _linear_divergence(ForwardKL(), *models, temperature, **settings)
 
 
-def cross_entropy_forward(form, hidden_BTD, head, labels_BT):
-    def chunk(hidden, labels):
-        return tokens.label_nats(make_logits(hidden, head, form), labels)
+def linear_reverse_kl(
+    student_hidden_BTD: jax.Array,
+    student_unembedding_DV: jax.Array | TiedEmbedding,
+    teacher_hidden_BTD: jax.Array,
+    teacher_unembedding_DV: jax.Array | TiedEmbedding,
+    *,
+    temperature: float = 1.5,
+    **settings,
+) -> jax.Array:
+    """`reverse_kl` of the logits h W. Arguments, result and errors as in `linear_forward_kl`.
 
-    nats_BT, normalizer_BT = blocks.over_tokens(chunk, form.chunk_size, hidden_BTD, labels_BT)
-    return nats_BT, (hidden_BTD, head, labels_BT, normalizer_BT)
-
-
-def _cross_entropy_backward(form, residuals, cotangent_BT):
-    hidden_BTD, head, labels_BT, normalizer_BT = residuals
-    slope = cross_entropy_slope(form, hidden_BTD, labels_BT, normalizer_BT, cotangent_BT)
-    return *blocks.backward(form, slope, hidden_BTD, (head,)), None
-
-
-def cross_entropy_slope(form, hidden_BTD, labels_BT, normalizer_BT, cotangent_BT):
-    """slope(pieces, columns_M) -> [N, M], as `blocks.backward` takes it."""
-    hidden_ND = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-    labels_N1, normalizer_N1, cotangent_N1 = (x.reshape(-1, 1) for x in (labels_BT, normalizer_BT, cotangent_BT))
-
-    def slope(pieces, columns):
-        logits = make_logits(hidden_ND, pieces[0], form, columns)
-        pull = tokens.label_slope(jnp.exp(logits - normalizer_N1), columns, labels_N1)
-        return pull * cotangent_N1 * logits_slope(logits, form)
-
-    return slope
+    >>> hidden_BTD, unembedding_DV = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(3, 4)
+    >>> linear_reverse_kl(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV).tolist()
+    [[0.0, 0.0]]
+    """
+    models = student_hidden_BTD, student_unembedding_DV, teacher_hidden_BTD, teacher_unembedding_DV
+    return _linear_divergence(ReverseKL(), *models, temperature, **settings)
 
 
-_cross_entropy = jax.custom_vjp(_cross_entropy, nondiff_argnums=(0,))
-_cross_entropy.defvjp(cross_entropy_forward, _cross_entropy_backward)
+def linear_jensen_shannon(
+    student_hidden_BTD: jax.Array,
+    student_unembedding_DV: jax.Array | TiedEmbedding,
+    teacher_hidden_BTD: jax.Array,
+    teacher_unembedding_DV: jax.Array | TiedEmbedding,
+    *,
+    beta: float = 0.5,
+    temperature: float = 1.5,
+    **settings,
+) -> jax.Array:
+    """`jensen_shannon` of the logits h W. Arguments, result and errors as in `linear_forward_kl`, and beta in (0, 1).
 
-
-def _weighted_cross_entropy(form, hidden_BTD, head, weight_BT, labels_BT):
-    return reduce.weighted(_cross_entropy(form, hidden_BTD, head, labels_BT), weight_BT)
-
-
-def _weighted_cross_entropy_forward(form, hidden_BTD, head, weight_BT, labels_BT):
-    def evaluate(hidden, labels):
-        logits = make_logits(hidden, head, form)
-        nats, pull = tokens.label_nats_and_slope(logits, labels)
-        return nats, pull * logits_slope(logits, form)
-
-    total, nats_BT, grads = blocks.weighted_sum(form, evaluate, hidden_BTD, head, weight_BT, labels_BT)
-    return total, (*grads, nats_BT.astype(weight_BT.dtype))
-
-
-def _weighted_cross_entropy_backward(form, grads, cotangent):
-    return *jax.tree.map(lambda x: (x * cotangent).astype(x.dtype), grads), None
-
-
-_weighted_cross_entropy = jax.custom_vjp(_weighted_cross_entropy, nondiff_argnums=(0,))
-_weighted_cross_entropy.defvjp(_weighted_cross_entropy_forward, _weighted_cross_entropy_backward)
+    >>> hidden_BTD, unembedding_DV = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(3, 4)
+    >>> round(float(linear_jensen_shannon(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV).max()), 4)
+    0.0
+    """
+    models = student_hidden_BTD, student_unembedding_DV, teacher_hidden_BTD, teacher_unembedding_DV
+    return _linear_divergence(JensenShannon(checks.beta(beta)), *models, temperature, **settings)
 
 
 def linear_top_k(
     hidden_BTD: jax.Array,
-    unembedding_DV: jax.Array | Tied,
+    unembedding_DV: jax.Array | TiedEmbedding,
     *,
     k: int = 512,
     temperature: float = 1.5,
@@ -138,42 +163,35 @@ def linear_top_k(
     recall: float | None = None,
     vocab_shards: int | None = None,
 ) -> TopK:
-    """`top_k` of the logits h W. Arguments as in `linear_cross_entropy` and `top_k`; no gradient.
+    """`top_k` of the logits h W. Arguments and errors as in `linear_cross_entropy` and `top_k`; no gradient.
 
     >>> unembedding_DV = jnp.array([[0.0, 3.0, 2.0], [0.0, 0.0, 2.0]])
     >>> linear_top_k(jnp.ones((1, 1, 2)), unembedding_DV, k=2).indices_BTK.tolist()
     [[[2, 1]]]
     """
-    checks.floating("hidden_BTD", hidden_BTD, 3)
+    checks.floating("hidden_BTD", hidden_BTD)
     checks.truncation(k, recall)
-    checks.temperature(temperature)
-    head = Head.checked("", hidden_BTD, unembedding_DV, bias_V)
+    head = LMHead.checked("", hidden_BTD, unembedding_DV, bias_V)
+    tau = checks.temperature(temperature, checks.accumulation_dtype(hidden_BTD.dtype, head.dtype))
     vocab_size = checks.vocab_size(vocab_size, unembedding_DV=head.vocabulary)
-    form = head.form(logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards)
-    search = functools.partial(_top_k, form, k, recall, temperature)
-    return placement.automatic(search, hidden_BTD, head)
+    config = head.config(logit_scale, logit_softcap, vocab_size, vocab_shards)
+    chunk_size = checks.chunk_size(chunk_size)
 
+    @sharding.automatic(hidden_BTD.ndim - 1)
+    def search(hidden_BTD, head, tau):
+        teacher = _search(config, k, recall, chunk_size, hidden_BTD, head, tau)
+        return teacher._replace(temperature=truncation.static_or_none(temperature))
 
-def _top_k(form, k, recall, temperature, hidden_BTD, head):
-    """temperature None: without the statistics."""
-    hidden_BTD, head = jax.lax.stop_gradient((hidden_BTD, head))
-
-    def chunk(hidden):
-        logits = make_logits(hidden, head, form)
-        values, indices = truncation.select(logits, min(k, form.vocab_size), recall, form.shards)
-        described = (None, None) if temperature is None else truncation.describe(logits, temperature)[1:]
-        return TopK(indices, values, *described)
-
-    return blocks.over_tokens(chunk, form.chunk_size, hidden_BTD)
+    return search(hidden_BTD, head, tau)
 
 
 def linear_top_k_forward_kl(
     student_hidden_BTD: jax.Array,
-    student_unembedding_DV: jax.Array | Tied,
+    student_unembedding_DV: jax.Array | TiedEmbedding,
     teacher_hidden_BTD: jax.Array | TopK,
-    teacher_unembedding_DV: jax.Array | Tied | None = None,
+    teacher_unembedding_DV: jax.Array | TiedEmbedding | None = None,
     *,
-    k: int = 512,
+    k: int | None = None,
     temperature: float = 1.5,
     student_bias_V: jax.Array | None = None,
     teacher_bias_V: jax.Array | None = None,
@@ -187,20 +205,23 @@ def linear_top_k_forward_kl(
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
     """`top_k_forward_kl` of the logits h W.
 
-        nats_bt = T² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / T),    p = softmax(v / T)
+        loss_bt = T² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / T),    p = softmax(v / T)
 
     Args:
-        student_hidden_BTD: [B, T, D], float.
-        student_unembedding_DV: [D, V], float, or `Tied`.
+        student_hidden_BTD: [B, T, D], or any leading shape; float.
+        student_unembedding_DV: [D, V], float, or `TiedEmbedding`.
         teacher_hidden_BTD: [B, T, D'], float, of any width D'; or the `TopK` of an earlier pass. No gradient.
-        teacher_unembedding_DV: [D', V], float, or `Tied`; none with a `TopK`. No gradient.
+        teacher_unembedding_DV: [D', V], float, or `TiedEmbedding`; none with a `TopK`. No gradient.
         student_bias_V, teacher_bias_V: [V], float. Default: none.
         logit_scale, logit_softcap: as in `linear_cross_entropy`; one for both models, or (student, teacher).
         chunk_size, vocab_size, vocab_shards: as in `linear_cross_entropy`.
         k, temperature, recall, return_metrics: as in `top_k_forward_kl`.
 
     Returns:
-        nats_BT: [B, T], float32; with metrics (nats_BT, {name: [B, T]}), as in `top_k_forward_kl`.
+        loss_BT: [B, T], float32, nats; with metrics (loss_BT, {name: [B, T]}), as in `top_k_forward_kl`.
+
+    Raises:
+        ValueError: an argument does not fit; said while tracing.
 
     RAFT (arXiv:2606.00147), Eqs. 8 to 10.
 
@@ -208,110 +229,207 @@ def linear_top_k_forward_kl(
     >>> linear_top_k_forward_kl(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV, k=2).tolist()
     [[0.0, 0.0]]
     """
-    checks.floating("student_hidden_BTD", student_hidden_BTD, 3)
-    search = Search.checked(k, temperature, recall, return_metrics)
-    head = Head.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)
-    teacher, form, teacher_form = search.teacher(
-        student_hidden_BTD.shape[:2], head, teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V,
-        (logit_scale, logit_softcap, vocab_size, chunk_size, vocab_shards),
+    checks.floating("student_hidden_BTD", student_hidden_BTD)
+    head = LMHead.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)
+    teacher = TeacherTopK.checked(
+        student_hidden_BTD, head, teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V, k, temperature, recall,
+        return_metrics, vocab_size, chunk_size, vocab_shards, logit_scale, logit_softcap,
     )  # fmt: skip
 
-    def loss(student_hidden, student_head, teacher):
-        teacher = search.top_k(teacher_form, teacher)
-        found = _logits_at(form, search.statistics, student_hidden, student_head, teacher.indices_BTK)
-        return search.nats(*found, teacher)
+    @sharding.automatic(student_hidden_BTD.ndim - 1)
+    def loss(student_hidden, head, arrays, tau):
+        targets = Targets(teacher.top_k(arrays, tau), temperature=tau)
+        return linear_losses((teacher.term,), teacher.chunk_size, (student_hidden,), head, (targets,))[0]
 
-    return placement.automatic(loss, student_hidden_BTD, head, teacher)
+    return loss(student_hidden_BTD, head, teacher.arrays, teacher.tau)
 
 
-class Search(NamedTuple):
-    """The truncation's settings, and what hangs on them alone."""
+def linear_raft_losses(
+    answer_hidden_BAD: jax.Array,
+    labels_BA: jax.Array,
+    student_hidden_BTD: jax.Array,
+    student_unembedding_DV: jax.Array | TiedEmbedding,
+    teacher_hidden_BTD: jax.Array | TopK,
+    teacher_unembedding_DV: jax.Array | TiedEmbedding | None = None,
+    *,
+    k: int | None = None,
+    temperature: float = 1.5,
+    student_bias_V: jax.Array | None = None,
+    teacher_bias_V: jax.Array | None = None,
+    logit_scale: float | tuple[float, float] = 1.0,
+    logit_softcap: float | tuple[float | None, float | None] | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int = 512,
+    recall: float | None = None,
+    vocab_shards: int | None = None,
+    return_metrics: bool = False,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+):
+    """`linear_cross_entropy` of the answers and `linear_top_k_forward_kl` of the rollouts.
 
-    k: int
-    temperature: float
+    The same numbers as from the two, and one gradient of the unembedding in place of two that are then added: one array
+    of its size, written once. Answers and rollouts may be the same tokens, and there may be more of one than of the
+    other (two rollouts a prompt).
+
+    Args:
+        answer_hidden_BAD, labels_BA: [B, A, D], float, and [B, A], int, as in `linear_cross_entropy`.
+        student_hidden_BTD: [B', T, D], float, of the rollouts; it and all that follows as in `linear_top_k_forward_kl`.
+        label_smoothing, z_loss: as in `cross_entropy`.
+
+    Returns:
+        (sft_loss_BA, kl_loss_BT), float32, nats; with metrics (sft_loss_BA, (kl_loss_BT, {name: [B, T]})).
+
+    Raises:
+        ValueError: an argument does not fit; said while tracing.
+
+    RAFT (arXiv:2606.00147), Eqs. 5 and 8 to 10.
+
+    >>> hidden_BTD, unembedding_DV, labels_BT = jnp.ones((1, 1, 2)), jnp.zeros((2, 4)), jnp.array([[3]])
+    >>> sft_BT, kl_BT = linear_raft_losses(
+    ...     hidden_BTD, labels_BT, hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV, k=2)
+    >>> round(float(sft_BT[0, 0]), 4), float(kl_BT[0, 0])  # log 4, and a student that is its teacher
+    (1.3863, 0.0)
+    """
+    checks.floating("answer_hidden_BAD", answer_hidden_BAD)
+    checks.floating("student_hidden_BTD", student_hidden_BTD)
+    checks.labels(labels_BA, answer_hidden_BAD.shape[:-1])
+    shapes = answer_hidden_BAD.shape, student_hidden_BTD.shape
+    if len(shapes[0]) != len(shapes[1]) or shapes[0][-1] != shapes[1][-1]:
+        raise ValueError(
+            f"answer_hidden_BAD must have shape [B, A, {shapes[1][-1]}] to meet student_hidden_BTD, got {shapes[0]}"
+        )
+    head = LMHead.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)
+    teacher = TeacherTopK.checked(
+        student_hidden_BTD, head, teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V, k, temperature, recall,
+        return_metrics, vocab_size, chunk_size, vocab_shards, logit_scale, logit_softcap,
+    )  # fmt: skip
+    config = teacher.term.student
+    smoothing = checks.label_smoothing(label_smoothing), checks.z_loss(z_loss)
+    terms = Term(CrossEntropy(config.vocab_size, *smoothing), config), teacher.term
+
+    @sharding.automatic(student_hidden_BTD.ndim - 1)
+    def losses(answer_hidden, labels, student_hidden, head, arrays, tau):
+        targets = Targets(labels), Targets(teacher.top_k(arrays, tau), temperature=tau)
+        return linear_losses(terms, teacher.chunk_size, (answer_hidden, student_hidden), head, targets)
+
+    arrays = answer_hidden_BAD, jnp.asarray(labels_BA), student_hidden_BTD, head, teacher.arrays, teacher.tau
+    return losses(*arrays)
+
+
+class TeacherTopK(NamedTuple):
+    """What the two losses on the teacher's top K share: their checked arguments, and the search."""
+
+    term: Term
+    chunk_size: int
+    arrays: TopK | tuple[jax.Array, LMHead]  # what was kept, or what the teacher's logits are made of
+    tau: jax.Array
+    k: int | None
     recall: float | None
-    return_metrics: bool
+    config: LogitConfig | None  # the teacher's
 
     @classmethod
-    def checked(cls, k, temperature, recall, return_metrics) -> Search:
+    def checked(
+        cls, student_hidden, student_head, hidden, unembedding, bias_V, k, temperature, recall, return_metrics,
+        vocab_size, chunk_size, vocab_shards, scale, softcap,
+    ) -> TeacherTopK:  # fmt: skip
+        """ValueError unless both models agree."""
         checks.truncation(k, recall)
-        checks.temperature(temperature)
-        return cls(k, temperature, recall, return_metrics)
-
-    @property
-    def statistics(self) -> float | None:
-        """The temperature of what describes the whole vocabulary, where it is asked for."""
-        return self.temperature if self.return_metrics else None
-
-    def teacher(self, shape_BT, head, hidden_BTD, unembedding_DV, bias_V, numbers):
-        """(the teacher's arrays, the student's form, the teacher's form); ValueError unless both models meet.
-
-        numbers: what `Head.form` takes, scale and softcap for both models or as pairs.
-        """
-        scale, softcap, vocab_size, *rest = numbers
-        heads, sizes, arrays = [head], {"student_unembedding_DV": head.vocabulary}, hidden_BTD
-        if isinstance(hidden_BTD, TopK):
-            checks.top_k(hidden_BTD, shape_BT)
-            if unembedding_DV is not None or bias_V is not None:
+        chunk_size, shape = checks.chunk_size(chunk_size), student_hidden.shape[:-1]
+        tau = checks.temperature(temperature, checks.accumulation_dtype(student_hidden.dtype, student_head.dtype))
+        scales, softcaps = pair("logit_scale", scale), pair("logit_softcap", softcap)
+        sizes, given = {"student_unembedding_DV": student_head.vocabulary}, isinstance(hidden, TopK)
+        if given:
+            checks.tokens("logits_BTK", hidden.logits_BTK, shape)
+            if unembedding is not None or bias_V is not None:
                 raise ValueError("teacher_unembedding_DV and teacher_bias_V must be None where the teacher is a TopK")
+            if return_metrics:
+                truncation.check_statistics(hidden, temperature)
         else:
-            checks.floating("teacher_hidden_BTD", hidden_BTD, 3)
-            checks.tokens("teacher_hidden_BTD", hidden_BTD, shape_BT)
-            heads.append(Head.checked("teacher_", hidden_BTD, unembedding_DV, bias_V))
-            sizes["teacher_unembedding_DV"] = heads[1].vocabulary
-            arrays = hidden_BTD, heads[1]
+            checks.floating("teacher_hidden_BTD", hidden)
+            checks.tokens("teacher_hidden_BTD", hidden, shape)
+            head = LMHead.checked("teacher_", hidden, unembedding, bias_V)
+            sizes["teacher_unembedding_DV"] = head.vocabulary
         vocab_size = checks.vocab_size(vocab_size, **sizes)
-        forms = [
-            head.form(scale, softcap, vocab_size, *rest)
-            for head, scale, softcap in zip(heads, pair(scale), pair(softcap), strict=False)
-        ]
-        return arrays, forms[0], forms[-1]
+        student = student_head.config(scales[0], softcaps[0], vocab_size, vocab_shards)
+        config = None if given else head.config(scales[1], softcaps[1], vocab_size, vocab_shards)
+        term = Term(TopKForwardKL(student_head.vocabulary, student, bool(return_metrics)), student)
+        return cls(term, chunk_size, hidden if given else (hidden, head), tau, k, recall, config)
 
-    def top_k(self, form, teacher) -> TopK:
-        """From the arrays of `teacher`."""
-        if isinstance(teacher, TopK):
-            return truncation.first(jax.lax.stop_gradient(teacher), self.k)
-        return _top_k(form, self.k, self.recall, self.statistics, *teacher)
-
-    def nats(self, student_BTK, described, teacher: TopK):
-        """nats_BT, and the metrics where they are asked for."""
-        nats_BT = truncation.truncated_forward_kl(student_BTK, checks.widen(teacher.logits_BTK), self.temperature)
-        if not self.return_metrics:
-            return nats_BT
-        return nats_BT, truncation.metrics(teacher, student_BTK, described, self.temperature)
+    def top_k(self, arrays, tau) -> TopK:
+        """The search, unless it has been made before."""
+        loss = self.term.loss
+        if isinstance(arrays, TopK):
+            return truncation.given_top_k(arrays, self.k, loss.config.vocab_size)
+        tau = tau if loss.return_metrics else None
+        return _search(self.config, self.k or 512, self.recall, self.chunk_size, *arrays, tau)
 
 
-def _logits_at(form, temperature, hidden_BTD, head, indices_BTK):
-    """(logits at the indices, `describe` or None); only the first has a gradient."""
-    return logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK)[0]
+def _search(config: LogitConfig, k, recall, chunk_size, hidden_BTD, head, tau) -> TopK:
+    """tau None: without the statistics."""
+    hidden_BTD, head = jax.lax.stop_gradient((hidden_BTD, head))
+
+    def chunk(hidden_ND):
+        logits_NV = head.logits(hidden_ND, config)
+        values_NK, indices_NK = truncation.top_k_sharded(logits_NV, min(k, config.vocab_size), recall, config.shards)
+        return TopK(indices_NK, values_NK, *(() if tau is None else truncation.softmax_metrics(logits_NV, tau)[1:]))
+
+    return over_tokens(chunk, hidden_BTD.shape[:-1], chunk_size, hidden_BTD)
 
 
-def logits_at_forward(form, temperature, hidden_BTD, head, indices_BTK):
-    def chunk(hidden, indices):
-        logits = make_logits(hidden, head, form)
-        picked = jnp.take_along_axis(logits, indices, axis=-1)
-        return picked, None if temperature is None else truncation.describe(logits, temperature)
+def _linear_divergence(
+    loss,
+    student_hidden_BTD,
+    student_unembedding_DV,
+    teacher_hidden_BTD,
+    teacher_unembedding_DV,
+    temperature,
+    *,
+    student_bias_V=None,
+    teacher_bias_V=None,
+    logit_scale=1.0,
+    logit_softcap=None,
+    vocab_size=None,
+    chunk_size=512,
+    vocab_shards=None,
+    weight_BT=None,
+):
+    checks.floating("student_hidden_BTD", student_hidden_BTD)
+    checks.floating("teacher_hidden_BTD", teacher_hidden_BTD)
+    checks.tokens("teacher_hidden_BTD", teacher_hidden_BTD, student_hidden_BTD.shape[:-1])
+    student = LMHead.checked("student_", student_hidden_BTD, student_unembedding_DV, student_bias_V)
+    teacher = LMHead.checked("teacher_", teacher_hidden_BTD, teacher_unembedding_DV, teacher_bias_V)
+    tau = checks.temperature(temperature, checks.accumulation_dtype(student_hidden_BTD.dtype, student.dtype))
+    widths = {"student_unembedding_DV": student.vocabulary, "teacher_unembedding_DV": teacher.vocabulary}
+    vocab_size = checks.vocab_size(vocab_size, **widths)
+    scales, softcaps = pair("logit_scale", logit_scale), pair("logit_softcap", logit_softcap)
+    configs = [
+        head.config(scale, softcap, vocab_size, vocab_shards)
+        for head, scale, softcap in zip((student, teacher), scales, softcaps, strict=True)
+    ]
+    # Both models are cut into the same blocks of the vocabulary: the teacher's takes the student's padding.
+    teacher = jax.tree.map(partial(_resized, size=student.vocabulary), teacher, teacher.axes)
+    configs[1] = configs[1]._replace(padded=configs[0].padded, shards=configs[0].shards)
+    targets = Targets(*jax.lax.stop_gradient((teacher_hidden_BTD, teacher)), tau)
+    term, chunk_size = Term(loss, *configs), checks.chunk_size(chunk_size)
+    return _one_loss(term, chunk_size, student_hidden_BTD, student, weight_BT, targets)
 
-    values = blocks.over_tokens(chunk, form.chunk_size, hidden_BTD, indices_BTK)
-    return values, (hidden_BTD, head, indices_BTK, None if form.softcap is None else values[0])
+
+def _one_loss(term: Term, chunk_size: int, hidden_BTD, head, weight_BT, targets: Targets):
+    """Unreduced, or a weighted sum."""
+    if weight_BT is not None:
+        checks.weight(weight_BT, hidden_BTD.shape[:-1])
+        run = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))
+        return run(hidden_BTD, head, jnp.asarray(weight_BT), targets)
+
+    @sharding.automatic(hidden_BTD.ndim - 1)
+    def run(hidden_BTD, head, targets):
+        return linear_losses((term,), chunk_size, (hidden_BTD,), head, (targets,))[0]
+
+    return run(hidden_BTD, head, targets)
 
 
-def _logits_at_backward(form, temperature, residuals, cotangents):
-    hidden_BTD, head, indices_BTK, picked_BTK = residuals
-    slope = logits_at_slope(form, head.vocabulary, indices_BTK, picked_BTK, cotangents[0])
-    return *blocks.backward(form, slope, hidden_BTD, (head,)), None
-
-
-def logits_at_slope(form, vocabulary, indices_BTK, picked_BTK, cotangent_BTK):
-    k = indices_BTK.shape[-1]
-    pull_NK = (cotangent_BTK * logits_slope(picked_BTK, form)).reshape(-1, k)
-    indices_NK = indices_BTK.reshape(-1, k)
-
-    def slope(pieces, columns):
-        return blocks.spread(pull_NK, indices_NK, columns, vocabulary, form.shards)
-
-    return slope
-
-
-_logits_at = jax.custom_vjp(_logits_at, nondiff_argnums=(0, 1))
-_logits_at.defvjp(logits_at_forward, _logits_at_backward)
+def _resized(x, axis: int, size: int):
+    if x.shape[axis] >= size:
+        return jax.lax.slice_in_dim(x, 0, size, axis=axis)
+    return jnp.pad(x, [(0, size - x.shape[axis]) if place == axis else (0, 0) for place in range(x.ndim)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -14,24 +16,26 @@ def sequence_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
         (1/B) sum_i (1/L_i) sum_t mask_it values_it,    L_i = sum_t mask_it
 
     Args:
-        values_BT: [B, T], float.
-        mask_BT: [B, T], bool, True where a token counts.
+        values_BT: [B, T], or any leading shape; float.
+        mask_BT: [B, T], bool, True where a token counts; or int, where it is not 0.
 
     Returns:
         A scalar in float32 (float64 where the values are). A sequence with nothing unmasked adds 0 and
-        is still counted in B; masked values may be inf or NaN, their gradient is 0.
+        is still counted in B; masked values may be inf or NaN, their gradient is 0. An empty batch gives 0.
+
+    Raises:
+        ValueError: shapes differ, or a dtype does not fit.
 
     RAFT (arXiv:2606.00147), Eqs. 5 and 10.
 
     >>> float(sequence_mean(jnp.array([[1.0, 3.0], [8.0, 9.0]]), jnp.array([[True, True], [True, False]])))
     5.0
     """
-    checks.floating("values_BT", values_BT, 2)
-    checks.mask(mask_BT, values_BT.shape)
-    values_BT = checks.widen(values_BT)
+    checks.floating("values_BT", values_BT)
+    mask_BT = checks.mask(mask_BT, values_BT.shape)
+    values_BT = checks.upcast(values_BT)
     sums_B = jnp.sum(jnp.where(mask_BT, values_BT, 0), axis=-1)
-    counts_B = jnp.sum(mask_BT, axis=-1)
-    return jnp.mean(sums_B / jnp.maximum(counts_B, 1))
+    return jnp.sum(sums_B / _counts(mask_BT, sums_B.dtype, axis=-1)) / _num_rows(mask_BT, sums_B.dtype)
 
 
 def token_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
@@ -40,43 +44,49 @@ def token_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
         sum_it mask_it values_it / sum_it mask_it
 
     Args:
-        values_BT: [B, T], float.
-        mask_BT: [B, T], bool, True where a token counts.
+        values_BT: [B, T], or any shape; float.
+        mask_BT: [B, T], bool, True where a token counts; or int, where it is not 0.
 
     Returns:
         A scalar in float32 (float64 where the values are); 0 with nothing unmasked. Masked values may be
         inf or NaN, their gradient is 0.
 
+    Raises:
+        ValueError: shapes differ, or a dtype does not fit.
+
     >>> float(token_mean(jnp.array([[1.0, 3.0], [8.0, 9.0]]), jnp.array([[True, True], [True, False]])))
     4.0
     """
-    checks.floating("values_BT", values_BT, 2)
-    checks.mask(mask_BT, values_BT.shape)
-    values_BT = checks.widen(values_BT)
-    return jnp.sum(jnp.where(mask_BT, values_BT, 0)) / jnp.maximum(jnp.sum(mask_BT), 1)
-
-
-def weighted(values_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
-    """sum_bt weight_bt values_bt; values of weight 0 may be inf or NaN."""
-    return jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * checks.widen(values_BT)))
+    checks.floating("values_BT", values_BT)
+    mask_BT = checks.mask(mask_BT, values_BT.shape)
+    values_BT = checks.upcast(values_BT)
+    return jnp.sum(jnp.where(mask_BT, values_BT, 0)) / _counts(mask_BT, values_BT.dtype)
 
 
 def sequence_weight(mask_BT: jax.Array) -> jax.Array:
-    """The weights [B, T] whose weighted sum is `sequence_mean`, for the linear losses' `weight_BT`.
+    """The weights [B, T], float32, whose weighted sum is `sequence_mean`, for the linear losses' `weight_BT`.
 
     >>> sequence_weight(jnp.array([[True, True], [True, False]])).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
     """
-    checks.mask(mask_BT)
-    counts_B1 = jnp.maximum(jnp.sum(mask_BT, axis=-1, keepdims=True), 1)
-    return mask_BT / (counts_B1 * mask_BT.shape[0]).astype(jnp.float32)
+    mask_BT = checks.mask(mask_BT)
+    counts_B1 = _counts(mask_BT, jnp.float32, axis=-1, keepdims=True)
+    return mask_BT.astype(jnp.float32) / (counts_B1 * _num_rows(mask_BT, jnp.float32))
 
 
 def token_weight(mask_BT: jax.Array) -> jax.Array:
-    """The weights [B, T] whose weighted sum is `token_mean`, for the linear losses' `weight_BT`.
+    """The weights [B, T], float32, whose weighted sum is `token_mean`, for the linear losses' `weight_BT`.
 
     >>> token_weight(jnp.array([[True, True], [True, False]])).tolist()
     [[0.3333333432674408, 0.3333333432674408], [0.3333333432674408, 0.0]]
     """
-    checks.mask(mask_BT)
-    return mask_BT / jnp.maximum(jnp.sum(mask_BT), 1).astype(jnp.float32)
+    mask_BT = checks.mask(mask_BT)
+    return mask_BT.astype(jnp.float32) / _counts(mask_BT, jnp.float32)
+
+
+def _counts(mask_BT, dtype, **settings):
+    return jnp.maximum(jnp.sum(mask_BT, **settings), 1).astype(dtype)
+
+
+def _num_rows(mask_BT, dtype):
+    return jnp.maximum(jnp.asarray(math.prod(mask_BT.shape[:-1])), 1).astype(dtype)

@@ -1,49 +1,136 @@
-"""The teacher's K most likely tokens, and the KL between the two distributions renormalised on them."""
+"""The teacher's K most likely tokens: how they are kept, and how they are found."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
 
-from raft_jax.losses import checks, placement
+from raft_jax.losses import checks, sharding, xla_cpu
 
 
-class TopK(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class TopK:
     """The K most likely tokens of a teacher: from `top_k`, `linear_top_k`, a file or another process.
 
-    The last two describe the whole vocabulary and feed metrics only; None where they are not known.
+    Goes wherever a loss takes the teacher. An entry whose index is -1 or whose logit is -inf is absent: it has no share
+    of either distribution, so rows with fewer than K tokens are padded so. It is a pytree, with the temperature as
+    static data; `_asdict()` gives what `numpy.savez` writes and `TopK(**numpy.load(path))` reads.
+
+    Args:
+        indices_BTK: [B, T, K], int, most likely first; distinct at each position.
+        logits_BTK: [B, T, K], float, before the temperature.
+        log_normalizer_BT: [B, T], float, log sum_a exp(u_a / temperature) over the vocabulary, for the metrics.
+        entropy_BT: [B, T], float, nats, of the whole vocabulary at the temperature, for the metrics.
+        temperature: > 0, that of the two statistics; None where it is not known.
+
+    Raises:
+        ValueError: dtypes or shapes do not fit, or an index occurs twice at a position. (Traced indices are not read:
+            under `jit` make the TopK outside.)
+
+    >>> teacher = TopK(jnp.array([[[7, 2, -1]]]), jnp.array([[[1.5, 0.5, 0.0]]]))
+    >>> round(float(top_k_forward_kl(jnp.zeros((1, 1, 8)), teacher, temperature=1.0)[0, 0]), 4)  # of two tokens
+    0.1109
     """
 
-    indices_BTK: jax.Array  # int32, most likely first
-    logits_BTK: jax.Array  # their logits, before the temperature
-    log_normalizer_BT: jax.Array | None = None  # log sum_a exp(u_a / temperature) over the vocabulary
-    entropy_BT: jax.Array | None = None  # nats, at the temperature
+    indices_BTK: jax.Array
+    logits_BTK: jax.Array
+    log_normalizer_BT: jax.Array | None = None
+    entropy_BT: jax.Array | None = None
+    temperature: float | None = None
+
+    def __post_init__(self):
+        if not hasattr(self.indices_BTK, "dtype") or not jnp.issubdtype(self.indices_BTK.dtype, jnp.integer):
+            given = getattr(self.indices_BTK, "dtype", type(self.indices_BTK).__name__)
+            raise ValueError(f"indices_BTK must be an integer array, got {given}")
+        checks.floating("logits_BTK", self.logits_BTK)
+        shape = self.logits_BTK.shape
+        if self.indices_BTK.shape != shape:
+            raise ValueError(f"indices_BTK must have the shape {shape} of logits_BTK, got {self.indices_BTK.shape}")
+        for name in ("log_normalizer_BT", "entropy_BT"):
+            value = getattr(self, name)
+            if value is not None and value.shape != shape[:-1]:
+                raise ValueError(f"{name} must have shape {shape[:-1]} to meet logits_BTK, got {value.shape}")
+        object.__setattr__(self, "temperature", static_or_none(self.temperature))
+        _check_distinct(self.indices_BTK, self.logits_BTK)
+
+    def _asdict(self) -> dict:
+        """What is known, by name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _replace(self, **changes) -> TopK:
+        return replace(self, **changes)
+
+
+def _unflatten(temperature, arrays) -> TopK:
+    """Unchecked: JAX puts other things than arrays in a pytree's place."""
+    teacher = object.__new__(TopK)
+    for field, value in zip(fields(TopK), (*arrays, temperature), strict=True):
+        object.__setattr__(teacher, field.name, value)
+    return teacher
+
+
+jax.tree_util.register_pytree_node(
+    TopK, lambda x: ((x.indices_BTK, x.logits_BTK, x.log_normalizer_BT, x.entropy_BT), x.temperature), _unflatten
+)
+
+
+def _check_distinct(indices, logits) -> None:
+    if any(checks.is_traced(x) or not hasattr(x, "__array__") for x in (indices, logits)):
+        return
+    indices = indices.__array__().astype("int64")
+    indices[logits.__array__() == -math.inf] = -1
+    indices.sort(axis=-1)
+    twice = (indices[..., 1:] == indices[..., :-1]) & (indices[..., 1:] >= 0)
+    if twice.any():
+        raise ValueError(
+            f"indices_BTK must be distinct at each position, got {indices[..., 1:][twice][0]} twice; "
+            "mark padding by index -1 or logit -inf"
+        )
+
+
+def given_top_k(teacher: TopK, k: int | None, vocab_size: int) -> TopK:
+    """A `TopK` from elsewhere, cut to its first k, absent entries marked by index -1."""
+    kept = teacher.logits_BTK.shape[-1]
+    if k is not None and k > kept and kept < vocab_size:
+        raise ValueError(f"k must be at most the {kept} tokens that the TopK holds, got {k}")
+    indices, logits = teacher.indices_BTK[..., :k], teacher.logits_BTK[..., :k]
+    absent = (indices < 0) | jnp.isneginf(logits)
+    arrays = jnp.where(absent, -1, indices).astype(jnp.int32), logits, teacher.log_normalizer_BT, teacher.entropy_BT
+    return jax.lax.stop_gradient(TopK(*arrays, teacher.temperature))
+
+
+def check_statistics(teacher, temperature) -> None:
+    """The metrics of a kept teacher are at the temperature that it was kept at."""
+    known = isinstance(teacher, TopK) and teacher.temperature is not None and not checks.is_traced(temperature)
+    if known and not math.isclose(teacher.temperature, float(temperature), rel_tol=1e-6):
+        raise ValueError(
+            f"return_metrics needs a TopK whose statistics are at the loss's temperature {temperature}, "
+            f"got one of {teacher.temperature}"
+        )
+
+
+def gather(logits: jax.Array, teacher: TopK, vocab_size: int) -> tuple[jax.Array, jax.Array]:
+    """(student's, teacher's) logits [..., K] at the teacher's tokens, in float32; -inf for both where one is absent."""
+    indices = teacher.indices_BTK
+    student = jnp.take_along_axis(logits, jnp.clip(indices, 0, logits.shape[-1] - 1), axis=-1)
+    student, kept = checks.upcast(student), checks.upcast(teacher.logits_BTK)
+    student = jnp.where((indices >= vocab_size) & ~jnp.isneginf(kept), jnp.nan, student)  # no token has that index
+    return tuple(jnp.where(indices < 0, -jnp.inf, x) for x in (student, kept))
 
 
 def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
     """-inf in the columns that pad the vocabulary."""
     if logits.shape[-1] == vocab_size:
         return logits
-    return jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+    columns = jnp.arange(logits.shape[-1]).reshape(*[1] * (logits.ndim - 1), -1)
+    return jnp.where(columns < vocab_size, logits, -jnp.inf)
 
 
-def log_normalizer(logits: jax.Array) -> jax.Array:
-    """log sum exp over the last axis; -inf where every logit is."""
-    top = jnp.max(logits, axis=-1, keepdims=True, initial=-jnp.inf)
-    top = jnp.where(jnp.isneginf(top), 0, top)
-    return jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
-
-
-def log_softmax(logits: jax.Array) -> jax.Array:
-    """Logprobs over the last axis; -inf everywhere where every logit is -inf."""
-    normalizer = log_normalizer(logits)[..., None]
-    return logits - jnp.where(jnp.isneginf(normalizer), 0, normalizer)
-
-
-def describe(logits: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+def softmax_metrics(logits: jax.Array, temperature) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(largest logit, log normalizer, entropy in nats) of softmax(logits / temperature) over the last axis."""
     best = jnp.max(logits, axis=-1)
     top = jnp.where(jnp.isneginf(best), 0, best)
@@ -55,16 +142,84 @@ def describe(logits: jax.Array, temperature: float) -> tuple[jax.Array, jax.Arra
     return best, jnp.log(total) + top / temperature, entropy
 
 
+def truncation_metrics(teacher: TopK, student_BTK, teacher_BTK, student_metrics, temperature) -> dict[str, jax.Array]:
+    """What the truncation hides, each [B, T], from `softmax_metrics` of the student; of the teacher what is known."""
+    best_BT, normalizer_BT, entropy_BT = student_metrics
+    values = {
+        "student_mass": _mass(student_BTK / temperature, normalizer_BT),
+        "student_entropy": entropy_BT,
+        "agreement": (student_BTK[..., 0] >= best_BT).astype(entropy_BT.dtype),
+    }
+    if teacher.log_normalizer_BT is not None:
+        values["teacher_mass"] = _mass(teacher_BTK / temperature, checks.upcast(teacher.log_normalizer_BT))
+    if teacher.entropy_BT is not None:
+        values["teacher_entropy"] = checks.upcast(teacher.entropy_BT)
+    return jax.lax.stop_gradient(values)
+
+
 def _mass(kept: jax.Array, normalizer_BT: jax.Array) -> jax.Array:
     """Probability of the kept scaled logits under the normalizer of all."""
-    return jnp.exp(log_normalizer(kept) - jnp.where(jnp.isneginf(normalizer_BT), 0, normalizer_BT))
+    top = jnp.max(kept, axis=-1, initial=-jnp.inf)
+    top = jnp.where(jnp.isneginf(top), 0, top)
+    normalizer_BT = jnp.where(jnp.isneginf(normalizer_BT), 0, normalizer_BT)
+    return jnp.sum(jnp.exp(kept - top[..., None]), axis=-1) * jnp.exp(top - normalizer_BT)
 
 
-def select(logits: jax.Array, k: int, recall: float | None, shards: int) -> tuple[jax.Array, jax.Array]:
-    """(values, indices) of the k largest along the last axis, largest first.
+def top_k(
+    logits_BTV: jax.Array,
+    *,
+    k: int = 512,
+    temperature: float = 1.5,
+    vocab_size: int | None = None,
+    recall: float | None = None,
+    vocab_shards: int | None = None,
+) -> TopK:
+    """The K most likely tokens at each position, to be kept in place of a teacher.
 
-    Exact, or by `jax.lax.approx_max_k` with the given recall. Of equal values at the last place it depends on the
-    platform which are taken, and on nothing else.
+    Args:
+        logits_BTV: [B, T, V], or any leading shape; float, before the temperature. Carries no gradient.
+        k: tokens kept, >= 1; more than the vocabulary means all of it.
+        temperature: > 0; of the two statistics, not of the logits that are kept.
+        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
+        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact.
+        vocab_shards: devices over which the vocabulary is split (see `linear_cross_entropy`).
+
+    Returns:
+        TopK of [B, T, K] and [B, T], logits in float32. No gradient.
+
+    Raises:
+        ValueError: an argument does not fit; said while tracing.
+
+    RAFT (arXiv:2606.00147), Eq. 9.
+
+    >>> top_k(jnp.log(jnp.array([[[0.1, 0.6, 0.3]]])), k=2).indices_BTK.tolist()
+    [[[1, 2]]]
+    """
+    checks.floating("logits_BTV", logits_BTV)
+    checks.truncation(k, recall)
+    tau = checks.temperature(temperature, checks.accumulation_dtype(logits_BTV.dtype))
+    vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
+    shards = sharding.vocab_shards(vocab_shards, logits_BTV)
+
+    @sharding.automatic(logits_BTV.ndim - 1)
+    def search(logits_BTV, tau):
+        logits_BTV = mask_padding(checks.upcast(jax.lax.stop_gradient(logits_BTV)), vocab_size)
+        values_BTK, indices_BTK = top_k_sharded(logits_BTV, min(k, vocab_size), recall, shards)
+        return TopK(indices_BTK, values_BTK, *softmax_metrics(logits_BTV, tau)[1:], static_or_none(temperature))
+
+    return search(logits_BTV, tau)
+
+
+def static_or_none(temperature) -> float | None:
+    """Not known where it is traced."""
+    return None if temperature is None or checks.is_traced(temperature) else float(temperature)
+
+
+def top_k_sharded(logits: jax.Array, k: int, recall: float | None, shards: int) -> tuple[jax.Array, jax.Array]:
+    """(values, indices) of the k largest along the last axis, largest first; each shard searches its own columns.
+
+    Exact, or by `jax.lax.approx_max_k` with the given recall. Which of several equal values are taken at the last
+    place depends on the backend and on nothing else.
     """
     size = logits.shape[-1] // shards
     split = logits.reshape(*logits.shape[:-1], shards, size)
@@ -73,10 +228,10 @@ def select(logits: jax.Array, k: int, recall: float | None, shards: int) -> tupl
     elif shards > 1:
         values, indices = _by_bins(split, min(k, size))
     else:
-        values, indices = jax.lax.platform_dependent(
-            split, cpu=lambda x: tuple(jax.lax.top_k(x, k)), default=lambda x: _by_bins(x, k)
-        )
-    indices = (indices + size * jnp.arange(shards, dtype=indices.dtype)[:, None]).reshape(*logits.shape[:-1], -1)
+        values, indices = xla_cpu.on_cpu(lambda x: tuple(jax.lax.top_k(x, k)), lambda x: _by_bins(x, k), split)
+    offset = size * jnp.arange(shards, dtype=indices.dtype)
+    indices = indices + offset.reshape(*[1] * (logits.ndim - 1), -1, 1)
+    indices = indices.reshape(*logits.shape[:-1], shards * indices.shape[-1])
     values = values.reshape(indices.shape)
     if shards == 1:
         return values, indices
@@ -106,103 +261,3 @@ def _by_sort(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     indices = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     values, indices = jax.lax.sort((-values, indices), num_keys=1, is_stable=True)
     return -values[..., :k], indices[..., :k]
-
-
-def top_k(
-    logits_BTV: jax.Array,
-    *,
-    k: int = 512,
-    temperature: float = 1.5,
-    vocab_size: int | None = None,
-    recall: float | None = None,
-    vocab_shards: int | None = None,
-) -> TopK:
-    """The K most likely tokens at each position, to be kept in place of a teacher.
-
-    Args:
-        logits_BTV: [B, T, V], float, before the temperature. Carries no gradient.
-        k: tokens kept, >= 1; more than the vocabulary means all of it.
-        temperature: > 0; of the two statistics, not of the logits that are kept.
-        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
-        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact.
-        vocab_shards: devices over which the vocabulary is split (see `linear_cross_entropy`).
-
-    Returns:
-        TopK of [B, T, K] and [B, T], logits in float32.
-
-    RAFT (arXiv:2606.00147), Eq. 9.
-
-    >>> top_k(jnp.log(jnp.array([[[0.1, 0.6, 0.3]]])), k=2).indices_BTK.tolist()
-    [[[1, 2]]]
-    """
-    checks.floating("logits_BTV", logits_BTV, 3)
-    checks.truncation(k, recall)
-    checks.temperature(temperature)
-    vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
-    shards = placement.vocab_shards(vocab_shards, logits_BTV)
-
-    def search(logits_BTV):
-        logits_BTV = mask_padding(checks.widen(jax.lax.stop_gradient(logits_BTV)), vocab_size)
-        values_BTK, indices_BTK = select(logits_BTV, min(k, vocab_size), recall, shards)
-        return TopK(indices_BTK, values_BTK, *describe(logits_BTV, temperature)[1:])
-
-    return placement.automatic(search, logits_BTV)
-
-
-def first(teacher: TopK, k: int) -> TopK:
-    """The k most likely of what is there."""
-    return teacher._replace(indices_BTK=teacher.indices_BTK[..., :k], logits_BTK=teacher.logits_BTK[..., :k])
-
-
-def truncated_forward_kl(student_BTK: jax.Array, teacher_BTK: jax.Array, temperature: float) -> jax.Array:
-    """T² KL(q̃ || p̃) in nats from the logits of both at the teacher's tokens; none for the teacher."""
-    return _truncated(student_BTK, jax.lax.stop_gradient(teacher_BTK), jnp.asarray(temperature, student_BTK.dtype))
-
-
-@jax.custom_vjp
-def _truncated(student_BTK, teacher_BTK, temperature):
-    return _truncated_forward(student_BTK, teacher_BTK, temperature)[0]
-
-
-def _truncated_forward(student_BTK, teacher_BTK, temperature):
-    student_BTK, teacher_BTK = student_BTK / temperature, teacher_BTK / temperature
-    student_logprobs_BTK, teacher_logprobs_BTK = log_softmax(student_BTK), log_softmax(teacher_BTK)
-    p_BTK, q_BTK = jnp.exp(student_logprobs_BTK), jnp.exp(teacher_logprobs_BTK)
-    # Not "where q > 0": a NaN would be no loss.
-    terms_BTK = jnp.where(q_BTK == 0, 0, q_BTK * (teacher_logprobs_BTK - student_logprobs_BTK))
-    # Between close distributions the terms cancel to rounding. There, with d = log q - log p up to a constant,
-    # KL = sum q d + log sum q exp(-d): precise, and exactly 0 where d is.
-    apart_BTK = jnp.where(student_BTK == teacher_BTK, 0, teacher_BTK - student_BTK)
-    close_BT1 = jnp.max(jnp.abs(apart_BTK), axis=-1, keepdims=True, initial=0) < 0.5
-    apart_BTK = jnp.where(close_BT1, apart_BTK, 0)
-    excess_BTK = jnp.expm1(-apart_BTK)
-    mean_BT1 = jnp.sum(q_BTK * excess_BTK, axis=-1, keepdims=True)
-    close_nats_BT = jnp.sum(q_BTK * apart_BTK, axis=-1) + jnp.log1p(mean_BT1[..., 0])
-    nats_BT = jnp.where(close_BT1[..., 0], close_nats_BT, jnp.sum(terms_BTK, axis=-1))
-    slope_BTK = jnp.where(close_BT1, q_BTK * (excess_BTK - mean_BT1) / (1 + mean_BT1), p_BTK - q_BTK)
-    # A teacher without one finite logit says nothing: no loss above, no gradient here.
-    slope_BTK = slope_BTK * jnp.any(q_BTK > 0, axis=-1, keepdims=True)
-    return temperature**2 * nats_BT, temperature * slope_BTK
-
-
-def _truncated_backward(slope_BTK, cotangent_BT):
-    return cotangent_BT[..., None] * slope_BTK, jnp.zeros_like(slope_BTK), jnp.zeros((), slope_BTK.dtype)
-
-
-_truncated.defvjp(_truncated_forward, _truncated_backward)
-
-
-def metrics(teacher: TopK, student_BTK: jax.Array, described: tuple, temperature: float) -> dict[str, jax.Array]:
-    """What the truncation hides, each [B, T], from `describe` of the student; of the teacher only what is known."""
-    best_BT, normalizer_BT, entropy_BT = described
-    values = {
-        "student_mass": _mass(student_BTK / temperature, normalizer_BT),
-        "student_entropy": entropy_BT,
-        "agreement": (student_BTK[..., 0] >= best_BT).astype(entropy_BT.dtype),
-    }
-    if teacher.log_normalizer_BT is not None:
-        teacher_BTK = checks.widen(teacher.logits_BTK)
-        values["teacher_mass"] = _mass(teacher_BTK / temperature, teacher.log_normalizer_BT)
-    if teacher.entropy_BT is not None:
-        values["teacher_entropy"] = teacher.entropy_BT
-    return jax.lax.stop_gradient(values)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from quick import quick_jit
@@ -22,11 +23,11 @@ every_distilling_loss = each([row for row in ROWS if row.distils])
 
 @functools.cache
 def step_of(row):
-    """(student, fixed, mask) -> (nats, means, gradients of the first mean), compiled once for the whole file."""
+    """(student, fixed, mask) -> (losses, means, gradients of the first mean), compiled once for the whole file."""
 
     def loss(student, fixed, mask):
         means = row.means(student, fixed, mask)
-        return means[0], (row.nats(student, fixed), means)
+        return means[0], (row.unreduced(student, fixed), means)
 
     def step(student, fixed, mask):
         floating = row.distils  # labels have no gradient to be asked for
@@ -34,6 +35,16 @@ def step_of(row):
         return *seen, grads
 
     return quick_jit(step)
+
+
+def unreduced_and_grad(loss):
+    """x -> (the loss of each token, the gradient of their sum), compiled."""
+
+    def run(x):
+        loss_BT, pullback = jax.vjp(loss, x)
+        return loss_BT, pullback(jnp.ones_like(loss_BT))[0]
+
+    return quick_jit(run)
 
 
 def assert_close(got, want, rtol=2e-5, atol=2e-6):

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import in_float64
 import jax.numpy as jnp
-import losses_twin as twin
 import numpy as np
 
 from raft_jax import losses
-from raft_jax.losses import Tied, sequence_mean, sequence_weight, token_mean, token_weight
+from raft_jax.losses import TiedEmbedding, reference, sequence_mean, sequence_weight, token_mean, token_weight
 
 B, T, D, V, K = 2, 5, 4, 24, 6
 
@@ -17,8 +17,8 @@ B, T, D, V, K = 2, 5, 4, 24, 6
 @dataclass(frozen=True)
 class Row:
     name: str
-    loss: Callable  # (*student arrays, *fixed arrays) -> nats_BT
-    twin: Callable  # (student logits, fixed) -> nats_BT in float64 NumPy; fixed: the teacher's logits, or labels
+    loss: Callable  # (*student arrays, *fixed arrays) -> loss_BT
+    in_numpy: Callable  # (student logits, fixed) -> loss_BT in float64 NumPy; fixed: the teacher's logits, or labels
     of_logits: Callable  # the same in JAX, from logits
     linear: bool  # student arrays: (hidden_BTD, unembedding_DV), else (logits_BTV,)
     distils: bool  # fixed arrays: the teacher's, of the same kind; else (labels_BT,)
@@ -39,42 +39,47 @@ class Row:
             return self.arrays(seed, batch, time, vocabulary=vocabulary, **sizes)
         return (np.random.default_rng(seed).integers(0, vocabulary, (batch, time)),)
 
-    def nats(self, student, fixed):
+    def unreduced(self, student, fixed):
         return self.loss(*student, *fixed)
 
     def means(self, student, fixed, mask):
         """(sequence mean, token mean)"""
         if self.weighted:
             return tuple(self.loss(*student, *fixed, weight_BT=of(mask)) for of in (sequence_weight, token_weight))
-        return tuple(of(self.nats(student, fixed), mask) for of in (sequence_mean, token_mean))
+        return tuple(of(self.unreduced(student, fixed), mask) for of in (sequence_mean, token_mean))
 
-    def nats_of_logits(self, student, fixed):
+    @property
+    def reference(self):
+        """The same in plain JAX, from logits: raft_jax/losses/reference.py."""
+        return REFERENCES[self.in_numpy.func](self.in_numpy.keywords)
+
+    def losses_of_logits(self, student, fixed):
         return self.of_logits(jnp.matmul(*student), jnp.matmul(*fixed) if self.distils else fixed[0])
 
-    def nats_of_twin(self, student, fixed):
+    def losses_in_numpy(self, student, fixed):
         if self.linear:
-            student, fixed = (twin.logits(*student),), (twin.logits(*fixed),) if self.distils else fixed
-        return self.twin(*student, *fixed)
+            student, fixed = (in_float64.logits(*student),), (in_float64.logits(*fixed),) if self.distils else fixed
+        return self.in_numpy(*student, *fixed)
 
 
 def tied(loss):
     """Every unembedding [D, V] given as the embedding table [V, D]."""
 
-    def nats(hidden, unembedding, *fixed, **settings):
-        fixed = fixed[:1] + tuple(Tied(x.T) for x in fixed[1:])
-        return loss(hidden, Tied(unembedding.T), *fixed, **settings)
+    def unreduced(hidden, unembedding, *fixed, **settings):
+        fixed = fixed[:1] + tuple(TiedEmbedding(x.T) for x in fixed[1:])
+        return loss(hidden, TiedEmbedding(unembedding.T), *fixed, **settings)
 
-    return nats
+    return unreduced
 
 
 def kept(loss, search):
     """The teacher as the `TopK` of an earlier pass."""
 
-    def nats(*arrays, **settings):
+    def unreduced(*arrays, **settings):
         half = len(arrays) // 2
         return loss(*arrays[:half], search(*arrays[half:], **settings), **settings)
 
-    return nats
+    return unreduced
 
 
 def answers_at_once(hidden, unembedding, labels, **settings):
@@ -85,41 +90,48 @@ def answers_at_once(hidden, unembedding, labels, **settings):
 
 def rollouts_at_once(hidden, unembedding, *teacher, **settings):
     """`linear_raft_losses` for its KL; no answer has a label."""
-    others, labels = jnp.ones_like(hidden), jnp.full(hidden.shape[:2], -1)
+    others, labels = jnp.ones_like(hidden), jnp.full(hidden.shape[:-1], -1)
     return losses.linear_raft_losses(others, labels, hidden, unembedding, *teacher, **settings)[1]
 
 
 def table():
     truncated = {"k": K, "temperature": 1.5}
-    kinds = [  # name, logits variant, linear variant, twin, settings, distils, takes weights
-        ("cross_entropy", losses.cross_entropy, losses.linear_cross_entropy, twin.cross_entropy, {}, False, True),
-        ("top_k", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, twin.top_k_forward_kl, truncated, True,
+    kinds = [  # name, logits variant, linear variant, float64, settings, distils, takes weights
+        ("cross_entropy", losses.cross_entropy, losses.linear_cross_entropy, in_float64.cross_entropy, {}, False, True),
+        ("top_k", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, in_float64.top_k_forward_kl, truncated, True,
          False),
-        ("top_all", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, twin.top_k_forward_kl,
+        ("top_all", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, in_float64.top_k_forward_kl,
          {"k": 10 * V, "temperature": 0.7}, True, False),
         ("kept_top_k", kept(losses.top_k_forward_kl, losses.top_k),
-         kept(losses.linear_top_k_forward_kl, losses.linear_top_k), twin.top_k_forward_kl, truncated, True, False),
-        ("forward_kl", losses.forward_kl, losses.linear_forward_kl, twin.forward_kl, {}, True, True),
-        ("reverse_kl", losses.reverse_kl, losses.linear_reverse_kl, twin.reverse_kl, {"temperature": 2.0}, True, True),
-        ("jensen_shannon", losses.jensen_shannon, losses.linear_jensen_shannon, twin.jensen_shannon,
+         kept(losses.linear_top_k_forward_kl, losses.linear_top_k), in_float64.top_k_forward_kl, truncated, True,
+         False),
+        ("forward_kl", losses.forward_kl, losses.linear_forward_kl, in_float64.forward_kl, {}, True, True),
+        ("reverse_kl", losses.reverse_kl, losses.linear_reverse_kl, in_float64.reverse_kl, {"temperature": 2.0}, True,
+         True),
+        ("jensen_shannon", losses.jensen_shannon, losses.linear_jensen_shannon, in_float64.jensen_shannon,
          {"beta": 0.3, "temperature": 1.0}, True, True),
     ]  # fmt: skip
     rows = [
-        Row("linear_raft_losses-sft", partial(answers_at_once, chunk_size=4, k=K), twin.cross_entropy,
+        Row("linear_raft_losses-sft", partial(answers_at_once, chunk_size=4, k=K), partial(in_float64.cross_entropy),
             losses.cross_entropy, True, False),
         Row("linear_raft_losses-kl", partial(rollouts_at_once, chunk_size=4, **truncated),
-            partial(twin.top_k_forward_kl, **truncated), partial(losses.top_k_forward_kl, **truncated), True, True),
+            partial(in_float64.top_k_forward_kl, **truncated), partial(losses.top_k_forward_kl, **truncated), True,
+            True),
     ]  # fmt: skip
-    for name, of_logits, of_hidden, of_twin, settings, distils, takes_weights in kinds:
-        of_logits, of_twin = partial(of_logits, **settings), partial(of_twin, **settings)
-        rows.append(Row(name, of_logits, of_twin, of_logits, False, distils))
+    for name, of_logits, of_hidden, in_numpy, settings, distils, takes_weights in kinds:
+        of_logits, in_numpy = partial(of_logits, **settings), partial(in_numpy, **settings)
+        rows.append(Row(name, of_logits, in_numpy, of_logits, False, distils))
         linear = {"": of_hidden}
         if takes_weights or name == "top_k":
             linear["-tied"] = tied(of_hidden)
         for suffix, loss in linear.items():
             loss, weighted = partial(loss, chunk_size=4, **settings), bool(suffix) and takes_weights
-            rows.append(Row(f"linear_{name}{suffix}", loss, of_twin, of_logits, True, distils, weighted))
+            rows.append(Row(f"linear_{name}{suffix}", loss, in_numpy, of_logits, True, distils, weighted))
     return rows
 
 
+REFERENCES = {
+    getattr(in_float64, name): lambda settings, name=name: partial(getattr(reference, name), **settings)
+    for name in ("cross_entropy", "top_k_forward_kl", "forward_kl", "reverse_kl", "jensen_shannon")
+}
 ROWS = table()

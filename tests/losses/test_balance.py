@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from raft_jax.losses import init_balance, raft_objective, sequence_mean, token_mean, update_balance
 
@@ -37,8 +38,24 @@ def test_a_kl_that_is_rounding_has_no_weight():
     np.testing.assert_allclose(update_balance(init_balance(), 7.0, 1e-10, floor=0)[0], 7 / 1.01e-8, rtol=1e-6)
 
 
-def test_a_kl_that_is_not_finite_is_not_hidden():
-    assert np.isnan(update_balance(init_balance(), 7.0, np.nan)[0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_loss_that_is_not_finite(bad):
+    """It is not hidden, and the averages are as if there had been no such step."""
+    _, state = update_balance(init_balance(), 7.0, 0.5)
+    want, _ = update_balance(state, 6.0, 0.4)
+    for pair in (7.0, bad), (bad, 0.5):
+        weight, after = update_balance(state, *pair)
+        assert np.isnan(weight)
+        np.testing.assert_array_equal(after, state)
+        np.testing.assert_array_equal(update_balance(after, 6.0, 0.4)[0], want)
+        assert np.isnan(raft_objective(*pair, weight))
+
+
+def test_max_weight():
+    assert update_balance(init_balance(), 7.0, 1e-4, max_weight=50.0)[0] == 50
+    np.testing.assert_allclose(update_balance(init_balance(), 7.0, 0.5, max_weight=50.0)[0], 14, rtol=1e-6)
+    _, state = update_balance(init_balance(), 7.0, 1e-4, max_weight=50.0)
+    np.testing.assert_allclose(state.corrected(), (7, 1e-4), rtol=1e-6)  # the averages know no limit
 
 
 def test_no_gradient_through_the_weight():

@@ -1,33 +1,35 @@
 """What every loss keeps, row by row: its numbers."""
 
+import in_float64
 import jax
 import jax.numpy as jnp
-import losses_twin as twin
 import numpy as np
 from contract import MASK, assert_close, every_distilling_loss, every_loss, step_of
 from rows import B, T
 
 
 @every_loss
-def test_jit_is_eager_is_twin(row):
+def test_jit_is_eager_is_float64(row):
     student, fixed = row.student(), row.fixed()
-    nats_BT = row.nats(student, fixed)
-    assert nats_BT.shape == (B, T) and nats_BT.dtype == jnp.float32
-    assert_close(step_of(row)(student, fixed, MASK)[0], nats_BT)
-    assert_close(nats_BT, row.nats_of_twin(student, fixed))
+    loss_BT = row.unreduced(student, fixed)
+    assert loss_BT.shape == (B, T) and loss_BT.dtype == jnp.float32
+    assert_close(step_of(row)(student, fixed, MASK)[0], loss_BT)
+    assert_close(loss_BT, row.losses_in_numpy(student, fixed))
 
 
 @every_loss
 def test_gradient_is_that_of_differences(row):
-    """Of the float64 twin, so that the differences are not ours either."""
+    """Of the losses in float64 NumPy, so that the differences are not ours either."""
     student, fixed = row.student(), row.fixed()
     _, _, grads = step_of(row)(student, fixed, MASK)
     weight = MASK / MASK.sum(-1, keepdims=True) / B
     wide = [x.astype(np.float64) for x in student]
     for place, x in enumerate(wide):
-        want = twin.gradient(
-            lambda x, place=place: (row.nats_of_twin([*wide[:place], x, *wide[place + 1 :]], fixed) * weight).sum(), x
-        )
+
+        def mean(x, place=place):
+            return (row.losses_in_numpy([*wide[:place], x, *wide[place + 1 :]], fixed) * weight).sum()
+
+        want = in_float64.gradient(mean, x)
         assert_close(grads[0][place], want, rtol=1e-4, atol=2e-6)
 
 
@@ -60,25 +62,11 @@ def test_micro_batches_add_up(row):
     assert_close(grads[0][1:], jax.tree.map(lambda *x: np.mean(x, axis=0), *[part[2][0][1:] for part in parts]))
 
 
-@every_loss
-def test_a_nan_is_seen(row):
-    """In the student or the teacher: the token's loss is NaN, and so is every mean that counts it."""
-    student, fixed = row.student(), row.fixed()
-    for side, arrays in enumerate((student, fixed)[: 1 + row.distils]):
-        broken = arrays[0].copy()
-        broken[0, 1] = np.nan
-        both = [student, fixed]
-        both[side] = (broken, *arrays[1:])
-        nats_BT, means, _ = step_of(row)(*both, MASK)
-        np.testing.assert_array_equal(np.isnan(nats_BT), np.arange(T) == np.array([[1], [-1]]))
-        assert np.isnan(means).all()
-
-
 @every_distilling_loss
 def test_identical_distributions_give_exactly_0(row):
     student = row.student()
-    assert not row.nats(student, student).any()
-    assert not jax.jit(row.nats)(student, student).any()  # as compiled for use: fused, contracted
+    assert not row.unreduced(student, student).any()
+    assert not jax.jit(row.unreduced)(student, student).any()  # as compiled for use: fused, contracted
     _, _, grads = step_of(row)(student, student, MASK)
     assert_close(grads, jax.tree.map(np.zeros_like, grads))
 

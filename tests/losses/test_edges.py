@@ -2,9 +2,9 @@
 
 from functools import partial
 
+import in_float64
 import jax
 import jax.numpy as jnp
-import losses_twin as twin
 import numpy as np
 import pytest
 from quick import as_one, quick_jit
@@ -33,16 +33,16 @@ def values(*rows):
 
 
 def value_and_grad(loss, student, *others, **settings):
-    nats, pull = jax.vjp(lambda x: loss(x, *others, **settings), student)
-    return np.asarray(nats), np.asarray(pull(jnp.ones_like(nats))[0])
+    loss_BT, pull = jax.vjp(lambda x: loss(x, *others, **settings), student)
+    return np.asarray(loss_BT), np.asarray(pull(jnp.ones_like(loss_BT))[0])
 
 
 def test_worked_example():
     """METHOD: q̃ = 5/9, 3/9, 1/9 and p̃ = 2/5, 2/5, 1/5."""
     teacher, student = np.log(values([0.50, 0.30, 0.10, 0.10])), np.log(values([0.20, 0.20, 0.10, 0.50]))
     q, p = np.array([5, 3, 1]) / 9, np.array([2, 2, 1]) / 5
-    nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=3, temperature=1.0)
-    np.testing.assert_allclose(nats, [[(q * np.log(q / p)).sum()]], rtol=1e-5)
+    loss_BT, grad = value_and_grad(top_k_forward_kl, student, teacher, k=3, temperature=1.0)
+    np.testing.assert_allclose(loss_BT, [[(q * np.log(q / p)).sum()]], rtol=1e-5)
     np.testing.assert_allclose(grad, values([*(p - q), 0]), atol=1e-6)
 
 
@@ -50,62 +50,63 @@ def test_teacher_excludes_tokens():
     """Outside 𝒦, and inside where K is more than it allows: such a token has q̃ = 0 and its share of p̃."""
     teacher = values([1.0, -INF, 0.0, -INF])
     for student in values([0.3, 0.2, 0.1, 0.4]), values([0.3, -INF, 0.1, 0.4]):
-        nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=2)
-        want = twin.top_k_forward_kl(student[..., [0, 2]], teacher[..., [0, 2]])
-        np.testing.assert_allclose(nats, want, rtol=1e-5)
+        loss_BT, grad = value_and_grad(top_k_forward_kl, student, teacher, k=2)
+        want = in_float64.top_k_forward_kl(student[..., [0, 2]], teacher[..., [0, 2]])
+        np.testing.assert_allclose(loss_BT, want, rtol=1e-5)
         assert np.isfinite(grad).all() and not grad[0, 0, [1, 3]].any()
-        nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=4)
-        np.testing.assert_allclose(nats, forward_kl(student, teacher), rtol=1e-5)
+        loss_BT, grad = value_and_grad(top_k_forward_kl, student, teacher, k=4)
+        np.testing.assert_allclose(loss_BT, forward_kl(student, teacher), rtol=1e-5)
         np.testing.assert_allclose(grad, value_and_grad(forward_kl, student, teacher)[1], atol=1e-6)
-        assert np.isfinite(nats).all() and grad[0, 0, 3] > 0
+        assert np.isfinite(loss_BT).all() and grad[0, 0, 3] > 0
 
 
 def test_student_excludes_tokens():
     teacher = values([2.0, 1.0, 0.0, -1.0])
-    nats, grad = value_and_grad(top_k_forward_kl, values([0.3, -INF, 0.1, 0.0]), teacher, k=3)
-    assert nats == INF and np.isfinite(grad).all()
-    nats, grad = value_and_grad(top_k_forward_kl, values([0.3, 0.2, 0.1, -INF]), teacher, k=3)
-    np.testing.assert_allclose(nats, twin.top_k_forward_kl(values([0.3, 0.2, 0.1]), values([2.0, 1.0, 0.0])), rtol=1e-5)
+    loss_BT, grad = value_and_grad(top_k_forward_kl, values([0.3, -INF, 0.1, 0.0]), teacher, k=3)
+    assert loss_BT == INF and np.isfinite(grad).all()
+    loss_BT, grad = value_and_grad(top_k_forward_kl, values([0.3, 0.2, 0.1, -INF]), teacher, k=3)
+    want = in_float64.top_k_forward_kl(values([0.3, 0.2, 0.1]), values([2.0, 1.0, 0.0]))
+    np.testing.assert_allclose(loss_BT, want, rtol=1e-5)
     assert np.isfinite(grad).all()
     for loss in forward_kl, reverse_kl:
-        nats, grad = value_and_grad(loss, values([0.3, -INF, 0.1, 0.0]), teacher)
-        assert (nats == INF) == (loss is forward_kl) and np.isfinite(grad).all()
-    nats, grad = value_and_grad(reverse_kl, teacher, values([0.3, -INF, 0.1, 0.0]))
-    assert nats == INF and np.isfinite(grad).all()
+        loss_BT, grad = value_and_grad(loss, values([0.3, -INF, 0.1, 0.0]), teacher)
+        assert (loss_BT == INF) == (loss is forward_kl) and np.isfinite(grad).all()
+    loss_BT, grad = value_and_grad(reverse_kl, teacher, values([0.3, -INF, 0.1, 0.0]))
+    assert loss_BT == INF and np.isfinite(grad).all()
 
 
 def test_teacher_without_a_finite_logit_says_nothing():
     for loss in top_k_forward_kl, forward_kl:
-        nats, grad = value_and_grad(loss, values([1.0, 2.0]), values([-INF, -INF]))
-        assert nats == 0 and not grad.any()
+        loss_BT, grad = value_and_grad(loss, values([1.0, 2.0]), values([-INF, -INF]))
+        assert loss_BT == 0 and not grad.any()
     _, found = top_k_forward_kl(values([1.0, 2.0]), values([-INF, -INF]), return_metrics=True)
     assert found["teacher_mass"] == 0 and found["teacher_entropy"] == 0
 
 
 def test_label_edges():
     logits, labels = values([1.0, -INF, 0.0], [1.0, -INF, 0.0], [1.0, 2.0, 0.0]), np.array([[0, 1, -100]])
-    nats, grad = value_and_grad(cross_entropy, logits, labels)
-    np.testing.assert_allclose(nats[0], [np.log1p(np.exp(-1)), INF, 0], rtol=1e-6)
+    loss_BT, grad = value_and_grad(cross_entropy, logits, labels)
+    np.testing.assert_allclose(loss_BT[0], [np.log1p(np.exp(-1)), INF, 0], rtol=1e-6)
     assert np.isfinite(grad).all() and not grad[0, 2].any()
     assert np.isnan(cross_entropy(logits, np.array([[3, 0, 0]]))[0, 0])
     hidden, unembedding = np.ones((1, 3, 2), np.float32), np.ones((2, 3), np.float32)
-    nats, grad = value_and_grad(linear_cross_entropy, hidden, unembedding, np.array([[0, -1, 7]]))
-    assert nats[0, 1] == 0 and np.isnan(nats[0, 2]) and np.isfinite(grad[0, :2]).all()
+    loss_BT, grad = value_and_grad(linear_cross_entropy, hidden, unembedding, np.array([[0, -1, 7]]))
+    assert loss_BT[0, 1] == 0 and np.isnan(loss_BT[0, 2]) and np.isfinite(grad[0, :2]).all()
 
 
 def test_ties_at_the_last_place():
     """Whichever of the equal tokens is taken, q̃ is the same; p̃ belongs to those that were taken."""
     teacher, student = values([3.0, 1.0, 1.0, 1.0, 0.0]), values([0.1, 0.2, 0.3, 0.4, 0.5])
-    nats, grad = value_and_grad(top_k_forward_kl, student, teacher, k=2, temperature=1.0)
+    loss_BT, grad = value_and_grad(top_k_forward_kl, student, teacher, k=2, temperature=1.0)
     (taken,) = np.flatnonzero(grad[0, 0, 1:4]) + 1
-    q, p = twin.softmax(np.array([3.0, 1.0])), twin.softmax(np.float64(student[0, 0, [0, taken]]))
-    np.testing.assert_allclose(nats, [[twin.kl(q, p)]], rtol=1e-5)
+    q, p = in_float64.softmax(np.array([3.0, 1.0])), in_float64.softmax(np.float64(student[0, 0, [0, taken]]))
+    np.testing.assert_allclose(loss_BT, [[in_float64.kl(q, p)]], rtol=1e-5)
     assert top_k_forward_kl(teacher, teacher, k=2) == 0
 
 
 def test_one_kept_token_teaches_nothing():
-    nats, grad = value_and_grad(top_k_forward_kl, values([0.1, 0.2]), values([3.0, 1.0]), k=1)
-    assert nats == 0 and not grad.any()
+    loss_BT, grad = value_and_grad(top_k_forward_kl, values([0.1, 0.2]), values([3.0, 1.0]), k=1)
+    assert loss_BT == 0 and not grad.any()
 
 
 @pytest.mark.parametrize("size", [70, 96, 1000])
@@ -196,11 +197,11 @@ def test_padding_never_enters():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
         other_loud = np.pad(loud, ((0, 1), (0, 0)))
         assert np.isfinite(as_one(linear, hidden, teacher_loud[:4], teacher_hidden, other_loud, vocab_size=30)).all()
-    want_nats = as_one(cross_entropy, hidden @ unembedding, labels)
+    want_loss = as_one(cross_entropy, hidden @ unembedding, labels)
     want_kl = as_one(top_k_forward_kl, hidden @ unembedding, teacher_hidden @ teacher_unembedding, k=99)
     for loud_logits in hidden @ loud, jnp.asarray(hidden @ loud).at[..., 30:].set(jnp.nan):
         got = as_one(cross_entropy, loud_logits, labels, vocab_size=30)
-        np.testing.assert_allclose(got, want_nats, rtol=1e-5)
+        np.testing.assert_allclose(got, want_loss, rtol=1e-5)
         got = as_one(top_k_forward_kl, loud_logits, teacher_hidden @ teacher_loud, k=99, vocab_size=30)
         np.testing.assert_allclose(got, want_kl, rtol=1e-4, atol=1e-6)
 
@@ -220,7 +221,7 @@ def test_kept_teacher():
     np.testing.assert_allclose(
         linear_kl(hidden, unembedding, kept, k=3), linear_kl(*models, k=3), rtol=1e-4, atol=1e-6
     )
-    bare = TopK(*(np.asarray(x) for x in kept[:2]))
+    bare = TopK(np.asarray(kept.indices_BTK), np.asarray(kept.logits_BTK))
     got, fewer = as_one(top_k_forward_kl, hidden @ unembedding, bare, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
     assert fewer.keys() == {"student_mass", "student_entropy", "agreement"}
@@ -230,7 +231,7 @@ def test_kept_teacher():
 def test_metrics(k):
     (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
     student, teacher = hidden @ unembedding, teacher_hidden @ teacher_unembedding
-    want = twin.metrics(student, teacher, k, 1.5)
+    want = in_float64.metrics(student, teacher, k, 1.5)
     found = [
         as_one(top_k_forward_kl, student, teacher, k=k, return_metrics=True),
         as_one(
@@ -248,10 +249,10 @@ def test_metrics_carry_no_gradient():
     (hidden, unembedding, teacher_hidden, teacher_unembedding), _ = random_models()
 
     def loss(hidden, weight):
-        nats, metrics = linear_top_k_forward_kl(
+        loss_BT, metrics = linear_top_k_forward_kl(
             hidden, unembedding, teacher_hidden, teacher_unembedding, k=5, return_metrics=True
         )
-        return nats.sum() + weight * sum(x.sum() for x in metrics.values())
+        return loss_BT.sum() + weight * sum(x.sum() for x in metrics.values())
 
     grad = quick_jit(jax.grad(loss))
     np.testing.assert_array_equal(grad(hidden, 0.0), grad(hidden, 1.0))
@@ -280,12 +281,12 @@ def test_chunks_change_nothing():
 def test_temperature_may_be_traced():
     student, teacher = values([0.1, 0.2, 0.4]), values([3.0, 1.0, 2.0])
     got = jax.jit(lambda t: top_k_forward_kl(student, teacher, k=2, temperature=t))(0.7)
-    np.testing.assert_allclose(got, twin.top_k_forward_kl(student, teacher, k=2, temperature=0.7), rtol=1e-5)
+    np.testing.assert_allclose(got, in_float64.top_k_forward_kl(student, teacher, k=2, temperature=0.7), rtol=1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [4, 512])
 def test_weights_with_every_part_of_the_head(chunk_size):
-    """The weighted sum and the gradient that its forward pass forms, against the mean of the unreduced nats."""
+    """The weighted sum and the gradient that its forward pass forms, against the mean of the unreduced losses."""
     (hidden, unembedding, *teacher), random = random_models()
     labels, mask = random.integers(-1, 23, (3, 7)), random.random((3, 7)) < 0.7
     bias = random.normal(size=30).astype(np.float32)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from raft_jax.losses import (
-    Tied,
+    TiedEmbedding,
     linear_cross_entropy,
     linear_raft_losses,
     linear_top_k_forward_kl,
@@ -27,7 +27,7 @@ def compiled(time, batch=8, tied=False, sharding=None, at_once=False, **settings
 
     def loss(answer_BTD, rollout_BTD, unembedding, teacher_BTD, teacher_unembedding, labels_BT, mask_BT, weight):
         if tied:
-            unembedding, teacher_unembedding = Tied(unembedding), Tied(teacher_unembedding)
+            unembedding, teacher_unembedding = TiedEmbedding(unembedding), TiedEmbedding(teacher_unembedding)
         teacher = teacher_BTD, teacher_unembedding
         if at_once:
             sft, kl = linear_raft_losses(answer_BTD, labels_BT, rollout_BTD, unembedding, *teacher, k=K, **settings)

@@ -21,8 +21,8 @@ MASK = np.random.default_rng(0).random((B, T)) < 0.7
 
 
 def with_metrics(*arrays):
-    nats_BT, metrics = losses.linear_top_k_forward_kl(*arrays, k=K, chunk_size=4, return_metrics=True)
-    return nats_BT + sum(metrics.values())
+    loss_BT, metrics = losses.linear_top_k_forward_kl(*arrays, k=K, chunk_size=4, return_metrics=True)
+    return loss_BT + sum(metrics.values())
 
 
 APPROXIMATE = partial(losses.linear_top_k_forward_kl, k=K, chunk_size=4, recall=1.0)

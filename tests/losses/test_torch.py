@@ -20,8 +20,8 @@ MASK = np.arange(T) < np.array([[6], [2], [4]])
 
 def torch_cross_entropy(logits, labels):
     """Eq. 5, a mean over each answer and then over the batch."""
-    nats = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, T)
-    return ((nats * MASK_T).sum(1) / MASK_T.sum(1)).mean()
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(B, T)
+    return ((loss * MASK_T).sum(1) / MASK_T.sum(1)).mean()
 
 
 def torch_distillation(student, teacher):
@@ -29,8 +29,8 @@ def torch_distillation(student, teacher):
     kept = teacher.topk(K, dim=-1)
     target = F.softmax(kept.values / TEMPERATURE, dim=-1)
     logprobs = F.log_softmax(student.gather(-1, kept.indices) / TEMPERATURE, dim=-1)
-    nats = F.kl_div(logprobs, target, reduction="none").sum(-1)
-    return TEMPERATURE**2 * ((nats * MASK_T).sum(1) / MASK_T.sum(1)).mean()
+    loss = F.kl_div(logprobs, target, reduction="none").sum(-1)
+    return TEMPERATURE**2 * ((loss * MASK_T).sum(1) / MASK_T.sum(1)).mean()
 
 
 MASK_T = torch.tensor(MASK).float()
@@ -47,8 +47,8 @@ def same(got, want):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), got, want)
 
 
-def jax_value_and_grad(nats):
-    return jax.value_and_grad(lambda h, w: losses.sequence_mean(nats(h, w), MASK), (0, 1))(HIDDEN, UNEMBEDDING)
+def jax_value_and_grad(loss):
+    return jax.value_and_grad(lambda h, w: losses.sequence_mean(loss(h, w), MASK), (0, 1))(HIDDEN, UNEMBEDDING)
 
 
 def test_cross_entropy():

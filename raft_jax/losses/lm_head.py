@@ -1,0 +1,148 @@
+"""The unembedding as it is stored, the logits that it makes of hidden states, and the products of its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from raft_jax.losses import checks, sharding, xla_cpu
+
+
+class TiedEmbedding(NamedTuple):
+    """An embedding table [V, D] that is the unembedding too: goes where `unembedding_DV` goes, and has its gradient.
+
+    The same numbers as from `embedding_VD.T`, without the copy of the table that a transposition costs wherever a loop
+    over chunks needs it.
+
+    >>> hidden_BTD, embedding_VD = jnp.ones((1, 1, 2)), jnp.zeros((4, 2))
+    >>> loss_BT = linear_cross_entropy(hidden_BTD, TiedEmbedding(embedding_VD), jnp.array([[3]]))
+    >>> round(float(loss_BT[0, 0]), 4)  # log 4
+    1.3863
+    """
+
+    embedding_VD: jax.Array
+
+
+class LogitConfig(NamedTuple):
+    """The static numbers: logits = softcap tanh(scale (h W + bias) / softcap) in the first vocab_size columns."""
+
+    scale: float
+    softcap: float | None
+    vocab_size: int
+    padded: bool  # whether there are columns beyond vocab_size
+    shards: int  # devices over which the vocabulary is split
+
+    def derivative(self, logits: jax.Array) -> jax.Array | float:
+        """d logits / d (h W + bias), from the logits."""
+        if self.softcap is None:
+            return self.scale
+        inside = jnp.where(jnp.isneginf(logits), 0, logits / self.softcap)
+        return self.scale * (1 - inside**2)
+
+
+class LMHead(NamedTuple):
+    """The arrays."""
+
+    unembedding: jax.Array | TiedEmbedding
+    bias_V: jax.Array | None
+
+    @classmethod
+    def checked(cls, who: str, hidden: jax.Array, unembedding: jax.Array | TiedEmbedding, bias_V) -> LMHead:
+        """ValueError unless the shapes agree; `who` is student_, teacher_ or nothing."""
+        head, width = cls(unembedding, bias_V), hidden.shape[-1]
+        name, want, advice = (
+            (f"TiedEmbedding({who}embedding_VD)", f"[V, {width}]", "without TiedEmbedding it is [D, V]")
+            if head.tied
+            else (f"{who}unembedding_DV", f"[{width}, V]", "pass an embedding table [V, D] as TiedEmbedding(table)")
+        )
+        checks.floating(name, head.matrix, 2)
+        if head.matrix.shape[1 if head.tied else 0] != width:
+            raise ValueError(
+                f"{name} must have shape {want} to meet {who}hidden_BTD, got {head.matrix.shape}; {advice}"
+            )
+        if bias_V is not None:
+            checks.floating(f"{who}bias_V", bias_V, 1)
+            if bias_V.shape != (head.vocabulary,):
+                raise ValueError(
+                    f"{who}bias_V must have shape [{head.vocabulary}] like the unembedding, got {bias_V.shape}"
+                )
+        return head
+
+    @property
+    def tied(self) -> bool:
+        return isinstance(self.unembedding, TiedEmbedding)
+
+    @property
+    def matrix(self) -> jax.Array:
+        """[V, D] where tied, else [D, V]."""
+        return self.unembedding.embedding_VD if self.tied else self.unembedding
+
+    @property
+    def dtype(self):
+        return self.matrix.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        return self.matrix.shape[0 if self.tied else 1]
+
+    @property
+    def axes(self) -> LMHead:
+        """The vocabulary's axis in each of the arrays."""
+        return LMHead(TiedEmbedding(0) if self.tied else 1, None if self.bias_V is None else 0)
+
+    def config(self, scale, softcap, vocab_size: int, vocab_shards: int | None) -> LogitConfig:
+        shards = sharding.vocab_shards(vocab_shards, self.matrix, 0 if self.tied else 1)
+        scale, softcap = checks.logit_scale(scale), checks.softcap(softcap)
+        return LogitConfig(scale, softcap, vocab_size, vocab_size < self.vocabulary, shards)
+
+    def logits(self, hidden_ND: jax.Array, config: LogitConfig, columns_M: jax.Array | None = None) -> jax.Array:
+        """[N, V]; or [N, M] where the head has been cut to some columns of the vocabulary."""
+        dtype = checks.compute_dtype(hidden_ND.dtype, self.dtype)
+        accumulated = checks.accumulation_dtype(dtype)
+        factors = hidden_ND.astype(dtype), self.matrix.astype(dtype)
+        logits = jnp.einsum("nd,vd->nv" if self.tied else "nd,dv->nv", *factors, preferred_element_type=accumulated)
+        if self.bias_V is not None:
+            logits = logits + self.bias_V.astype(accumulated)[None]
+        logits = logits * config.scale
+        if config.softcap is not None:
+            logits = config.softcap * jnp.tanh(logits / config.softcap)
+        return jnp.where(self._real(config, columns_M), logits, -jnp.inf) if config.padded else logits
+
+    def gradient(self, hidden_ND: jax.Array, dlogits_NV: jax.Array, dtype, shards: int) -> LMHead:
+        """The head's gradient from that of h W + bias."""
+        rounded_NV = dlogits_NV.astype(gradient_dtype(hidden_ND, self))
+        factors = (rounded_NV, hidden_ND) if self.tied else (hidden_ND, rounded_NV)
+        matrix = xla_cpu.gradient_product(*factors, dtype, shards)
+        bias_V = None if self.bias_V is None else dlogits_NV.sum(0).astype(dtype)
+        return LMHead(TiedEmbedding(matrix) if self.tied else matrix, bias_V)
+
+    def hidden_gradient(self, dlogits_NV: jax.Array, config: LogitConfig, columns_M=None, like=None) -> jax.Array:
+        """The hidden states' gradient [N, D] from that of h W + bias, in float32; `like` has their dtype."""
+        rounded_NV = dlogits_NV.astype(gradient_dtype(like, self))
+        matrix = self.matrix
+        if config.padded:  # what lies in the padding may be NaN, and 0 NaN is NaN
+            real = self._real(config, columns_M)
+            matrix = jnp.where(real.T if self.tied else real, matrix, 0)
+        dtype = checks.compute_dtype(rounded_NV.dtype, matrix.dtype)
+        factors, accumulated = (rounded_NV.astype(dtype), matrix.astype(dtype)), checks.accumulation_dtype(dtype)
+        return jnp.einsum("nv,vd->nd" if self.tied else "nv,dv->nd", *factors, preferred_element_type=accumulated)
+
+    def _real(self, config: LogitConfig, columns_M: jax.Array | None) -> jax.Array:
+        """[1, M]: which columns are no padding."""
+        columns_M = jnp.arange(self.vocabulary) if columns_M is None else columns_M
+        return columns_M[None] < config.vocab_size
+
+
+def gradient_dtype(hidden: jax.Array, head: LMHead):
+    """The logits' gradient as a factor: as the hidden states, but float16 has no room for the gradients of a mean."""
+    dtype = checks.compute_dtype(hidden.dtype, head.dtype)
+    return checks.accumulation_dtype(dtype) if dtype == jnp.float16 else dtype
+
+
+def pair(name: str, value):
+    """(student's, teacher's) from one for both or a pair."""
+    if isinstance(value, tuple) and len(value) != 2:
+        raise ValueError(f"{name} must be one value for both models or a (student's, teacher's), got {value}")
+    return value if isinstance(value, tuple) else (value, value)
