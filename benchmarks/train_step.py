@@ -17,11 +17,42 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from trl_step import read_rows, take_peak_memory
 
 HERE = Path(__file__).parent
+
+
+def make_programs(model, max_new_tokens: int, *, unroll: bool, lora_rank: int = 0):
+    """The first state, the rollout `generate(params, teacher_params, ...)` and the train step, as a training run has
+    them on one device."""
+    import jax
+
+    from raft_jax.config import LoraConfig
+    from raft_jax.sampling import make_generate
+    from raft_jax.sharding import make_mesh
+    from raft_jax.train.state import init_state, make_optimizer
+    from raft_jax.train.step import make_train_step
+    from raft_jax.train.student import make_student
+
+    optimizer = make_optimizer(5e-6)
+    student = make_student(model, LoraConfig(rank=lora_rank), make_mesh(devices=jax.devices()[:1]))
+    state = jax.jit(lambda teacher, key: init_state(student.init(teacher, key), optimizer))(
+        model.params, jax.random.key(0)
+    )
+    sample = make_generate(student.model, max_new_tokens, unroll=unroll)
+
+    @partial(jax.jit, static_argnames=("num_prompt_tokens", "shared"))
+    def generate(params, teacher_params, *given, **static):
+        return sample(student.effective(params, teacher_params), *given, **static)
+
+    train_step = make_train_step(
+        student.model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
+        head_settings=model.head_settings,
+    )
+    return state, generate, jax.jit(train_step, donate_argnums=0, static_argnames="room")
 
 
 def measure(options: argparse.Namespace) -> dict:
@@ -30,30 +61,16 @@ def measure(options: argparse.Namespace) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from raft_jax.config import LoraConfig
     from raft_jax.data.batches import Batch, Batches, Room, TokenRow
     from raft_jax.data.prompts import question_prompt, teacher_prompt
     from raft_jax.host_memory import return_memory_after_compiling
     from raft_jax.models import load_pretrained
-    from raft_jax.sampling import make_generate
-    from raft_jax.sharding import make_mesh
-    from raft_jax.train.state import init_state, make_optimizer
-    from raft_jax.train.step import make_train_step
-    from raft_jax.train.student import make_student
 
     return_memory_after_compiling()  # as the command line does
     load_before = os.getloadavg()
     model = load_pretrained(options.model, jnp.dtype(options.dtype))
     tokenizer = model.tokenizer
-    optimizer = make_optimizer(5e-6)
-    student = make_student(model, LoraConfig(), make_mesh(devices=jax.devices()[:1]))
-    state = init_state(student.init(model.params, jax.random.key(0)), optimizer)
-    generate = make_generate(model, options.max_new_tokens, unroll=True)
-    train_step = make_train_step(
-        model.hidden, student.unembedding, optimizer, forks=True, effective=student.effective,
-        head_settings=model.head_settings,
-    )
-    train_step = jax.jit(train_step, donate_argnums=0, static_argnames="room")
+    state, generate, train_step = make_programs(model, options.max_new_tokens, unroll=True)
 
     def prepared(rows: list[dict[str, str]], first: int) -> tuple[Batch, Room]:
         """The batch that a training run on just these rows has at every step."""
@@ -74,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict:
     def step(state, index: int):
         batch, room = jax.device_put(batches[index][0]), batches[index][1]
         key = jax.random.fold_in(jax.random.key(0), index)
-        given = state.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
+        given = state.params, model.params, batch.prompt_BP, batch.prompt_mask_BP, batch.row_B, key, jnp.float32(1.0)
         rollout = generate(*given, num_prompt_tokens=room.prompt, shared=room.shared_prompt)
         room = room.with_rollout(int(rollout.mask_BC.sum()), rollout.mask_BC.size)
         state, _ = jax.block_until_ready(train_step(state, model.params, batch, rollout, room=room))
