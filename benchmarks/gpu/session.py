@@ -1,0 +1,247 @@
+"""What one GPU can tell in a quarter of an hour: parts in order of worth, each in a process of its own.
+
+    python benchmarks/gpu/session.py --out FOLDER                        # everything that fits in 470 seconds
+    python benchmarks/gpu/session.py --out FOLDER --parts decode,attention
+    python benchmarks/gpu/session.py --out FOLDER --tiny                 # the same on a CPU, with sizes of no meaning
+
+FOLDER/session.json has a section for each part, written after every measurement, and FOLDER/session.log what the
+parts printed. A part that fails, or is cut off by its time limit, is recorded as such with the end of its output and
+what it had measured, and the next one runs. Compiled programs are kept beside FOLDER, so that a second call is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import record as records
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PACKED = HERE / "packed"
+TAIL_BYTES = 4000
+TINY_LIMIT = 120  # seconds of a part that has nothing to measure, on a machine that may be busy
+GRACE = 5  # seconds between asking a process to end and ending it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A function `module.function(record, tiny)` and the seconds that it may take."""
+
+    name: str
+    limit: float
+    module: str
+    function: str = "run"
+    memory_fraction: float | None = None  # of the device, for JAX; None: JAX's own default
+
+
+# In order of worth. The limits sum to more than a call may take: what one part leaves over is for the later ones,
+# and --seconds bounds the whole.
+PARTS = (
+    Part("environment", 45, "environment"),
+    Part("references", 75, "references", "kernels_and_losses"),
+    Part("train_step", 30, "references", "train_step"),
+    Part("losses", 75, "loss_speed", "ours"),
+    Part("losses_torch", 60, "loss_speed", "others"),
+    Part("decode", 90, "decode_speed"),
+    Part("attention", 45, "attention_speed"),
+    Part("step_smollm2", 50, "step_speed", "smollm2"),
+    Part("trl_smollm2", 40, "trl_speed", "smollm2"),
+    Part("step_1b", 60, "step_speed", "llama_1b"),
+    Part("trl_1b", 45, "trl_speed", "llama_1b"),
+    Part("step_3b", 75, "step_speed", "llama_3b", memory_fraction=0.95),
+    Part("trl_3b", 60, "trl_speed", "llama_3b"),
+    Part("step_8b_lora", 75, "step_speed", "llama_8b_lora", memory_fraction=0.95),
+    Part("quickstart", 240, "quickstart"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "session.json"
+    if options.part:
+        return run_part(options, records.Record(path, options.part))
+    kept = prepared(options.out)
+    began = time.monotonic()
+    content = records.read(path)
+    content |= {"tiny": options.tiny, "seconds_allowed": options.seconds, "source": source_hash(), "commit": commit(),
+                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    records.write(path, content)
+    for part in options.parts:
+        left = options.seconds - (time.monotonic() - began)
+        limit = min(TINY_LIMIT if options.tiny else part.limit, left)
+        section = supervise(part, limit, options, kept) if limit > 1 else {
+            "status": "not run", "why": f"--seconds {options.seconds:g} are spent"}
+        content = records.read(path)
+        content["parts"][part.name] = content["parts"].get(part.name, {}) | section
+        content["seconds"] = time.monotonic() - began
+        records.write(path, content)
+        print(f"{part.name:14} {section['status']:8} {section.get('seconds', 0):6.1f} s"
+              f"  {section.get('why', '')[:200]}", flush=True)
+    print(f"{path}: {content['seconds']:.0f} s")
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [part.name for part in PARTS]
+    parser.add_argument("--out", type=Path, required=True, help="folder of session.json and session.log")
+    parser.add_argument("--parts", help=f"some of {','.join(names)}; in this order. Default: all")
+    parser.add_argument("--seconds", type=float, default=470, help="of the whole call; default 470")
+    parser.add_argument("--tiny", action="store_true", help="sizes that a CPU gets through in seconds")
+    parser.add_argument("--extra", type=part_of, action="append", default=[], metavar="NAME:LIMIT:MODULE:FUNCTION",
+                        help="another part, from a module on PYTHONPATH; runs after the others")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # the child: one part in this process
+    options = parser.parse_args(arguments)
+    if not options.seconds > 0:
+        parser.error(f"--seconds {options.seconds:g} must be above 0")
+    wanted = names if options.parts is None else [name for name in options.parts.split(",") if name]
+    if unknown := sorted(set(wanted) - set(names)):
+        parser.error(f"--parts {','.join(unknown)} is not known; use some of {','.join(names)}")
+    options.out = options.out.resolve()
+    options.parts = [part for part in PARTS if part.name in wanted] + options.extra
+    return options
+
+
+def part_of(text: str) -> Part:
+    name, limit, module, function = text.split(":")
+    return Part(name, float(limit), module, function)
+
+
+def prepared(out: Path) -> Path:
+    """The folder beside `out` for what lasts from one call to the next: programs, and packages that were carried."""
+    kept = out.with_name(f"{out.name}-kept")
+    kept.mkdir(mode=0o700, exist_ok=True)  # compiled programs are trusted code
+    site = kept / "site"
+    site.mkdir(exist_ok=True)
+    for wheel in sorted(PACKED.glob("*/wheels/*.whl")):
+        done = site / f".{wheel.name}"
+        if not done.exists():
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+            done.touch()
+    return kept
+
+
+def supervise(part: Part, limit: float, options: argparse.Namespace, kept: Path) -> dict:
+    """Runs a part in a process of its own, ends it at its limit, and says how it went."""
+    began = time.monotonic()
+    command = [sys.executable, str(HERE / "session.py"), "--out", str(options.out), "--part", part.name,
+               *(["--tiny"] if options.tiny else [])]
+    for extra in options.extra:
+        command += ["--extra", f"{extra.name}:{extra.limit}:{extra.module}:{extra.function}"]
+    log = options.out / "session.log"
+    with log.open("ab") as output:
+        output.write(f"--- {part.name}\n".encode())
+        output.flush()
+        start = output.tell()
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+                                   env=environment(part, options.tiny, kept))
+        try:
+            code, cut = process.wait(limit), False
+        except subprocess.TimeoutExpired:
+            code, cut = end(process), True
+        except BaseException:  # this process is ended: nothing may run on behind it
+            end(process)
+            raise
+    with log.open("rb") as output:
+        output.seek(max(start, log.stat().st_size - TAIL_BYTES))
+        tail = output.read().decode(errors="replace")
+    section = {"seconds": time.monotonic() - began, "limit": limit}
+    found = records.read(options.out / "session.json")["parts"].get(part.name, {})
+    if cut:
+        return section | {"status": "cut off", "why": f"its limit of {limit:.0f} s", "output_tail": tail}
+    if code or found.get("status") not in ("ok", "skipped"):
+        lines = tail.strip().splitlines()
+        return section | {"status": "failed", "why": lines[-1] if lines else f"exit status {code}", "exit": code,
+                          "output_tail": tail}
+    return section | {"status": found["status"]}
+
+
+def end(process: subprocess.Popen) -> int:
+    """Ends a part with all that it has started, which is its process group."""
+    for sign, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
+        try:
+            os.killpg(process.pid, sign)
+            return process.wait(patience)
+        except ProcessLookupError:
+            return process.wait()
+        except subprocess.TimeoutExpired:
+            continue
+    raise AssertionError("unreachable: the last wait has no limit")
+
+
+def environment(part: Part, tiny: bool, kept: Path) -> dict[str, str]:
+    """The part's environment variables; what the caller has set stays."""
+    folders = [HERE, HERE.parent, ROOT / "tests", ROOT, kept / "site"]
+    own = {
+        "JAX_COMPILATION_CACHE_DIR": str(kept / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }
+    if tiny:
+        own["JAX_PLATFORMS"] = "cpu"
+    if part.memory_fraction is not None:
+        own["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(part.memory_fraction)
+    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return own | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def run_part(options: argparse.Namespace, record: records.Record) -> int:
+    """The child's side: one part, from the first import to its status."""
+    part = next(part for part in options.parts if part.name == options.part)
+    record.set(status="running", results={})
+    try:
+        record.set(device=device())
+        getattr(importlib.import_module(part.module), part.function)(record, options.tiny)
+    except records.Skipped as skipped:
+        record.set(status="skipped", why=str(skipped))
+        return 0
+    except Exception:
+        traceback.print_exc()
+        record.set(status="failed")
+        return 1
+    record.set(status="ok")
+    return 0
+
+
+def device() -> str:
+    import jax
+
+    if jax.default_backend() == "cpu":
+        jax.config.update("jax_compilation_cache_dir", None)  # its programs may not fit another processor
+    return jax.devices()[0].device_kind
+
+
+def source_hash() -> str:
+    """Names the code that ran, also where there is no repository around it."""
+    digest = hashlib.sha256()
+    for folder in ("raft_jax", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(f"{path.relative_to(ROOT)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def commit() -> str | None:
+    try:
+        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+                               timeout=10, check=True)
+        return found.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
