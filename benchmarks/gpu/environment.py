@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
+from timing import BF16_PRODUCT, COPY, measured, timed
 
 from raft_jax.machine import describe_machine
-from timing import BF16_PRODUCT, COPY, measured, timed
 
 PREDICTED = {
     "bf16_product": "790 TFLOP/s for 8192 x 8192 x 8192",
@@ -24,9 +25,9 @@ PACKAGES = (
 def run(record, tiny: bool) -> None:
     record.set(predicted=PREDICTED)
     record.add("machine", **describe_machine(), packages=_versions(), driver=_driver(), memory=_memory())
-    size = 256 if tiny else 8192
-    for name, dtype, size in ((BF16_PRODUCT, "bfloat16", size), ("float32_product", "float32", size // 2)):
-        measured(record, name, lambda dtype=dtype, size=size: product(size, dtype), size=size, dtype=dtype)
+    largest = 256 if tiny else 8192
+    for name, dtype, size in ((BF16_PRODUCT, "bfloat16", largest), ("float32_product", "float32", largest // 2)):
+        measured(record, name, partial(product, size, dtype), size=size, dtype=dtype)
     measured(record, COPY, lambda: copy((1 << 20) if tiny else (1 << 31)))
     measured(record, "launch", launch)
 

@@ -38,8 +38,9 @@ def _finite(value):
 class Record:
     """One part's section. Parts run one at a time, so nobody else writes the file meanwhile."""
 
-    def __init__(self, path: Path, part: str):
+    def __init__(self, path: Path, part: str, kept: Path):
         self.path, self.part = path, part
+        self.kept = kept  # a folder for what is too large for the JSON's
 
     def set(self, **values: Any) -> None:
         """Values of the section itself: device, status, predicted."""

@@ -15,6 +15,7 @@ import argparse
 import datetime
 import hashlib
 import importlib
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -26,12 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import record as records
+from pack import PACKED
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PACKED = HERE / "packed"
+PACKED_FOR = (3, 12)
 TAIL_BYTES = 4000
-TINY_LIMIT = 120  # seconds of a part that has nothing to measure, on a machine that may be busy
+TINY_LIMIT = 300  # seconds of a part that has nothing to measure, on a machine that may be busy
 GRACE = 5  # seconds between asking a process to end and ending it
 
 
@@ -44,6 +46,7 @@ class Part:
     module: str
     function: str = "run"
     memory_fraction: float | None = None  # of the device, for JAX; None: JAX's own default
+    torch: bool = False  # JAX then takes device memory as it needs it, and leaves the rest
 
 
 # In order of worth. The limits sum to more than a call may take: what one part leaves over is for the later ones,
@@ -53,15 +56,15 @@ PARTS = (
     Part("references", 75, "references", "kernels_and_losses"),
     Part("train_step", 30, "references", "train_step"),
     Part("losses", 75, "loss_speed", "ours"),
-    Part("losses_torch", 60, "loss_speed", "others"),
+    Part("losses_torch", 60, "loss_speed", "others", torch=True),
     Part("decode", 90, "decode_speed"),
     Part("attention", 45, "attention_speed"),
     Part("step_smollm2", 50, "step_speed", "smollm2"),
-    Part("trl_smollm2", 40, "trl_speed", "smollm2"),
+    Part("trl_smollm2", 40, "trl_speed", "smollm2", torch=True),
     Part("step_1b", 60, "step_speed", "llama_1b"),
-    Part("trl_1b", 45, "trl_speed", "llama_1b"),
+    Part("trl_1b", 45, "trl_speed", "llama_1b", torch=True),
     Part("step_3b", 75, "step_speed", "llama_3b", memory_fraction=0.95),
-    Part("trl_3b", 60, "trl_speed", "llama_3b"),
+    Part("trl_3b", 60, "trl_speed", "llama_3b", torch=True),
     Part("step_8b_lora", 75, "step_speed", "llama_8b_lora", memory_fraction=0.95),
     Part("quickstart", 240, "quickstart"),
 )
@@ -72,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "session.json"
     if options.part:
-        return run_part(options, records.Record(path, options.part))
+        return run_part(options, records.Record(path, options.part, kept_folder(options.out)))
     kept = prepared(options.out)
     began = time.monotonic()
     content = records.read(path)
@@ -120,19 +123,31 @@ def part_of(text: str) -> Part:
     return Part(name, float(limit), module, function)
 
 
-def prepared(out: Path) -> Path:
+def kept_folder(out: Path) -> Path:
     """The folder beside `out` for what lasts from one call to the next: programs, and packages that were carried."""
-    kept = out.with_name(f"{out.name}-kept")
+    return out.with_name(f"{out.name}-kept")
+
+
+def prepared(out: Path) -> Path:
+    """That folder, with the packages that this Python has not got of its own."""
+    kept = kept_folder(out)
     kept.mkdir(mode=0o700, exist_ok=True)  # compiled programs are trusted code
     site = kept / "site"
     site.mkdir(exist_ok=True)
-    for wheel in sorted(PACKED.glob("*/wheels/*.whl")):
+    for wheel in sorted(PACKED.glob("*/wheels/*.whl")) if sys.version_info[:2] == PACKED_FOR else []:
         done = site / f".{wheel.name}"
-        if not done.exists():
+        if not done.exists() and not installed(wheel.name.partition("-")[0]):
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
             done.touch()
     return kept
+
+
+def installed(package: str) -> bool:
+    try:
+        return importlib.metadata.distribution(package) is not None
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def supervise(part: Part, limit: float, options: argparse.Namespace, kept: Path) -> dict:
@@ -187,12 +202,13 @@ def environment(part: Part, tiny: bool, kept: Path) -> dict[str, str]:
     """The part's environment variables; what the caller has set stays."""
     folders = [HERE, HERE.parent, ROOT / "tests", ROOT, kept / "site"]
     own = {
-        "JAX_COMPILATION_CACHE_DIR": str(kept / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
     if tiny:
         own["JAX_PLATFORMS"] = "cpu"
+    if part.torch:
+        own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if part.memory_fraction is not None:
         own["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(part.memory_fraction)
     path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -204,7 +220,7 @@ def run_part(options: argparse.Namespace, record: records.Record) -> int:
     part = next(part for part in options.parts if part.name == options.part)
     record.set(status="running", results={})
     try:
-        record.set(device=device())
+        record.set(device=device(options.tiny, record.kept))
         getattr(importlib.import_module(part.module), part.function)(record, options.tiny)
     except records.Skipped as skipped:
         record.set(status="skipped", why=str(skipped))
@@ -217,11 +233,15 @@ def run_part(options: argparse.Namespace, record: records.Record) -> int:
     return 0
 
 
-def device() -> str:
+def device(tiny: bool, kept: Path) -> str:
+    """Sets JAX up for a measurement, and names what it runs on."""
     import jax
 
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_compilation_cache_dir", None)  # its programs may not fit another processor
+    if tiny:  # what takes time there is compiling
+        jax.config.update("jax_disable_most_optimizations", True)
+    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(kept / "programs"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     return jax.devices()[0].device_kind
 
 
