@@ -75,18 +75,18 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "session.json"
     if options.part:
-        return run_part(options, records.Record(path, options.part, kept_folder(options.out)))
+        part = next(part for part in options.parts if part.name == options.part)
+        return run_part(part, options.tiny, records.Record(path, part.name, kept_folder(options.out)))
     kept = prepared(options.out)
+    if options.one_process:
+        sys.path[:0] = search_path(kept)
     began = time.monotonic()
     content = records.read(path)
     content |= {"tiny": options.tiny, "seconds_allowed": options.seconds, "source": source_hash(), "commit": commit(),
                 "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     records.write(path, content)
     for part in options.parts:
-        left = options.seconds - (time.monotonic() - began)
-        limit = min(TINY_LIMIT if options.tiny else part.limit, left)
-        section = supervise(part, limit, options, kept) if limit > 1 else {
-            "status": "not run", "why": f"--seconds {options.seconds:g} are spent"}
+        section = run_one(part, options, kept, options.seconds - (time.monotonic() - began))
         content = records.read(path)
         content["parts"][part.name] = content["parts"].get(part.name, {}) | section
         content["seconds"] = time.monotonic() - began
@@ -95,6 +95,18 @@ def main(arguments: list[str] | None = None) -> int:
               f"  {section.get('why', '')[:200]}", flush=True)
     print(f"{path}: {content['seconds']:.0f} s")
     return 0
+
+
+def run_one(part: Part, options: argparse.Namespace, kept: Path, left: float) -> dict:
+    """A part's section as far as this process knows it; the part itself has written the rest."""
+    limit = min(TINY_LIMIT if options.tiny else part.limit, left)
+    if limit < 1:
+        return {"status": "not run", "why": f"--seconds {options.seconds:g} are spent"}
+    if not options.one_process:
+        return supervise(part, limit, options, kept)
+    began, path = time.monotonic(), options.out / "session.json"
+    run_part(part, options.tiny, records.Record(path, part.name, kept))
+    return {"seconds": time.monotonic() - began, "status": records.read(path)["parts"][part.name]["status"]}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -106,6 +118,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU gets through in seconds")
     parser.add_argument("--extra", type=part_of, action="append", default=[], metavar="NAME:LIMIT:MODULE:FUNCTION",
                         help="another part, from a module on PYTHONPATH; runs after the others")
+    parser.add_argument("--one-process", action="store_true",
+                        help="all parts in this one: saves imports, but has no limits and survives no crash")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # the child: one part in this process
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
@@ -198,9 +212,13 @@ def end(process: subprocess.Popen) -> int:
     raise AssertionError("unreachable: the last wait has no limit")
 
 
+def search_path(kept: Path) -> list[str]:
+    """Where the parts import from: the kit, the other benchmarks, the references of the tests, and what was carried."""
+    return [str(folder) for folder in (HERE, HERE.parent, ROOT / "tests", ROOT, kept / "site")]
+
+
 def environment(part: Part, tiny: bool, kept: Path) -> dict[str, str]:
     """The part's environment variables; what the caller has set stays."""
-    folders = [HERE, HERE.parent, ROOT / "tests", ROOT, kept / "site"]
     own = {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
@@ -211,25 +229,25 @@ def environment(part: Part, tiny: bool, kept: Path) -> dict[str, str]:
         own["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if part.memory_fraction is not None:
         own["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(part.memory_fraction)
-    path = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [*search_path(kept), *filter(None, [os.environ.get("PYTHONPATH")])]
     return own | dict(os.environ) | {"PYTHONPATH": os.pathsep.join(path)}
 
 
-def run_part(options: argparse.Namespace, record: records.Record) -> int:
+def run_part(part: Part, tiny: bool, record: records.Record) -> int:
     """The child's side: one part, from the first import to its status."""
-    part = next(part for part in options.parts if part.name == options.part)
+    began = time.process_time()
     record.set(status="running", results={})
     try:
-        record.set(device=device(options.tiny, record.kept))
-        getattr(importlib.import_module(part.module), part.function)(record, options.tiny)
+        record.set(device=device(tiny, record.kept))
+        getattr(importlib.import_module(part.module), part.function)(record, tiny)
     except records.Skipped as skipped:
         record.set(status="skipped", why=str(skipped))
         return 0
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        record.set(status="failed")
+        record.set(status="failed", why=f"{type(error).__name__}: {error}"[-500:])
         return 1
-    record.set(status="ok")
+    record.set(status="ok", cpu_seconds=time.process_time() - began)
     return 0
 
 
@@ -239,9 +257,9 @@ def device(tiny: bool, kept: Path) -> str:
 
     if tiny:  # what takes time there is compiling
         jax.config.update("jax_disable_most_optimizations", True)
-    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(kept / "programs"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     return jax.devices()[0].device_kind
 
 

@@ -72,9 +72,7 @@ def run(record, shape: str, tiny: bool, *, remat: bool = True, lora_rank: int = 
 def step(record, shape: str, batch: int, sizes: Sizes, remat: bool, lora_rank: int) -> dict:
     gc.collect()
     model = random_model(shape, "bfloat16", remat=remat)
-    state, generate, train_step = make_programs(
-        model, sizes.rollout, unroll=jax.default_backend() == "cpu", lora_rank=lora_rank
-    )
+    state, generate, train_step = make_programs(model, sizes.rollout, unroll=False, lora_rank=lora_rank)
     rows, room = random_batch(batch, sizes, model.config.vocab_size)
     key, temperature = jax.random.key(0), jnp.float32(1.0)
 
