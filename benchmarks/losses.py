@@ -27,7 +27,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from raft_jax.losses import (
     TiedEmbedding,
@@ -86,15 +85,23 @@ def jax_losses(shape, chunk_size):
         return token_mean(sft, mask) + token_mean(kl, mask)
 
     def naive(answer, rollout, table, teacher, teacher_table, labels):
-        """As usually written: both log-softmaxes whole, then the truncation."""
-        logprobs = jax.nn.log_softmax((answer @ table.T).astype(jnp.float32))
+        """As usually written: both log-softmaxes whole, then the truncation. With float64 arrays a reference."""
+        logprobs = jax.nn.log_softmax(wide(answer @ table.T))
         sft = -jnp.take_along_axis(logprobs, labels[..., None], axis=-1).mean()
-        u = jax.lax.stop_gradient(teacher @ teacher_table.T).astype(jnp.float32)
+        u = wide(jax.lax.stop_gradient(teacher @ teacher_table.T))
         q = jax.nn.log_softmax(u / TEMPERATURE)
-        p = jax.nn.log_softmax((rollout @ table.T).astype(jnp.float32) / TEMPERATURE)
+        p = jax.nn.log_softmax(wide(rollout @ table.T) / TEMPERATURE)
         q, kept = jax.lax.top_k(q, shape.k)
         q, p = jax.nn.log_softmax(q), jax.nn.log_softmax(jnp.take_along_axis(p, kept, axis=-1))
         return sft + TEMPERATURE**2 * (jnp.exp(q) * (q - p)).sum(-1).mean()
+
+    def naive_jsd(answer, rollout, table, teacher, teacher_table, labels):
+        p = jax.nn.log_softmax(wide(answer @ table.T))
+        q = jax.nn.log_softmax(wide(jax.lax.stop_gradient(teacher @ teacher_table.T)))
+        sft = -jnp.take_along_axis(p, labels[..., None], axis=-1).mean()
+        middle = jnp.logaddexp(p, q) - jnp.log(2.0)
+        jsd = (jnp.exp(p) * (p - middle) + jnp.exp(q) * (q - middle)).sum(-1).mean() / 2
+        return (sft + jsd) / 2
 
     def linear_jsd(answer, rollout, table, teacher, teacher_table, labels):
         settings = {"weight_BT": token_weight(mask), "chunk_size": chunk_size}
@@ -115,26 +122,43 @@ def jax_losses(shape, chunk_size):
             "raft_jax on logits": of_logits,
             "naive JAX": naive,
         },
-        "jsd": {"raft_jax linear": linear_jsd, "raft_jax on logits": jsd_of_logits},
+        "jsd": {"raft_jax linear": linear_jsd, "raft_jax on logits": jsd_of_logits, "naive JAX": naive_jsd},
     }
 
 
+def wide(array):
+    """float32 at least."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def random_arrays(shape):
+    """Hidden states of answer and rollout, table, the teacher's hidden states and table, labels; made on the device."""
+
+    @jax.jit
+    def make(key):
+        *keys, last = jax.random.split(key, 6)
+        hidden, table = (1, shape.tokens, shape.width), (shape.vocabulary, shape.width)
+        arrays = [
+            (jax.random.normal(key, size) * (1 if size == hidden else shape.width**-0.5)).astype(shape.dtype)
+            for key, size in zip(keys, (hidden, hidden, table, hidden, table), strict=True)
+        ]
+        return *arrays, jax.random.randint(last, hidden[:2], 0, shape.vocabulary)
+
+    return make(jax.random.key(0))
+
+
+def compiled(loss, arrays):
+    """The program of a loss's value and gradient."""
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays).compile()
+
+
 def jax_contenders(shape, kind, chunk_size, leave_out=()):
-    random = np.random.default_rng(0)
-    dtype = jnp.dtype(shape.dtype)
-
-    def normal(*size, scale=1.0):
-        return jnp.asarray(random.standard_normal(size=size, dtype=np.float32) * scale, dtype)
-
-    hidden, table = (1, shape.tokens, shape.width), (shape.vocabulary, shape.width)
-    labels = jnp.asarray(random.integers(0, shape.vocabulary, hidden[:2]))
-    small = shape.width**-0.5
-    arrays = normal(*hidden), normal(*hidden), normal(*table, scale=small), normal(*hidden), normal(*table, scale=small)
+    arrays = random_arrays(shape)
     for name, loss in jax_losses(shape, chunk_size)[kind].items():
         if name in leave_out:
             continue
-        program = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arrays, labels).compile()
-        yield name, lambda program=program: jax.block_until_ready(program(*arrays, labels)), temporary(program)
+        program = compiled(loss, arrays)
+        yield name, lambda program=program: jax.block_until_ready(program(*arrays)), temporary(program)
 
 
 def torch_contenders(shape, kind):

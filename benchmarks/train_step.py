@@ -25,36 +25,52 @@ from trl_step import read_rows, take_peak_memory
 HERE = Path(__file__).parent
 
 
+def make_programs(model, max_new_tokens: int, *, unroll: bool, lora_rank: int = 0):
+    """The first state, the rollout `generate(params, teacher_params, prompt, row_ids, key, temperature)` and the train
+    step, as a training run has them on one device."""
+    import jax
+
+    from raft_jax.config import LoraConfig
+    from raft_jax.sampling import make_generate
+    from raft_jax.sharding import make_mesh
+    from raft_jax.train.state import init_state, make_optimizer
+    from raft_jax.train.step import LossConfig, make_train_step
+    from raft_jax.train.student import make_student
+
+    optimizer = make_optimizer(5e-6)
+    student = make_student(model, LoraConfig(rank=lora_rank), make_mesh(devices=jax.devices()[:1]))
+    state = jax.jit(lambda teacher, key: init_state(student.init(teacher, key), optimizer))(
+        model.params, jax.random.key(0)
+    )
+    sample = make_generate(student.model, max_new_tokens, unroll=unroll)
+
+    @jax.jit
+    def generate(params, teacher_params, *prompt_and_draw):
+        return sample(student.forward_params(params, teacher_params), *prompt_and_draw)
+
+    losses = LossConfig(
+        student.model.completion_hidden, student.unembedding, student.forward_params, head_settings=model.head_settings
+    )
+    return state, generate, jax.jit(make_train_step(losses, optimizer), donate_argnums=0)
+
+
 def measure(options: argparse.Namespace) -> dict:
     """Our side: each step's seconds, tokens and padding, and the process's peak memory."""
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from raft_jax.config import LoraConfig
     from raft_jax.data.batches import Batches, TokenRow, token_capacity
     from raft_jax.data.prompts import question_prompt, teacher_prompt
     from raft_jax.host_memory import return_memory_after_compiling
     from raft_jax.models import load_pretrained
-    from raft_jax.sampling import make_generate
-    from raft_jax.sharding import make_mesh
     from raft_jax.tokens import Batch
-    from raft_jax.train.state import init_state, make_optimizer
-    from raft_jax.train.step import LossConfig, make_train_step
-    from raft_jax.train.student import make_student
 
     return_memory_after_compiling()  # as the command line does
     load_before = os.getloadavg()
     model = load_pretrained(options.model, jnp.dtype(options.dtype))
     tokenizer = model.tokenizer
-    optimizer = make_optimizer(5e-6)
-    student = make_student(model, LoraConfig(), make_mesh(devices=jax.devices()[:1]))
-    state = init_state(student.init(model.params, jax.random.key(0)), optimizer)
-    generate = make_generate(model, options.max_new_tokens, unroll=True)
-    losses = LossConfig(
-        model.completion_hidden, student.unembedding, student.forward_params, head_settings=model.head_settings
-    )
-    train_step = jax.jit(make_train_step(losses, optimizer), donate_argnums=0)
+    state, generate, train_step = make_programs(model, options.max_new_tokens, unroll=True)
 
     def prepared(rows: list[dict[str, str]], first: int) -> Batch:
         """The batch that a training run on just these rows has at every step."""
@@ -73,7 +89,7 @@ def measure(options: argparse.Namespace) -> dict:
     def step(state, index: int):
         batch = jax.device_put(batches[index])
         key = jax.random.fold_in(jax.random.key(0), index)
-        rollout = generate(state.params, batch.prompt, batch.row_ids, key, jnp.float32(1.0))
+        rollout = generate(state.params, model.params, batch.prompt, batch.row_ids, key, jnp.float32(1.0))
         capacity = token_capacity(int(rollout.mask.sum()), rollout.mask.size)
         batch = batch._replace(rollout=replace(rollout, max_tokens=capacity))
         state, _ = jax.block_until_ready(train_step(state, model.params, batch))

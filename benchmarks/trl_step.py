@@ -1,4 +1,4 @@
-"""Times TRL's nearest equivalent of one RAFT step on CPU: an SDFTTrainer step, then an SFT step.
+"""Times TRL's nearest equivalent of one RAFT step, on CPU or on one GPU: an SDFTTrainer step, then an SFT step.
 
 Both share one student and one AdamW state, as the two losses of RAFT do. Nothing here imports raft_jax: run
 it with a Python that has torch and trl (benchmarks/README.md), on the rows of the other side. The JSON that
@@ -107,6 +107,15 @@ def refuse_long_prompts(tokenizer, rows: list[dict[str, str]], limit: int) -> No
             )
 
 
+def take_device_peak() -> int:
+    """The most bytes of the GPU's memory since the last call."""
+    import torch
+
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def take_peak_memory() -> int:
     """High-water mark of this process's resident memory in bytes; on Linux since the last call.
 
@@ -120,22 +129,34 @@ def take_peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
-def make_clock(steps: list[Step]):
+def wait_for(device: str) -> None:
+    """Until the GPU has done all that it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def make_clock(steps: list[Step], device: str):
     """A trainer callback that appends one timed Step per optimizer step."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
+            wait_for(device)
             steps.append(Step())
             self.started, self.cpu_started = time.perf_counter(), time.process_time()
 
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            wait_for(device)
             self.update_started = time.perf_counter()
 
         def on_optimizer_step(self, args, state, control, **kwargs):
+            wait_for(device)
             steps[-1].optimizer_seconds = time.perf_counter() - self.update_started
 
         def on_step_end(self, args, state, control, **kwargs):
+            wait_for(device)
             steps[-1].seconds = time.perf_counter() - self.started
             steps[-1].cpu_seconds = time.process_time() - self.cpu_started
 
@@ -146,7 +167,7 @@ def common_settings(options: argparse.Namespace) -> dict:
     """Settings of both trainers: nothing but the step itself."""
     return {
         "output_dir": options.scratch,
-        "use_cpu": True,
+        "use_cpu": options.device == "cpu",
         "bf16": False,
         "per_device_train_batch_size": options.batch_size,
         "max_steps": options.warmup + options.steps,
@@ -174,6 +195,7 @@ def make_distillation_trainer(options, rows, tokenizer, steps: list[Step]):
         def _generate(self, prompt_ids):
             started = time.perf_counter()
             output = super()._generate(prompt_ids)
+            wait_for(options.device)
             steps[-1].rollout_seconds = time.perf_counter() - started
             return output
 
@@ -218,7 +240,7 @@ def make_distillation_trainer(options, rows, tokenizer, steps: list[Step]):
         args=settings,
         train_dataset=Dataset.from_list(prompts),
         processing_class=tokenizer,
-        callbacks=[make_clock(steps)],
+        callbacks=[make_clock(steps, options.device)],
     )
 
 
@@ -253,7 +275,7 @@ def make_sft_trainer(options, rows, distillation_trainer, steps: list[Step], *, 
         args=SFTConfig(**common_settings(options), train_sampling_strategy="sequential", max_length=None),
         train_dataset=Dataset.from_dict({"prompt": [user_turn(row) for row in rows], "completion": answers}),
         processing_class=distillation_trainer.processing_class,
-        callbacks=[make_clock(steps)],
+        callbacks=[make_clock(steps, options.device)],
         optimizers=(distillation_trainer.optimizer.optimizer, None),
     )
 
@@ -294,15 +316,16 @@ def measure(options: argparse.Namespace) -> dict:
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     refuse_long_prompts(tokenizer, rows, options.max_prompt_tokens)
 
+    take_peak = take_device_peak if options.device == "cuda" else take_peak_memory
     stages: dict[str, list[Step]] = {"distillation": [], "sft": [], "sft_trainer": []}
     load_before = os.getloadavg()
     trainer = make_distillation_trainer(options, rows, tokenizer, stages["distillation"])
-    peaks = {"loading": take_peak_memory()}
+    peaks = {"loading": take_peak()}
     trainer.train()
-    peaks["distillation"] = take_peak_memory()
+    peaks["distillation"] = take_peak()
     for name in ("sft", "sft_trainer"):
         make_sft_trainer(options, rows, trainer, stages[name], lean=name == "sft").train()
-        peaks[name] = take_peak_memory()
+        peaks[name] = take_peak()
 
     distillation, sft, sft_trainer = (steps[options.warmup :] for steps in stages.values())
     pairs = list(zip(distillation, sft, strict=True))
@@ -346,7 +369,7 @@ def measure(options: argparse.Namespace) -> dict:
     }
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--model", type=Path, required=True, help="Hugging Face folder with weights and tokenizer")
@@ -357,13 +380,17 @@ def main() -> None:
     add("--steps", type=int, default=5)
     add("--warmup", type=int, default=1)
     add("--threads", type=int, default=2)
+    add("--device", choices=["cpu", "cuda"], default="cpu")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights, AdamW and compute")
     add("--gradient-checkpointing", action="store_true", help="TRL's default: slower, less memory")
     add("--teacher-template", default=TEACHER_TEMPLATE, help="has {privileged_context} and {prompt}")
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True)
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
 
+
+def run(options: argparse.Namespace) -> dict:
+    """Measures, and writes the JSON to `options.out`."""
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # torch reads it when it is imported
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -371,6 +398,12 @@ def main() -> None:
         result = measure(options)
     del result["settings"]["scratch"]
     options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def main() -> None:
+    options = parse()
+    result = run(options)
     seconds, peak = result["raft_equivalent"]["median_seconds"], result["peak_memory_bytes"] / 1e9
     padding = result["padding"]["share"]
     print(f"{seconds:.2f} s a step, {peak:.2f} GB peak, {padding:.0%} padding: {options.out}")

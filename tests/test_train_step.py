@@ -11,6 +11,7 @@ import pytest
 import tiny
 import twin
 from quick import quick_jit
+from tiny import padded, random_rows
 
 from raft_jax.config import LoraConfig
 from raft_jax.data.batches import TokenRow, pad
@@ -23,29 +24,6 @@ from raft_jax.train.student import make_student
 
 V = 24
 LEARNING_RATE = 0.01
-
-
-def random_rows(seed, rollout_lengths=(5, 1, 0, 3)):
-    """Four ragged rows and their rollouts; one rollout is empty."""
-    random = np.random.default_rng(seed)
-
-    def ids(length):
-        return random.integers(0, V, length).tolist()
-
-    rows = [
-        {"prompt": ids(random.integers(1, 6)), "answer": ids(random.integers(1, 7)), "teacher_prompt": ids(8)}
-        for _ in rollout_lengths
-    ]
-    return rows, [ids(length) for length in rollout_lengths]
-
-
-def padded(rows, rollouts):
-    """Rows as the train step takes them; padding is a token that occurs, and must not matter."""
-    return Batch(
-        pad([row["prompt"] for row in rows], 7, 3, left=True), pad([row["answer"] for row in rows], 8, 5, left=False),
-        pad([row["teacher_prompt"] for row in rows], 9, 7, left=True), np.arange(len(rows), dtype=np.int32),
-        pad(rollouts, 6, 2, left=False),
-    )
 
 
 def build(dtype=np.float32, jit=jax.jit, **settings):

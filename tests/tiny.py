@@ -13,11 +13,13 @@ import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.models.decoder import DecoderConfig, parameter_table
 from raft_jax.models.export import export_hf
 from raft_jax.models.families.rope import plain_rope
 from raft_jax.models.tokenizer import Tokenizer, wrap
+from raft_jax.tokens import Batch
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -153,6 +155,29 @@ def toy_hidden(params, tokens):
 
 def toy_unembedding(params):
     return params["unembedding_DV"]
+
+
+def random_rows(seed, rollout_lengths=(5, 1, 0, 3), vocabulary=24):
+    """Four ragged rows and their rollouts; one rollout is empty."""
+    random = np.random.default_rng(seed)
+
+    def ids(length):
+        return random.integers(0, vocabulary, length).tolist()
+
+    rows = [
+        {"prompt": ids(random.integers(1, 6)), "answer": ids(random.integers(1, 7)), "teacher_prompt": ids(8)}
+        for _ in rollout_lengths
+    ]
+    return rows, [ids(length) for length in rollout_lengths]
+
+
+def padded(rows, rollouts):
+    """Rows as the train step takes them; padding is a token that occurs, and must not matter."""
+    return Batch(
+        pad([row["prompt"] for row in rows], 7, 3, left=True), pad([row["answer"] for row in rows], 8, 5, left=False),
+        pad([row["teacher_prompt"] for row in rows], 9, 7, left=True), np.arange(len(rows), dtype=np.int32),
+        pad(rollouts, 6, 2, left=False),
+    )
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> Path:
