@@ -305,7 +305,7 @@ def _timings(run_dir: Path) -> list[dict]:
     for number, text in enumerate(read_bytes(path).splitlines(), start=1):
         try:
             line = parse_json(text)
-            _ = line["stage"], line["method"], line["seconds"] + line["tokens"]
+            _ = {line["stage"], line["method"]}, line["seconds"] + line["tokens"]
         except (ValueError, LookupError, TypeError) as error:
             raise InputError(f"{path}:{number}: damaged; remove this line: the report will lack a stage's time, and "
                              "the same command goes on") from error

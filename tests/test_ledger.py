@@ -88,6 +88,7 @@ def test_a_garbled_last_line_is_dropped(tmp_path, torn):
 
 @pytest.mark.parametrize(("line", "message"), [
     (b'{"stage": "fu', "damaged"), (b"", "damaged"), (b"\xff\xfe", "damaged"), (b"[1]", "needs a stage"),
+    (b'{"stage": "fuse", "key": "k", "num_tokens": "x"}', "num_tokens is 'x'; remove the line"),
     (b'{"stage": "guess", "key": "q1"}', "needs a stage"),
     (b'{"stage": "rewrite", "key": "q1", "text": "Other."}', "contradicts"),
 ])
@@ -101,6 +102,11 @@ def test_damage_in_the_middle_is_refused_and_kept(tmp_path, line, message):
         Ledger.open(path)
     assert str(caught.value).startswith(f"{path}:2: ") and "\n" not in str(caught.value)
     assert path.read_bytes() == data
+
+
+def test_a_ledger_that_cannot_be_read_is_a_line(tmp_path):
+    with pytest.raises(InputError, match="expected a file, found a folder"):
+        Ledger.open(tmp_path)
 
 
 def test_a_failed_write_leaves_no_half_line(tmp_path, monkeypatch):

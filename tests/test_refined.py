@@ -212,3 +212,6 @@ def test_an_unknown_format_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"format": 2', '"format": 3'))
     with pytest.raises(InputError, match="format 3"):
         load_refined(tmp_path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"manifest\.json: damaged"):
+        load_refined(tmp_path)

@@ -501,6 +501,7 @@ def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
     ("results.json", "{", "not valid JSON"),
     ("results.json", "[]", "damaged, expected an object"),
     ("timings.jsonl", '{"stage": "train"}\n', "timings.jsonl:1: damaged; remove this line"),
+    ("timings.jsonl", '{"stage": "a", "method": ["a"], "seconds": 1, "tokens": 2}\n', "timings.jsonl:1: damaged"),
     ("timings.jsonl", '{"stage": 1, "method": 1, "seconds": "a", "tokens": 2}\n', "timings.jsonl:1: damaged"),
 ])
 def test_damage_of_the_folders_files_is_a_line(tmp_path, name, content, words):

@@ -172,6 +172,7 @@ def load_refined(folder: str | Path) -> list[RefinedRow]:
 
     Raises:
       InputError: there is no data set, or a file is missing or is not what was published.
+      OSError: a file cannot be read, which says nothing about what is in it.
     """
     folder = Path(folder)
     path = folder / _MANIFEST
@@ -189,7 +190,7 @@ def load_refined(folder: str | Path) -> list[RefinedRow]:
                 for entry in map(json.loads, lines)]
     except InputError:
         raise
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); run the refinement again to publish it anew") from error
     if len(rows) != num_rows:
         raise InputError(f"{folder / _ROWS}: expected {num_rows} rows, found {len(rows)}; "

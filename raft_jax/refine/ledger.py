@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raft_jax.errors import InputError
+from raft_jax.files import require_regular, unreadable
 
 STAGES = ("rewrite", "similarity", "fuse", "score")
+TYPES = {"text": str, "status": str, "num_tokens": int, "value": int | float | None}
 
 
 class Ledger:
@@ -40,11 +42,15 @@ class Ledger:
         memory and the file stays as it is.
 
         Raises:
-          InputError: a line other than a torn last one is damaged, or contradicts an earlier one.
+          InputError: a line other than a torn last one is damaged, or contradicts an earlier one; or the file cannot be
+            read.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        data = path.read_bytes() if path.exists() else b""
+        try:
+            data = require_regular(path).read_bytes() if path.exists() else b""
+        except OSError as error:
+            raise unreadable(path, error) from error
         lines = data.split(b"\n")
         torn = len(lines.pop())
         if not torn and lines and not _is_json(lines[-1]):
@@ -130,6 +136,8 @@ def _is_json(line: bytes) -> bool:
 
 def _name(record: object, where: str) -> tuple[str, str]:
     if isinstance(record, dict) and record.get("stage") in STAGES and isinstance(record.get("key"), str):
+        if wrong := [key for key, type in TYPES.items() if key in record and not isinstance(record[key], type)]:
+            raise InputError(f"{where}: {wrong[0]} is {record[wrong[0]]!r:.40}; remove the line: it is made again")
         return record["stage"], record["key"]
     raise InputError(f"{where}: a record needs a stage ({', '.join(STAGES)}) and a key that is text")
 
