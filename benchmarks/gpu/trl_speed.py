@@ -68,10 +68,11 @@ def write_model(folder: Path, shape: str, *, on_gpu: bool) -> None:
 
     tokenizer = toy.make_tokenizer()
     settings = hf_config(shape)
-    settings["vocab_size"] = max(settings["vocab_size"], tokenizer.vocab_size)
+    settings |= {"vocab_size": max(settings["vocab_size"], tokenizer.vocab_size), "eos_token_id": tokenizer.eos_id,
+                 "pad_token_id": tokenizer.pad_id}
     with torch.device("cuda" if on_gpu else "cpu"):
         model = transformers.LlamaForCausalLM._from_config(
-            transformers.LlamaConfig(**settings, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id),
+            transformers.LlamaConfig.from_dict(settings),
             dtype=torch.bfloat16,
         )
     model.save_pretrained(folder)
