@@ -129,6 +129,20 @@ def take_peak_memory() -> int:
     return int(line.split()[1]) * 1024
 
 
+def write_random_weights(options: argparse.Namespace) -> None:
+    """Weights for the folder's config.json, made on the device."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(options.model)
+    with torch.device(options.device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype))
+    model.save_pretrained(options.model)
+    del model
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def wait_for(device: str) -> None:
     """Until the GPU has done all that it was given."""
     if device == "cuda":
@@ -312,6 +326,8 @@ def measure(options: argparse.Namespace) -> dict:
     torch.set_num_threads(options.threads)
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    if options.random_weights:
+        write_random_weights(options)
     rows = read_rows(options.rows, options.batch_size * (options.warmup + options.steps))
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     refuse_long_prompts(tokenizer, rows, options.max_prompt_tokens)
@@ -384,6 +400,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of weights, AdamW and compute")
     add("--gradient-checkpointing", action="store_true", help="TRL's default: slower, less memory")
     add("--teacher-template", default=TEACHER_TEMPLATE, help="has {privileged_context} and {prompt}")
+    add("--random-weights", action="store_true", help="first write some into --model, which has a config.json only")
     add("--seed", type=int, default=0)
     add("--out", type=Path, required=True)
     return parser.parse_args(arguments)

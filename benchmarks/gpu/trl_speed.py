@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import tiny as toy
-import trl_step
 from record import Skipped
 from shapes import hf_config
 from step_speed import FULL, TINY
@@ -16,6 +17,7 @@ from step_speed import FULL, TINY
 from raft_jax.data.prompts import teacher_prompt
 
 PREDICTED = "slower than ours: its rollouts launch every operation from Python, at 30-40 ms a token"
+TRL_STEP = Path(__file__).resolve().parents[1] / "trl_step.py"
 WORD = " permit"  # one token of the made-up tokenizer
 
 
@@ -38,16 +40,18 @@ def run(record, shape: str, tiny: bool, batch: int) -> None:
     record.set(predicted=PREDICTED, shape=shape)
     sizes, batch = (TINY, 2) if tiny else (FULL, batch)
     with tempfile.TemporaryDirectory() as folder:
-        model, rows = Path(folder) / "model", Path(folder) / "rows.jsonl"
-        write_model(model, shape, on_gpu=not tiny)
+        model, rows, out = Path(folder) / "model", Path(folder) / "rows.jsonl", Path(folder) / "trl.json"
+        write_model(model, shape)
         row = make_row(sizes)
         rows.write_text("".join(json.dumps(row) + "\n" for _ in range(batch)), "utf-8")
-        options = trl_step.parse([
-            "--model", str(model), "--rows", str(rows), "--batch-size", str(batch), "--steps", "2", "--warmup", "1",
-            "--max-prompt-tokens", str(4 * sizes.prompt), "--max-new-tokens", str(sizes.rollout),
-            "--dtype", "bfloat16", "--device", "cpu" if tiny else "cuda", "--out", str(Path(folder) / "trl.json"),
-        ])
-        found = trl_step.run(options)
+        command = [
+            sys.executable, str(TRL_STEP), "--model", model, "--rows", rows, "--batch-size", batch, "--steps", 2,
+            "--warmup", 1, "--max-prompt-tokens", 8 * sizes.prompt, "--max-new-tokens", sizes.rollout,
+            "--dtype", "bfloat16", "--device", "cpu" if tiny else "cuda", "--random-weights", "--out", out,
+        ]
+        # In a process of its own: raft_jax has imported transformers without torch.
+        subprocess.run([str(word) for word in command], check=True)
+        found = json.loads(out.read_text("utf-8"))
     record.add(f"batch {batch}", batch=batch, **summary(found), whole=found)
 
 
@@ -61,25 +65,15 @@ def summary(found: dict) -> dict:
     }
 
 
-def write_model(folder: Path, shape: str, *, on_gpu: bool) -> None:
-    """A Hugging Face folder with random weights in bfloat16 and a tokenizer that knows the prompts' words."""
-    import torch
-    import transformers
-
+def write_model(folder: Path, shape: str) -> None:
+    """A Hugging Face folder without weights, and a tokenizer that knows the prompts' words."""
     tokenizer = toy.make_tokenizer()
     settings = hf_config(shape)
     settings |= {"vocab_size": max(settings["vocab_size"], tokenizer.vocab_size), "eos_token_id": tokenizer.eos_id,
-                 "pad_token_id": tokenizer.pad_id}
-    with torch.device("cuda" if on_gpu else "cpu"):
-        model = transformers.LlamaForCausalLM._from_config(
-            transformers.LlamaConfig.from_dict(settings),
-            dtype=torch.bfloat16,
-        )
-    model.save_pretrained(folder)
-    del model
-    if on_gpu:
-        torch.cuda.empty_cache()
+                 "pad_token_id": tokenizer.pad_id, "dtype": "bfloat16"}
+    folder.mkdir()
     tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps(settings), "utf-8")
 
 
 def make_row(sizes) -> dict[str, str]:
