@@ -41,10 +41,12 @@ def tokens(name: str, values: jax.Array, want: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape [{shape}...] like the student's, got {values.shape}")
 
 
-def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> None:
+def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> jax.Array:
+    """In 32 bits or more: 8 or 16 may not hold the vocabulary's size."""
     _of_type("labels_BT", labels_BT, jnp.integer, "an integer")
     if labels_BT.shape != want:
         raise ValueError(f"labels_BT must have shape {want}, got {labels_BT.shape}")
+    return jnp.asarray(labels_BT, jnp.int32 if labels_BT.dtype.itemsize < 4 else None)
 
 
 def mask(mask_BT: jax.Array, want: tuple[int, ...] | None = None) -> jax.Array:

@@ -64,7 +64,7 @@ def linear_cross_entropy(
     1.3863
     """
     checks.floating("hidden_BTD", hidden_BTD)
-    checks.labels(labels_BT, hidden_BTD.shape[:-1])
+    labels_BT = checks.labels(labels_BT, hidden_BTD.shape[:-1])
     head = LMHead.checked("", hidden_BTD, unembedding_DV, bias_V)
     vocab_size = checks.vocab_size(vocab_size, unembedding_DV=head.vocabulary)
     loss = CrossEntropy(
@@ -73,7 +73,7 @@ def linear_cross_entropy(
     if return_logsumexp and weight_BT is not None:
         raise ValueError("return_logsumexp must be False with weight_BT: the weighted sum alone is returned")
     term = Term(loss, head.config(logit_scale, logit_softcap, vocab_size, vocab_shards))
-    return _one_loss(term, checks.chunk_size(chunk_size), hidden_BTD, head, weight_BT, Targets(jnp.asarray(labels_BT)))
+    return _one_loss(term, checks.chunk_size(chunk_size), hidden_BTD, head, weight_BT, Targets(labels_BT))
 
 
 def linear_forward_kl(
@@ -293,7 +293,7 @@ def linear_raft_losses(
     """
     checks.floating("answer_hidden_BAD", answer_hidden_BAD)
     checks.floating("student_hidden_BTD", student_hidden_BTD)
-    checks.labels(labels_BA, answer_hidden_BAD.shape[:-1])
+    labels_BA = checks.labels(labels_BA, answer_hidden_BAD.shape[:-1])
     shapes = answer_hidden_BAD.shape, student_hidden_BTD.shape
     if len(shapes[0]) != len(shapes[1]) or shapes[0][-1] != shapes[1][-1]:
         raise ValueError(
@@ -313,7 +313,7 @@ def linear_raft_losses(
         targets = Targets(labels), Targets(teacher.top_k(arrays, tau), temperature=tau)
         return linear_losses(terms, teacher.chunk_size, (answer_hidden, student_hidden), head, targets)
 
-    arrays = answer_hidden_BAD, jnp.asarray(labels_BA), student_hidden_BTD, head, teacher.arrays, teacher.tau
+    arrays = answer_hidden_BAD, labels_BA, student_hidden_BTD, head, teacher.arrays, teacher.tau
     return losses(*arrays)
 
 

@@ -49,13 +49,13 @@ def cross_entropy(
     1.3863
     """
     checks.floating("logits_BTV", logits_BTV)
-    checks.labels(labels_BT, logits_BTV.shape[:-1])
+    labels_BT = checks.labels(labels_BT, logits_BTV.shape[:-1])
     vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
     loss = CrossEntropy(
         vocab_size, checks.label_smoothing(label_smoothing), checks.z_loss(z_loss), bool(return_logsumexp)
     )
     run = sharding.automatic(labels_BT.ndim)(partial(_pointwise, loss, vocab_size))
-    return run(logits_BTV, jnp.asarray(labels_BT))
+    return run(logits_BTV, labels_BT)
 
 
 def top_k_forward_kl(

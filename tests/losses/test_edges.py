@@ -89,6 +89,9 @@ def test_label_edges():
     np.testing.assert_allclose(loss_BT[0], [np.log1p(np.exp(-1)), INF, 0], rtol=1e-6)
     assert np.isfinite(grad).all() and not grad[0, 2].any()
     assert np.isnan(cross_entropy(logits, np.array([[3, 0, 0]]))[0, 0])
+    for dtype in np.int8, np.uint8, np.uint16, np.uint32:
+        loss_BT = cross_entropy(np.zeros((1, 1, 70000), np.float32), np.array([[5]], dtype))
+        np.testing.assert_allclose(loss_BT, np.log(70000), rtol=1e-6)
     hidden, unembedding = np.ones((1, 3, 2), np.float32), np.ones((2, 3), np.float32)
     loss_BT, grad = value_and_grad(linear_cross_entropy, hidden, unembedding, np.array([[0, -1, 7]]))
     assert loss_BT[0, 1] == 0 and np.isnan(loss_BT[0, 2]) and np.isfinite(grad[0, :2]).all()
