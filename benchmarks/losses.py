@@ -214,6 +214,7 @@ def torch_contenders(shape, kind):
 
 
 def temporary(program) -> int:
+    """Bytes that a compiled program takes besides its arguments and results, by XLA's own account."""
     return program.memory_analysis().temp_size_in_bytes
 
 

@@ -30,28 +30,24 @@ def make_programs(model, max_new_tokens: int, *, unroll: bool, lora_rank: int = 
     step, as a training run has them on one device."""
     import jax
 
-    from raft_jax.config import LoraConfig
+    from raft_jax.config import LoraConfig, TrainConfig
     from raft_jax.sampling import make_generate
     from raft_jax.sharding import make_mesh
-    from raft_jax.train.state import init_state, make_optimizer
-    from raft_jax.train.step import LossConfig, make_train_step
+    from raft_jax.train.loop import first_state, jit_train_step
+    from raft_jax.train.methods import METHODS
+    from raft_jax.train.state import make_optimizer
     from raft_jax.train.student import make_student
 
     optimizer = make_optimizer(5e-6)
     student = make_student(model, LoraConfig(rank=lora_rank), make_mesh(devices=jax.devices()[:1]))
-    state = jax.jit(lambda teacher, key: init_state(student.init(teacher, key), optimizer))(
-        model.params, jax.random.key(0)
-    )
+    state = first_state(student, optimizer, model.params, jax.random.key(0))
     sample = make_generate(student.model, max_new_tokens, unroll=unroll)
 
     @jax.jit
     def generate(params, teacher_params, *prompt_and_draw):
         return sample(student.forward_params(params, teacher_params), *prompt_and_draw)
 
-    losses = LossConfig(
-        student.model.completion_hidden, student.unembedding, student.forward_params, head_settings=model.head_settings
-    )
-    return state, generate, jax.jit(make_train_step(losses, optimizer), donate_argnums=0)
+    return state, generate, jit_train_step(student, optimizer, METHODS["raft"], TrainConfig())
 
 
 def measure(options: argparse.Namespace) -> dict:

@@ -33,15 +33,16 @@ def describe_machine() -> dict[str, Any]:
     return {
         "devices": [f"{count} × {kind}" for kind, count in sorted(kinds.items())],
         "processes": jax.process_count(), "processor": _processor(), "cores": _num_cores(),
-        "python": platform.python_version(), "versions": _versions(),
+        "python": platform.python_version(), "versions": {"raft_jax": __version__, **versions_of(PACKAGES)},
         "peak_host_memory": _peak_host_memory(), "peak_device_memory": max(peaks, default=None),
     }
 
 
 @cache
-def _versions() -> dict[str, str]:
-    found = {"raft_jax": __version__}
-    for name in PACKAGES:
+def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
+    """Those that are known, by name."""
+    found = {}
+    for name in packages:
         try:
             found[name] = version(name)
         except PackageNotFoundError:  # taken from a folder on PYTHONPATH

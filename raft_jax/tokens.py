@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -69,3 +70,8 @@ def concatenate(first: Tokens, *others: Tokens) -> Tokens:
         None if None in counts else sum(counts),
         0 if None in counts else first.shared_prefix,
     )
+
+
+def predicting(hidden_fn: Callable[[Tokens], jax.Array], prompt: Tokens, completion: Tokens) -> jax.Array:
+    """Hidden states `[B, C, D]` from which each token of a completion that follows its prompt is predicted."""
+    return hidden_fn(concatenate(prompt, completion))[:, prompt.length - 1 : -1]

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-from timing import measured, shares, temporary, timed
+from losses import temporary
+from timing import measured, shares, timed
 
 from raft_jax.models import attention
 from raft_jax.models.decoder import positions_from_mask

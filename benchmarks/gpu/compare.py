@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import record as records
-from session import device, prepared, source_hash
+from session import device, prepared, search_path, source_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 # Most informative first: a method is judged by its frontier over the learning rate, so all rates come before a second
@@ -57,8 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     began = time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
     kept = prepared(options.out)
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-    sys.path.append(str(kept / "site"))
+    sys.path[:0] = search_path(kept)
     path = options.out / "compare.json"
     content = {"tiny": options.tiny, "source": source_hash(), "cells": []}
     content["device"] = device(options.tiny, kept)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
 from timing import BF16_PRODUCT, COPY, measured, timed
 
-from raft_jax.machine import describe_machine
+from raft_jax.machine import describe_machine, versions_of
 
 PREDICTED = {
     "bf16_product": "790 TFLOP/s for 8192 x 8192 x 8192",
@@ -24,7 +23,8 @@ PACKAGES = (
 
 def run(record, tiny: bool) -> None:
     record.set(predicted=PREDICTED)
-    record.add("machine", **describe_machine(), packages=_versions(), driver=_driver(), memory=_memory())
+    packages = dict.fromkeys(PACKAGES) | versions_of(PACKAGES)
+    record.add("machine", **describe_machine(), packages=packages, driver=_driver(), memory=_memory())
     largest = 256 if tiny else 8192
     for name, dtype, size in ((BF16_PRODUCT, "bfloat16", largest), ("float32_product", "float32", largest // 2)):
         measured(record, name, partial(product, size, dtype), size=size, dtype=dtype)
@@ -52,16 +52,6 @@ def launch() -> dict:
     """From Python to the device and back, for a program that does next to nothing."""
     one, add = jnp.float32(1), jax.jit(lambda x: x + 1)
     return timed(lambda: jax.block_until_ready(add(one)), shortest=0.05)
-
-
-def _versions() -> dict[str, str | None]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def _driver() -> str | None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import losses
 from record import Skipped
-from timing import measured, shares, temporary, timed
+from timing import measured, shares, timed
 
 FULL = SimpleNamespace(tokens=8192, width=4096, vocabulary=128_256, k=512, dtype="bfloat16")
 TINY = SimpleNamespace(tokens=32, width=16, vocabulary=256, k=8, dtype="bfloat16")
@@ -46,7 +46,7 @@ def flops(kind: str, shape) -> float:
 def speed(record, function, arrays, kind: str, shape) -> dict:
     program = losses.compiled(function, arrays)
     found = timed(lambda: program(*arrays), repeats=5)
-    return {**found, "temporary_bytes": temporary(program),
+    return {**found, "temporary_bytes": losses.temporary(program),
             **shares(record, seconds=found["seconds"], flops=flops(kind, shape))}
 
 

@@ -15,7 +15,7 @@ from shapes import causal_pairs, forward_flops, num_parameters, random_model
 from timing import measured, once, peak_memory, shares
 from train_step import make_programs
 
-from raft_jax.tokens import Batch, Tokens, concatenate
+from raft_jax.tokens import Batch, Tokens
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,7 @@ def random_batch(batch: int, sizes: Sizes, vocabulary: int) -> Batch:
 
 def teacher_pass(model, rows: Batch):
     """What the train step asks of the teacher, but for its logits."""
-    return jax.jit(
-        lambda params: model.hidden(
-            params, concatenate(rows.teacher_prompt, rows.rollout), fork=(rows.teacher_prompt.length, 0)
-        )
-    )
+    return jax.jit(lambda params: model.completion_hidden(params, rows.teacher_prompt, rows.rollout))
 
 
 def operations(config, batch: int, sizes: Sizes, lora_rank: int) -> dict[str, float]:

@@ -56,11 +56,6 @@ def peak_memory() -> int | None:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def temporary(program) -> int:
-    """Bytes that a compiled program takes besides its arguments and results, by XLA's own account."""
-    return program.memory_analysis().temp_size_in_bytes
-
-
 def shares(record, *, seconds: float, flops: float | None = None, moved: float | None = None) -> dict[str, float]:
     """Rates, and how much of this card's measured floors they are, where the environment part has measured them."""
     floors, found = record.of("environment"), {}

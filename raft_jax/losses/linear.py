@@ -340,11 +340,9 @@ class TeacherTopK(NamedTuple):
         scales, softcaps = pair("logit_scale", scale), pair("logit_softcap", softcap)
         sizes, given = {"student_unembedding_DV": student_head.vocabulary}, isinstance(hidden, TopK)
         if given:
-            checks.tokens("logits_BTK", hidden.logits_BTK, shape)
+            truncation.check_given(hidden, shape, temperature, return_metrics)
             if unembedding is not None or bias_V is not None:
                 raise ValueError("teacher_unembedding_DV and teacher_bias_V must be None where the teacher is a TopK")
-            if return_metrics:
-                truncation.check_statistics(hidden, temperature)
         else:
             checks.floating("teacher_hidden_BTD", hidden)
             checks.tokens("teacher_hidden_BTD", hidden, shape)

@@ -107,9 +107,7 @@ def top_k_forward_kl(
     shape, sizes = student_logits_BTV.shape[:-1], {"student_logits_BTV": student_logits_BTV.shape[-1]}
     given = isinstance(teacher_logits_BTV, TopK)
     if given:
-        checks.tokens("logits_BTK", teacher_logits_BTV.logits_BTK, shape)
-        if return_metrics:
-            truncation.check_statistics(teacher_logits_BTV, temperature)
+        truncation.check_given(teacher_logits_BTV, shape, temperature, return_metrics)
     else:
         checks.floating("teacher_logits_BTV", teacher_logits_BTV)
         checks.tokens("teacher_logits_BTV", teacher_logits_BTV, shape)

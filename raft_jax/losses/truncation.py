@@ -103,9 +103,10 @@ def given_top_k(teacher: TopK, k: int | None, vocab_size: int) -> TopK:
     return jax.lax.stop_gradient(TopK(*arrays, teacher.temperature))
 
 
-def check_statistics(teacher, temperature) -> None:
-    """The metrics of a kept teacher are at the temperature that it was kept at."""
-    known = isinstance(teacher, TopK) and teacher.temperature is not None and not checks.is_traced(temperature)
+def check_given(teacher: TopK, shape: tuple[int, ...], temperature, return_metrics: bool) -> None:
+    """A `TopK` has the student's shape, and its statistics are at the temperature that the metrics are wanted at."""
+    checks.tokens("logits_BTK", teacher.logits_BTK, shape)
+    known = return_metrics and teacher.temperature is not None and not checks.is_traced(temperature)
     if known and not math.isclose(teacher.temperature, float(temperature), rel_tol=1e-6):
         raise ValueError(
             f"return_metrics needs a TopK whose statistics are at the loss's temperature {temperature}, "

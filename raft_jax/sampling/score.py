@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from raft_jax.losses import linear_cross_entropy, sequence_mean
 from raft_jax.models import Model
 from raft_jax.sampling.engine import bucket, rows_per_batch
 from raft_jax.sharding import num_shards, put_batch, to_host, use_mesh
-from raft_jax.tokens import Tokens, concatenate
+from raft_jax.tokens import Tokens, predicting
 
 
 class Scorer:
@@ -77,4 +78,4 @@ def answer_means(values_BA: jax.Array, mask_BA: jax.Array) -> jax.Array:
 
 def answer_hidden(model: Model, params, prompt: Tokens, answer: Tokens) -> jax.Array:
     """Hidden states `[B, A, D]` from which the model predicts each token of an answer that follows its prompt."""
-    return model.hidden(params, concatenate(prompt, answer))[:, prompt.length - 1 : -1]
+    return predicting(partial(model.hidden, params), prompt, answer)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from raft_jax import interrupt
 from raft_jax.checkpoint import Checkpoints
@@ -29,7 +30,7 @@ from raft_jax.sampling.decode import make_generate
 from raft_jax.sharding import any_process, num_shards, put_batch, to_host
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.methods import Method
-from raft_jax.train.state import init_state, make_optimizer, state_shardings
+from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from raft_jax.train.step import LossConfig, make_train_step
 from raft_jax.train.student import Student, make_student
 
@@ -82,14 +83,7 @@ def train(
     )
     student, teacher_params = make_student(model, settings.lora, mesh), model.params
     key = jax.random.key(seed)
-
-    # The state is donated to every step: the student is a copy that shares no buffers with the teacher.
-    def start_state(teacher_params):
-        return init_state(student.init(teacher_params, jax.random.fold_in(key, 2)), optimizer)
-
-    layout = state_shardings(jax.eval_shape(start_state, teacher_params), student.shardings)
-    state = jax.jit(start_state, out_shardings=layout)(teacher_params)
-
+    state = first_state(student, optimizer, teacher_params, jax.random.fold_in(key, 2))
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_checkpoints)
     restored = checkpoints.restore(state)
     start, state = restored or (0, state)
@@ -99,20 +93,7 @@ def train(
             f"raise them, or remove {folder / 'checkpoints'}, and training begins at step 0"
         )
     log = MetricsLog(folder / "metrics.jsonl", keep=start)
-
-    chunk_size = {} if settings.loss_chunk_size is None else {"chunk_size": settings.loss_chunk_size}
-    losses = LossConfig(
-        student.model.completion_hidden, student.unembedding, student.forward_params, top_k=settings.top_k,
-        temperature=settings.temperature, reduction=settings.reduction,
-        head_settings=model.head_settings | chunk_size,
-    )
-    train_step = jax.jit(
-        make_train_step(
-            losses, optimizer, terms=method.terms, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
-            num_micro_batches=settings.num_micro_batches,
-        ),
-        donate_argnums=0,
-    )
+    train_step = jit_train_step(student, optimizer, method, settings)
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
     rollout_key = jax.random.fold_in(key, 1)
     done = start
@@ -157,6 +138,38 @@ def train(
             save_peft(adapters, model.config, folder / "adapter", alpha=settings.lora.alpha, base=model.source,
                       with_vision=model.with_vision)
     return jax.jit(student.merged_params)(state.params, teacher_params) if settings.lora.rank else state.params
+
+
+def first_state(
+    student: Student, optimizer: optax.GradientTransformation, teacher_params, key: jax.Array
+) -> TrainState:
+    """The state before the first step, laid out over the mesh.
+
+    It is donated to every step: the student is a copy that shares no buffers with the teacher.
+    """
+
+    def make(teacher_params):
+        return init_state(student.init(teacher_params, key), optimizer)
+
+    layout = state_shardings(jax.eval_shape(make, teacher_params), student.shardings)
+    return jax.jit(make, out_shardings=layout)(teacher_params)
+
+
+def jit_train_step(
+    student: Student, optimizer: optax.GradientTransformation, method: Method, settings: TrainConfig
+) -> Callable:
+    """`make_train_step` of a run's settings, compiled; the state is donated."""
+    chunk_size = {} if settings.loss_chunk_size is None else {"chunk_size": settings.loss_chunk_size}
+    losses = LossConfig(
+        student.model.completion_hidden, student.unembedding, student.forward_params, top_k=settings.top_k,
+        temperature=settings.temperature, reduction=settings.reduction,
+        head_settings=student.model.head_settings | chunk_size,
+    )
+    step = make_train_step(
+        losses, optimizer, terms=method.terms, ema_decay=settings.ema_decay, fixed_weight=settings.fixed_weight,
+        num_micro_batches=settings.num_micro_batches,
+    )
+    return jax.jit(step, donate_argnums=0)
 
 
 def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shards: int) -> Callable[..., Tokens]:

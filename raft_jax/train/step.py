@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from raft_jax.losses import linear_cross_entropy, linear_top_k_forward_kl, update_balance
+from raft_jax.losses import linear_cross_entropy, linear_top_k_forward_kl, sequence_weight, update_balance
 from raft_jax.sharding import num_shards
-from raft_jax.tokens import Batch, Tokens, concatenate
+from raft_jax.tokens import Batch, Tokens, predicting
 from raft_jax.train.accumulate import accumulated_vjp
 from raft_jax.train.state import TrainState
 from raft_jax.unpadding import make_unpadding
@@ -57,7 +58,7 @@ class LossConfig:
         """[B, T], float32: what each token weighs in the sum of a term."""
         if self.reduction == "token":
             return tokens.mask.astype(jnp.float32)
-        return tokens.mask / jnp.maximum(jnp.sum(tokens.mask, axis=-1, keepdims=True), 1).astype(jnp.float32)
+        return sequence_weight(tokens.mask) * len(tokens.ids)
 
     @property
     def linear(self) -> dict[str, Any]:
@@ -190,8 +191,6 @@ def completions_of(hidden_fn: Callable[..., jax.Array]) -> Callable[..., list[ja
     """`completion_hidden` of any model `hidden_fn(params, tokens: Tokens) -> hidden_BTD`, one pass a completion."""
 
     def completion_hidden(params, prompt: Tokens, *completions: Tokens) -> list[jax.Array]:
-        return [
-            hidden_fn(params, concatenate(prompt, completion))[:, prompt.length - 1 : -1] for completion in completions
-        ]
+        return [predicting(partial(hidden_fn, params), prompt, completion) for completion in completions]
 
     return completion_hidden
