@@ -1,4 +1,4 @@
-"""How fast a few rows are multiplied by a large matrix, by XLA and by raft_jax.models.tiles: GB of matrix a second.
+"""How fast a few rows are multiplied by a large matrix, by XLA and by raft_jax.models.xla_cpu: GB of matrix a second.
 
     python benchmarks/products.py --rows 1 2 4 8 16
 
@@ -14,7 +14,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from raft_jax.models.tiles import product, tiled
+from raft_jax.models.xla_cpu import product, tiled
 
 SHAPES = [(576, 960), (576, 576), (576, 3072), (1536, 576), (576, 49152), (2048, 5632)]
 

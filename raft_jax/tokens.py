@@ -21,7 +21,7 @@ class Tokens:
 
     Attributes:
       ids: [B, T], int32.
-      mask: [B, T], bool, True on real tokens; or int32, the number of the text that a token belongs to, 0 at padding
+      mask: [B, T], bool, True on real tokens; or int32 segment ids, 0 at padding
         (see raft_jax.models.decoder.Decoder.hidden). None: every token is real.
       max_tokens: at least the most real tokens of the rows on one device, of one micro-batch; None where nothing is
         known, and padding is computed like any token.

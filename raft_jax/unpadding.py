@@ -100,7 +100,7 @@ def _move(x_RSX, source_RU, back_RS):
 
 _move.defvjp(
     lambda x, source, back: (_move(x, source, back), (source, back)),
-    lambda saved, slope: (_move(slope, saved[1], saved[0]), None, None),
+    lambda saved, grad: (_move(grad, saved[1], saved[0]), None, None),
 )
 
 
@@ -111,13 +111,13 @@ def _spread(shared: int, x_RUX, place_RS, source_RU, again_RM):
     return _gather(x_RUX, place_RS)
 
 
-def _spread_backward(shared, saved, slope_RSX):
+def _spread_backward(shared, saved, grad_RSX):
     source_RU, again_RM = saved
-    slope_RUX = _gather(slope_RSX, source_RU)
+    grad_RUX = _gather(grad_RSX, source_RU)
     if again_RM.size:
-        again_RMX = _gather(slope_RSX, again_RM).reshape(len(again_RM), -1, shared, *slope_RSX.shape[2:])
-        slope_RUX = slope_RUX.at[:, :shared].add(jnp.sum(again_RMX, axis=1))
-    return slope_RUX, None, None, None
+        again_RMX = _gather(grad_RSX, again_RM).reshape(len(again_RM), -1, shared, *grad_RSX.shape[2:])
+        grad_RUX = grad_RUX.at[:, :shared].add(jnp.sum(again_RMX, axis=1))
+    return grad_RUX, None, None, None
 
 
 _spread.defvjp(

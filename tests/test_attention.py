@@ -15,7 +15,8 @@ from quick import as_one
 from raft_jax.config import ATTENTION
 from raft_jax.errors import InputError
 from raft_jax.models import attention, load_pretrained
-from raft_jax.models.decoder import parameter_table, positions_from_mask
+from raft_jax.models.config import parameter_table
+from raft_jax.models.decoder import positions_from_mask
 from raft_jax.sharding import make_mesh
 from raft_jax.tokens import Tokens
 
@@ -207,7 +208,7 @@ def test_what_goes_to_a_gpu_is_cudnns(a_gpu_with_cudnn, case, odd, width):
     ("splash", "tpu", ("", "fwd"), [("", "dq"), ("", "dkv")], 2),  # answer and rollout are one shape for its blocks
 ])
 def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forward, backward, count, remat):
-    """In each part of a fork, packed, over layers; and again in the backward pass where nothing is kept for it."""
+    """In the prompt and each branch, unpadded; and again in the backward pass where nothing is kept for it."""
     model = tiny.make_model()
     model = replace(model, config=replace(model.config, kernel=kernel, head_width=64, remat=remat))
     params = {
@@ -216,7 +217,7 @@ def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forwar
     tokens, mask = jax.ShapeDtypeStruct((2, 21), jnp.int32), jax.ShapeDtypeStruct((2, 21), jnp.bool_)
 
     def weighed(params, tokens, mask):
-        return jnp.sum(model.hidden(params, Tokens(tokens, mask, 40), fork=(8, 7)).astype(jnp.float32))
+        return jnp.sum(model.hidden(params, Tokens(tokens, mask, 40), branches=(8, 7)).astype(jnp.float32))
 
     found = kernels(platform, jax.grad(weighed), params, tokens, mask)
     assert found == {forward: count * (2 if remat else 1), **dict.fromkeys(backward, count)}
@@ -234,7 +235,7 @@ def test_splash_on_a_mesh():
 
 @pytest.mark.parametrize("windows", [None, (4, 99)])
 def test_the_decoder_by_a_kernel(monkeypatch, windows):
-    """Whole texts, a fork and a prompt, padded on the left; layers with and without a window."""
+    """Whole rows, two branches and a prompt, padded on the left; layers with and without a window."""
     plain = tiny.make_model()
     plain = replace(plain, config=replace(plain.config, windows=windows, attention_softcap=3.0))
     model = replace(plain, config=replace(plain.config, kernel="splash"))
@@ -249,8 +250,8 @@ def test_the_decoder_by_a_kernel(monkeypatch, windows):
     tokens = np.random.default_rng(0).integers(0, 200, (2, 20))
     mask = np.ones((2, 20), bool)
     mask[0, :3] = False
-    for fork in (None, (8, 7)):
-        found, expected = (as_one(x.hidden, x.params, Tokens(tokens, mask), fork=fork) for x in (model, plain))
+    for branches in (None, (8, 7)):
+        found, expected = (as_one(x.hidden, x.params, Tokens(tokens, mask), branches=branches) for x in (model, plain))
         np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)
     found, expected = (as_one(x.prefill, x.params, Tokens(tokens, mask), length=24)[0] for x in (model, plain))
     np.testing.assert_allclose(found[mask], expected[mask], atol=2e-5)

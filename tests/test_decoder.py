@@ -14,9 +14,10 @@ import pytest
 from quick import quick_jit
 
 from raft_jax.models import Model
-from raft_jax.models.decoder import DecoderConfig, init_parameters, parameter_table
+from raft_jax.models.config import DecoderConfig, parameter_table
+from raft_jax.models.decoder import init_parameters
 from raft_jax.models.families.rope import make_rope, plain_rope
-from raft_jax.models.tiles import Tiled
+from raft_jax.models.xla_cpu import Tiled
 from raft_jax.tokens import Tokens
 
 LLAMA = DecoderConfig(
@@ -30,7 +31,7 @@ LLAMA3_ROPE = make_rope({"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}, 
 CONFIGS = {
     "llama": LLAMA,
     "llama 3": replace(LLAMA, ropes=(LLAMA3_ROPE,), num_kv_heads=1, norm_epsilon=1e-3),
-    # wide enough for tiles (raft_jax.models.tiles)
+    # wide enough for tiles (raft_jax.models.xla_cpu)
     "qwen2": replace(
         LLAMA, family="qwen2", qkv_bias=True, tied_embeddings=True, width=64, num_kv_heads=4, head_width=16,
         ffn_width=128, ropes=(plain_rope(100.0, 16),),
@@ -55,7 +56,7 @@ class Compiled:
         self.config, self.params = config, random_params(config)
         model = Model(config, self.params)
         self.apply, self.step = jax.jit(model.apply), jax.jit(model.step)
-        self.hidden = quick_jit(model.hidden, static_argnames="fork")
+        self.hidden = quick_jit(model.hidden, static_argnames="branches")
         self.prefill = quick_jit(model.prefill, static_argnums=2)
 
     def logits(self, tokens_BT, mask_BT=None, first_position=None) -> np.ndarray:
@@ -164,7 +165,7 @@ def test_a_fork_is_two_texts_after_one_prompt(model):
         for start, length in (4 - prompt, prompt), (4, first), (9, second):
             texts[row, start : start + length] = TOKENS[row, start : start + length]
             mask[row, start : start + length] = True
-    found = model.head(model.hidden(model.params, Tokens(texts, mask), fork=(4, 5)))
+    found = model.head(model.hidden(model.params, Tokens(texts, mask), branches=(4, 5)))
     for row, first in enumerate(firsts):
         places = np.arange(13)
         for branch in (places < 4 + first) & mask[row], ((places < 4) | (places >= 9)) & mask[row]:
@@ -191,9 +192,9 @@ def test_leaving_padding_out_changes_nothing(model, room):
     """16 real tokens of 39 places, padding on both sides; whole texts, and two texts after a prompt."""
     tokens, mask = pad_rows((12, 5, 1), left=True)
     mask[1, -2:] = False
-    for fork in (None, (6, 3)):
-        expected = np.asarray(model.hidden(model.params, Tokens(tokens, mask), fork=fork))
-        found = np.asarray(model.hidden(model.params, Tokens(tokens, mask, room), fork=fork))
+    for branches in (None, (6, 3)):
+        expected = np.asarray(model.hidden(model.params, Tokens(tokens, mask), branches=branches))
+        found = np.asarray(model.hidden(model.params, Tokens(tokens, mask, room), branches=branches))
         np.testing.assert_allclose(found[mask], expected[mask], atol=1e-5)
         assert (found[~mask] == 0).all() or room == mask.size  # where there is no padding, nothing moves
     assert np.isnan(model.hidden(model.params, Tokens(tokens, mask, int(mask.sum()) - 1))).all()

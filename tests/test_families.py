@@ -19,7 +19,7 @@ from tiny import make_tokenizer  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
 from raft_jax.models import Model, families, load_pretrained  # noqa: E402
-from raft_jax.models.decoder import parameter_table  # noqa: E402
+from raft_jax.models.config import parameter_table  # noqa: E402
 from raft_jax.models.export import export_hf  # noqa: E402
 from raft_jax.models.families import FAMILIES, config_from_hf, settings  # noqa: E402
 from raft_jax.tokens import Tokens  # noqa: E402

@@ -9,7 +9,8 @@ from tiny import compile_cache, make_config, make_model
 
 from raft_jax.errors import InputError
 from raft_jax.models import Model, parameter_shardings
-from raft_jax.models.decoder import init_parameters, parameter_table
+from raft_jax.models.config import parameter_table
+from raft_jax.models.decoder import init_parameters
 from raft_jax.sharding import (
     LOGICAL_TO_MESH,
     constrain,

@@ -21,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from raft_jax.config import load_config
 from raft_jax.models import Model, parameter_shardings
-from raft_jax.models.decoder import parameter_table
+from raft_jax.models.config import parameter_table
 from raft_jax.models.families import config_from_hf
 from raft_jax.sharding import make_mesh, partition_spec
 from raft_jax.train.state import init_state, make_optimizer, state_shardings

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
-from raft_jax.models.decoder import DecoderConfig, parameter_table
+from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.export import export_hf
 from raft_jax.models.families.rope import plain_rope
 from raft_jax.models.tokenizer import Tokenizer, wrap

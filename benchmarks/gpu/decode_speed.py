@@ -17,7 +17,7 @@ from raft_jax.models.attention import MASKED, softcap
 from raft_jax.models.decoder import Cache
 from raft_jax.sampling.decode import sample_token
 
-SUMS = decoder.attend_one
+SUMS = decoder.decode_attention
 PREDICTED = {
     "floor": "weights and cache are read once a token: 6.4 GB at 3 TB/s is 2.1 ms for the 3B shape",
     "sums": "11 times the cache's roofline on a TPU; at batch 1 bound by launches, some 25 a layer: 3-5 ms a token",
@@ -30,7 +30,7 @@ FILLED, NEW_TOKENS = 448, 64
 
 
 def attend_by_products(config, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS):
-    """raft_jax.models.attention.attend_one, with products of matrices that are summed up in float32."""
+    """raft_jax.models.attention.decode_attention, with products of matrices that are summed up in float32."""
     B, _, N, H = query_B1NH.shape
     query_BKGH = query_B1NH.reshape(B, key_BKH1.shape[1], -1, H)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -57,12 +57,12 @@ def run(record, tiny: bool) -> None:
             model = random_model(shape, "bfloat16")
         tokens = {}
         for form, function in FORMS.items():
-            decoder.attend_one = function
+            decoder.decode_attention = function
             try:
                 measured(record, f"{shape} batch {batch} {form}",
                          partial(speed, record, model, batch, filled, new, tokens, form), shape=shape, batch=batch)
             finally:
-                decoder.attend_one = SUMS
+                decoder.decode_attention = SUMS
 
 
 def speed(record, model, batch: int, filled: int, new: int, tokens: dict, form: str) -> dict:

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from raft_jax.models import Model
 from raft_jax.models.attention import best_kernel
-from raft_jax.models.decoder import DecoderConfig, init_parameters, parameter_table
+from raft_jax.models.config import DecoderConfig, parameter_table
+from raft_jax.models.decoder import init_parameters
 from raft_jax.models.families.rope import plain_rope
 
 ROPE_THETA = 500_000.0

@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding
 
 from raft_jax.errors import InputError
 from raft_jax.models.attention import KERNELS, best_kernel, softcap
-from raft_jax.models.decoder import Cache, Decoder, DecoderConfig, parameter_table
-from raft_jax.models.tiles import Tiled, product
+from raft_jax.models.config import DecoderConfig, parameter_table
+from raft_jax.models.decoder import Cache, Decoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import config_of, head_differs, load_parameters, open_weights
+from raft_jax.models.xla_cpu import Tiled, product
 from raft_jax.sharding import named_sharding
 from raft_jax.sources import resolve
 from raft_jax.tokens import Tokens, concatenate
@@ -38,9 +39,9 @@ class Model:
     generation: dict[str, Any] | None = None  # its generation_config.json
     with_vision: bool = False  # whether it is the decoder of a model with vision, which is left out
 
-    def hidden(self, params, tokens: Tokens, positions_BT=None, fork=None) -> jax.Array:
+    def hidden(self, params, tokens: Tokens, positions_BT=None, branches=None) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
-        return Decoder(self.config, params).hidden(tokens, positions_BT, fork)
+        return Decoder(self.config, params).hidden(tokens, positions_BT, branches)
 
     def completion_hidden(self, params, prompt: Tokens, *completions: Tokens) -> list[jax.Array]:
         """Hidden states from which each token of a completion is predicted, `[B, C, D]` for each completion.
@@ -50,7 +51,7 @@ class Model:
         """
         first = completions[0].length if len(completions) == 2 else 0
         begin = prompt.length
-        hidden_BTD = self.hidden(params, concatenate(prompt, *completions), fork=(begin, first))
+        hidden_BTD = self.hidden(params, concatenate(prompt, *completions), branches=(begin, first))
         last_BCD = jnp.concatenate([hidden_BTD[:, begin - 1 : begin], hidden_BTD[:, begin + first : -1]], axis=1)
         return [hidden_BTD[:, begin - 1 : begin + first - 1], last_BCD][2 - len(completions) :]
 

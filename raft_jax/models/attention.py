@@ -1,7 +1,6 @@
 """Attention: the plain one, and kernels that never hold the scores: Pallas splash attention on TPU, cuDNN's on GPU.
 
-Letters: B batch, T time, S tokens that may be seen, N query heads, K key/value heads, G = N/K, H head width. A config
-is a DecoderConfig.
+Letters: B batch, T time, S tokens that may be seen, N query heads, K key/value heads, G = N/K, H head width.
 """
 
 from __future__ import annotations
@@ -12,43 +11,51 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from raft_jax.models.config import DecoderConfig
 from raft_jax.sharding import partition_spec
 
 KERNELS = ("plain", "splash", "cudnn")
-KEPT = "product"  # the name under which the backward pass finds what is dear to make again
+SAVED = "product"  # the checkpoint name of what is kept for the backward pass
 MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
 BLOCK = 128  # splash attention's unit of query and key positions
 LARGEST_BLOCK = 512
 PLAIN_BLOCK = 128  # queries of the plain attention that share the keys they see
 
 
-def attend(config, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, fork, window) -> jax.Array:
-    """Mixed values `[B, T, N, H]` of tokens that see themselves and what stands before them, up to a fork.
+def attend(
+    config: DecoderConfig, query_BTNH, key_BKHT, value_BKTH, positions_BT, mask_BT, branches, window
+) -> jax.Array:
+    """Causal attention, `[B, T, N, H]`, over rows of one sequence, or of a prompt with two branches.
 
-    The prompt, the answer and what stands behind a fork are products of their own, as they are in a pass that lacks
-    the answer: both passes then round alike, and a teacher that is the student differs from it by nothing.
+    The prompt and each branch are products of their own, as they are in a pass over the prompt and the second branch
+    alone: both passes then round alike, and a student that equals its teacher differs from it by nothing.
+
+    Args:
+      branches: (P, A): a prompt of P tokens, a branch of A, and a second branch that does not see the first. None: one
+        sequence.
+      window: how many tokens each token sees, itself among them; None: all before it.
     """
     attend_last = partial(_attend_last, config, window)
-    seen = (key_BKHT, 3), (value_BKTH, 2), (positions_BT, 1), (mask_BT, 1)
-    if fork is None:
-        return attend_last(query_BTNH, *(array for array, _ in seen))
-    prompt, end = fork[0], sum(fork)
+    arrays = (key_BKHT, 3), (value_BKTH, 2), (positions_BT, 1), (mask_BT, 1)
+    if branches is None:
+        return attend_last(query_BTNH, *(array for array, _ in arrays))
+    prompt, end = branches[0], sum(branches)
 
     def until(stop):
-        return [jax.lax.slice_in_dim(array, 0, stop, axis=axis) for array, axis in seen]
+        return [jax.lax.slice_in_dim(array, 0, stop, axis=axis) for array, axis in arrays]
 
-    def without_answer():
-        parts = [(jnp.split(array, (prompt, end), axis), axis) for array, axis in seen]
+    def without_first_branch():
+        parts = [(jnp.split(array, (prompt, end), axis), axis) for array, axis in arrays]
         return [jnp.concatenate([before, after], axis) for (before, _, after), axis in parts]
 
     mixed = [attend_last(query_BTNH[:, :prompt], *until(prompt))]
     if end > prompt:
         mixed.append(attend_last(query_BTNH[:, prompt:end], *until(end)))
-    mixed.append(attend_last(query_BTNH[:, end:], *without_answer()))
+    mixed.append(attend_last(query_BTNH[:, end:], *without_first_branch()))
     return jnp.concatenate(mixed, axis=1)
 
 
-def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
+def _attend_last(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
     """Mixed values `[B, T, N, H]` of the last T of S tokens."""
     if config.kernel != "plain":
         return _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS)
@@ -56,19 +63,19 @@ def _attend_last(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS,
     mixed = []
     for start in range(0, T, PLAIN_BLOCK):
         end = min(start + PLAIN_BLOCK, T)
-        seen = slice(S - T + end)  # what comes after a block's last query is not computed
+        keys = slice(S - T + end)  # those after a block's last query are not computed
         mixed.append(_attend_plain(
-            config, window, query_BTNH[:, start:end], key_BKHS[..., seen], value_BKSH[:, :, seen],
-            positions_BS[:, seen], mask_BS[:, seen],
+            config, window, query_BTNH[:, start:end], key_BKHS[..., keys], value_BKSH[:, :, keys],
+            positions_BS[:, keys], mask_BS[:, keys],
         ))
     return jnp.concatenate(mixed, axis=1)
 
 
-def _attend_plain(config, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
+def _attend_plain(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
     """The same with all the scores."""
     B, T, N, H = query_BTNH.shape
     K, S = key_BKHS.shape[1], key_BKHS.shape[-1]
-    visible_BTS = visible(T, S, None) & same_text(mask_BS, T)
+    visible_BTS = visible(T, S, None) & same_segment(mask_BS, T)
     if window is not None:
         visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
     # The queries of a group of heads stand behind one another, so that every product is one of plain matrices.
@@ -87,8 +94,8 @@ def _scores(cap, query_BKMH, key_BKHS, visible_BTS) -> jax.Array:
 def _mix(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS) -> jax.Array:
     """softmax(scores) V; M are the T queries of every head of a group.
 
-    The rule below is the one of flash attention without its tiles: the backward pass makes the probabilities again
-    from their normaliser, and no product in it needs an array of scores transposed.
+    The gradient is that of flash attention without its tiles: the backward pass computes the probabilities again from
+    their normalizer, and no product in it needs a transposed array of scores.
     """
     return _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS)[0]
 
@@ -102,34 +109,34 @@ def _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS):
     mixed_BKMH = jnp.einsum(
         "bkms,bksh->bkmh", weight_BKMS.astype(dtype), value_BKSH, preferred_element_type=jnp.float32
     )
-    mixed_BKMH = checkpoint_name((mixed_BKMH / total_BKM1).astype(dtype), KEPT)
-    normalizer_BKM1 = checkpoint_name(highest_BKM1 + jnp.log(total_BKM1), KEPT)
+    mixed_BKMH = checkpoint_name((mixed_BKMH / total_BKM1).astype(dtype), SAVED)
+    normalizer_BKM1 = checkpoint_name(highest_BKM1 + jnp.log(total_BKM1), SAVED)
     return mixed_BKMH, (query_BKMH, key_BKHS, value_BKSH, visible_BTS, mixed_BKMH, normalizer_BKM1)
 
 
 def _pinned(x: jax.Array) -> jax.Array:
-    """x, float32, to the bit, out of the reach of XLA's fusions on CPU, which outlive its barriers.
+    """x, float32, unchanged, where XLA on CPU cannot fuse it with what uses it; an optimization barrier does not hold.
 
-    They take another exp with a backward pass (a student) than without (a teacher), and Eq. 12 divides by what a
-    teacher that equals the student then differs by.
+    Fused, a pass with a backward pass (the student) computes another exp than one without (the teacher), and Eq. 12
+    divides by the difference where both models are equal.
     """
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
 
 
-def _mix_backward(cap, saved, slope_BKMH):
+def _mix_backward(cap, saved, grad_BKMH):
     query_BKMH, key_BKHS, value_BKSH, visible_BTS, mixed_BKMH, normalizer_BKM1 = saved
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
     dtype = value_BKSH.dtype
     scores_BKMS = _scores(cap, query_BKMH, key_BKHS, visible_BTS)
     probs_BKMS = jnp.exp(scores_BKMS - normalizer_BKM1)
-    mean_BKM1 = jnp.sum(slope_BKMH.astype(jnp.float32) * mixed_BKMH, axis=-1, keepdims=True)
-    pull_BKMS = probs_BKMS * (product("bkmh,bksh->bkms", slope_BKMH, value_BKSH) - mean_BKM1)
+    mean_BKM1 = jnp.sum(grad_BKMH.astype(jnp.float32) * mixed_BKMH, axis=-1, keepdims=True)
+    score_grad_BKMS = probs_BKMS * (product("bkmh,bksh->bkms", grad_BKMH, value_BKSH) - mean_BKM1)
     if cap is not None:
-        pull_BKMS *= 1 - jnp.square(jnp.where(scores_BKMS == MASKED, 0, scores_BKMS / cap))
-    pull_BKMS = pull_BKMS.astype(dtype)
-    query = product("bkms,bkhs->bkmh", pull_BKMS, key_BKHS)
-    key = product("bkmh,bkms->bkhs", query_BKMH, pull_BKMS)
-    value = product("bkmh,bkms->bkhs", slope_BKMH, probs_BKMS.astype(dtype)).swapaxes(2, 3)
+        score_grad_BKMS *= 1 - jnp.square(jnp.where(scores_BKMS == MASKED, 0, scores_BKMS / cap))
+    score_grad_BKMS = score_grad_BKMS.astype(dtype)
+    query = product("bkms,bkhs->bkmh", score_grad_BKMS, key_BKHS)
+    key = product("bkmh,bkms->bkhs", query_BKMH, score_grad_BKMS)
+    value = product("bkmh,bkms->bkhs", grad_BKMH, probs_BKMS.astype(dtype)).swapaxes(2, 3)
     return query.astype(dtype), key.astype(dtype), value.astype(dtype), None
 
 
@@ -137,7 +144,7 @@ _mix = jax.custom_vjp(_mix, nondiff_argnums=(0,))
 _mix.defvjp(_mix_forward, _mix_backward)
 
 
-def _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS) -> jax.Array:
+def _attend_by_kernel(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH, mask_BS) -> jax.Array:
     """The same by a kernel, into which the window is compiled: one branch for each that the layers have."""
     S = mask_BS.shape[1]
 
@@ -155,7 +162,9 @@ def _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS)
     return jax.lax.switch(branch, [attend(size) for size in sizes], *arguments)
 
 
-def attend_one(config, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS) -> jax.Array:
+def decode_attention(
+    config: DecoderConfig, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS
+) -> jax.Array:
     """The same for one new token, which sees itself and the cache.
 
     Written as sums: XLA fuses them with reading the cache, where a product of matrices would first copy it.
@@ -205,12 +214,12 @@ def flash(
     window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Mixed values of the last T of S tokens; each sees the real tokens of its text up to itself.
+    """Mixed values of the last T of S tokens; each sees the real tokens of its segment up to itself.
 
     Args:
       query_BTNH, key_BSKH, value_BSKH: bfloat16 or float32; cuDNN takes 16-bit floats only.
-      mask_BS: bool, True on real tokens; or int32, the number of each token's text, 0 at padding: a token sees its own
-        text only. What comes out at padding means nothing, but is finite.
+      mask_BS: bool, True on real tokens; or int32 segment ids, 0 at padding: a token sees its own segment only. The
+        output at padding is finite and has no meaning.
       kernel: "splash" or "cudnn".
       scale: of the scores.
       softcap: scores are softcap tanh(scores / softcap).
@@ -241,7 +250,7 @@ def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
     query_BTNH, key_BSKH, value_BSKH = even(query_BTNH, odd_T), even(key_BSKH, odd_S), even(value_BSKH, odd_S)
     mask_BS = even(mask_BS, odd_S)
     T, S = query_BTNH.shape[1], key_BSKH.shape[1]
-    visible_BTS = visible(T, S, window) & same_text(mask_BS, T)
+    visible_BTS = visible(T, S, window) & same_segment(mask_BS, T)
     # A row of padding before its prompt sees nothing: it is given itself, so that its softmax has a term.
     visible_BTS |= jnp.eye(T, S, S - T, dtype=bool)
     mixed_BTNH = jax.nn.dot_product_attention(
@@ -261,8 +270,8 @@ def visible(T: int, S: int, window: int | None) -> jax.Array:
     return seen_TS if window is None else seen_TS & ~jnp.tri(T, S, S - T - window, dtype=bool)
 
 
-def same_text(mask_BS: jax.Array, T: int) -> jax.Array:
-    """Which of S tokens belong to the text of each of the last T [B, T, S]; padding belongs to none."""
+def same_segment(mask_BS: jax.Array, T: int) -> jax.Array:
+    """Which of S tokens are in the segment of each of the last T, [B, T, S]; padding is in none."""
     return (mask_BS[:, mask_BS.shape[1] - T :, None] == mask_BS[:, None, :]) & (mask_BS[:, None, :] != 0)
 
 
@@ -290,7 +299,7 @@ def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, inter
         mask = masks.LocalMask((padded_T, padded_S), window_size=(window - 1, 0), offset=S - T)
     kernel = splash.make_splash_mha(
         masks.MultiHeadMask([mask] * query.shape[1]), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
-        interpret=interpret, residual_checkpoint_name=KEPT,
+        interpret=interpret, residual_checkpoint_name=SAVED,
         block_sizes=splash.BlockSizes(
             block_q=block_T, block_kv=block_S, block_kv_compute=block_S, block_q_dkv=block_T, block_kv_dkv=block_S,
             block_kv_dkv_compute=block_S, block_q_dq=block_T, block_kv_dq=block_S,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
 
@@ -19,97 +18,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from raft_jax.models.attention import KEPT, attend, attend_one, by_cudnn, for_attention
-from raft_jax.models.layer import project, residual, rms_norm, side_by_side
-from raft_jax.models.rope import Rope, of_kind, rope_tables
-from raft_jax.models.tiles import Tiled
+from raft_jax.models.attention import SAVED, attend, by_cudnn, decode_attention, for_attention
+from raft_jax.models.config import DecoderConfig, ParameterInfo, parameter_table
+from raft_jax.models.layer import SAME_INPUT, as_matrix, attention_output_and_mlp, project, rms_norm
+from raft_jax.models.rope import of_kind, rope_tables
+from raft_jax.models.xla_cpu import Tiled, fused_layers
 from raft_jax.sharding import constrain
 from raft_jax.tokens import Tokens
 from raft_jax.unpadding import make_unpadding
 
 # What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
 POLICY = reduce(jax.checkpoint_policies.save_from_both_policies, (
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(KEPT),
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED),
     by_cudnn,
 ))
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """What fixes the shapes and the arithmetic of a decoder."""
-
-    family: str
-    vocab_size: int
-    num_layers: int
-    width: int
-    num_heads: int
-    num_kv_heads: int
-    head_width: int
-    ffn_width: int
-    max_positions: int
-    ropes: tuple[Rope, ...]  # all of one width
-    layer_ropes: tuple[int, ...] | None = None  # which of them each layer has; None: the first
-    windows: tuple[int, ...] | None = None  # how many tokens each layer sees, itself among them; None: all
-    norm_epsilon: float = 1e-5
-    norm_offset: float = 0.0  # norms multiply by offset + scale
-    post_norms: bool = False  # attention and feed-forward are normed behind, too
-    qk_norm: bool = False  # queries and keys are normed within each head
-    activation: str = "silu"  # of raft_jax.models.layer.ACTIVATIONS
-    embedding_scale: float = 1.0
-    query_scale: float | None = None  # None: H^-1/2
-    attention_softcap: float | None = None  # scores become cap tanh(score / cap)
-    logit_softcap: float | None = None
-    tied_embeddings: bool = False
-    qkv_bias: bool = False
-    vocab_padding: int = 0  # rows of the embedding beyond the vocabulary, so that it divides over a mesh
-    adapter_scale: float = 1.0  # of low-rank adapters, where the parameters have some
-    kernel: str = "plain"  # of raft_jax.models.attention
-    remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size behind each letter of a parameter's name."""
-        return {
-            "L": self.num_layers, "V": self.vocab_size + self.vocab_padding, "D": self.width, "F": self.ffn_width,
-            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_width,
-        }
-
-
-LOGICAL_AXES = {"V": "vocabulary", "D": "width", "N": "heads", "K": "kv_heads", "F": "ffn", "L": None, "H": None}
-
-
-class ParameterInfo(NamedTuple):
-    """Shape, logical axes (for sharding) and fan-in (for random weights) of one parameter."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    fan_in: int | None  # None: a norm's scale, which begins as multiplying by one; 0: a bias, made of zeros
-
-
-def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
-    """Every parameter of the decoder; init, import, export and sharding all read this one table."""
-    fan_in = {
-        "embedding_VD": config.width, "attention_norm_LD": None, "query_LDNH": config.width,
-        "key_LDKH": config.width, "value_LDKH": config.width,
-        "output_LNHD": config.num_heads * config.head_width, "mlp_norm_LD": None, "gate_LDF": config.width,
-        "up_LDF": config.width, "down_LFD": config.ffn_width, "final_norm_D": None,
-    }
-    if config.qkv_bias:
-        fan_in |= {"query_bias_LNH": 0, "key_bias_LKH": 0, "value_bias_LKH": 0}
-    if config.qk_norm:
-        fan_in |= {"query_norm_LH": None, "key_norm_LH": None}
-    if config.post_norms:
-        fan_in |= {"attention_post_norm_LD": None, "mlp_post_norm_LD": None}
-    if not config.tied_embeddings:
-        fan_in["unembedding_DV"] = config.width
-    table = {}
-    for name, fan in fan_in.items():
-        letters = name.rpartition("_")[2]
-        shape = tuple(config.sizes[letter] for letter in letters)
-        # A vector is too small to be worth cutting.
-        axes = tuple(LOGICAL_AXES[letter] if fan else None for letter in letters)
-        table[name] = ParameterInfo(shape, axes, fan)
-    return table
 
 
 def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
@@ -139,28 +61,28 @@ class Cache(NamedTuple):
         return self._replace(key_LBKHS=tuple(self.key_LBKHS), value_LBKSH=tuple(self.value_LBKSH))
 
 
-def positions_from_mask(mask_BT: jax.Array, fork: tuple[int, int] | None = None) -> jax.Array:
-    """Position of each real token within its text, counted from 0; padding gets 0 before, the last one after.
+def positions_from_mask(mask_BT: jax.Array, branches: tuple[int, int] | None = None) -> jax.Array:
+    """Position of each real token within its segment, counted from 0; padding gets 0 before it, the last one after it.
 
-    After a fork (P, A) the count goes on from the first P places, as if the A behind them were not there.
+    With branches (P, A) the second branch is counted from P on, as if the A tokens of the first were not there.
 
     Example:
-      >>> positions_from_mask(jnp.array([[0, 1, 1, 2, 2, 2]])).tolist()  # two texts in one row
+      >>> positions_from_mask(jnp.array([[0, 1, 1, 2, 2, 2]])).tolist()  # two segments in one row
       [[0, 0, 1, 0, 1, 2]]
     """
-    text_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)  # at padding: the text before it
+    segment_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)  # at padding: the segment before it
     count_BT = jnp.cumsum(mask_BT != 0, axis=-1, dtype=jnp.int32)
-    begins_BT = jnp.diff(text_BT, axis=-1, prepend=0) > 0
+    begins_BT = jnp.diff(segment_BT, axis=-1, prepend=0) > 0
     count_BT = count_BT - jax.lax.cummax(jnp.where(begins_BT, count_BT - 1, 0), axis=1)
-    if fork is not None:
-        end = sum(fork)
-        passed_B1 = count_BT[:, end - 1 : end] - count_BT[:, fork[0] - 1 : fork[0]]
+    if branches is not None:
+        end = sum(branches)
+        passed_B1 = count_BT[:, end - 1 : end] - count_BT[:, branches[0] - 1 : branches[0]]
         count_BT = jnp.concatenate([count_BT[:, :end], count_BT[:, end:] - passed_B1], axis=-1)
     return jnp.maximum(count_BT - 1, 0)
 
 
-def text_lengths(mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """How many tokens the text of each token has, `[B, T]`; those of the longer branch of a fork."""
+def segment_lengths(mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    """How many tokens the segment of each token has, `[B, T]`; of two branches, the longer one's."""
     same_BTS = mask_BT[:, :, None] == mask_BT[:, None, :]
     return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :] + 1, 0), axis=-1)
 
@@ -174,24 +96,24 @@ class Decoder(nnx.Module):
         for name, value in parameters.items():
             setattr(self, name, nnx.Param(value))
 
-    def hidden(self, tokens: Tokens, positions_BT=None, fork: tuple[int, int] | None = None) -> jax.Array:
+    def hidden(self, tokens: Tokens, positions_BT=None, branches: tuple[int, int] | None = None) -> jax.Array:
         """Final hidden states, after the last norm, of whole sequences.
 
         Args:
-          tokens: padding may stand on either side. With an int32 mask, texts packed in one row, in the order of their
-            numbers, do not see each other. With `max_tokens`, padding is left out of everything but the attention; more
-            real tokens than that make NaN. With `shared_prefix`, what all rows on a device begin with is computed once
-            outside the attention; rows that differ there make NaN. Not for ropes with long frequencies, in which equal
-            tokens of a short and a long text differ.
-          positions_BT: int32; default counts the real tokens of each text.
-          fork: (P, A): the rows hold two continuations of their first P places. What stands behind P + A does not
-            see the A in between; it follows the P. With A = 0 there is nothing in between, and all is as without a
-            fork but for rounding, which is then that of a row with an A.
+          tokens: padding may be on either side. With an int32 mask (segment ids, increasing along a row) the segments
+            of a row do not see each other. With `max_tokens`, padding is left out of everything but the attention; more
+            real tokens than that give NaN. With `shared_prefix`, the tokens that all rows on a device begin with are
+            computed once outside the attention; rows that differ there give NaN. Not for ropes with long frequencies,
+            which turn equal tokens of a short and a long sequence differently.
+          positions_BT: int32; default counts the real tokens of each segment.
+          branches: (P, A): rows are a prompt of P tokens and two branches; the second one does not see the A tokens of
+            the first, and its positions follow the prompt's. With A = 0 the numbers are those of one sequence, rounded
+            as with a first branch.
 
         Returns:
-          hidden_BTD in the parameters' dtype; what stands at padding means nothing.
+          hidden_BTD in the parameters' dtype; at padding without meaning.
         """
-        return self._forward(tokens, positions_BT, fork)[0]
+        return self._forward(tokens, positions_BT, branches)[0]
 
     def prefill(self, prompt: Tokens, length: int) -> tuple[jax.Array, Cache]:
         """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them."""
@@ -227,8 +149,8 @@ class Decoder(nnx.Module):
             if "window" in numbers:
                 visible_BS &= position_B1 - positions_BS < numbers["window"]
             *new, past_key_BKHS, past_value_BKSH = first(key, value, *past)
-            mixed = attend_one(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
-            return residual(config, x_BTD, mixed, weights), new
+            mixed = decode_attention(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
+            return attention_output_and_mlp(config, x_BTD, mixed, weights), new
 
         x_BTD, keys, values = self._embed(token_B1), cache.key_LBKHS, cache.value_LBKSH
         if layers is None:
@@ -250,30 +172,28 @@ class Decoder(nnx.Module):
         return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
     def unstacked(self, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
-        """The weights layer by layer, for steps of so many rows. A loop over layers copies each slice at every token,
-        which XLA on CPU does in memory: made once, before decoding, the slices cost one copy of the weights and save
-        a third of the time."""
+        """The weights layer by layer, for decoding steps of so many rows on CPU; see `fused_layers`."""
         stacked, _ = self._layers()
-        return jax.lax.optimization_barrier(side_by_side(stacked, num_rows))
+        return fused_layers(stacked, SAME_INPUT, as_matrix, num_rows)
 
     def unembedding(self) -> jax.Array:
         """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
 
-    def _forward(self, tokens: Tokens, positions_BT=None, fork=None, *, keep_cache=False, num_new=0):
+    def _forward(self, tokens: Tokens, positions_BT=None, branches=None, *, keep_cache=False, num_new=0):
         """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
         config, tokens_BT, mask_BT = self.config, tokens.ids, tokens.real
-        positions_BT = positions_from_mask(mask_BT, fork) if positions_BT is None else positions_BT
+        positions_BT = positions_from_mask(mask_BT, branches) if positions_BT is None else positions_BT
         unpad, pad = make_unpadding(mask_BT, tokens.max_tokens, tokens.shared_prefix)
-        length_BT = text_lengths(mask_BT, positions_BT) + num_new
+        length_BT = segment_lengths(mask_BT, positions_BT) + num_new
         ropes = rope_tables(config.ropes, unpad(positions_BT), unpad(length_BT))
 
         def layer(x, scanned):
             weights, numbers = scanned
             query, key, value = map(pad, project(config, x, weights, of_kind(ropes, numbers.get("rope", 0))))
             key, value = for_attention(key, value)
-            mixed = attend(config, query, key, value, positions_BT, mask_BT, fork, numbers.get("window"))
-            return residual(config, x, unpad(mixed), weights), (key, value) if keep_cache else None
+            mixed = attend(config, query, key, value, positions_BT, mask_BT, branches, numbers.get("window"))
+            return attention_output_and_mlp(config, x, unpad(mixed), weights), (key, value) if keep_cache else None
 
         # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
         policy = None if config.remat else POLICY

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from raft_jax.errors import InputError
-from raft_jax.models.decoder import LOGICAL_AXES, DecoderConfig, ParameterInfo
+from raft_jax.models.config import LOGICAL_AXES, DecoderConfig, ParameterInfo
 from raft_jax.models.families import stored_keys
 from raft_jax.models.layer import adapter_names
 from raft_jax.sharding import named_sharding

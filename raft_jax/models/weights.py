@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
-from raft_jax.models.decoder import DecoderConfig, parameter_table
+from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.families import Stored, config_from_hf, quantised, stored_keys
 from raft_jax.models.weight_files import (
     EMBEDDING,

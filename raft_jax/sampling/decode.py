@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from raft_jax.models import Model
 from raft_jax.models.attention import MASKED
-from raft_jax.models.tiles import tiled
+from raft_jax.models.xla_cpu import tiled
 from raft_jax.sharding import num_shards
 from raft_jax.tokens import Tokens
 
 
 def sample_token(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array, top_p: float = 1.0) -> jax.Array:
-    """Draws one token a row by inverting the distribution function.
+    """Samples one token a row by inverting the distribution function.
 
     One uniform number a row is all the randomness it takes, where the Gumbel trick takes one per vocabulary entry.
     The inversion goes in two levels, blocks and then within the block, so that no sum is longer than about √V.
@@ -101,7 +101,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
             layers, unembedding = model.unstacked(params, num_rows), tiled(unembedding, num_rows)
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_ids, 0))
 
-        def draw(hidden_BD, index):
+        def sample(hidden_BD, index):
             logits_BV = model.logits(hidden_BD, unembedding)
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
@@ -109,7 +109,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         hidden_BPD, cache = model.prefill(params, prompt, P + max_new_tokens)
         if unroll:
             cache = cache.unstacked()
-        first_B = draw(hidden_BPD[:, -1], 0)
+        first_B = sample(hidden_BPD[:, -1], 0)
         out_BC = jnp.full((B, max_new_tokens), pad_id, jnp.int32)
         mask_BC = jnp.zeros((B, max_new_tokens), bool)
 
@@ -124,7 +124,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
             mask_BC = jax.lax.dynamic_update_slice(mask_BC, ~done_B[:, None], (0, index))
             done_after_B = done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1)
             hidden_B1D, cache = model.step(params, token_B[:, None], ~done_B[:, None], cache, layers)
-            return index + 1, draw(hidden_B1D[:, 0], index + 1), done_after_B, out_BC, mask_BC, cache
+            return index + 1, sample(hidden_B1D[:, 0], index + 1), done_after_B, out_BC, mask_BC, cache
 
         carry = (jnp.int32(0), first_B, row_ids < 0, out_BC, mask_BC, cache)
         _, _, _, out_BC, mask_BC, _ = jax.lax.while_loop(unfinished, step, carry)

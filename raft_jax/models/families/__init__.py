@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from raft_jax.errors import InputError
-from raft_jax.models.decoder import DecoderConfig, parameter_table
+from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.families import keys, quantised, settings
 from raft_jax.models.families.keys import Stored
 

@@ -1,0 +1,89 @@
+"""What fixes a decoder: its config, and the table of its parameters that init, import, export and sharding read.
+
+Letters as in raft_jax.models.decoder. A parameter's name ends in its dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from raft_jax.models.rope import Rope
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What fixes the shapes and the arithmetic of a decoder."""
+
+    family: str
+    vocab_size: int
+    num_layers: int
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    ffn_width: int
+    max_positions: int
+    ropes: tuple[Rope, ...]  # all of one width
+    layer_ropes: tuple[int, ...] | None = None  # which of them each layer has; None: the first
+    windows: tuple[int, ...] | None = None  # how many tokens each layer sees, itself among them; None: all
+    norm_epsilon: float = 1e-5
+    norm_offset: float = 0.0  # norms multiply by offset + scale
+    post_norms: bool = False  # attention and feed-forward are normed behind, too
+    qk_norm: bool = False  # queries and keys are normed within each head
+    activation: str = "silu"  # of raft_jax.models.layer.ACTIVATIONS
+    embedding_scale: float = 1.0
+    query_scale: float | None = None  # None: H^-1/2
+    attention_softcap: float | None = None  # scores become cap tanh(score / cap)
+    logit_softcap: float | None = None
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    vocab_padding: int = 0  # rows of the embedding beyond the vocabulary, so that it divides over a mesh
+    adapter_scale: float = 1.0  # of low-rank adapters, where the parameters have some
+    kernel: str = "plain"  # of raft_jax.models.attention
+    remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size behind each letter of a parameter's name."""
+        return {
+            "L": self.num_layers, "V": self.vocab_size + self.vocab_padding, "D": self.width, "F": self.ffn_width,
+            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_width,
+        }
+
+
+LOGICAL_AXES = {"V": "vocabulary", "D": "width", "N": "heads", "K": "kv_heads", "F": "ffn", "L": None, "H": None}
+
+
+class ParameterInfo(NamedTuple):
+    """Shape, logical axes (for sharding) and fan-in (for random weights) of one parameter."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    fan_in: int | None  # None: a norm's scale, which begins as multiplying by one; 0: a bias, made of zeros
+
+
+def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
+    """Every parameter of the decoder; init, import, export and sharding all read this one table."""
+    fan_in = {
+        "embedding_VD": config.width, "attention_norm_LD": None, "query_LDNH": config.width,
+        "key_LDKH": config.width, "value_LDKH": config.width,
+        "output_LNHD": config.num_heads * config.head_width, "mlp_norm_LD": None, "gate_LDF": config.width,
+        "up_LDF": config.width, "down_LFD": config.ffn_width, "final_norm_D": None,
+    }
+    if config.qkv_bias:
+        fan_in |= {"query_bias_LNH": 0, "key_bias_LKH": 0, "value_bias_LKH": 0}
+    if config.qk_norm:
+        fan_in |= {"query_norm_LH": None, "key_norm_LH": None}
+    if config.post_norms:
+        fan_in |= {"attention_post_norm_LD": None, "mlp_post_norm_LD": None}
+    if not config.tied_embeddings:
+        fan_in["unembedding_DV"] = config.width
+    table = {}
+    for name, fan in fan_in.items():
+        letters = name.rpartition("_")[2]
+        shape = tuple(config.sizes[letter] for letter in letters)
+        # A vector is too small to be worth cutting.
+        axes = tuple(LOGICAL_AXES[letter] if fan else None for letter in letters)
+        table[name] = ParameterInfo(shape, axes, fan)
+    return table

@@ -1,0 +1,197 @@
+"""Everything that is bent around XLA's CPU backend: three workarounds, each of which a program for another device is
+built without.
+
+- "norm": RMSNorm's gradient as products of a matrix and a vector. The fused sums that XLA makes of the derived one take
+  3 % of a train step.
+- "matmul": the gradient of a weight with the narrower of its factors transposed. XLA transposes the wider one, and with
+  it computes SiLU or its gradient in a strided copy, a tenth of a train step.
+- "tiles": for decoding, matrices of one input fused, in a tiled layout. XLA's product of a few rows reads a matrix at
+  half of what the memory gives; sums over tiles that stay in a core's own caches read it at nearly all of it.
+
+`python benchmarks/xla_cpu.py` measures what each of them saves, and tests/test_xla_cpu.py holds that none changes a
+number beyond rounding.
+
+Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks of C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+
+WITHOUT: set[str] = set()  # workarounds that a test or a benchmark computes without
+
+ROWS = range(2, 17)  # one row is XLA's product of a matrix and a vector, which is as fast; of more, its tiles pay
+C = 64
+MIN_Q, MAX_Q = 16, 144
+TASK = 32_768  # partial sums, one a part, row and output, that XLA's library makes on one thread at a time
+
+
+def uses(workaround: str) -> bool:
+    """Whether programs are built with a workaround: on CPU, unless it is among WITHOUT."""
+    return workaround not in WITHOUT and jax.default_backend() == "cpu"
+
+
+def normalize(epsilon: float, x: jax.Array, weight_D: jax.Array) -> jax.Array:
+    """x / rms(x) · weight over the last axis, computed in float32, in x's dtype."""
+    return (_normalize if uses("norm") else _plain_normalize)(epsilon, x, weight_D)
+
+
+def _plain_normalize(epsilon: float, x: jax.Array, weight_D: jax.Array) -> jax.Array:
+    return (x.astype(jnp.float32) * _inverse_rms(epsilon, x) * weight_D).astype(x.dtype)
+
+
+def _inverse_rms(epsilon: float, x: jax.Array) -> jax.Array:
+    return jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True) + epsilon)
+
+
+def _normalize_backward(epsilon, saved, out_grad):
+    x, weight_D = saved
+    x32, grad32, inverse = x.astype(jnp.float32), out_grad.astype(jnp.float32), _inverse_rms(epsilon, x)
+    weighted = grad32 * x32
+    total = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    along = total("...d,d->...", weighted, weight_D)[..., None] / x.shape[-1]
+    x_grad = inverse * (grad32 * weight_D - x32 * jnp.square(inverse) * along)
+    return x_grad.astype(x.dtype), total("...,...d->d", inverse[..., 0], weighted)
+
+
+_normalize = jax.custom_vjp(_plain_normalize, nondiff_argnums=(0,))
+_normalize.defvjp(
+    lambda epsilon, x, weight_D: (_plain_normalize(epsilon, x, weight_D), (x, weight_D)), _normalize_backward
+)
+
+
+def matmul(x_BTI: jax.Array, weight_IO: jax.Array) -> jax.Array:
+    """x W."""
+    return _matmul(x_BTI, weight_IO) if uses("matmul") else jnp.matmul(x_BTI, weight_IO)
+
+
+def _matmul_backward(saved, grad_BTO):
+    x_BTI, weight_IO = saved
+    if x_BTI.shape[-1] > grad_BTO.shape[-1]:
+        weight = jnp.einsum("bto,bti->oi", grad_BTO, x_BTI).T
+    else:
+        weight = jnp.einsum("bti,bto->io", x_BTI, grad_BTO)
+    return jnp.einsum("bto,io->bti", grad_BTO, weight_IO), weight
+
+
+_matmul = jax.custom_vjp(jnp.matmul)
+_matmul.defvjp(lambda x_BTI, weight_IO: (jnp.matmul(x_BTI, weight_IO), (x_BTI, weight_IO)), _matmul_backward)
+
+
+class Tiled(NamedTuple):
+    """A matrix `[I, O]` in tiles, float32; see `product`. Or many of them, stacked."""
+
+    tiles_OPQC: jax.Array
+
+
+def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
+    """The matrix, or `[L, I, O]` of them, in the layout for so many rows on CPU: tiles, or as it is where they do not
+    pay.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> tiled(jnp.ones((576, 128)), 4).tiles_OPQC.shape
+      (2, 4, 144, 64)
+      >>> tiled(jnp.ones((576, 100)), 4).shape
+      (576, 100)
+    """
+    return tiled_alike([matrix_IO], num_rows)[0]
+
+
+def tiled_alike(matrices_IO: list[jax.Array], num_rows: int) -> list[jax.Array | Tiled]:
+    """`tiled` of matrices with the same inputs, for `fused`; of the fused matrix alone where its blocks need that."""
+    if any(matrix.shape[-1] % C for matrix in matrices_IO):
+        matrices_IO = [fused(matrices_IO)]
+    num_inputs, num_outputs = matrices_IO[0].shape[-2], sum(matrix.shape[-1] for matrix in matrices_IO)
+    sizes = [size for size in range(MIN_Q, MAX_Q + 1) if num_inputs % size == 0]
+    if not uses("tiles") or num_rows not in ROWS or matrices_IO[0].dtype != jnp.float32 or num_outputs % C or not sizes:
+        return [fused(matrices_IO)]
+    Q = min(reversed(sizes), key=partial(_cost, num_inputs, num_outputs // C, num_rows))
+    return [_tiles(matrix, Q) for matrix in matrices_IO]
+
+
+def _cost(num_inputs: int, num_blocks: int, num_rows: int, Q: int) -> float:
+    """Blocks that the busier of two threads multiplies, and what the partial sums cost beside them, as measured."""
+    blocks_a_task = max(1, TASK // (num_inputs // Q * num_rows * C))
+    tasks = [min(blocks_a_task, num_blocks - start) for start in range(0, num_blocks, blocks_a_task)]
+    return max(sum(tasks[::2]), sum(tasks[1::2])) * (1 + 4 * num_rows / Q)
+
+
+def _tiles(matrix_IO: jax.Array, Q: int) -> Tiled:
+    *stack, _, num_outputs = matrix_IO.shape
+    tiles_OPQC = jnp.moveaxis(matrix_IO.reshape(*stack, -1, Q, num_outputs // C, C), -2, -4)
+    rows = Layout(major_to_minor=tuple(range(tiles_OPQC.ndim)))
+    return Tiled(jax.lax.optimization_barrier(with_layout_constraint(tiles_OPQC, rows)))  # made once
+
+
+def fused(layouts: list[jax.Array | Tiled]) -> jax.Array | Tiled:
+    """Matrices with the same inputs, their outputs side by side, all in tiles or none.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> parts = tiled_alike([jnp.ones((64, 64)), jnp.ones((64, 128))], 4)
+      >>> product(jnp.ones((4, 64)), fused(parts)).shape
+      (4, 192)
+    """
+    if isinstance(layouts[0], Tiled):
+        return Tiled(jnp.concatenate([layout.tiles_OPQC for layout in layouts]))
+    return jnp.concatenate(layouts, axis=-1)
+
+
+def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array:
+    """x W, `[..., O]`, of an array `[I, O]` or its tiles; `dtype` as `preferred_element_type` of jnp.matmul.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> matrix = jnp.arange(64 * 64.).reshape(64, 64)
+      >>> x = jnp.eye(64)[:2]
+      >>> bool(jnp.all(product(x, tiled(matrix, 2)) == x @ matrix))
+      True
+    """
+    if not isinstance(matrix, Tiled):
+        return jnp.matmul(x_XI, matrix, preferred_element_type=dtype)
+    tiles_OPQC = matrix.tiles_OPQC
+    _, P, Q, _ = tiles_OPQC.shape
+    x_BPQ = x_XI.reshape(-1, P, Q)
+    part_OPBC = jnp.sum(x_BPQ.transpose(1, 0, 2)[None, ..., None] * tiles_OPQC[:, :, None], axis=3)
+    # Without the barrier both sums become one, over inputs that no longer fit the cache.
+    sum_OBC = jnp.sum(jax.lax.optimization_barrier(part_OPBC), axis=1)
+    return sum_OBC.transpose(1, 0, 2).reshape(*x_XI.shape[:-1], -1)
+
+
+def fused_name(names: tuple[str, ...]) -> str:
+    """What the fused weight of some parameters is called: "gate+up"."""
+    return "+".join(name.partition("_")[0] for name in names)
+
+
+def fused_layers(
+    stacked: dict[str, jax.Array], groups: tuple[tuple[str, ...], ...], as_matrix: Callable, num_rows: int
+) -> list[dict[str, jax.Array | Tiled]]:
+    """Each layer's weights for decoding with so many rows: those of each group, which have one input, fused and tiled.
+
+    A loop over layers copies each slice at every token, which XLA on CPU does in memory: made once, before decoding,
+    the slices cost one copy of the weights and save a third of the time.
+
+    Args:
+      stacked: weights, stacked over layers.
+      groups: names of parameters that multiply the same input.
+      as_matrix: `(name, weight) -> [I, O]` of one layer.
+      num_rows: in a decoding step on one device.
+    """
+    rest = dict(stacked)
+    parts = {
+        fused_name(names): [jax.vmap(partial(as_matrix, name))(rest.pop(name)) for name in names] for names in groups
+    }
+    layouts = {name: tiled_alike(matrices_LIO, num_rows) for name, matrices_LIO in parts.items()}
+
+    def layer(index: int) -> dict[str, jax.Array | Tiled]:
+        of_layer = partial(jax.tree.map, lambda array: array[index])
+        return {name: fused(of_layer(layout)) for name, layout in layouts.items()} | of_layer(rest)
+
+    return jax.lax.optimization_barrier([layer(index) for index in range(len(next(iter(stacked.values()))))])
