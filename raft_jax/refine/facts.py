@@ -34,6 +34,7 @@ MAX_NEW_WORDS = 0.4  # the share of a text's content words that neither has
 LONGER_THAN_YES = 3  # words: an answer of no more than a "yes" may be said without it
 SPELLED_OUT = 6  # content words that any text may add: a terse answer becomes a sentence
 SAME_SENTENCE = 0.6  # share of common content words from which two sentences are taken to say the same thing
+LONGEST_ITEM = 3  # content words of an item of a list within a sentence; longer ones are clauses
 STEM = 5  # letters of a word that are compared: "applying" and "application" have one stem
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
@@ -43,6 +44,9 @@ _CONTRACTION = re.compile(r"\w*n't$|'(?:ll|re|ve|d|m|s)$")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _SYMBOLS = re.compile(r"[_$@%\\<>=|~{}\[\]#^*]|\w[/:]+\w|[a-z0-9]\.[a-z0-9]|\w\(\)")
 
+# "a, b and c" or "a, b, or c"
+_SERIES = re.compile(r"[^,;:.!?()\n]+(?:,\s+[^,;:.!?()\n]+)+?,?\s+(?:and|or)\s+[^,;:.!?()\n]+", re.IGNORECASE)
+_BETWEEN_ITEMS = re.compile(r",?\s+(?:and|or)\s+|,\s+", re.IGNORECASE)
 _EXAMPLE = re.compile(r"\b(?:such as|for example|for instance)\b", re.IGNORECASE)
 _LIKE = re.compile(r"\b(?:like|including)\b|\be\.g\.", re.IGNORECASE)
 _AND_OTHER = re.compile(r"\b(?:and|or) others?\b", re.IGNORECASE)
@@ -74,8 +78,8 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
     found = [
         *_number_mismatches(gold, text, source), *_name_mismatches(gold, text, source), *_symbol_mismatches(gold, text),
         *_negation_mismatches(gold, text), *_modal_mismatches(gold, text), *_opposite_mismatches(gold, text),
-        *_lost_contrasts(gold, text), *_lost_words(gold, text, word_recall), *_added_words(gold, text, source),
-        *_added_examples(gold, text, source),
+        *_lost_contrasts(gold, text), *_lost_items(gold, text), *_lost_words(gold, text, word_recall),
+        *_added_words(gold, text, source), *_added_examples(gold, text, source),
     ]
     # What two sentences exchange, the texts as a whole do not show.
     in_text = numbers(text)
@@ -383,6 +387,21 @@ def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
         stems = set(_content(sentence))
         if len(stems) > 1 and max(len(stems & part) for part in parts) / len(stems) < word_recall - SENTENCE_SLACK:
             yield f"the sentence {_brief(sentence)!r} is missing"
+
+
+def _lost_items(gold: str, text: str) -> Iterator[str]:
+    """Items of a list within a sentence of which nothing is left, where others of the list are.
+
+    Example:
+      >>> list(_lost_items("Bring a pen, paper, and a map.", "You need to bring a pen and a map."))
+      ["'paper' is missing from a list"]
+    """
+    present = set(_content(text))
+    for series in _SERIES.finditer(gold):
+        items = [(item.strip(), set(_content(item))) for item in _BETWEEN_ITEMS.split(series[0])]
+        short = [(item, stems) for item, stems in items if 0 < len(stems) <= LONGEST_ITEM]
+        if any(stems & present for _, stems in short):
+            yield from (f"{_brief(item)!r} is missing from a list" for item, stems in short if not stems & present)
 
 
 def _added_words(gold: str, text: str, source: str) -> Iterator[str]:

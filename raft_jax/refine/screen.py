@@ -90,22 +90,31 @@ def shared_run(text: str, instructions: str, sources: str) -> str | None:
 def repetition(text: str, gold: str) -> str | None:
     """A sentence, or six words in a row, that a text says twice or more, and more often than the gold answer.
 
+    Sentences that differ in words without meaning are the same.
+
     Example:
-      >>> repetition("Call the office. Call the office.", "Call the office.")
-      'Call the office.'
+      >>> repetition("Call the local office. Call your local office.", "Call the local office.")
+      'Call your local office.'
     """
-    wanted = Counter(" ".join(_words(line)) for line in _LINE.split(gold))
+    wanted = Counter(map(_meaning, _LINE.split(gold)))
     found: Counter = Counter()
     for line in _LINE.split(text):
-        words = _words(line)
-        found[" ".join(words)] += 1
-        if len(words) >= 3 and found[" ".join(words)] > max(1, wanted[" ".join(words)]):
+        meaning = _meaning(line)
+        found[meaning] += 1
+        if len(_words(line)) >= 3 and found[meaning] > max(1, wanted[meaning]):
             return line.strip()
     in_gold, in_text = (Counter(_runs(_words(side), 6, unique=False)) for side in (gold, text))
     for run, count in in_text.items():
         if count > max(1, in_gold[run]):
             return " ".join(run)
     return None
+
+
+def _meaning(sentence: str) -> str:
+    """A sentence without stop words, or with them where only one other word is left."""
+    words = _words(sentence)
+    meaning = [word for word in words if word not in STOP_WORDS]
+    return " ".join(meaning if len(meaning) > 1 else words)
 
 
 def _words(text: str) -> list[str]:
