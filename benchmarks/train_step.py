@@ -31,10 +31,10 @@ def make_programs(model, max_new_tokens: int, *, unroll: bool, lora_rank: int = 
     import jax
 
     from raft_jax.config import LoraConfig, TrainConfig
+    from raft_jax.methods import METHODS
     from raft_jax.sampling import make_generate
     from raft_jax.sharding import make_mesh
     from raft_jax.train.loop import first_state, jit_train_step
-    from raft_jax.train.methods import METHODS
     from raft_jax.train.state import make_optimizer
     from raft_jax.train.student import make_student
 

@@ -121,19 +121,21 @@ def _stage(args) -> int:
     _start_jax()
     from raft_jax.preflight import require_sources
     from raft_jax.report import print_summary
+    from raft_jax.resume import open_run_folder
     from raft_jax.run import Run
-    from raft_jax.run_dir import folder_bytes, open_run_dir
 
     require_sources(config)
-    with interrupt.handled(), open_run_dir(config) as run_dir:
-        run = Run(config, run_dir)
-        getattr(run, "all" if args.stage == "run" else args.stage)()
+    with interrupt.handled(), open_run_folder(config) as folder:
+        run = Run(config, folder)
+        stages = {"run": run.all, "refine": run.refine, "train": run.train, "export": run.train,
+                  "evaluate": run.evaluate}
+        stages[args.stage]()
         interrupt.check()
         run.report()
         # A log has no width; rich would take it for 80 columns and break the table's lines.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
-        print_summary(run_dir, _console(width=width), TABLES.get(args.stage))
-        print(f"{run_dir}: {folder_bytes(run_dir) / 1e9:.2f} GB on the disk")
+        print_summary(folder.path, _console(width=width), TABLES.get(args.stage))
+        print(f"{folder}: {folder.num_bytes() / 1e9:.2f} GB on the disk")
     return 0
 
 
@@ -195,12 +197,12 @@ def _generate(args) -> int:
     from raft_jax.generate import generate, models_of
 
     if config:
-        from raft_jax.run_dir import date_begun
+        from raft_jax.run_folder import RunFolder
 
         models = models_of(config)
         if len(models) == 1:
             print(f"{config.run_dir}: no tuned model there; this is the base model", file=sys.stderr)
-        asked["date"] = date_begun(Path(config.run_dir).expanduser())
+        asked["date"] = RunFolder(config.run_dir).date_begun()
     else:
         models = [(source, source) for source in args.model]
     generate(models, questions, _console(), **asked)

@@ -10,9 +10,9 @@ from typing import Any
 
 from raft_jax.errors import InputError
 from raft_jax.files import read_text
+from raft_jax.methods import METHODS
 from raft_jax.settings_text import flat, parse_yaml, require_literal
 
-METHOD_NAMES = ("raft", "sft", "sdft", "fused_sft", "on_policy")
 DTYPES = ("float32", "bfloat16")
 # What other programs and the paper call our keys, for the error about an unknown one.
 ALIASES = {
@@ -178,7 +178,7 @@ class TrainConfig:
     temperature: float = 1.5  # T of Eq. 8
     top_k: int = 512  # K of Eq. 9
     ema_decay: float = 0.9  # beta of Eq. 11
-    fixed_weight: float | None = None  # lambda as a constant (the paper's ablation); null balances by Eq. 12
+    fixed_weight: float | None = None  # lambda as a constant; null balances by Eq. 12 (on_policy: 1)
     reduction: str = "sequence"  # mean over each answer, then over answers; "token": over all tokens of the batch
     loss_chunk_size: int | None = None  # tokens whose logits are held at once; null lets the loss choose
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -267,8 +267,8 @@ class Config:
 
     def __post_init__(self):
         _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
-        allowed = "one or more of " + ", ".join(METHOD_NAMES)
-        _require(bool(self.methods) and set(self.methods) <= set(METHOD_NAMES), "methods", self.methods, allowed)
+        allowed = "one or more of " + ", ".join(METHODS)
+        _require(bool(self.methods) and set(self.methods) <= set(METHODS), "methods", self.methods, allowed)
         _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
         _require(self.refine_max_new_tokens <= self.data.max_answer_tokens, "refine.max_new_tokens",
                  self.refine.max_new_tokens, f"up to data.max_answer_tokens {self.data.max_answer_tokens}, or null")

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from raft_jax.config import Config
+from raft_jax.methods import METHODS, any_distils, any_refines
 
 BYTES = {"float32": 4, "bfloat16": 2}
 TEACHER_TOKENS = 30  # of the teacher's instructions, beside question and answer
@@ -94,7 +95,7 @@ class Estimate:
 
 def model_size(decoder, config: Config) -> ModelSize:
     """The numbers of a DecoderConfig."""
-    from raft_jax.models.decoder import parameter_table
+    from raft_jax.models.config import parameter_table
     from raft_jax.models.lora import adapter_table
 
     lora = config.train.lora
@@ -157,7 +158,7 @@ def estimate(
     disk_after = methods * (export + (kept if keep_finished else 0))
     disk_peak = (methods - 1) * (export + (kept if keep_finished else 0)) + kept + checkpoint
     steps = num_steps(config, len(rows.train))
-    refined = any(method in ("raft", "sdft", "fused_sft") for method in config.methods)
+    refined = any_refines(config.methods)
     train = sum(work.method(method, rows, steps) for method in config.methods)
     return Estimate(
         disk_peak=max(disk_peak, disk_after), disk_after=disk_after,
@@ -253,7 +254,7 @@ class _Work:
         prompt, answer = (fmean(lengths) for lengths in zip(*rows.train, strict=True))
         passes = 4 if self.config.model.remat else 3
         tokens, teacher, rollout = size * (prompt + answer), 0.0, 0.0
-        if name in ("raft", "on_policy"):
+        if METHODS[name].distils:
             new = train.rollout.max_new_tokens
             rollout = self.generate([round(prompt)] * size, new, size, programs=0)
             tokens += size * new
@@ -282,8 +283,7 @@ class _Work:
         trained = 4 * model.num_trained * (2 + ADAM_MOMENTS)  # float32 weights, gradient, moments
         weights = (self._weight_bytes + trained + cast) / sharing
         longest_prompt, longest_answer = (max(lengths) for lengths in zip(*rows.train, strict=True))
-        distils = {"raft", "on_policy"} & set(self.config.methods)
-        new = train.rollout.max_new_tokens if distils else 0
+        new = train.rollout.max_new_tokens if any_distils(self.config.methods) else 0
         prompt, answer = (fmean(lengths) for lengths in zip(*rows.train, strict=True))
         tokens = train.batch_size / train.num_micro_batches / (data * sharing) * (prompt + answer + new)
         kept = 2 * model.width + 2 * model.query_width + 2 * model.kv_width + 3 * model.ffn_width

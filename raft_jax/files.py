@@ -7,10 +7,13 @@ import hashlib
 import json
 import os
 import stat
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raft_jax.errors import InputError
+
+Record = TypeVar("Record")
 
 SUMS = "SHA256SUMS"
 MAX_BYTES = 256 << 20  # of a file that is read as a whole
@@ -74,6 +77,36 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+@cache
+def _adapter(kind: type):
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
+
+
+def parse_record(kind: type[Record], text: str | bytes) -> Record:
+    """A dataclass from a JSON object whose values have the annotated types; fields that it does not know are ignored.
+
+    Raises:
+      ValueError: what is wrong first, in a line.
+
+    Example:
+      >>> from dataclasses import make_dataclass
+      >>> parse_record(make_dataclass("Point", [("x", float)]), '{"x": "1"}')
+      Traceback (most recent call last):
+        ...
+      ValueError: x: Input should be a valid number
+    """
+    from pydantic import ValidationError
+
+    try:
+        return _adapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from error
 
 
 def read_json(path: Path) -> Any:

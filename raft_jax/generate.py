@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from raft_jax.data.prompts import question_prompt
 from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.report.folder import label
+from raft_jax.run_folder import RunFolder
 from raft_jax.sampling import Sampler
 from raft_jax.terminal import visible
 
@@ -26,8 +26,8 @@ BATCH_SIZE = 8
 
 def models_of(config: Config) -> list[tuple[str, str]]:
     """Name and source of a run's base model and of every model that it has exported."""
-    folders = [(name, Path(config.run_dir).expanduser() / name / "hf") for name in config.methods]
-    tuned = [(label(name), str(folder)) for name, folder in folders if (folder / "config.json").exists()]
+    exports = [(name, RunFolder(config.run_dir).method(name).export) for name in config.methods]
+    tuned = [(label(name), str(export)) for name, export in exports if (export / "config.json").exists()]
     return [("base", config.model.source), *tuned]
 
 

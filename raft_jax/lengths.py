@@ -10,7 +10,7 @@ import numpy as np
 
 from raft_jax.config import Config
 from raft_jax.data.examples import Example, sampling_order
-from raft_jax.data.prompts import Conversation, question_prompt
+from raft_jax.data.prompts import Conversation, answered, question_of
 from raft_jax.errors import InputError
 from raft_jax.models.tokenizer import Tokenizer
 
@@ -77,25 +77,25 @@ def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config, l
 
 def measure(example: Example, tokenizer: Tokenizer) -> Lengths:
     """Tokens of an example; raises InputError with advice where the chat template does not take it."""
-    messages = question_prompt(example.question, example.context, example.turns)
-    answered = [*messages, {"role": "assistant", "content": example.answer}]
+    question = question_of(example)
+    conversation = answered(question, example.answer)
     try:
-        answer = len(tokenizer.chat_answer(answered))
+        answer = len(tokenizer.chat_answer(conversation))
     except InputError as error:
-        raise InputError(f"{error}{_advice(answered, tokenizer)}") from error
-    return Lengths(sum(len(tokenizer.encode(message["content"])) for message in messages), answer)
+        raise InputError(f"{error}{_advice(conversation, tokenizer)}") from error
+    return Lengths(sum(len(tokenizer.encode(message["content"])) for message in question), answer)
 
 
-def _advice(answered: Conversation, tokenizer: Tokenizer) -> str:
+def _advice(conversation: Conversation, tokenizer: Tokenizer) -> str:
     """What would make the chat template take a conversation, found by trying."""
-    if answered[0]["role"] == "system" and _is_taken(answered[1:], tokenizer):
+    if conversation[0]["role"] == "system" and _is_taken(conversation[1:], tokenizer):
         return ("; it takes no system turn: remove the system turns from the data, put their text into a column "
                 "named 'context', or use another model")
     before = tokenizer.thinking
     try:
         for thinking in (False, True, None):
             tokenizer.thinking = thinking
-            if thinking is not before and _is_taken(answered, tokenizer):
+            if thinking is not before and _is_taken(conversation, tokenizer):
                 named = {None: "null", True: "true", False: "false"}
                 return (f"; model.thinking={named[before]} and the answer disagree: with "
                         f"model.thinking={named[thinking]} it is taken")
@@ -104,9 +104,9 @@ def _advice(answered: Conversation, tokenizer: Tokenizer) -> str:
     return ""
 
 
-def _is_taken(answered: Conversation, tokenizer: Tokenizer) -> bool:
+def _is_taken(conversation: Conversation, tokenizer: Tokenizer) -> bool:
     try:
-        tokenizer.chat_answer(answered)
+        tokenizer.chat_answer(conversation)
     except InputError:
         return False
     return True

@@ -10,19 +10,20 @@ from raft_jax.config import Config
 from raft_jax.data.batches import TokenRow
 from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
 from raft_jax.data.files import locate
-from raft_jax.data.prompts import Conversation, fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
+from raft_jax.data.prompts import Conversation, fusion_prompt, question_of, question_prompt, rewrite_prompt
 from raft_jax.data.refined import RefinedRow
+from raft_jax.data.tokenize import prompt_and_answer, token_rows
 from raft_jax.errors import InputError
 from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
+from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
-from raft_jax.refine.write import task_prompt
-from raft_jax.run_dir import require_unchanged
+from raft_jax.refine.generate import task_prompt
+from raft_jax.resume import require_unchanged
 from raft_jax.sources import resolve
 from raft_jax.terminal import one_line, visible
-from raft_jax.train.methods import METHODS, Method
 
 NAMED = 3  # rows of each kind that are named
 
@@ -58,26 +59,6 @@ def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[l
         examples = load_examples(data.path, columns, bad_rows=bad_rows)
         train_rows, test_rows = split_held_out(examples, data.held_out, data.seed)
     return train_rows, test_rows
-
-
-def token_rows(rows: Sequence[RefinedRow], tokenizer: Tokenizer, method: Method) -> list[TokenRow]:
-    """What a method trains on, as ids."""
-    made = []
-    for number, row in enumerate(rows):
-        target = {
-            "gold": row.gold, "rewrite": row.rewrite if row.accepted else row.gold, "fused": row.answer,
-        }[method.target]
-        asked = question_prompt(row.question, row.context, row.turns)
-        teacher = asked
-        if method.teacher_sees_answer:
-            teacher = teacher_prompt(row.question, target, row.context, row.turns)
-        made.append(TokenRow(
-            prompt=tokenizer.chat_prompt(asked),
-            answer=tokenizer.chat_answer([*asked, {"role": "assistant", "content": target}]),
-            teacher_prompt=tokenizer.chat_prompt(teacher) if method.distill else [],
-            number=number,
-        ))
-    return made
 
 
 class Rows:
@@ -173,21 +154,21 @@ class Rows:
         Raises:
           InputError: a row does not fit the model with its rollout.
         """
-        made = token_rows(rows, self.tokenizer, method)
-        rollout = self.config.train.rollout.max_new_tokens if method.distill else 0
+        tokenized = token_rows(rows, self.tokenizer, method)
+        rollout = self.config.train.rollout.max_new_tokens if method.distils else 0
         longest = 0
-        for row in made:
+        for row in tokenized:
             more = max(0, longest_answer - len(row.answer))
-            told = len(row.teacher_prompt) + (more if method.teacher_sees_answer else 0)
-            longest = max(longest, len(row.prompt) + len(row.answer) + more, max(len(row.prompt), told) + rollout)
+            teacher = len(row.teacher_prompt) + (more if method.teacher_sees_answer else 0)
+            longest = max(longest, len(row.prompt) + len(row.answer) + more, max(len(row.prompt), teacher) + rollout)
         if longest > self.max_positions:
-            keys = ["data.max_answer_tokens", *(["refine.max_new_tokens"] if method.target != "gold" else []),
-                    *(["train.rollout.max_new_tokens"] if method.distill else [])]
+            keys = ["data.max_answer_tokens", *(["refine.max_new_tokens"] if method.refines else []),
+                    *(["train.rollout.max_new_tokens"] if method.distils else [])]
             raise InputError(
                 f"{method.name}: a row may take {longest} tokens with its rollout, and the model has "
                 f"{self.max_positions} positions; lower {' or '.join(keys)}"
             )
-        return made
+        return tokenized
 
     def check_training(self, methods: Iterable[Method], parts: int = 1) -> None:
         """Raises InputError where batches cannot be made, or cut into `parts`, or an answer does not fit.
@@ -218,13 +199,11 @@ class Rows:
         """The general prompts; raises InputError for whatever the evaluation would stumble over."""
         settings, general = self.config.evaluate, load_general_prompts(self.config.evaluate.general_path)
         self._require_room("evaluate.max_new_tokens", settings.max_new_tokens,
-                           (question_prompt(example.question, example.context, example.turns) for example in self.test))
+                           map(question_of, self.test))
         self._require_room("evaluate.general_new_tokens", settings.general_new_tokens,
                            (question_prompt(prompt.prompt) for prompt in general))
         for example in self.test:
-            messages = question_prompt(example.question, example.context, example.turns)
-            answer = self.tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])
-            length = len(self.tokenizer.chat_prompt(messages)) + len(answer)
+            length = sum(map(len, prompt_and_answer(self.tokenizer, question_of(example), example.answer)))
             if length > self.max_positions:
                 raise InputError(
                     f"{example.id}: question and gold answer have {length} tokens, and the model has "
@@ -259,7 +238,7 @@ def check(config: Config, console) -> None:
     check_keys(weights, decoder)
     rows = Rows(config, tokenizer, decoder.max_positions)
     methods = [METHODS[name] for name in config.methods]
-    refines = any(method.target != "gold" for method in methods)
+    refines = any_refines(config.methods)
     console.print(f"data: {config.data.path}")
     for line in [*rows.describe(), *rows.describe_lengths(refines)]:
         console.print(line)
@@ -302,9 +281,7 @@ def _print_example(rows: Rows, tokenizer: Tokenizer, console) -> None:
     from rich.text import Text
 
     example = rows.train[0]
-    asked = question_prompt(example.question, example.context, example.turns)
-    prompt = tokenizer.chat_prompt(asked)
-    answer = tokenizer.chat_answer([*asked, {"role": "assistant", "content": example.answer}])
+    prompt, answer = prompt_and_answer(tokenizer, question_of(example), example.answer)
     console.print(one_line(
         f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do"
     ))

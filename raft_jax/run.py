@@ -9,8 +9,6 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,69 +16,54 @@ import jax.numpy as jnp
 from raft_jax import interrupt
 from raft_jax.checkpoint import remove_steps
 from raft_jax.config import Config
-from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
+from raft_jax.data.prompts import answered, fusion_prompt, question_of, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
-from raft_jax.evaluate.compare import Evaluation
-from raft_jax.files import read_json, require_sums
+from raft_jax.evaluate.compare import Evaluator
+from raft_jax.files import read_object, require_sums
 from raft_jax.host_memory import return_memory_after_compiling
+from raft_jax.methods import METHODS, Method, any_refines
+from raft_jax.metrics import tokens_trained
 from raft_jax.models import Model, Tokenizer, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
 from raft_jax.preflight import Rows, require_source
+from raft_jax.refine.generate import LocalGenerator, RefineItem
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import Parts, refine, summary
-from raft_jax.refine.write import Item, LocalWriter
-from raft_jax.run_dir import (
-    RESULTS,
-    all_settings,
-    is_writer,
-    read_evaluation,
-    record_time,
-    recorded_time,
-    settings_for,
-    start_date,
-    wait_for_writer,
-    write_atomically,
-    write_results,
-)
+from raft_jax.refine.run import RefineModels, refine, summary
+from raft_jax.resume import all_settings, settings_for
+from raft_jax.run_folder import Evaluation, RunFolder, write_atomically
 from raft_jax.sampling import Sampler, Scorer
-from raft_jax.sharding import make_mesh
+from raft_jax.scores import ModelScores
+from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
 from raft_jax.sources import fingerprint_model, resolve
 from raft_jax.stages import Settings, changes
 from raft_jax.terminal import visible
-from raft_jax.train.loop import read_metrics, tokens_trained, train
-from raft_jax.train.methods import METHODS, Method
+from raft_jax.train.loop import train
 
 
-def renders(tokenizer: Tokenizer, item: Item, text: str) -> bool:
+def renders(tokenizer: Tokenizer, item: RefineItem, text: str) -> bool:
     """Whether a text can be an answer, and the teacher's reference, in the model's chat template."""
-    asked = question_prompt(item.question, item.context, item.turns)
     try:
-        tokenizer.chat_answer([*asked, {"role": "assistant", "content": text}])
+        tokenizer.chat_answer(answered(question_of(item), text))
         tokenizer.chat_prompt(teacher_prompt(item.question, text, item.context, item.turns))
     except InputError:
         return False
     return True
 
 
-def _tokens_written(ledger: Ledger) -> int:
+def _num_generated(ledger: Ledger) -> int:
     return sum(record.get("num_tokens", 0) for record in ledger.records())
-
-
-def _write_evaluation(path: Path, scores: Mapping[str, Any], settings: Settings) -> None:
-    made_with = {name: settings_for(f"evaluate {name}", settings) for name in scores}
-    write_atomically(path, json.dumps({"models": scores, "settings": made_with}, indent=1, ensure_ascii=False))
 
 
 class Run:
     """The stages of one run. Each leaves its result in the folder and is passed over when that is there."""
 
-    def __init__(self, config: Config, run_dir: Path):
-        self.config, self.run_dir = config, run_dir
+    def __init__(self, config: Config, folder: RunFolder):
+        self.config, self.folder = config, folder
         self.settings = all_settings(config)
-        self.results = read_json(run_dir / RESULTS) if (run_dir / RESULTS).exists() else {}
+        self.results = read_object(folder.results_json, optional=True)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
     @cached_property
@@ -89,7 +72,7 @@ class Run:
         model = load_pretrained(
             given.source, jnp.dtype(given.dtype), self.mesh, remat=given.remat, attention=given.attention
         )
-        model.tokenizer.date, model.tokenizer.thinking = start_date(self.run_dir), given.thinking
+        model.tokenizer.date, model.tokenizer.thinking = self.folder.start_date(), given.thinking
         return model
 
     @cached_property
@@ -118,31 +101,56 @@ class Run:
 
     def refine(self) -> list[RefinedRow]:
         """Stage 1; rows that are published already are read."""
-        folder = self.run_dir / "refined"
-        examples, settings = self.rows.train, self.config.refine
         made_with = self._refined_with()
-        if (folder / "refined.jsonl").exists():
-            try:
-                rows = load_refined(folder)
-            except InputError as error:
-                print(f"{error} (which happens now, from the ledger)")
-            else:
-                same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
-                if same and refined_with(folder) == made_with:
-                    wait_for_writer("refined")  # it may have published them just now, and be waiting for this process
-                    return rows
-                what = "settings or models" if same else "texts"
-                print(f"{folder}: made from other {what}; refining again, with what the ledger has of it")
-        began = time.perf_counter()
+        if (rows := self._published(made_with)) is not None:
+            return rows
         self.rows.check_refinement()
-        sampler = Sampler(self.model, settings.batch_size, self.mesh)
-        key = jax.random.key(self.config.seed)
-        drawing = {name: getattr(settings, name) for name in ("temperature", "top_p")}
-        drawing["max_new_tokens"] = self.config.refine_max_new_tokens
+        ledger, began = Ledger.open(self.folder.ledger_jsonl, writes=is_writer()), time.perf_counter()
+        seconds_before = self.folder.timing("refine").seconds if ledger.records() else 0
 
-        def writer(prompt, stream: int) -> LocalWriter:
-            return LocalWriter(sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream),
-                               model=self.model_identity, **drawing)
+        def record() -> None:
+            seconds = seconds_before + time.perf_counter() - began
+            self.folder.record_time("refine", None, seconds, _num_generated(ledger))
+
+        ledger.on_append = record  # a process that is killed leaves the time of what it did
+        rows = refine(self.rows.train, self._refine_models(), self.config.refine, ledger)
+        if is_writer():
+            publish(rows, self.folder.refined, made_with)
+        wait_for_writer("refined")
+        if self.folder.timing("refine").tokens != _num_generated(ledger):
+            record()
+        print(*summary(rows), sep="\n", flush=True)
+        return rows
+
+    def _published(self, made_with: str) -> list[RefinedRow] | None:
+        """The refined rows that are there, where they are of these examples and made with these settings."""
+        if not self.folder.refined_jsonl.exists():
+            return None
+        try:
+            rows = load_refined(self.folder.refined)
+        except InputError as error:
+            print(f"{error} (which happens now, from the ledger)")
+            return None
+        examples = self.rows.train
+        same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
+        if same and refined_with(self.folder.refined) == made_with:
+            wait_for_writer("refined")  # it may have published them just now, and be waiting for this process
+            return rows
+        what = "settings or models" if same else "texts"
+        print(f"{self.folder.refined}: made from other {what}; refining again, with what the ledger has of it")
+        return None
+
+    def _refine_models(self) -> RefineModels:
+        """The base model as rewriter and fuser, the sentence encoder, and the judges of refine.judges."""
+        settings = self.config.refine
+        sampler, key = Sampler(self.model, settings.batch_size, self.mesh), jax.random.key(self.config.seed)
+
+        def generator(prompt, stream: int) -> LocalGenerator:
+            return LocalGenerator(
+                sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream), model=self.model_identity,
+                temperature=settings.temperature, top_p=settings.top_p,
+                max_new_tokens=self.config.refine_max_new_tokens,
+            )
 
         judges = {
             "similarity": lambda: SimilarityJudge(self.encoder),
@@ -151,27 +159,11 @@ class Run:
                 Scorer(self.model, mesh=self.mesh), self.model.params, self.model_identity
             ),
         }
-        parts = Parts(
-            writer(lambda item: rewrite_prompt(item.gold, *item.asked(settings.terse_words)), 0), self.encoder,
-            writer(lambda item: fusion_prompt(item.gold, item.rewrite, *item.asked(settings.terse_words)), 1),
+        return RefineModels(
+            generator(lambda item: rewrite_prompt(item.gold, *item.asked(settings.terse_words)), 0), self.encoder,
+            generator(lambda item: fusion_prompt(item.gold, item.rewrite, *item.asked(settings.terse_words)), 1),
             [judges[name]() for name in settings.judges], partial(renders, self.model.tokenizer),
         )
-        ledger = Ledger.open(folder / "ledger.jsonl", writes=is_writer())
-        seconds_before = recorded_time(self.run_dir, "refine")[0] if ledger.records() else 0
-
-        def record() -> None:
-            seconds = seconds_before + time.perf_counter() - began
-            record_time(self.run_dir, "refine", None, seconds, _tokens_written(ledger))
-
-        ledger.on_append = record  # a process that is killed leaves the time of what it did
-        rows = refine(examples, parts, settings, ledger)
-        if is_writer():
-            publish(rows, folder, made_with)
-        wait_for_writer("refined")
-        if recorded_time(self.run_dir, "refine")[1] != _tokens_written(ledger):
-            record()
-        print(*summary(rows), sep="\n", flush=True)
-        return rows
 
     def _refined_with(self) -> str:
         """Names all that refined rows depend on besides their texts."""
@@ -187,73 +179,71 @@ class Run:
         if not methods:
             return
         return_memory_after_compiling()
-        refined = any(method.target != "gold" for method in self.methods)
-        if refined:
+        refines = any_refines(self.config.methods)
+        if refines:
             self.rows.check_refinement()
         self.rows.check_training(methods, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        rows = self.refine() if refined else self.rows.gold
+        rows = self.refine() if refines else self.rows.gold
         for method in methods:
             interrupt.check()
-            tokens = self.rows.tokens(rows, method)
-            folder = self.run_dir / method.name
-            self._note_settings(f"train {method.name}")
-            params = train(self.model, tokens, method, self.config.train, folder, seed=self.config.seed, mesh=self.mesh)
-            metrics = read_metrics(folder / "metrics.jsonl")
+            tokens, folder = self.rows.tokens(rows, method), self.folder.method(method.name)
+            self._record_settings(f"train {method.name}")
+            params = train(self.model, tokens, method, self.config.train, folder.path, seed=self.config.seed,
+                           mesh=self.mesh)
+            metrics = folder.metrics()
             seconds = sum(line.get("seconds", 0) for line in metrics)
-            record_time(self.run_dir, "train", method.name, seconds, tokens_trained(metrics))
+            self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
-
-    def export(self) -> None:
-        """Exports what is trained; training that is not finished is finished first."""
-        self.train()
 
     def evaluate(self) -> None:
         """Base model and every trained one, on the same questions; a model that has its scores is passed over.
 
         Scores that were made with other settings stay until all the new ones are there.
         """
-        path = self.run_dir / "evaluation.json"
-        names = ["base", *(method.name for method in self.methods if self._exported(method.name))]
-        found = read_evaluation(path)
-        stale = [name for name in found["models"] if not self._is_current(f"evaluate {name}", found["settings"])]
-        target = path.with_name("evaluation.new.json") if stale else path
-        scores = {name: entry for name, entry in found["models"].items() if name not in stale}
-        if stale and target.exists():
-            begun = read_evaluation(target)
-            scores |= {name: entry for name, entry in begun["models"].items()
-                       if name in begun["settings"] and self._is_current(f"evaluate {name}", begun["settings"])}
+        names = ["base", *(method.name for method in self.methods if self.folder.method(method.name).is_exported)]
+        before = self.folder.evaluation()
+        stale = [name for name in before.models if not self._is_current(f"evaluate {name}", before.settings)]
+        scores = {name: entry for name, entry in before.models.items() if name not in stale}
+        if stale:
+            begun = self.folder.evaluation(begun=True)
+            scores |= {name: entry for name, entry in begun.models.items()
+                       if name in begun.settings and self._is_current(f"evaluate {name}", begun.settings)}
         if dropped := sorted(set(stale) - set(names)):
             print(f"evaluation.json: without {', '.join(dropped)} from here on, evaluated with other settings and not "
                   "among methods", flush=True)
         self._write_cards(scores)  # one that was killed may have left them behind its scores
         missing = [name for name in names if name not in scores]
         if missing:
-            self._evaluate(missing, scores, target)
+            self._evaluate(missing, scores, begun=bool(stale))
         if stale and is_writer():
             if not missing:
-                _write_evaluation(target, scores, self.settings)
-            os.replace(target, path)
+                self._write_evaluation(scores, begun=True)
+            os.replace(self.folder.evaluation_new_json, self.folder.evaluation_json)
         wait_for_writer("evaluation")
 
-    def _evaluate(self, names: Sequence[str], scores: dict[str, Any], path: Path) -> None:
-        """Evaluates models, and writes their scores to a file as soon as each is done."""
+    def _evaluate(self, names: Sequence[str], scores: dict[str, ModelScores], *, begun: bool) -> None:
+        """Evaluates models, and writes their scores as soon as each is done."""
         settings, general = self.config.evaluate, self.rows.check_evaluation()
-        evaluation = Evaluation(self.model, self.encoder, self.rows.test, general, settings, self.mesh)
+        evaluator = Evaluator(self.model, self.encoder, self.rows.test, general, settings, self.mesh)
         for name in names:
             interrupt.check()
             began = time.perf_counter()
-            scores[name] = evaluation.evaluate(name, self._params_of(name))
-            _write_evaluation(path, scores, self.settings)
+            scores[name] = evaluator.evaluate(name, self._params_of(name))
+            self._write_evaluation(scores, begun=begun)
             self._write_cards(scores, evaluated=name)
             wait_for_writer(f"evaluate {name}")
-            record_time(self.run_dir, "evaluate", name, time.perf_counter() - began, scores[name]["tokens"])
+            self.folder.record_time("evaluate", name, time.perf_counter() - began, scores[name].tokens)
+
+    def _write_evaluation(self, scores: Mapping[str, ModelScores], *, begun: bool) -> None:
+        settings = {name: settings_for(f"evaluate {name}", self.settings) for name in scores}
+        self.folder.write_evaluation(Evaluation(dict(scores), settings), begun=begun)
 
     def report(self) -> None:
         """Draws what the folder holds, whatever is still missing."""
         from raft_jax.report import write_report
 
         if is_writer():
-            write_report(self.run_dir)
+            write_report(self.folder.path)
 
     def all(self) -> None:
         self.rows.check_evaluation()
@@ -264,52 +254,50 @@ class Run:
     def _is_current(self, stage: str, made_with: Mapping[str, Settings] | None = None) -> bool:
         """Whether the result of a stage is there, and was made with the settings that it would be made with now."""
         name = stage.partition(" ")[2]
-        if made_with is None and not self._exported(name):
+        if made_with is None and not self.folder.method(name).is_exported:
             return False
         before = self.results.get(stage) if made_with is None else made_with.get(name, self.results.get(stage))
         return not before or not changes(before, settings_for(stage, self.settings))
 
-    def _note_settings(self, stage: str) -> None:
-        """Notes with which settings the result of a stage is made."""
+    def _record_settings(self, stage: str) -> None:
+        """Records with which settings the result of a stage is made."""
         self.results[stage] = settings_for(stage, self.settings)
-        write_results(self.run_dir, self.results)
+        self.folder.write_results(self.results)
 
     def _export(self, method: Method, params) -> None:
-        began = time.perf_counter()
-        folder = self.run_dir / method.name / "hf"
-        export_hf(self.model, params, folder, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
-        self._note_settings(f"export {method.name}")
+        began, folder = time.perf_counter(), self.folder.method(method.name)
+        export_hf(self.model, params, folder.export, dtype=jnp.dtype(self.config.export.dtype),
+                  card=self._card(method))
+        self._record_settings(f"export {method.name}")
         if is_writer() and not self.config.train.keep_finished:
-            remove_steps(folder.with_name("checkpoints"))
+            remove_steps(folder.checkpoints)
         wait_for_writer(f"export {method.name}")
-        record_time(self.run_dir, "export", method.name, time.perf_counter() - began, 0)
+        self.folder.record_time("export", method.name, time.perf_counter() - began, 0)
 
-    def _write_cards(self, models: Mapping[str, Any], evaluated: str | None = None) -> None:
-        """Scores into the model card of what was just evaluated, and of what has marks and a card without them."""
+    def _write_cards(self, scores: Mapping[str, ModelScores], evaluated: str | None = None) -> None:
+        """Scores into the model card of what was just evaluated, and of what has scores and a card without them."""
         from raft_jax.report.card import has_scores
 
         for method in self.methods:
-            if method.name not in models or not self._exported(method.name):
+            folder = self.folder.method(method.name)
+            if method.name not in scores or not folder.is_exported:
                 continue
-            path = self.run_dir / method.name / "hf" / "README.md"
-            if method.name == evaluated or not path.exists() or not has_scores(path.read_text("utf-8")):
-                write_atomically(path, self._card(method, models))
+            card = folder.model_card
+            if method.name == evaluated or not card.exists() or not has_scores(card.read_text("utf-8")):
+                write_atomically(card, self._card(method, scores))
 
-    def _card(self, method: Method, models: Mapping[str, Any] | None = None) -> str:
+    def _card(self, method: Method, scores: Mapping[str, ModelScores] | None = None) -> str:
         from raft_jax.report.card import model_card
 
-        return model_card(self.config, method.name, method.title, len(self.rows.train), models)
-
-    def _exported(self, name: str) -> bool:
-        return (self.run_dir / name / "hf").is_dir()
+        return model_card(self.config, method, len(self.rows.train), scores)
 
     def _params_of(self, name: str):
         if name == "base":
             return self.model.params
-        folder = self.run_dir / name / "hf"
+        folder = self.folder.method(name)
         try:
-            require_sums(folder)
-            return load_pretrained(str(folder), jnp.dtype(self.config.model.dtype), self.mesh).params
+            require_sums(folder.export)
+            return load_pretrained(str(folder.export), jnp.dtype(self.config.model.dtype), self.mesh).params
         except InputError as error:
-            how = "exports" if (folder.with_name("checkpoints")).exists() else "trains and exports"
-            raise InputError(f"{error} (remove {folder}, and the same command {how} it again)") from error
+            how = "exports" if folder.checkpoints.exists() else "trains and exports"
+            raise InputError(f"{error} (remove {folder.export}, and the same command {how} it again)") from error

@@ -106,6 +106,19 @@ def num_shards(axis: str) -> int:
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
+def is_writer() -> bool:
+    """Whether this process writes files: of several that share a run folder, the first."""
+    return jax.process_index() == 0
+
+
+def wait_for_writer(what: str) -> None:
+    """Holds the other processes until the first has written something that they are about to look for."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(what)
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any of the processes, which all have to ask."""
     if jax.process_count() == 1:

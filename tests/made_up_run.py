@@ -158,4 +158,5 @@ def scores(rng: random.Random, shift: int) -> dict:
         "weight_distance": {"mean": sum(layers) / 30, "layers": layers, "embedding": 0.004 * shift},
         "answers": answers,
         "general_answers": general,
+        "tokens": 3000,
     }

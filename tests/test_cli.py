@@ -24,8 +24,8 @@ from raft_jax.config import load_config
 from raft_jax.models import load_pretrained
 from raft_jax.preflight import require_sources
 from raft_jax.progress import progress
+from raft_jax.resume import open_run_folder
 from raft_jax.run import Run
-from raft_jax.run_dir import open_run_dir
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_a_run_folder_that_another_process_uses(folder, capsys):
 def test_a_report_is_made_of_what_is_there_while_a_run_goes_on(folder, capsys):
     message = complaint(capsys, "report", folder / "config.yaml")
     assert message.startswith(str(folder / "run")) and "no such run folder" in message
-    with open_run_dir(load_config(folder / "config.yaml")):
+    with open_run_folder(load_config(folder / "config.yaml")):
         assert main(["report", str(folder / "config.yaml")]) == 0
     assert capsys.readouterr().out.strip() == str(folder / "run" / "report.html")
     assert "not run yet" in (folder / "run" / "report.html").read_text()
@@ -391,7 +391,7 @@ def test_a_run_folder_that_cannot_be_written_is_a_line(folder, capsys, monkeypat
     def refuse(path, text):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("raft_jax.run_dir.write_atomically", refuse)
+    monkeypatch.setattr("raft_jax.run_folder.write_atomically", refuse)
     message = complaint(capsys, "refine", folder / "config.yaml")
     assert message == f"{folder}/run/date: Read-only file system (EROFS)"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import jax
@@ -17,9 +18,11 @@ from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 from raft_jax.evaluate import compare
 from raft_jax.evaluate.accuracy import is_correct, token_f1
-from raft_jax.evaluate.compare import Evaluation, GeneralPrompt, load_general_prompts
-from raft_jax.evaluate.drift import make_divergence, weight_distance
+from raft_jax.evaluate.compare import Evaluator, GeneralPrompt, load_general_prompts
+from raft_jax.evaluate.divergence import make_divergence, weight_distance
+from raft_jax.files import parse_record
 from raft_jax.sampling import Completion, Scorer
+from raft_jax.scores import Estimate, ModelScores, WeightDistance
 
 TOY = SimpleNamespace(
     hidden=tiny.toy_hidden, unembedding=tiny.toy_unembedding, tokenizer=SimpleNamespace(pad_id=3), head_settings={}
@@ -102,17 +105,18 @@ def test_weight_distance_is_relative_and_layer_by_layer():
     for layer in range(config.num_layers):
         was = np.concatenate([base[name][layer].ravel() for name in stacked]).astype(np.float64)
         now = np.concatenate([tuned[name][layer].ravel() for name in stacked]).astype(np.float64)
-        assert found["layers"][layer] == pytest.approx(np.linalg.norm(now - was) / np.linalg.norm(was), rel=1e-5)
-    assert found["mean"] == pytest.approx(np.mean(found["layers"]))
+        assert found.layers[layer] == pytest.approx(np.linalg.norm(now - was) / np.linalg.norm(was), rel=1e-5)
+    assert found.mean == pytest.approx(np.mean(found.layers))
     was, now = base["embedding_VD"], tuned["embedding_VD"]
-    assert found["embedding"] == pytest.approx(np.linalg.norm(now - was) / np.linalg.norm(was), rel=1e-5)
-    assert weight_distance(as_arrays(base), as_arrays(base)) == {"mean": 0, "layers": [0, 0], "embedding": 0}
+    assert found.embedding == pytest.approx(np.linalg.norm(now - was) / np.linalg.norm(was), rel=1e-5)
+    assert weight_distance(as_arrays(base), as_arrays(base)) == WeightDistance(0, [0, 0], 0)
 
 
 def test_estimates_are_mean_and_standard_error():
-    assert compare._estimate([1.0, 2.0, 6.0]) == {"mean": 3.0, "stderr": pytest.approx(np.sqrt(7 / 3)), "count": 3}
-    assert compare._estimate([True]) == {"mean": 1.0, "stderr": None, "count": 1}
-    assert compare._estimate([]) == {"mean": None, "stderr": None, "count": 0}
+    found = Estimate.of([1.0, 2.0, 6.0])
+    assert (found.mean, found.stderr, found.count) == (3.0, pytest.approx(np.sqrt(7 / 3)), 3)
+    assert Estimate.of([True]) == Estimate(1.0, None, 1)
+    assert Estimate.of([]) == Estimate(None, None, 0)
 
 
 class FakeSampler:
@@ -164,30 +168,30 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
         return np.array([0.25, 0.75], np.float32)
 
     monkeypatch.setattr(compare, "make_divergence", lambda *_: drift)
-    monkeypatch.setattr(compare, "weight_distance", lambda params, base: {"mean": float(params != base)})
+    monkeypatch.setattr(compare, "weight_distance", lambda params, base: WeightDistance(float(params != base)))
     questions = [Example("q1", "Q one", "one", context="so"), Example("q2", "Q two", "no two")]
     general = [GeneralPrompt("g1", "sums", "four 4", {"kind": "number", "value": 4}),
                GeneralPrompt("g2", "chat", "say hi", None)]
     model = SimpleNamespace(params="base", tokenizer=FakeTokenizer())
     settings = EvaluateConfig(max_new_tokens=9, general_new_tokens=5)
-    evaluation = Evaluation(model, FakeEncoder(), questions, general, settings)
+    evaluation = Evaluator(model, FakeEncoder(), questions, general, settings)
     assert evaluation.question_prompts == ["so\n\nQ one", "Q two"] and evaluation.gold_answers == ["one", "no two"]
 
     base = evaluation.evaluate("base", "base")
-    assert told == [] and base["general"]["divergence"] == {"mean": 0, "stderr": 0, "count": 2}
-    assert [entry["answer"] for entry in base["answers"]] == ["one", "two"]
-    assert base["domain"]["token_f1"]["mean"] == pytest.approx((1 + 2 / 3) / 2)
-    assert base["domain"]["gold_logprob"]["mean"] == -4.5
-    assert base["general"]["accuracy"] == {"mean": 1, "stderr": None, "count": 1}
-    assert [entry["correct"] for entry in base["general_answers"]] == [True, None] and FakeSampler.calls == 2
+    assert told == [] and base.general.divergence == Estimate(0, 0, 2)
+    assert [entry.answer for entry in base.answers] == ["one", "two"]
+    assert base.domain.token_f1.mean == pytest.approx((1 + 2 / 3) / 2)
+    assert base.domain.gold_logprob.mean == -4.5
+    assert base.general.accuracy == Estimate(1, None, 1)
+    assert [entry.correct for entry in base.general_answers] == [True, None] and FakeSampler.calls == 2
 
     tuned = evaluation.evaluate("raft", "tuned")
     assert told == [("base", "tuned", ["four 4", "say hi"], [["4"], ["hi"]])]  # on the base model's own words
-    assert tuned["general"]["divergence"]["mean"] == 0.5 and tuned["weight_distance"]["mean"] == 1
-    assert [entry["answer"] for entry in tuned["general_answers"]] == ["4", "HI"] and FakeSampler.calls == 4
-    assert (tuned["domain"]["cut"], tuned["general"]["cut"]) == (0, 1)
-    assert [entry["cut"] for entry in tuned["answers"] + tuned["general_answers"]] == [False, False, False, True]
-    json.dumps([base, tuned], allow_nan=False)
+    assert tuned.general.divergence.mean == 0.5 and tuned.weight_distance.mean == 1
+    assert [entry.answer for entry in tuned.general_answers] == ["4", "HI"] and FakeSampler.calls == 4
+    assert (tuned.domain.cut, tuned.general.cut) == (0, 1)
+    assert [entry.cut for entry in tuned.answers + tuned.general_answers] == [False, False, False, True]
+    assert parse_record(ModelScores, json.dumps(asdict(tuned), allow_nan=False)) == tuned
 
 
 @pytest.mark.parametrize(("text", "message"), [

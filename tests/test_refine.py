@@ -11,21 +11,21 @@ import pytest
 
 from raft_jax.config import RefineConfig
 from raft_jax.data.examples import Example
+from raft_jax.data.prompts import question_prompt
 from raft_jax.errors import InputError
-from raft_jax.refine import judge as judging
+from raft_jax.refine.generate import Generation, LocalGenerator, RefineItem, generation_of
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge, coverage
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import Parts, refine, summary
-from raft_jax.refine.write import Draft, Item, LocalWriter, draft_of
+from raft_jax.refine.run import RefineModels, refine, summary
 from raft_jax.sampling import Completion
 
 GOLD = "gold answer"
 
 
-class FakeWriter:
+class FakeGenerator:
     """Writes `texts[(id, round)]`, or what `default` makes of id and round; a status may stand before a bar."""
 
-    identity = "fake writer"
+    identity = "fake generator"
 
     def __init__(self, texts: dict | None = None, default=lambda id, round: f"text of {id}, round {round}", batch=2):
         self.texts, self.default, self.batch = texts or {}, default, batch
@@ -36,19 +36,19 @@ class FakeWriter:
         texts = [item.question, item.gold, item.rewrite, item.context, *(content for _, content in item.turns)]
         return [{"role": "user", "content": "\n".join(["Say it anew with all facts in it:", *texts])}]
 
-    def write(self, items, round, done):
+    def generate(self, items, round, done):
         self.rounds.append((round, [item.id for item in items]))
         for start in range(0, len(items), self.batch):
             indices = range(start, min(start + self.batch, len(items)))
             if all(index in done for index in indices):
                 continue
-            drafts = {}
+            generations = {}
             for index in indices:
                 text = self.texts.get((items[index].id, round), self.default(items[index].id, round))
                 status, bar, rest = text.partition("|")
-                drafts[index] = Draft(rest if bar else text, status if bar else "ok", 3)
+                generations[index] = Generation(rest if bar else text, status if bar else "ok", 3)
                 self.written.append((items[index].id, round))
-            yield drafts
+            yield generations
 
 
 class FakeEncoder:
@@ -85,9 +85,9 @@ def examples(*ids: str) -> list[Example]:
     return [Example(id, f"question {id}", GOLD, context=f"context {id}") for id in ids]
 
 
-def parts(rewriter=None, fuser=None, judges=None) -> Parts:
-    rewriter = rewriter or FakeWriter(default=lambda id, round: f"wording of {id} ~0.9")
-    return Parts(rewriter, FakeEncoder(), fuser or FakeWriter(), judges or [FakeJudge("one")])
+def parts(rewriter=None, fuser=None, judges=None) -> RefineModels:
+    rewriter = rewriter or FakeGenerator(default=lambda id, round: f"wording of {id} ~0.9")
+    return RefineModels(rewriter, FakeEncoder(), fuser or FakeGenerator(), judges or [FakeJudge("one")])
 
 
 def lines_of(path) -> list[dict]:
@@ -95,7 +95,7 @@ def lines_of(path) -> list[dict]:
 
 
 def settings(**changes) -> RefineConfig:
-    """The fake writers keep no facts, and their texts are long enough to be compared by themselves."""
+    """The fake generators keep no facts, and their texts are long enough to be compared by themselves."""
     return RefineConfig(**{"check_facts": False, "terse_words": 0, "accept_floor": 0.0, **changes})
 
 
@@ -105,11 +105,11 @@ def ledger(tmp_path):
 
 
 def test_the_filter_keeps_what_is_near_and_usable(ledger):
-    rewriter = FakeWriter({
+    rewriter = FakeGenerator({
         ("near", 1): "near ~0.91", ("edge", 1): "edge ~0.8", ("far", 1): "far ~0.79", ("none", 1): "empty|",
         ("long", 1): "truncated|and so on and ~1.0", ("no", 1): "refusal|I'm sorry ~1.0",
     })
-    fuser = FakeWriter()
+    fuser = FakeGenerator()
     rows = refine(examples("near", "edge", "far", "none", "long", "no"), parts(rewriter, fuser), settings(), ledger)
     near, edge, far, none, long, no = rows
     assert [row.accepted for row in rows] == [True, True, False, False, False, False]
@@ -133,7 +133,7 @@ def test_the_best_round_wins_and_a_good_one_ends_the_rounds(ledger):
         "text of tie, round 1": 0.3, "text of tie, round 2": 0.5, "text of tie, round 3": 0.5,
         "text of late, round 1": 0.1, "text of late, round 2": 0.95,
     }
-    fuser = FakeWriter()
+    fuser = FakeGenerator()
     rows = refine(examples("slow", "quick", "tie", "late"), parts(fuser=fuser, judges=[FakeJudge("one", scores)]),
                   settings(rounds=3), ledger)
     slow, quick, _, late = rows
@@ -162,7 +162,7 @@ def test_the_mean_is_over_the_judges_that_answered(ledger):
 
 
 def test_an_unusable_candidate_is_not_judged_and_another_round_follows(ledger):
-    fuser = FakeWriter({("q", 1): "truncated|half an answ", ("q", 2): "empty|"})
+    fuser = FakeGenerator({("q", 1): "truncated|half an answ", ("q", 2): "empty|"})
     judge = FakeJudge("one")
     (row,) = refine(examples("q"), parts(fuser=fuser, judges=[judge]), settings(rounds=3), ledger)
     assert [found.status for found in row.rounds] == ["truncated", "empty", "ok"]
@@ -171,7 +171,7 @@ def test_an_unusable_candidate_is_not_judged_and_another_round_follows(ledger):
 
 
 def test_a_round_without_a_score_never_ends_the_rounds(ledger):
-    fuser = FakeWriter({("q", 1): "empty|"})
+    fuser = FakeGenerator({("q", 1): "empty|"})
     (row,) = refine(examples("q"), parts(fuser=fuser), settings(rounds=2, accept=0.0), ledger)
     assert len(row.rounds) == 2 and row.chosen_round == 2
 
@@ -179,13 +179,13 @@ def test_a_round_without_a_score_never_ends_the_rounds(ledger):
 def test_writers_and_judges_see_gold_rewriting_and_context(ledger):
     seen = []
 
-    class Looking(FakeWriter):
-        def write(self, items, round, done):
+    class Looking(FakeGenerator):
+        def generate(self, items, round, done):
             seen.extend(items)
-            yield from super().write(items, round, done)
+            yield from super().generate(items, round, done)
 
     refine(examples("q"), parts(fuser=Looking()), settings(rounds=1), ledger)
-    assert seen == [Item("q", "question q", GOLD, "wording of q ~0.9", "context q")]
+    assert seen == [RefineItem("q", "question q", GOLD, "wording of q ~0.9", "context q")]
 
 
 @pytest.mark.parametrize("judged_at_once", [1, 256])
@@ -194,7 +194,7 @@ def test_nothing_is_done_twice(tmp_path, monkeypatch, judged_at_once):
     data, config = examples("a", "b", "c"), settings(rounds=2)
     whole = tmp_path / "whole.jsonl"
     expected = refine(data, parts(), config, Ledger.open(whole))
-    again = parts(FakeWriter(), FakeWriter(), [FakeJudge("one")])
+    again = parts(FakeGenerator(), FakeGenerator(), [FakeJudge("one")])
     assert refine(data, again, config, Ledger.open(whole)) == expected
     assert again.rewriter.written == again.fuser.written == again.judges[0].asked == [] and again.encoder.calls == 0
     lines = whole.read_text().splitlines()
@@ -225,7 +225,7 @@ def test_what_the_ledger_holds_of_a_batch_is_kept_as_it_is(tmp_path):
 def test_what_the_encoder_cut_is_told(ledger, capsys):
     refine([Example("a", "Why?", "a gold answer of many words")], parts(), settings(rounds=1), ledger)
     assert "1 of 2 texts are longer than the encoder's 20 tokens" in capsys.readouterr().out
-    SimilarityJudge(FakeEncoder()).score([Item("q", "?", "a gold answer of many words")] * 2, ["a", "b ~0.5"])
+    SimilarityJudge(FakeEncoder()).score([RefineItem("q", "?", "a gold answer of many words")] * 2, ["a", "b ~0.5"])
     assert "2 of 4 texts are longer" in capsys.readouterr().out
 
 
@@ -240,7 +240,7 @@ def test_a_candidate_must_reach_the_floor_and_the_gold_answers_own_score(ledger)
     judge = FakeJudge("one", {f"gold of {id}": 0.1 for id in ids} | scores)
     config = settings(rounds=2, accept=0.8, accept_floor=0.6)
     texts = {(id, 2): f"truncated|text of {id}" for id in ids if id != "second"}
-    rows = refine(data, parts(fuser=FakeWriter(texts), judges=[judge]), config, ledger)
+    rows = refine(data, parts(fuser=FakeGenerator(texts), judges=[judge]), config, ledger)
     low, under, _, over, second = rows
     assert [row.chosen for row in rows] == ["gold", "gold", "fusion", "fusion", "fusion"]
     assert low.answer == "gold of low"
@@ -262,12 +262,12 @@ def test_a_judge_that_is_silent_about_a_candidate_does_not_count_for_the_gold_an
 def test_what_is_wrong_with_a_text_is_said_and_counted(ledger):
     gold = "You must pay the harbour fee of 30 dollars within 5 days of your arrival."
     kept = "You must pay the harbour fee of 30 dollars within 5 days of arriving ~0.9"
-    rewriter = FakeWriter({
+    rewriter = FakeGenerator({
         ("kept", 1): kept, ("leak", 1): "Say it anew with all facts: pay ~0.9", ("copy", 1): gold + " ",
         ("loop", 1): "Pay the fee. " * 3 + "~0.9",
         ("facts", 1): kept.replace("30", "300"), ("led", 1): f"Here is the rewritten text: {kept}",
     })
-    fuser = FakeWriter({
+    fuser = FakeGenerator({
         ("kept", 1): kept.replace("must", "may"), ("kept", 2): "Say it anew with all facts: pay ~0.9",
         ("kept", 3): f"Merged text: {kept} ", ("led", 1): gold,
     }, default=lambda id, round: "empty|")
@@ -294,7 +294,7 @@ def test_what_is_wrong_with_a_text_is_said_and_counted(ledger):
 
 
 def test_a_text_that_the_chat_template_cannot_render_is_unusable(ledger):
-    rewriter = FakeWriter({("thinks", 1): "</think> he says ~0.9"})
+    rewriter = FakeGenerator({("thinks", 1): "</think> he says ~0.9"})
     working = parts(rewriter)._replace(renders=lambda item, text: "</think>" not in text)
     thinks, plain = refine(examples("thinks", "plain"), working, settings(rounds=1), ledger)
     assert (thinks.rewrite_status, thinks.chosen, plain.rewrite_status) == ("unrenderable", "gold", "ok")
@@ -317,13 +317,13 @@ def test_a_terse_answer_is_compared_after_its_question(ledger):
 
 def test_texts_that_the_encoder_does_not_know_are_not_accepted(ledger, capsys):
     data = [Example("thai", "ทำไม", "เพราะฝนตก"), Example("latin", "Why?", "Because of rain.")]
-    rewriter = FakeWriter({("thai", 1): "ฝนตกหนัก"})
+    rewriter = FakeGenerator({("thai", 1): "ฝนตกหนัก"})
     thai, latin = refine(data, parts(rewriter), settings(rounds=1), ledger)
     assert (thai.rewrite_status, thai.similarity, thai.accepted, thai.chosen) == ("unknown", None, False, "gold")
     assert latin.accepted
     assert "1 of 2 pairs of texts are mostly unknown to the sentence encoder" in capsys.readouterr().out
     assert "multilingual" in list(summary([thai, latin]))[-1]
-    assert SimilarityJudge(FakeEncoder()).score([Item("q", "?", "ฝน")], ["ฝน"]) == [None]
+    assert SimilarityJudge(FakeEncoder()).score([RefineItem("q", "?", "ฝน")], ["ฝน"]) == [None]
 
 
 @pytest.mark.parametrize("change", ["question", "answer", "context", "turns"])
@@ -332,7 +332,7 @@ def test_a_ledger_of_other_texts_under_the_same_ids_is_not_used(tmp_path, capsys
     after = dataclasses.replace(before, **{change: (("system", "Be long."),) if change == "turns" else "Another text."})
     path = tmp_path / "ledger.jsonl"
     refine([before], parts(), settings(rounds=1), Ledger.open(path))
-    again = parts(FakeWriter(default=lambda id, round: f"another {id} ~0.9"), FakeWriter())
+    again = parts(FakeGenerator(default=lambda id, round: f"another {id} ~0.9"), FakeGenerator())
     (row,) = refine([after], again, settings(rounds=1), Ledger.open(path))
     assert row.rewrite == "another q ~0.9" and row.is_of(after) and not row.is_of(before)
     assert again.fuser.written == [("q", 1)]
@@ -340,7 +340,7 @@ def test_a_ledger_of_other_texts_under_the_same_ids_is_not_used(tmp_path, capsys
         capsys.readouterr().out
     )
     # What the ledger had of the first texts is still there.
-    back = parts(FakeWriter(), FakeWriter())
+    back = parts(FakeGenerator(), FakeGenerator())
     assert refine([before], back, settings(rounds=1), Ledger.open(path))[0].is_of(before)
     assert back.rewriter.written == back.fuser.written == []
 
@@ -348,7 +348,7 @@ def test_a_ledger_of_other_texts_under_the_same_ids_is_not_used(tmp_path, capsys
 def test_another_model_or_judge_does_its_own_work(tmp_path):
     path = tmp_path / "ledger.jsonl"
     refine(examples("q"), parts(), settings(rounds=1), Ledger.open(path))
-    other = parts(FakeWriter(default=lambda id, round: "wording of q ~0.9"), FakeWriter(), [FakeJudge("one")])
+    other = parts(FakeGenerator(default=lambda id, round: "wording of q ~0.9"), FakeGenerator(), [FakeJudge("one")])
     other.judges[0].identity = "another judge"
     refine(examples("q"), other, settings(rounds=1), Ledger.open(path))
     assert other.rewriter.written == other.fuser.written == [] and len(other.judges[0].asked) == 2
@@ -372,11 +372,11 @@ def test_ids_that_look_like_keys_do_not_meet(ledger):
     ("I cannot be moved, says the bridge.", True, "ok"), ("As an aid to navigation, use buoys.", True, "ok"),
 ])
 def test_what_is_wrong_with_a_text(text, finished, status):
-    draft = draft_of(Completion([1, 2, 3], finished), lambda ids: text)
-    assert draft == Draft(text.strip(), status, 3)
+    generation = generation_of(Completion([1, 2, 3], finished), lambda ids: text)
+    assert generation == Generation(text.strip(), status, 3)
 
 
-# --- the local writer and judges ---
+# --- the local generator and judges ---
 
 
 class FakeTokenizer:
@@ -415,21 +415,21 @@ class FakeSampler:
 def test_the_local_writer_skips_whole_batches_and_draws_anew_each_round():
     import jax
 
-    items = [Item(id, f"q{id}", GOLD) for id in "abcde"]
+    items = [RefineItem(id, f"q{id}", GOLD) for id in "abcde"]
 
-    def writer(sampler):
-        return LocalWriter(sampler, None, lambda item: [{"role": "user", "content": item.question}],
+    def generator(sampler):
+        return LocalGenerator(sampler, None, lambda item: [{"role": "user", "content": item.question}],
                            key=jax.random.key(3), temperature=0.7, top_p=1.0, max_new_tokens=5)
 
     sampler = FakeSampler(2)
-    whole = [drafts for drafts in writer(sampler).write(items, 1, set())]
-    assert [list(drafts) for drafts in whole] == [[0, 1], [2, 3], [4]]
+    whole = [generations for generations in generator(sampler).generate(items, 1, set())]
+    assert [list(generations) for generations in whole] == [[0, 1], [2, 3], [4]]
     assert sampler.calls[0] == (["a", "b"], {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 5})
     # One row of the second batch is missing: the batch is written as it was, not another one.
     sampler = FakeSampler(2)
-    assert list(writer(sampler).write(items, 1, {0, 1, 2, 4})) == [whole[1]]
+    assert list(generator(sampler).generate(items, 1, {0, 1, 2, 4})) == [whole[1]]
     assert [names for names, _ in sampler.calls] == [["c", "d"]]
-    other = next(iter(writer(FakeSampler(2)).write(items, 2, set())))
+    other = next(iter(generator(FakeSampler(2)).generate(items, 2, set())))
     assert other[0].text != whole[0][0].text
 
 
@@ -445,12 +445,12 @@ def test_the_local_writer_skips_whole_batches_and_draws_anew_each_round():
 ])
 def test_coverage_of_numbers_and_names(gold, candidate, expected):
     assert coverage(gold, candidate) == expected
-    assert CoverageJudge().score([Item("q", "?", gold)], [candidate]) == [expected]
+    assert CoverageJudge().score([RefineItem("q", "?", gold)], [candidate]) == [expected]
 
 
 def test_the_similarity_judge_is_the_cosine_and_never_negative():
     judge = SimilarityJudge(FakeEncoder())
-    items = [Item("q", "?", "gold")] * 3
+    items = [RefineItem("q", "?", "gold")] * 3
     assert judge.score(items, ["a ~1.0", "b ~0.5", "c ~-0.5"]) == pytest.approx([1.0, 0.5, 0.0], abs=1e-6)
 
 
@@ -459,10 +459,10 @@ def test_the_likelihood_judge_compares_with_the_rewriting():
         model = type("Model", (), {"tokenizer": FakeTokenizer()})
 
         def mean_logprob(self, params, prompts, answers):
-            assert FakeTokenizer().decode(prompts[0]) == judging.question_prompt("?", "context")[0]["content"]
+            assert FakeTokenizer().decode(prompts[0]) == question_prompt("?", "context")[0]["content"]
             return np.array([-float(FakeTokenizer().decode(answer)) for answer in answers])
 
-    items = [Item("q", "?", GOLD, rewrite="2.0", context="context")] * 3
+    items = [RefineItem("q", "?", GOLD, rewrite="2.0", context="context")] * 3
     scores = LikelihoodJudge(FakeScorer(), None).score(items, ["2.0", "1.0", "3.0"])
     assert scores == pytest.approx([1.0, 1.0, np.exp(-1.0)])
 

@@ -19,8 +19,11 @@ def make_rows(num_rows=3, word="first"):
     rows = []
     for number in range(num_rows):
         accepted = number % 3 != 2
-        rounds = [Round(1, f"Candidate ü {number}", "ok", "", {"coverage": 0.5, "likelihood": None}, 0.5),
-                  Round(2, "", "facts", "the number 3 is missing", {}, None)] if accepted else []
+        rounds = [
+            Round(round=1, candidate=f"Candidate ü {number}", status="ok",
+                  scores={"coverage": 0.5, "likelihood": None}, mean=0.5),
+            Round(round=2, candidate="", status="facts", note="the number 3 is missing", scores={}, mean=None),
+        ] if accepted else []
         rows.append(RefinedRow(
             id=f"q{number}", question=f"Question {number}?\u2028", context="Während der Fahrt" if number else "",
             turns=[["system", "Be brief."]] if number == 1 else [], gold=f"Gold {number}\nline two",

@@ -32,7 +32,7 @@ from raft_jax.report.page import _FACTS, facts, flat
 from raft_jax.report.refinement import count_sentence, worst_first
 from raft_jax.report.summary import Table
 from raft_jax.report.verdict import difference, t_quantile, verdicts
-from raft_jax.run_dir import record_time
+from raft_jax.run_folder import RunFolder
 
 
 class Page(HTMLParser):
@@ -168,7 +168,8 @@ def test_verdict_is_the_paired_interval_of_scipy(finished: Path):
 
     run = read_run(finished)
     base, sft, raft = (
-        {key: np.array([answer[key] for answer in run.models[name]["answers"]]) for key in ("gold_logprob", "token_f1")}
+        {key: np.array([getattr(answer, key) for answer in run.models[name].answers])
+         for key in ("gold_logprob", "token_f1")}
         for name in ("base", "sft", "raft")
     )
     against_sft, sft_alone, raft_alone = verdicts(run)
@@ -233,15 +234,15 @@ def test_flags(text: str, known: tuple[str, ...], flags: list[str]):
 
 def test_rows_are_counted_by_kind_and_the_worst_come_first(finished: Path):
     rows = read_run(finished).refined
-    assert worst_first(rows)[0]["id"] == f"row-{LEAKED}"
-    assert worst_first(rows)[0]["flags"] == ["target repeats our instructions"]
-    fused = [row for row in worst_first(rows)[1:] if row["chosen"] == "fusion"]
-    assert worst_first(rows)[1 : 1 + len(fused)] == fused
-    assert [row["chosen_mean"] for row in fused] == sorted(row["chosen_mean"] for row in fused)
+    worst, *others = worst_first(rows)
+    assert worst.row.id == f"row-{LEAKED}" and worst.flags == ["target repeats our instructions"]
+    fused = [shown for shown in others if shown.row.chosen == "fusion"]
+    assert others[: len(fused)] == fused
+    assert [shown.chosen_mean for shown in fused] == sorted(shown.chosen_mean for shown in fused)
     counted = {"gold": 0, "facts": 0, "fusion": 0}
     for row in rows:
-        counted[row["chosen"]] += 1
-        counted["facts"] += row["rewrite_status"] == "facts"
+        counted[row.chosen] += 1
+        counted["facts"] += row.rewrite_status == "facts"
     sentence = count_sentence(rows)
     assert sentence.startswith(f"60 rows: {counted['fusion']} fused, {counted['gold']} gold (")
     assert f"{counted['facts']} facts" in sentence and "1 copy" in sentence
@@ -267,8 +268,8 @@ def test_a_run_without_a_record_of_its_machine_says_so(run_dir: Path):
 
 def test_a_stage_s_time_is_written_with_its_machine(run_dir: Path):
     (run_dir / "timings.jsonl").unlink()
-    record_time(run_dir, "refine", None, 12.5, 100)
-    record_time(run_dir, "train", "raft", 7.5, 100)
+    RunFolder(run_dir).record_time("refine", None, 12.5, 100)
+    RunFolder(run_dir).record_time("train", "raft", 7.5, 100)
     machine = describe_machine()
     assert [line["machine"]["versions"] for line in read_lines(run_dir / "timings.jsonl")] == [machine["versions"]] * 2
     text = page_of(run_dir).text
@@ -355,7 +356,7 @@ def test_half_lines_are_left_out_and_repeated_steps_count_once(run_dir: Path):
     steps = read_run(run_dir).metrics["raft"]
     assert [line["step"] for line in steps] == list(range(1, 25))
     assert steps[19]["sft_loss"] == 9.125
-    assert "2 unfinished or damaged lines in raft/metrics.jsonl left out" in page_of(run_dir).text
+    assert "1 damaged line in raft/metrics.jsonl left out" in page_of(run_dir).text
 
 
 def test_odd_values_do_not_stop_the_report(run_dir: Path):
@@ -364,28 +365,26 @@ def test_odd_values_do_not_stop_the_report(run_dir: Path):
     lines[3] |= {"sft_loss": math.nan, "kl_loss": 0.0, "weight": math.inf}
     write_lines(path, lines)
     evaluation = json.loads((run_dir / "evaluation.json").read_text())
-    evaluation["models"]["sft"] |= {"weight_distance": None, "general": None}
-    answer = {"answer": "half \ud83d, bell \u0007, rtl \u202e", "similarity": None}
+    evaluation["models"]["sft"]["weight_distance"] = {"mean": None, "layers": [], "embedding": None}
+    evaluation["models"]["sft"]["domain"]["token_f1"] = {"mean": math.nan, "stderr": math.nan, "count": 2}
+    answer = {"answer": "bell \u0007, rtl \u202e", "similarity": None}
     evaluation["models"]["raft"]["answers"][0] |= answer
     evaluation["models"]["pruned $x$"] = evaluation["models"]["raft"]
     (run_dir / "evaluation.json").write_text(json.dumps(evaluation))
     text = page_of(run_dir).text
-    assert "half ?, bell \ufffd" in text and "pruned $x$" in text
+    assert "bell \ufffd" in text and "pruned $x$" in text
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
     ("evaluation.json", '{"models": {', "evaluation.json: damaged"),
-    ("evaluation.json", "[]", 'expected an object with "models"'),
-    ("refined/refined.jsonl", '{"id": "a"}\n{"id"', "refined.jsonl:2: damaged line"),
-    ("config.yaml", "a: [1", "not readable as YAML"),
+    ("evaluation.json", "[]", "damaged (Input should be an object)"),
+    ("evaluation.json", "{}", "damaged (models: Field required)"),
+    ("refined/refined.jsonl", '{"id": "a"}\n{"id"', "refined.jsonl:1: damaged line (question: Field required)"),
+    ("config.yaml", "a: [1", "not valid YAML"),
     ("evaluation.json", "[" * 100_000, "evaluation.json: damaged"),
-    ("evaluation.json", '{"models": {"base": []}}', "the scores of 'base' are not those of a model"),
-    ("evaluation.json", '{"models": {"base": {"domain": {"token_f1": 3}}}}', "the scores of 'base' are not"),
-    ("evaluation.json", '{"models": {"base": {"answers": ["x"]}}}', "the scores of 'base' are not"),
-    ("evaluation.json", '{"models": {"base": {"answers": [{"similarity": "x"}]}}}', "the scores of 'base' are not"),
-    ("refined/refined.jsonl", '{"id": "a", "question": 3}', "refined.jsonl:1: damaged line"),
-    ("refined/refined.jsonl", '{"id": "a", "similarity": "x"}', "refined.jsonl:1: damaged line"),
-    ("refined/refined.jsonl", '{"id": "a", "rounds": [3]}', "refined.jsonl:1: damaged line"),
+    ("evaluation.json", '{"models": {"base": []}}', "damaged (models.base: Input should be an object"),
+    ("evaluation.json", '{"models": {"base": {"domain": {"token_f1": 3}}}}', "damaged (models.base.domain."),
+    ("refined/refined.jsonl", '{"id": 3}', "refined.jsonl:1: damaged line (id: Input should be a valid string)"),
     ("refined/refined.jsonl", "[" * 100_000, "refined.jsonl:1: damaged line"),
 ])  # fmt: skip
 def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str, words: str):
@@ -400,7 +399,7 @@ def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str, words: 
 def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str):
     (run_dir / name).unlink()
     (run_dir / name).mkdir()  # read as root, too, a folder is no file
-    with pytest.raises(InputError, match=f"{re.escape(name)}: cannot be read") as caught:
+    with pytest.raises(InputError, match=f"{re.escape(name)}: expected a file, found a folder") as caught:
         write_report(run_dir)
     assert "\n" not in str(caught.value)
 
@@ -412,7 +411,7 @@ def test_a_damaged_line_is_left_out_and_said(run_dir: Path, name: str, line: str
     before = page_of(run_dir).text
     path.write_bytes(path.read_bytes() + line.encode("utf-8", "surrogateescape") + b"\n")
     text = page_of(run_dir).text
-    assert f"1 unfinished or damaged line in {name} left out" in text and len(text) > len(before)
+    assert f"1 damaged line in {name} left out" in text and len(text) > len(before)
 
 
 def test_the_printed_summary_sends_nothing_to_the_terminal(run_dir: Path):

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+from made_up_run import scores
 from safetensors.numpy import load_file
 
 from raft_jax.cli import main
@@ -21,13 +23,15 @@ from raft_jax.config import load_config
 from raft_jax.data.examples import Example, sampling_order
 from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined
+from raft_jax.data.tokenize import token_rows
 from raft_jax.errors import InputError
 from raft_jax.lengths import fitting
-from raft_jax.preflight import read_data, token_rows
-from raft_jax.refine.write import task_prompt
+from raft_jax.methods import METHODS
+from raft_jax.preflight import read_data
+from raft_jax.refine.generate import task_prompt
+from raft_jax.resume import open_run_folder
 from raft_jax.run import Run
-from raft_jax.run_dir import SCORES, open_run_dir, record_time, start_date
-from raft_jax.train.methods import METHODS
+from raft_jax.run_folder import RunFolder
 
 TIMES = ("seconds", "rollout_seconds")
 SECRET = "hf_canaryInTheEnvironment"
@@ -116,10 +120,11 @@ def test_every_method_trains_on_its_own_targets(finished):
     assert first["fused_sft"] == pytest.approx(first["raft"], rel=1e-5)
     assert len({round(first[name], 4) for name in ("sft", "sdft", "fused_sft")}) == 3
     for name, steps in found.items():
-        assert all(("kl_loss" in line) == METHODS[name].distill for line in steps)
+        assert all(("kl_loss" in line) == METHODS[name].distils for line in steps)
     # A teacher that sees what the student sees says the same as long as the student has learned nothing.
     assert found["on_policy"][0]["kl_loss"] < 1e-6 < 1e-4 < found["raft"][0]["kl_loss"]
     assert found["on_policy"][1]["kl_loss"] > found["on_policy"][0]["kl_loss"]
+    assert all(line["weight"] == 1 for line in found["on_policy"]) and found["raft"][0]["weight"] != 1
 
 
 def test_every_model_has_its_marks(finished):
@@ -229,7 +234,7 @@ def test_a_model_card_says_what_it_is_and_how_good(finished):
     for name in METHODS:
         card = (run / name / "hf/README.md").read_text("utf-8")
         assert f"# {METHODS[name].title}\n" in card and "12 rows of" in card and "| learning rate | 0.001 |" in card
-        assert ("distillation" in card) == METHODS[name].distill
+        assert ("distillation" in card) == METHODS[name].distils
         for key in ("base", name):
             for part, score in (("domain", "similarity"), ("general", "divergence")):
                 assert f"{marks[key][part][score]['mean']:.3f} ±" in card
@@ -252,7 +257,7 @@ def test_a_damaged_export_is_to_be_made_again(copy, name):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    run = Run(load_config(copy / "config.yaml"), copy / "run")
+    run = Run(load_config(copy / "config.yaml"), RunFolder(copy / "run"))
     words = rf"^{path}: damaged, .* \(remove {path.parent}, and the same command exports it again\)$"
     with pytest.raises(InputError, match=words):
         run._params_of("sft")
@@ -424,41 +429,41 @@ def test_rows_are_held_out_where_the_file_has_no_split(tmp_path):
 
 def test_a_folder_is_bound_by_results_not_by_tries(tmp_path):
     path = tiny.write_run(tmp_path)
-    with open_run_dir(load_config(path)):
+    with open_run_folder(load_config(path)):
         pass
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS[:-1])
     other = load_config(path, ["seed=3"])
-    with open_run_dir(other) as run_dir:  # nothing was computed: config and data may still change
-        assert load_config(run_dir / "config.yaml") == other
-        with pytest.raises(InputError, match="another process is running"), open_run_dir(other):
+    with open_run_folder(other) as folder:  # nothing was computed: config and data may still change
+        assert load_config(folder.path / "config.yaml") == other
+        with pytest.raises(InputError, match="another process is running"), open_run_folder(other):
             pass
         for name in ("refined", "raft"):
-            (run_dir / name).mkdir()
-    with open_run_dir(other):
+            (folder.path / name).mkdir()
+    with open_run_folder(other):
         pass
-    with pytest.raises(InputError, match="seed: 3 → 4"), open_run_dir(load_config(path, ["seed=4"])):
+    with pytest.raises(InputError, match="seed: 3 → 4"), open_run_folder(load_config(path, ["seed=4"])):
         pass
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS)
-    with pytest.raises(InputError, match=r"data\.path: .*data\.jsonl has changed since"), open_run_dir(other):
+    with pytest.raises(InputError, match=r"data\.path: .*data\.jsonl has changed since"), open_run_folder(other):
         pass
     tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS[:-1])
     with (tmp_path / "general.jsonl").open("a") as file:
         file.write("\n")
-    with open_run_dir(other):  # no result depends on the general prompts yet
+    with open_run_folder(other):  # no result depends on the general prompts yet
         pass
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "results.json", "date"])
 def test_what_the_results_are_of_must_be_there(tmp_path, name):
     config = load_config(tiny.write_run(tmp_path))
-    with open_run_dir(config) as run_dir:
-        (run_dir / "refined").mkdir()
-        (run_dir / name).unlink()
-    with open_run_dir(config):  # refined rows alone may be taken along into a new run
-        (run_dir / "sft").mkdir()
-    with open_run_dir(config):
-        (run_dir / name).unlink()
-    with pytest.raises(InputError, match=f"run/{name}: is gone.*put it back, or set run_dir"), open_run_dir(config):
+    with open_run_folder(config) as folder:
+        (folder.path / "refined").mkdir()
+        (folder.path / name).unlink()
+    with open_run_folder(config):  # refined rows alone may be taken along into a new run
+        (folder.path / "sft").mkdir()
+    with open_run_folder(config):
+        (folder.path / name).unlink()
+    with pytest.raises(InputError, match=f"run/{name}: is gone.*put it back, or set run_dir"), open_run_folder(config):
         pass
 
 
@@ -471,22 +476,22 @@ def test_what_the_results_are_of_must_be_there(tmp_path, name):
 ])
 def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
     config = load_config(tiny.write_run(tmp_path), ["methods=[sft]"])
-    run_dir, scores = tmp_path / "run", {"base": dict.fromkeys(SCORES, 1)}
+    run_dir, measured = tmp_path / "run", {"base": scores(random.Random(0), 0)}
     for file, text in {
         "sft/metrics.jsonl": "", "sft/hf/SHA256SUMS": "0  model.safetensors\n", "sft/hf/model.safetensors": "",
         "refined/ledger.jsonl": "", "refined/refined.jsonl": "", "refined/manifest.json": "{}",
-        "evaluation.json": json.dumps({"models": scores}), "date": "2026-11-27", "results.json": "{}",
+        "evaluation.json": json.dumps({"models": measured}), "date": "2026-11-27", "results.json": "{}",
         "config.yaml": (tmp_path / "config.yaml").read_text(),
     }.items():
         (run_dir / file).parent.mkdir(parents=True, exist_ok=True)
         (run_dir / file).write_text(text)
     for stage, method in (("export", "sft"), ("evaluate", "base")):
-        record_time(run_dir, stage, method, 1.0, 1)
-    with open_run_dir(config):
+        RunFolder(run_dir).record_time(stage, method, 1.0, 1)
+    with open_run_folder(config):
         assert capsys.readouterr().out == ""
     path = run_dir / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with open_run_dir(config):
+    with open_run_folder(config):
         assert re.fullmatch(f"{path}: is gone; .*{consequence}.*\n", capsys.readouterr().out)
 
 
@@ -506,15 +511,15 @@ def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
 ])
 def test_damage_of_the_folders_files_is_a_line(tmp_path, name, content, words):
     config = load_config(tiny.write_run(tmp_path))
-    with open_run_dir(config) as run_dir:
-        (run_dir / "sft").mkdir()
-    (run_dir / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=re.escape(words)) as caught, open_run_dir(config):
+    with open_run_folder(config) as folder:
+        (folder.path / "sft").mkdir()
+    (folder.path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(InputError, match=re.escape(words)) as caught, open_run_folder(config):
         pass
-    assert str(caught.value).startswith(str(run_dir / name)) and "\n" not in str(caught.value)
-    (run_dir / name).unlink()
-    os.mkfifo(run_dir / name)
-    with pytest.raises(InputError, match=f"{name}: expected a file, found a named pipe"), open_run_dir(config):
+    assert str(caught.value).startswith(str(folder.path / name)) and "\n" not in str(caught.value)
+    (folder.path / name).unlink()
+    os.mkfifo(folder.path / name)
+    with pytest.raises(InputError, match=f"{name}: expected a file, found a named pipe"), open_run_folder(config):
         pass
 
 
@@ -522,22 +527,22 @@ def test_a_model_or_encoder_that_changed_is_named(tmp_path):
     path = tiny.write_run(tmp_path)
     shutil.copytree(tiny.ENCODER, tmp_path / "encoder")
     config = load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[raft,sft]"])
-    with open_run_dir(config) as run_dir:
-        (run_dir / "raft").mkdir()
+    with open_run_folder(config) as folder:
+        (folder.path / "raft").mkdir()
     for source, name in (("model", "model.safetensors"), ("model", "chat_template.jinja"),
                          ("encoder", "1_Pooling/config.json")):
         file = tmp_path / source / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-1] + b" ")
         words = f"{source}.source: in {tmp_path}/{source}, {name} changed"
-        with pytest.raises(InputError, match=re.escape(words)), open_run_dir(config):
+        with pytest.raises(InputError, match=re.escape(words)), open_run_folder(config):
             pass
         file.write_bytes(whole)
-    with open_run_dir(config):
+    with open_run_folder(config):
         pass
-    (run_dir / "raft").rename(run_dir / "sft")  # which knows no encoder
+    (folder.path / "raft").rename(folder.path / "sft")  # which knows no encoder
     (tmp_path / "encoder/1_Pooling/config.json").write_text("{}")
-    with open_run_dir(load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[sft]"])):
+    with open_run_folder(load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[sft]"])):
         pass
 
 
@@ -552,34 +557,34 @@ def test_a_branch_of_the_hub_that_moved_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download",
                         lambda name, revision, **rest: branch[0].parent / (revision or branch[0].name))
     config = tmp_path / "config.yaml"
-    with open_run_dir(load_config(config, ["model.source=hf://someone/small"])) as run_dir:
-        (run_dir / "raft").mkdir()
-    recorded = json.loads((run_dir / "results.json").read_text())["train raft"]
+    with open_run_folder(load_config(config, ["model.source=hf://someone/small"])) as folder:
+        (folder.path / "raft").mkdir()
+    recorded = json.loads((folder.path / "results.json").read_text())["train raft"]
     assert recorded["model.source: content"]["commit"] == "a" * 40
     branch[0] = other
     words = (f"model.source: in hf://someone/small (commit {'c' * 40}; the run began with "
              f"hf://someone/small@{'a' * 40}), generation_config.json changed")
-    with pytest.raises(InputError, match=re.escape(words)), open_run_dir(
+    with pytest.raises(InputError, match=re.escape(words)), open_run_folder(
             load_config(config, ["model.source=hf://someone/small"])):
         pass
     for source in (f"hf://someone/small@{'a' * 40}", f"hf://someone/small@{'b' * 40}", f"{tmp_path}/model"):
-        with open_run_dir(load_config(config, [f"model.source={source}"])):
+        with open_run_folder(load_config(config, [f"model.source={source}"])):
             pass
 
 
 def test_a_run_keeps_the_day_on_which_it_was_begun(tmp_path):
     config = load_config(tiny.write_run(tmp_path), [])
-    with open_run_dir(config) as run_dir:
+    with open_run_folder(config) as folder:
         today = datetime.date.today()
-        assert today <= start_date(run_dir) <= datetime.date.today()
-        (run_dir / "date").write_text("2001-02-03\n")
-        assert Run(config, run_dir).model.tokenizer.date == datetime.date(2001, 2, 3)
+        assert today <= folder.start_date() <= datetime.date.today()
+        (folder.path / "date").write_text("2001-02-03\n")
+        assert Run(config, folder).model.tokenizer.date == datetime.date(2001, 2, 3)
 
 
 def test_a_stage_has_one_line_of_time(tmp_path):
-    record_time(tmp_path, "train", "sft", 1.23456, 10)
-    record_time(tmp_path, "train", "raft", 2.0, 20)
-    record_time(tmp_path, "train", "sft", 3.0, 30)
+    RunFolder(tmp_path).record_time("train", "sft", 1.23456, 10)
+    RunFolder(tmp_path).record_time("train", "raft", 2.0, 20)
+    RunFolder(tmp_path).record_time("train", "sft", 3.0, 30)
     found = lines(tmp_path / "timings.jsonl")
     assert all(line.pop("machine")["cores"] == os.cpu_count() for line in found)
     assert found == [

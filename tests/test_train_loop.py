@@ -19,11 +19,12 @@ from raft_jax import interrupt
 from raft_jax.config import LoraConfig, RolloutConfig, TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
 from raft_jax.errors import InputError
+from raft_jax.methods import METHODS
+from raft_jax.metrics import MetricsLog, read_metrics, tokens_trained
 from raft_jax.models import parameter_shardings
 from raft_jax.sharding import make_mesh
 from raft_jax.train import loop
-from raft_jax.train.loop import MetricsLog, TrainingDiverged, read_metrics, tokens_trained, train
-from raft_jax.train.methods import METHODS
+from raft_jax.train.loop import TrainingDiverged, train
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 
 TIMES = ("seconds", "rollout_seconds")

@@ -121,7 +121,7 @@ class Bench:
         import jax
 
         from raft_jax.data.prompts import question_prompt
-        from raft_jax.evaluate.drift import make_divergence
+        from raft_jax.evaluate.divergence import make_divergence
         from raft_jax.sampling import Sampler, Scorer
         from raft_jax.sharding import make_mesh
 
@@ -148,9 +148,10 @@ class Bench:
     def run(self, cell: Cell) -> dict:
         """Trains one cell and measures it."""
         from raft_jax.config import RolloutConfig, TrainConfig
-        from raft_jax.preflight import token_rows
-        from raft_jax.train.loop import read_metrics, train
-        from raft_jax.train.methods import METHODS
+        from raft_jax.data.tokenize import token_rows
+        from raft_jax.methods import METHODS
+        from raft_jax.metrics import read_metrics
+        from raft_jax.train.loop import train
 
         method = METHODS[cell.method]
         settings = TrainConfig(
@@ -170,7 +171,7 @@ class Bench:
         import numpy as np
 
         from raft_jax.evaluate.accuracy import token_f1
-        from raft_jax.evaluate.drift import weight_distance
+        from raft_jax.evaluate.divergence import weight_distance
 
         written = self.greedy(params, self.questions)
         texts = [self.model.tokenizer.decode(found.tokens).strip() for found in written]
@@ -180,7 +181,7 @@ class Bench:
             "gold_nll": -float(np.mean(self.scorer.mean_logprob(params, self.questions, self.answers))),
             "token_f1": float(np.mean(overlap)), "cut": sum(not found.finished for found in written),
             "divergence": float(np.mean(drift)),
-            "weight_distance": weight_distance(params, self.model.params)["mean"],
+            "weight_distance": weight_distance(params, self.model.params).mean,
         }
 
 

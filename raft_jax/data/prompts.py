@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 Conversation = list[dict[str, str]]
 Turns = Iterable[Sequence[str]]  # (role, content): the system turn and all turns before the question
+
+
+class Question(Protocol):
+    """What has a question: an example, a refined row, an item of the refinement."""
+
+    question: str
+    context: str
+    turns: Turns
 
 
 def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conversation:
@@ -16,6 +25,16 @@ def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conv
       [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': 'How long?'}]
     """
     return _ask(_whole(question, context), turns)
+
+
+def question_of(row: Question) -> Conversation:
+    """`question_prompt` of an example or a refined row."""
+    return question_prompt(row.question, row.context, row.turns)
+
+
+def answered(conversation: Conversation, answer: str) -> Conversation:
+    """A conversation with the assistant's answer at its end."""
+    return [*conversation, {"role": "assistant", "content": answer}]
 
 
 def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:

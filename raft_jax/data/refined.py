@@ -12,6 +12,7 @@ from typing import Literal
 
 from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
+from raft_jax.files import parse_record
 
 Status = Literal[
     "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown"
@@ -30,19 +31,19 @@ _NESTED = ("turns", "rounds", "gold_scores")
 _FORMAT = 2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
     """One round of answer fusion: a candidate, what is wrong with it if it is not "ok", and the judges' scores."""
 
     round: int
     candidate: str
     status: Status
-    note: str
+    note: str = ""
     scores: dict[str, float | None]
     mean: float | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RefinedRow:
     """A question with its gold answer, the target made from it, and everything that led there.
 
@@ -71,17 +72,17 @@ class RefinedRow:
 
     id: str
     question: str
-    context: str
-    turns: list[list[str]]
+    context: str = ""
+    turns: list[list[str]] = dataclasses.field(default_factory=list)
     gold: str
     rewrite: str
     rewrite_status: Status
-    rewrite_note: str
+    rewrite_note: str = ""
     similarity: float | None
     accepted: bool
     rounds: list[Round]
-    gold_scores: dict[str, float | None]
-    gold_mean: float | None
+    gold_scores: dict[str, float | None] = dataclasses.field(default_factory=dict)
+    gold_mean: float | None = None
     answer: str
     chosen: Literal["fusion", "gold"]
     chosen_round: int | None
@@ -92,9 +93,8 @@ class RefinedRow:
         """The row of an example whose gold answer is the target."""
         return cls(
             id=example.id, question=example.question, context=example.context, turns=list(map(list, example.turns)),
-            gold=example.answer, rewrite="", rewrite_status="empty", rewrite_note="", similarity=None, accepted=False,
-            rounds=[], gold_scores={}, gold_mean=None, answer=example.answer, chosen="gold", chosen_round=None,
-            reason=reason,
+            gold=example.answer, rewrite="", rewrite_status="empty", similarity=None, accepted=False, rounds=[],
+            answer=example.answer, chosen="gold", chosen_round=None, reason=reason,
         )
 
     def is_of(self, example: Example) -> bool:
@@ -186,8 +186,7 @@ def load_refined(folder: str | Path) -> list[RefinedRow]:
                              "run the refinement again")
         paths = {name: _checked(folder, name, expected) for name, expected in files.items()}
         lines = paths[_ROWS].read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        rows = [RefinedRow(**{**entry, "rounds": [Round(**a_round) for a_round in entry["rounds"]]})
-                for entry in map(json.loads, lines)]
+        rows = [parse_record(RefinedRow, line) for line in lines]
     except InputError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

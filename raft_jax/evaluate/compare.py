@@ -1,4 +1,4 @@
-"""One model's marks: what it knows of the domain, and what it kept of the rest."""
+"""One model's scores: what it knows of the domain, and what it kept of the rest."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ import numpy as np
 from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example, require_whole_characters
 from raft_jax.data.files import lines_of, parse_json
-from raft_jax.data.prompts import question_prompt
+from raft_jax.data.prompts import question_of, question_prompt
+from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
-from raft_jax.evaluate.drift import make_divergence, weight_distance
+from raft_jax.evaluate.divergence import make_divergence, weight_distance
 from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.sampling import Completion, Sampler, Scorer
+from raft_jax.scores import DomainAnswer, DomainScores, Estimate, GeneralAnswer, GeneralScores, ModelScores
 from raft_jax.sources import resolve
 from raft_jax.terminal import one_line
 
@@ -72,7 +74,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
     return prompts
 
 
-class Evaluation:
+class Evaluator:
     """Everything that is the same for each model that is evaluated: questions, prompts, the base model's words."""
 
     def __init__(
@@ -85,12 +87,8 @@ class Evaluation:
         self.scorer = Scorer(model, settings.batch_size, mesh)
         self.divergence = make_divergence(model, settings.batch_size, mesh)
         tokenizer = model.tokenizer
-        asked = [question_prompt(example.question, example.context, example.turns) for example in self.questions]
-        self.question_prompts = [tokenizer.chat_prompt(messages) for messages in asked]
-        self.gold_answers = [
-            tokenizer.chat_answer([*messages, {"role": "assistant", "content": example.answer}])
-            for messages, example in zip(asked, self.questions, strict=True)
-        ]
+        pairs = [prompt_and_answer(tokenizer, question_of(example), example.answer) for example in self.questions]
+        self.question_prompts, self.gold_answers = map(list, zip(*pairs, strict=True))
         self.general_prompts = [tokenizer.chat_prompt(question_prompt(prompt.prompt)) for prompt in self.general]
         self._base_continuations: list[Completion] | None = None
 
@@ -102,60 +100,72 @@ class Evaluation:
             )
         return self._base_continuations
 
-    def evaluate(self, name: str, params) -> dict[str, Any]:
-        """The marks of one model; see docs/evaluation.md for each."""
-        decode = self.model.tokenizer.decode
-        is_base = params is self.model.params
-        written = self._greedy(params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions")
-        answers = [decode(completion.tokens).strip() for completion in written]
-        gold = [example.answer for example in self.questions]
-        with progress(f"{name} reads gold answers", len(gold), "answers") as bar:
-            logprob = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
-        overlap = [token_f1(answer, wanted) for answer, wanted in zip(answers, gold, strict=True)]
-        with progress(f"{name}: similarity", 2 * len(gold), "texts") as bar:
-            similar = [None if np.isnan(value) else float(value)
-                       for value in similarities(self.encoder, answers, gold, bar.advance)]
+    def evaluate(self, name: str, params) -> ModelScores:
+        """The scores of one model; see docs/evaluation.md for each."""
+        answers, num_domain_tokens = self._answer_questions(name, params)
+        general, num_general_tokens = self._answer_general(name, params)
+        similar = [answer.similarity for answer in answers if answer.similarity is not None]
+        return ModelScores(
+            DomainScores(
+                Estimate.of([answer.gold_logprob for answer in answers]),
+                Estimate.of([answer.token_f1 for answer in answers]), Estimate.of(similar),
+                sum(answer.cut for answer in answers),
+            ),
+            GeneralScores(
+                Estimate.of([answer.divergence for answer in general]),
+                Estimate.of([answer.correct for answer in general if answer.correct is not None]),
+                sum(answer.cut for answer in general),
+            ),
+            weight_distance(params, self.model.params), answers, general, num_domain_tokens + num_general_tokens,
+        )
 
-        base = self.base_continuations()
-        tokens = [completion.tokens for completion in base]
-        drift = np.zeros(len(tokens), np.float32)
-        if is_base:
-            general = base
-        else:
-            with progress(f"{name} against base", len(tokens), "answers") as bar:
-                drift = self.divergence(self.model.params, params, self.general_prompts, tokens, bar.advance)
-            general = self._greedy(
+    def _answer_questions(self, name: str, params) -> tuple[list[DomainAnswer], int]:
+        """Greedy answers to the held-out questions with their scores, and how many tokens they have."""
+        completions = self._greedy(params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions")
+        texts, gold = self._texts(completions), [example.answer for example in self.questions]
+        with progress(f"{name} reads gold answers", len(gold), "answers") as bar:
+            logprobs = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
+        with progress(f"{name}: similarity", 2 * len(gold), "texts") as bar:
+            cosines = similarities(self.encoder, texts, gold, bar.advance)
+        answers = [
+            DomainAnswer(
+                example.id, example.question, example.answer, text, float(token_f1(text, example.answer)),
+                None if np.isnan(cosine) else float(cosine), float(logprob), not completion.finished,
+            )
+            for example, text, completion, cosine, logprob in zip(
+                self.questions, texts, completions, cosines, logprobs, strict=True
+            )
+        ]
+        return answers, _num_tokens(completions)
+
+    def _answer_general(self, name: str, params) -> tuple[list[GeneralAnswer], int]:
+        """Greedy answers to the general prompts with their scores, and how many tokens they have.
+
+        The divergence is measured on the base model's answers.
+        """
+        base = completions = self.base_continuations()
+        divergences = np.zeros(len(base), np.float32)
+        if params is not self.model.params:
+            with progress(f"{name} against base", len(base), "answers") as bar:
+                divergences = self.divergence(
+                    self.model.params, params, self.general_prompts, [answer.tokens for answer in base], bar.advance
+                )
+            completions = self._greedy(
                 params, self.general_prompts, self.settings.general_new_tokens, f"{name} on general prompts"
             )
-        said = [decode(completion.tokens).strip() for completion in general]
-        correct = [is_correct(prompt.check, text) for prompt, text in zip(self.general, said, strict=True)]
-        return {
-            "domain": {
-                "gold_logprob": _estimate(logprob), "token_f1": _estimate(overlap),
-                "similarity": _estimate([cosine for cosine in similar if cosine is not None]), "cut": _num_cut(written),
-            },
-            "general": {
-                "divergence": _estimate(drift), "accuracy": _estimate([mark for mark in correct if mark is not None]),
-                "cut": _num_cut(general),
-            },
-            "weight_distance": weight_distance(params, self.model.params),
-            "answers": [
-                {"id": example.id, "question": example.question, "gold": example.answer, "answer": answer,
-                 "cut": not completion.finished, "token_f1": float(f1), "similarity": cosine,
-                 "gold_logprob": float(value)}
-                for example, answer, completion, f1, cosine, value in zip(
-                    self.questions, answers, written, overlap, similar, logprob, strict=True
-                )
-            ],
-            "general_answers": [
-                {"id": prompt.id, "category": prompt.category, "prompt": prompt.prompt, "answer": text,
-                 "cut": not completion.finished, "correct": mark, "divergence": float(value)}
-                for prompt, text, completion, mark, value in zip(
-                    self.general, said, general, correct, drift, strict=True
-                )
-            ],
-            "tokens": sum(len(completion.tokens) for completion in [*written, *general]),
-        }
+        answers = [
+            GeneralAnswer(
+                prompt.id, prompt.category, prompt.prompt, text, is_correct(prompt.check, text), float(divergence),
+                not completion.finished,
+            )
+            for prompt, text, completion, divergence in zip(
+                self.general, self._texts(completions), completions, divergences, strict=True
+            )
+        ]
+        return answers, _num_tokens(completions)
+
+    def _texts(self, completions: Sequence[Completion]) -> list[str]:
+        return [self.model.tokenizer.decode(completion.tokens).strip() for completion in completions]
 
     def _greedy(self, params, prompts, max_new_tokens: int, title: str) -> list[Completion]:
         with progress(title, len(prompts), "answers") as bar:
@@ -165,15 +175,5 @@ class Evaluation:
             )
 
 
-def _num_cut(completions: Sequence[Completion]) -> int:
-    """How many answers were not at their end when the limit came."""
-    return sum(not completion.finished for completion in completions)
-
-
-def _estimate(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, its standard error, and how many values there are."""
-    array = np.asarray(values, np.float64)
-    if not array.size:
-        return {"mean": None, "stderr": None, "count": 0}
-    stderr = float(array.std(ddof=1) / np.sqrt(array.size)) if array.size > 1 else None
-    return {"mean": float(array.mean()), "stderr": stderr, "count": int(array.size)}
+def _num_tokens(completions: Sequence[Completion]) -> int:
+    return sum(len(completion.tokens) for completion in completions)

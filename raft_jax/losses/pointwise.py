@@ -80,8 +80,8 @@ class Divergence:
     Subclasses say it element by element, with p the student's probability, q the teacher's, delta = log q - log p:
 
         terms(p, q, delta) -> what sums to the divergence
-        centre(p, q, delta) -> what sums to the `total` that slope wants of the whole vocabulary
-        slope(p, q, delta, total) -> d divergence / d (v / T)
+        centre(p, q, delta) -> what sums to the `total` that gradient wants of the whole vocabulary
+        gradient(p, q, delta, total) -> d divergence / d (v / T)
 
     `curvature` is that of the divergence, in units of the Fisher matrix, where both are equal.
     """
@@ -106,8 +106,8 @@ class Divergence:
     def dlogits(self, student_NM, targets, residuals, cotangent_N, columns_M):
         teacher_NM, temperature = targets
         sums, total_N1 = residuals
-        slope_NM = self.slope(*_compare(student_NM, teacher_NM, temperature, sums), total_N1)
-        return jnp.where(sums[1][1] == 0, 0, temperature * cotangent_N[:, None] * slope_NM)
+        gradient_NM = self.gradient(*_compare(student_NM, teacher_NM, temperature, sums), total_N1)
+        return jnp.where(sums[1][1] == 0, 0, temperature * cotangent_N[:, None] * gradient_NM)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class ForwardKL(Divergence):
     def centre(self, p, q, delta):
         return _difference(p, q, delta)
 
-    def slope(self, p, q, delta, total):
+    def gradient(self, p, q, delta, total):
         # p - q, were p to sum to 1 exactly
         return (_difference(p, q, delta) - q * total) / (1 + total)
 
@@ -131,7 +131,7 @@ class ReverseKL(Divergence):
     def centre(self, p, q, delta):
         return _times(p, -delta)
 
-    def slope(self, p, q, delta, total):
+    def gradient(self, p, q, delta, total):
         # Where the teacher excludes what the student does not the loss is inf: no gradient.
         return jnp.where(jnp.isposinf(total), 0, _times(p, -delta - total))
 
@@ -158,7 +158,7 @@ class JensenShannon(Divergence):
     def centre(self, p, q, delta):
         return _times(p, self._ratios(delta)[0])
 
-    def slope(self, p, q, delta, total):
+    def gradient(self, p, q, delta, total):
         return (1 - self.beta) * _times(p, self._ratios(delta)[0] - total)
 
 

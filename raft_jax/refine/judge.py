@@ -9,9 +9,10 @@ from typing import Protocol
 
 import numpy as np
 
-from raft_jax.data.prompts import question_prompt
+from raft_jax.data.prompts import question_of
+from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.models.encoder import Encoder, similarities
-from raft_jax.refine.write import Item
+from raft_jax.refine.generate import RefineItem
 from raft_jax.sampling import Scorer
 
 NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
@@ -30,7 +31,7 @@ class Judge(Protocol):
     name: str
     identity: str
 
-    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+    def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         """A number in [0, 1] for each candidate, higher is better; None where the judge has no answer."""
 
 
@@ -42,7 +43,7 @@ class SimilarityJudge:
     def __init__(self, encoder: Encoder):
         self.encoder, self.identity = encoder, encoder.identity
 
-    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+    def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         values = similarities(self.encoder, [item.gold for item in items], list(candidates))
         return [None if math.isnan(value) else max(0.0, float(value)) for value in values]
 
@@ -52,7 +53,7 @@ class CoverageJudge:
 
     name = identity = "coverage"
 
-    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+    def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         return [coverage(item.gold, candidate) for item, candidate in zip(items, candidates, strict=True)]
 
 
@@ -69,16 +70,12 @@ class LikelihoodJudge:
     def __init__(self, scorer: Scorer, params, model: str = ""):
         self.scorer, self.params, self.identity = scorer, params, model
 
-    def score(self, items: Sequence[Item], candidates: Sequence[str]) -> list[float | None]:
+    def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         tokenizer = self.scorer.model.tokenizer
-        questions = [question_prompt(item.question, item.context, item.turns) for item in items]
         texts = [*candidates, *(item.rewrite for item in items)]
-        asked = questions * 2
-        prompts = [tokenizer.chat_prompt(question) for question in questions] * 2
-        answers = [
-            tokenizer.chat_answer([*question, {"role": "assistant", "content": text}])
-            for question, text in zip(asked, texts, strict=True)
-        ]
+        pairs = [prompt_and_answer(tokenizer, question_of(item), text)
+                 for item, text in zip([*items, *items], texts, strict=True)]
+        prompts, answers = zip(*pairs, strict=True)
         candidate, rewrite = np.split(self.scorer.mean_logprob(self.params, prompts, answers), 2)
         return [min(1.0, float(value)) for value in np.exp(np.minimum(candidate - rewrite, 0))]
 

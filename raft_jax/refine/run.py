@@ -16,26 +16,26 @@ from raft_jax.data.refined import STATUSES, RefinedRow, Round
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.refine.facts import is_copy, mismatches
+from raft_jax.refine.generate import Generator, RefineItem
 from raft_jax.refine.judge import Judge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.screen import repeated_instructions, repetition, without_lead_in
-from raft_jax.refine.write import Item, Writer
 
 JUDGED_AT_ONCE = 256  # rows between two entries in the ledger
 NAMED_MISMATCHES = 3
 
 
-class Parts(NamedTuple):
+class RefineModels(NamedTuple):
     """Who does the work of the refinement; each is an interface, so a remote model can take any place.
 
     `renders` says whether a text can be trained on as the answer to an item: a chat template may refuse or change it.
     """
 
-    rewriter: Writer
+    rewriter: Generator
     encoder: Encoder
-    fuser: Writer
+    fuser: Generator
     judges: Sequence[Judge]
-    renders: Callable[[Item, str], bool] = lambda item, text: True
+    renders: Callable[[RefineItem, str], bool] = lambda item, text: True
 
 
 class Text(NamedTuple):
@@ -46,7 +46,9 @@ class Text(NamedTuple):
     note: str = ""
 
 
-def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, ledger: Ledger) -> list[RefinedRow]:
+def refine(
+    examples: Sequence[Example], models: RefineModels, settings: RefineConfig, ledger: Ledger
+) -> list[RefinedRow]:
     """Rewrites, filters, fuses and judges; whatever the ledger holds already is not done again.
 
     Records are matched by all that they depend on (texts, prompts, settings, models): those of other data or of other
@@ -55,12 +57,12 @@ def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, le
     Returns:
       One row an example, in their order, each with its full history.
     """
-    items = [Item(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
-    rewrites = _write(parts.rewriter, items, 1, "rewrite", "rewrite", parts.renders, settings, ledger)
+    items = [RefineItem(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
+    rewrites = _generate(models.rewriter, items, 1, "rewrite", "rewrite", models.renders, settings, ledger)
     items = [replace(item, rewrite=written.text) for item, written in zip(items, rewrites, strict=True)]
     compared = [index for index, written in enumerate(rewrites) if written.status in ("ok", "facts", "copy")]
     similarity = dict(zip(
-        compared, _similarities(parts.encoder, [items[index] for index in compared], settings, ledger), strict=True
+        compared, _similarities(models.encoder, [items[index] for index in compared], settings, ledger), strict=True
     ))
     for index in compared:
         if similarity[index] is None:
@@ -72,8 +74,8 @@ def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, le
         if rewrites[index].status == "ok" and similarity[index] >= settings.threshold
     ]
     gold_scores = dict(zip(
-        accepted, _scores(parts.judges, [items[index] for index in accepted], [items[index].gold for index in accepted],
-                          "gold answers", ledger), strict=True
+        accepted, _scores(models.judges, [items[index] for index in accepted],
+                          [items[index].gold for index in accepted], "gold answers", ledger), strict=True
     ))
     rounds: dict[int, list[Round]] = {index: [] for index in range(len(items))}
     active = accepted
@@ -81,7 +83,7 @@ def refine(examples: Sequence[Example], parts: Parts, settings: RefineConfig, le
         if not active:
             break
         chosen = [items[index] for index in active]
-        for index, result in zip(active, _round(parts, chosen, number, settings, ledger), strict=True):
+        for index, result in zip(active, _round(models, chosen, number, settings, ledger), strict=True):
             rounds[index].append(result)
         active = [
             index for index in active if not _ends_rounds(rounds[index][-1], gold_scores[index], settings)
@@ -115,27 +117,27 @@ def _listed(counts: Mapping[str, int]) -> str:
     return "".join(f", {count} × {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]) if count)
 
 
-def _write(
-    writer: Writer, items: Sequence[Item], round: int, stage: str, title: str,
-    renders: Callable[[Item, str], bool], settings: RefineConfig, ledger: Ledger,
+def _generate(
+    generator: Generator, items: Sequence[RefineItem], round: int, stage: str, title: str,
+    renders: Callable[[RefineItem, str], bool], settings: RefineConfig, ledger: Ledger,
 ) -> list[Text]:
-    """One text an item, from the ledger or from the writer."""
-    keys = [f"{item.id}#{round}#{_digest(writer.identity, writer.prompt(item))}" for item in items]
+    """One text an item, from the ledger or from the generator."""
+    keys = [f"{item.id}#{round}#{_digest(generator.identity, generator.prompt(item))}" for item in items]
     done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
     known = {record["key"].rpartition("#")[0] for record in ledger.records() if record["stage"] == stage}
     if changed := sum(index not in done and key.rpartition("#")[0] in known for index, key in enumerate(keys)):
         print(f"{title}: {changed} of {len(items)} rows anew, as their text, the prompt, the settings or the model "
               "changed", flush=True)
     with progress(title, len(items), "rows", len(done)) as bar:
-        for drafts in writer.write(items, round, done):
-            fresh = {index: draft for index, draft in drafts.items() if index not in done}
+        for generations in generator.generate(items, round, done):
+            fresh = {index: generation for index, generation in generations.items() if index not in done}
             ledger.append([
-                {"stage": stage, "key": keys[index], "text": draft.text, "status": draft.status,
-                 "num_tokens": draft.num_tokens}
-                for index, draft in fresh.items()
+                {"stage": stage, "key": keys[index], "text": generation.text, "status": generation.status,
+                 "num_tokens": generation.num_tokens}
+                for index, generation in fresh.items()
             ])
             bar.advance(len(fresh))
-    instructions = "\n".join(message["content"] for message in writer.prompt(Item("", "", "")))
+    instructions = "\n".join(message["content"] for message in generator.prompt(RefineItem("", "", "")))
     texts = []
     for key, item in zip(keys, items, strict=True):
         text = screened(ledger.get(stage, key), item, instructions, settings)
@@ -145,11 +147,11 @@ def _write(
     return texts
 
 
-def screened(draft: dict, item: Item, instructions: str, settings: RefineConfig) -> Text:
+def screened(generation: dict, item: RefineItem, instructions: str, settings: RefineConfig) -> Text:
     """What a written text is worth, before anything is compared by its meaning."""
-    if draft["status"] != "ok":
-        return Text(draft["text"], draft["status"])
-    text = without_lead_in(draft["text"])
+    if generation["status"] != "ok":
+        return Text(generation["text"], generation["status"])
+    text = without_lead_in(generation["text"])
     if found := repeated_instructions(text, instructions, f"{item.source}\n{item.gold}"):
         return Text(text, "leak", f"it repeats its instructions: {found!r}")
     if is_copy(item.gold, text):
@@ -163,13 +165,13 @@ def screened(draft: dict, item: Item, instructions: str, settings: RefineConfig)
 
 
 def _similarities(
-    encoder: Encoder, items: Sequence[Item], settings: RefineConfig, ledger: Ledger
+    encoder: Encoder, items: Sequence[RefineItem], settings: RefineConfig, ledger: Ledger
 ) -> list[float | None]:
     """Eq. 2 for each item; None where the encoder does not know the words.
 
     The embedding of a terse answer ("Yes.") says little: such an answer and its rewriting are read after the question.
     """
-    def read(item: Item, text: str) -> str:
+    def read(item: RefineItem, text: str) -> str:
         question, *_ = item.asked(settings.terse_words)
         return f"{question}\n{text}" if question else text
 
@@ -186,26 +188,26 @@ def _similarities(
 
 
 def _round(
-    parts: Parts, items: Sequence[Item], number: int, settings: RefineConfig, ledger: Ledger
+    models: RefineModels, items: Sequence[RefineItem], number: int, settings: RefineConfig, ledger: Ledger
 ) -> list[Round]:
     """One round of fusion: a candidate for each item, and what each judge makes of it."""
-    candidates = _write(
-        parts.fuser, items, number, "fuse", f"fuse, round {number}", parts.renders, settings, ledger
+    candidates = _generate(
+        models.fuser, items, number, "fuse", f"fuse, round {number}", models.renders, settings, ledger
     )
     usable = [index for index, candidate in enumerate(candidates) if candidate.status == "ok"]
     scores = dict(zip(usable, _scores(
-        parts.judges, [items[index] for index in usable], [candidates[index].text for index in usable],
+        models.judges, [items[index] for index in usable], [candidates[index].text for index in usable],
         f"round {number}", ledger,
     ), strict=True))
     return [
-        Round(number, candidate.text, candidate.status, candidate.note, scores.get(index, {}),
-              _mean(scores.get(index, {}).values()))
+        Round(round=number, candidate=candidate.text, status=candidate.status, note=candidate.note,
+              scores=scores.get(index, {}), mean=_mean(scores.get(index, {}).values()))
         for index, candidate in enumerate(candidates)
     ]
 
 
 def _scores(
-    judges: Sequence[Judge], items: Sequence[Item], texts: Sequence[str], title: str, ledger: Ledger
+    judges: Sequence[Judge], items: Sequence[RefineItem], texts: Sequence[str], title: str, ledger: Ledger
 ) -> list[dict[str, float | None]]:
     """What each judge makes of one text an item, from the ledger or from the judge."""
     scores: list[dict[str, float | None]] = [{} for _ in items]
@@ -214,7 +216,7 @@ def _scores(
             f"{item.id}#{judge.name}#{_digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
             for item, text in zip(items, texts, strict=True)
         ]
-        # Parts are judged as a whole, also when some of one is in the ledger: a score may round by its neighbours.
+        # Groups are judged as a whole, also when some of one is in the ledger: a score may round by its neighbours.
         every = range(len(items))
         groups = [every[start : start + JUDGED_AT_ONCE] for start in range(0, len(items), JUDGED_AT_ONCE)]
         left = [group for group in groups if any(("score", keys[index]) not in ledger for index in group)]
@@ -232,9 +234,9 @@ def _scores(
     return scores
 
 
-def _digest(*parts) -> str:
+def _digest(*models) -> str:
     """A name for all that a result depends on."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(models, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
@@ -264,7 +266,7 @@ def _ends_rounds(candidate: Round, gold_scores: Mapping[str, float | None], sett
 
 
 def _decide(
-    item: Item, written: Text, similarity: float | None, rounds: list[Round],
+    item: RefineItem, written: Text, similarity: float | None, rounds: list[Round],
     gold_scores: Mapping[str, float | None], settings: RefineConfig,
 ) -> RefinedRow:
     """Eqs. 3 and 4 for one row: the best round where the filter passed, the gold answer elsewhere."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from raft_jax.config import Config
+from raft_jax.methods import Method
 from raft_jax.report.summary import estimate, number
+from raft_jax.scores import ModelScores
 
 SCORES = (
     ("domain", "gold_logprob", "log-likelihood of held-out gold answers, nats per token"),
@@ -24,13 +25,13 @@ def has_scores(card: str) -> bool:
 
 
 def model_card(
-    config: Config, name: str, title: str, num_rows: int, models: Mapping[str, Mapping[str, Any]] | None = None
+    config: Config, method: Method, num_rows: int, models: Mapping[str, ModelScores] | None = None
 ) -> str:
     """Base model, method, data, settings and, once they are there, scores.
 
     Args:
       config: of the run.
-      name, title: of the method.
+      method: that trained the model.
       num_rows: rows that it was trained on.
       models: scores of each evaluated model, "base" among them.
     """
@@ -42,25 +43,26 @@ def model_card(
     }
     if train.lora.rank:
         settings["LoRA"] = f"rank {train.lora.rank}, alpha {train.lora.alpha:g}, merged"
-    if name in ("raft", "on_policy"):
+    if method.distils:
+        weight = method.constant_weight(train.fixed_weight)
         settings |= {
             "distillation": f"top {train.top_k}, temperature {train.temperature:g}, rollouts of "
                             f"{train.rollout.max_new_tokens} tokens",
-            "λ": f"averages with decay {train.ema_decay:g}" if train.fixed_weight is None else train.fixed_weight,
+            "λ": f"averages with decay {train.ema_decay:g}" if weight is None else weight,
         }
     lines = [
-        "---", "library_name: transformers", "tags: [raft_jax]", "---", "", f"# {title}", "",
+        "---", "library_name: transformers", "tags: [raft_jax]", "---", "", f"# {method.title}", "",
         f"Fine-tuned from `{config.model.source}` on {num_rows} rows of `{config.data.path}` with raft_jax "
         "(method: RAFT, arXiv:2606.00147, and its baselines).",
         "", "| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items()),
     ]
-    if models and name in models:
-        shown = [key for key in ("base", name) if key in models]
+    if models and method.name in models:
+        shown = [key for key in ("base", method.name) if key in models]
         heads = " | ".join("base model" if key == "base" else "this model" for key in shown)
         lines += ["", f"{SCORES_BEGIN} {heads} |", "|---|" + "---|" * len(shown)]
         for part, score, meaning in SCORES:
-            values = [estimate(models[key].get(part, {}).get(score)) for key in shown]
+            values = [estimate(getattr(getattr(models[key], part), score)) for key in shown]
             lines.append(f"| {meaning} | {' | '.join(values)} |")
-        distance = number(models[name].get("weight_distance", {}).get("mean"), 4)
+        distance = number(models[method.name].weight_distance.mean, 4)
         lines += ["", f"Mean ± standard error. Mean relative distance of the weights to the base model's: {distance}."]
     return "\n".join(lines) + "\n"

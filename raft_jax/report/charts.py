@@ -12,17 +12,18 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from raft_jax.methods import METHODS
+from raft_jax.report.folder import style_of
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # matplotlib wants colours, the page has variables: each is drawn in a stand-in that `_inline` replaces.
 _SHADES = ("ink", "muted", "line", "kept", "rejected")
-_METHODS = ("base", "sft", "sdft", "fused_sft", "on_policy", "raft", "other")
-_STAND_INS = {name: f"#0101{index:02x}" for index, name in enumerate(_SHADES + _METHODS)}
+MODELS = ("base", *METHODS, "other")
+_STAND_INS = {name: f"#0101{index:02x}" for index, name in enumerate(_SHADES + MODELS)}
 _SIZE = (5.4, 3.5)  # inches at 72 to the inch; the page scales it to the column, 0.9 times on a phone and 1.4 elsewhere
 _MOST_POINTS = 400
-_MARKERS = {"base": "s", "sft": "o", "sdft": "^", "fused_sft": "v", "on_policy": "P", "raft": "D"}
-_DASHES = {"sft": (5, 2), "sdft": (3, 1.5), "fused_sft": (1, 1.2), "on_policy": (6, 2, 1, 2)}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Point:
 
 def variable(method: str) -> str:
     """The name of the CSS variable that holds a method's colour."""
-    return method if method in _METHODS else "other"
+    return method if method in MODELS else "other"
 
 
 def lines(
@@ -93,8 +94,9 @@ def lines(
             color = _STAND_INS[variable(one.method)]
             if one.faint is not None:
                 axes.plot(*_thinned(one.x, one.faint), color=color, linewidth=0.8, alpha=0.35)
-            dashes = (0, _DASHES[one.method]) if one.method in _DASHES else "solid"
-            marker = _MARKERS.get(one.method, "o") if marked or len(one.x) == 1 else None
+            style = style_of(one.method)
+            dashes = (0, style.dashes) if style.dashes else "solid"
+            marker = style.marker if marked or len(one.x) == 1 else None
             axes.plot(
                 *_thinned(one.x, one.y),
                 color=color,
@@ -132,7 +134,7 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
             axes.errorbar(
                 point.x, point.y, point.y_error, point.x_error, color=color, linewidth=1, alpha=0.55
             )
-            axes.plot(point.x, point.y, _MARKERS.get(point.method, "X"), color=color, markersize=7)
+            axes.plot(point.x, point.y, style_of(point.method).marker, color=color, markersize=7)
         axes.margins(0.18, 0.2)
         axes.set(xlabel=x_label, ylabel=y_label)
         _place_labels(axes, points)

@@ -9,8 +9,7 @@ from typing import Any
 
 from raft_jax.config import flat
 from raft_jax.report import charts
-from raft_jax.report.folder import Run, label
-from raft_jax.report.summary import part
+from raft_jax.report.folder import RunRecords, label
 
 
 @dataclass(frozen=True)
@@ -24,21 +23,20 @@ class Figure:
     absent: str = ""
 
 
-def tradeoff(run: Run) -> list[Figure]:
+def tradeoff(run: RunRecords) -> list[Figure]:
     figures = []
-    for key, heading, y_label in (
+    for score, heading, y_label in (
         ("gold_logprob", "Log-likelihood of the gold answers", "gold log-likelihood, nats per token"),
         ("similarity", "Similarity of the answers to gold", "similarity of the answers to gold"),
     ):
         points = []
         for name, model in run.models.items():
-            x, y = part(model, "general", "divergence"), part(model, "domain", key)
-            if x.get("mean") is not None and y.get("mean") is not None:
-                errors = (x.get("stderr") or 0.0, y.get("stderr") or 0.0)
-                points.append(charts.Point(name, label(name), x["mean"], y["mean"], *errors))
+            x, y = model.general.divergence, getattr(model.domain, score)
+            if x.mean is not None and y.mean is not None:
+                points.append(charts.Point(name, label(name), x.mean, y.mean, x.stderr or 0.0, y.stderr or 0.0))
         values = "; ".join(f"{point.label} {point.x:.4f}, {point.y:.3f}" for point in points)
         svg = charts.scatter(
-            f"scatter-{key.replace('_', '-')}",
+            f"scatter-{score.replace('_', '-')}",
             f"Divergence from base against {y_label}: {values}",
             points,
             x_label="divergence from base, nats per token",
@@ -48,7 +46,7 @@ def tradeoff(run: Run) -> list[Figure]:
     return figures
 
 
-def curves(run: Run) -> list[Figure]:
+def curves(run: RunRecords) -> list[Figure]:
     nats = {"y_label": "nats per token"}
     ratio = {"y_label": "ratio (log scale)", "log": True, "level": 1.0}
     kinds = (
@@ -70,7 +68,7 @@ def curves(run: Run) -> list[Figure]:
     return figures
 
 
-def _series(run: Run, method: str, key: str) -> charts.Series | None:
+def _series(run: RunRecords, method: str, key: str) -> charts.Series | None:
     steps = run.metrics.get(method, ())
     points = [(line, value) for line in steps if (value := _value(line, key)) is not None]
     if not points:
@@ -91,8 +89,6 @@ def _value(line: dict[str, Any], key: str) -> float | None:
         sft, kl, weight = (line.get(name) or 0.0 for name in ("sft_loss", "kl_loss", "weight"))
         ratio = sft / (weight * kl) if weight * kl else 0.0
         return ratio if ratio > 0 and math.isfinite(ratio) else None
-    if key == "sft_loss" and key not in line:
-        key = "loss"
     return line.get(key)
 
 
@@ -110,11 +106,11 @@ def moving_average(values: Sequence[float], decay: float = 0.9) -> list[float]:
     return averages
 
 
-def similarity(run: Run) -> Figure:
+def similarity(run: RunRecords) -> Figure:
     groups: dict[bool, list[float]] = {True: [], False: []}
     for row in run.refined:
-        if row.get("similarity") is not None:
-            groups[bool(row.get("accepted"))].append(row["similarity"])
+        if row.similarity is not None:
+            groups[row.accepted].append(row.similarity)
     kept, rejected = groups[True], groups[False]
     unusable = len(run.refined) - len(kept) - len(rejected)
     threshold = flat(run.config).get("refine.threshold")
@@ -132,16 +128,15 @@ def similarity(run: Run) -> Figure:
     return Figure("Similarity to the gold answer", svg, caption, legend, absent)
 
 
-def distance(run: Run) -> Figure:
+def distance(run: RunRecords) -> Figure:
     series, parts = [], []
     for name, model in run.models.items():
-        moved = part(model, "weight_distance")
-        layers = moved.get("layers") or []
-        if name == "base" or not layers:
+        moved = model.weight_distance
+        if name == "base" or not moved.layers:
             continue
-        series.append(charts.Series(name, list(range(len(layers))), layers))
-        if moved.get("embedding") is not None:
-            parts.append(f"{label(name)} {moved['embedding']:.4f}")
+        series.append(charts.Series(name, list(range(len(moved.layers))), moved.layers))
+        if moved.embedding is not None:
+            parts.append(f"{label(name)} {moved.embedding:.4f}")
     title = "Relative weight distance from base by layer: " + "; ".join(
         f"{label(one.method)} from {min(one.y):.4f} to {max(one.y):.4f}" for one in series
     )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 from raft_jax.data.prompts import fusion_prompt, rewrite_prompt, teacher_prompt
-from raft_jax.data.refined import STATUSES
+from raft_jax.data.refined import STATUSES, RefinedRow
 from raft_jax.refine.screen import repetition, shared_run
 
 
@@ -29,13 +27,12 @@ def flags_of(text: str, *known: str) -> list[str]:
     return [STATUSES[status] for status, words in found.items() if words]
 
 
-def row_flags(row: Mapping[str, Any]) -> list[str]:
+def row_flags(row: RefinedRow) -> list[str]:
     """What is wrong with a refined row's target; gold answers are taken as they are."""
-    if row.get("chosen") != "fusion":
+    if row.chosen != "fusion":
         return []
-    known = (row.get("question"), row.get("context"), row.get("gold"), *(turn[1] for turn in row.get("turns") or ()))
-    return [f"target {flag}" if flag != "empty" else "empty target"
-            for flag in flags_of(str(row.get("answer") or ""), *(str(text or "") for text in known))]
+    known = (row.question, row.context, row.gold, *(content for _, content in row.turns))
+    return [f"target {flag}" if flag != "empty" else "empty target" for flag in flags_of(row.answer, *known)]
 
 
 @cache

@@ -14,10 +14,11 @@ from raft_jax.config import flat
 from raft_jax.data.refined import STATUSES
 from raft_jax.report import charts, figures
 from raft_jax.report.flags import flags_of
-from raft_jax.report.folder import Run, label, read_run
+from raft_jax.report.folder import RunRecords, label, read_run, style_of
 from raft_jax.report.refinement import count_sentence, counts, worst_first
 from raft_jax.report.summary import MISSING, estimate, number, summary_tables
 from raft_jax.report.verdict import verdicts
+from raft_jax.scores import DomainAnswer, GeneralAnswer
 
 _FOLDER = Path(__file__).parent
 _MOST_ROWS = 300  # refined rows on the page, worst first
@@ -56,7 +57,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run = read_run(run_dir)
     page = render(run)
-    path = run.path / "report.html"
+    path = run.folder.report_html
     temporary = path.with_suffix(".html.partial")
     # Model output may hold half a surrogate pair, which UTF-8 cannot.
     temporary.write_bytes(page.encode("utf-8", errors="replace"))
@@ -64,7 +65,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(run: Run) -> str:
+def render(run: RunRecords) -> str:
     """The page of a run as HTML."""
     from jinja2 import Environment, FileSystemLoader
 
@@ -76,7 +77,8 @@ def render(run: Run) -> str:
     script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("page.html.jinja").render(
-        name=run.path.resolve().name,
+        name=run.folder.path.resolve().name,
+        styles=[(name, style_of(name)) for name in charts.MODELS],
         run=run,
         script=script,
         script_hash=f"sha256-{digest}",
@@ -87,8 +89,8 @@ def render(run: Run) -> str:
         distance=figures.distance(run),
         similarity=figures.similarity(run),
         refinement=_refinement(run),
-        answers=_answers(run, "answers", "question", "similarity"),
-        general=_answers(run, "general_answers", "prompt", "divergence"),
+        answers=_answers({name: model.answers for name, model in run.models.items()}, "similarity"),
+        general=_answers({name: model.general_answers for name, model in run.models.items()}, "divergence"),
         categories=_categories(run),
         progress=_progress(run),
         machines=_machines(run),
@@ -106,7 +108,7 @@ def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     return [(fact, ", ".join(value) if isinstance(value, list) else str(value)) for fact, value in found]
 
 
-def _progress(run: Run) -> list[tuple[str, str]]:
+def _progress(run: RunRecords) -> list[tuple[str, str]]:
     if run.refined:
         refine = f"{len(run.refined):,} rows"
     else:
@@ -121,27 +123,29 @@ def _progress(run: Run) -> list[tuple[str, str]]:
     return [*rows, ("evaluate", f"{len(run.models)} models" if run.models else "")]
 
 
-def _refinement(run: Run) -> dict[str, Any]:
+def _refinement(run: RunRecords) -> dict[str, Any]:
     rows = worst_first(run.refined)
     return {"sentence": count_sentence(run.refined), "counts": counts(run.refined), "rows": rows[:_MOST_ROWS],
             "count": len(rows)}
 
 
-def _answers(run: Run, key: str, asked: str, score: str) -> dict[str, Any]:
+def _answers(
+    answers: Mapping[str, Sequence[DomainAnswer]] | Mapping[str, Sequence[GeneralAnswer]], score: str
+) -> dict[str, Any]:
     """The models' answers to the same questions side by side, flagged; where a method lost most comes first.
 
     Lost: similarity to the gold answer against the base model's, or divergence from the base model.
     """
     questions: dict[str, dict[str, Any]] = {}
-    for name, model in run.models.items():
-        for answer in model.get(key) or ():
-            empty = {"first": answer, "answers": [], "scores": {}, "order": len(questions)}
-            entry = questions.setdefault(str(answer.get("id")), empty)
-            known = (str(answer.get(asked) or ""), str(answer.get("gold") or ""))
-            flags = flags_of(str(answer.get("answer") or ""), *known)
-            flags += [STATUSES["truncated"]] if answer.get("cut") else []
+    for name, given in answers.items():
+        for answer in given:
+            entry = questions.setdefault(
+                answer.id, {"first": answer, "answers": [], "scores": {}, "order": len(questions)}
+            )
+            known = (answer.question, answer.gold) if isinstance(answer, DomainAnswer) else (answer.prompt,)
+            flags = flags_of(answer.answer, *known) + ([STATUSES["truncated"]] if answer.cut else [])
             entry["answers"].append((name, answer, flags))
-            entry["scores"][name] = answer.get(score)
+            entry["scores"][name] = getattr(answer, score)
     for entry in questions.values():
         entry["lost"] = _lost(entry["scores"], higher_is_better=score == "similarity")
         entry["flags"] = sorted({flag for name, _, flags in entry["answers"] if name != "base" for flag in flags})
@@ -158,17 +162,17 @@ def _lost(scores: Mapping[str, float | None], higher_is_better: bool) -> float:
     return base - min(others) if higher_is_better else max(others) - base
 
 
-def _machines(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+def _machines(run: RunRecords) -> list[tuple[str, list[tuple[str, str]]]]:
     """What each stage ran on, and the most memory that it took; stages on the same machine together."""
-    found: dict[str, dict[str, Any]] = {}
-    for line in run.timings:
-        machine = line.get("machine")
-        if isinstance(machine, dict):
-            entry = found.setdefault(_hardware(machine), {"stages": [], "lines": []})
-            entry["stages"].append(" ".join([str(line.get("stage")), *([label(line["method"])] if line.get("method")
-                                                                       else [])]))
-            entry["lines"].append(machine)
-    return [(", ".join(entry["stages"]), _machine_facts(hardware, entry["lines"])) for hardware, entry in found.items()]
+    stages: dict[str, list[str]] = {}
+    machines: dict[str, list[Mapping[str, Any]]] = {}
+    for timing in run.timings:
+        if timing.machine:
+            hardware = _hardware(timing.machine)
+            name = f"{timing.stage} {label(timing.method)}" if timing.method else timing.stage
+            stages.setdefault(hardware, []).append(name)
+            machines.setdefault(hardware, []).append(timing.machine)
+    return [(", ".join(names), _machine_facts(hardware, machines[hardware])) for hardware, names in stages.items()]
 
 
 def _hardware(machine: Mapping[str, Any]) -> str:
@@ -191,21 +195,15 @@ def _machine_facts(hardware: str, machines: Sequence[Mapping[str, Any]]) -> list
     return [*facts, ("versions", ", ".join(sorted(versions | pythons, key=str.lower)))]
 
 
-def _categories(run: Run) -> list[tuple[str, list[str]]]:
+def _categories(run: RunRecords) -> list[tuple[str, list[str]]]:
     """Right answers of those that can be checked, by category and model."""
-    counts: dict[str, dict[str, list[bool]]] = {}
+    checked: dict[str, dict[str, list[bool]]] = {}
     for name, model in run.models.items():
-        for answer in model.get("general_answers") or ():
-            if answer.get("correct") is not None:
-                by_model = counts.setdefault(str(answer.get("category")), {})
-                by_model.setdefault(name, []).append(bool(answer["correct"]))
+        for answer in model.general_answers:
+            if answer.correct is not None:
+                checked.setdefault(answer.category, {}).setdefault(name, []).append(answer.correct)
     return [
-        (
-            category,
-            [
-                f"{sum(right)} / {len(right)}" if (right := by_model.get(name)) else MISSING
-                for name in run.models
-            ],
-        )
-        for category, by_model in sorted(counts.items())
+        (category, [f"{sum(right)} / {len(right)}" if (right := by_model.get(name)) else MISSING
+                    for name in run.models])
+        for category, by_model in sorted(checked.items())
     ]

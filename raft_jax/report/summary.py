@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raft_jax.report.folder import Run, label, read_run
+from raft_jax.report.folder import RunRecords, label, read_run
 from raft_jax.report.verdict import verdicts
+from raft_jax.scores import Estimate
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +31,7 @@ class Table:
     text_columns: int = 1
 
 
-def summary_tables(run: Run | Path) -> list[Table]:
+def summary_tables(run: RunRecords | Path) -> list[Table]:
     """The scores, losses, stages and outputs of a run.
 
     Args:
@@ -40,7 +41,7 @@ def summary_tables(run: Run | Path) -> list[Table]:
       The tables "scores" (base and each method), "training" (each method), "stages" and "outputs".
       What has not been run yet shows as a dash, or as a table without rows.
     """
-    run = run if isinstance(run, Run) else read_run(run)
+    run = run if isinstance(run, RunRecords) else read_run(run)
     return [_scores(run), _training(run), _stages(run), _outputs(run)]
 
 
@@ -125,96 +126,74 @@ def number(value: Any, digits: int = 3) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.{digits}f}"
 
 
-def estimate(score: dict[str, Any] | None, digits: int = 3) -> str:
+def estimate(score: Estimate, digits: int = 3) -> str:
     """A mean with its standard error; a dash where there is none."""
-    if not score or score.get("mean") is None:
+    if score.mean is None:
         return MISSING
-    mean = number(float(score["mean"]), digits)
-    return mean if score.get("stderr") is None else f"{mean} ±{number(float(score['stderr']), digits)}"
+    mean = number(float(score.mean), digits)
+    return mean if score.stderr is None else f"{mean} ±{number(float(score.stderr), digits)}"
 
 
-def part(mapping: dict[str, Any], *keys: str) -> dict[str, Any]:
-    """The nested object under `keys`; empty where any of them is missing or null."""
-    for key in keys:
-        mapping = mapping.get(key) or {}
-    return mapping
-
-
-def _scores(run: Run) -> Table:
-    names = tuple(name for name in ("base", *run.methods) if run.models or name != "base")
+def _scores(run: RunRecords) -> Table:
+    names = ("base", *run.methods) if run.models else ()
     rows = []
     for name in names:
-        scores = run.models.get(name, {})
-        domain, general = part(scores, "domain"), part(scores, "general")
-        distance = part(scores, "weight_distance").get("mean")
-        rows.append(
-            (
-                label(name),
-                estimate(domain.get("gold_logprob")),
-                estimate(domain.get("token_f1")),
-                estimate(domain.get("similarity")),
-                estimate(general.get("divergence"), 4),
-                estimate(general.get("accuracy")),
-                MISSING if distance is None else number(float(distance), 4),
-            )
-        )
+        cells = [MISSING] * 6
+        if model := run.models.get(name):
+            domain, general = model.domain, model.general
+            cells = [
+                estimate(domain.gold_logprob), estimate(domain.token_f1), estimate(domain.similarity),
+                estimate(general.divergence, 4), estimate(general.accuracy), number(model.weight_distance.mean, 4),
+            ]
+        rows.append((label(name), *cells))
     return Table(
         name="scores",
         title="Learned and forgotten",
         columns=(
-            "model",
-            "gold log-likelihood",
-            "token F1",
-            "similarity",
-            "divergence",
-            "accuracy",
-            "weight distance",
+            "model", "gold log-likelihood", "token F1", "similarity", "divergence", "accuracy", "weight distance",
         ),
-        rows=tuple(rows) if run.models else (),
-        methods=names if run.models else (),
+        rows=tuple(rows),
+        methods=names,
         note=_scores_note(run),
     )
 
 
-def _scores_note(run: Run) -> str:
+def _scores_note(run: RunRecords) -> str:
     if not run.models:
         return ""
     first = next(iter(run.models.values()))
-    held_out = part(first, "domain", "gold_logprob").get("count")
-    general = part(first, "general", "divergence").get("count")
-    checked = part(first, "general", "accuracy").get("count")
     return (
-        f"Mean ± standard error. Domain: {number(held_out)} held-out questions; log-likelihood of the gold "
-        "answer in nats per token, F1 and embedding similarity of the greedy answer to it (all: higher is "
-        f"better). General: {number(general)} prompts; divergence KL(base ‖ model) in nats per token on the "
-        "base model's own continuations (lower is better), accuracy on the "
-        f"{number(checked)} that can be checked. "
+        f"Mean ± standard error. Domain: {number(first.domain.gold_logprob.count)} held-out questions; log-likelihood "
+        "of the gold answer in nats per token, F1 and embedding similarity of the greedy answer to it (all: higher is "
+        f"better). General: {number(first.general.divergence.count)} prompts; divergence KL(base ‖ model) in nats per "
+        "token on the base model's own continuations (lower is better), accuracy on the "
+        f"{number(first.general.accuracy.count)} that can be checked. "
         "Weight distance: ‖W − W₀‖ / ‖W₀‖." + _cut_note(run)
     )
 
 
-def _cut_note(run: Run) -> str:
+def _cut_note(run: RunRecords) -> str:
     """Whose answers the limits of length cut, and how many: half an answer has at most half the score."""
     parts = []
     for name, model in run.models.items():
+        domain, general = model.domain, model.general
         cut = [
-            f"{number(part(model, side)['cut'])} of {number(part(model, side, score).get('count'))} {kind}"
-            for side, score, kind in (("domain", "token_f1", "domain"), ("general", "divergence", "general"))
-            if part(model, side).get("cut")
+            f"{number(count)} of {number(total)} {kind}" for count, total, kind in (
+                (domain.cut, domain.token_f1.count, "domain"), (general.cut, general.divergence.count, "general"),
+            ) if count
         ]
         parts += [f"{label(name)} {' and '.join(cut)}"] if cut else []
     return f" Answers that the limit of length cut: {'; '.join(parts)}." if parts else ""
 
 
-def _training(run: Run) -> Table:
+def _training(run: RunRecords) -> Table:
     rows, methods = [], []
     for method in run.methods:
         steps = run.metrics.get(method, ())
         if not steps:
             continue
         first, last = steps[0], steps[-1]
-        sft_key = "sft_loss" if "sft_loss" in first else "loss"
-        pairs = [_number_at(line, key) for key in (sft_key, "kl_loss", "weight") for line in (first, last)]
+        pairs = [_number_at(line, key) for key in ("sft_loss", "kl_loss", "weight") for line in (first, last)]
         rows.append((label(method), number(len(steps)), *pairs))
         methods.append(method)
     return Table(
@@ -233,15 +212,13 @@ def _number_at(line: dict[str, Any], key: str) -> str:
     return MISSING if line.get(key) is None else number(float(line[key]), 3)
 
 
-def _stages(run: Run) -> Table:
+def _stages(run: RunRecords) -> Table:
     totals: dict[tuple[str, str], list[float]] = {}
-    for line in run.timings:
-        entry = totals.setdefault((str(line.get("stage", "")), line.get("method") or ""), [0.0, 0])
-        entry[0] += line.get("seconds") or 0.0
-        entry[1] += line.get("tokens") or 0
-    rows = [
-        _stage(stage, label(method) if method else "", *entry) for (stage, method), entry in totals.items()
-    ]
+    for timing in run.timings:
+        entry = totals.setdefault((timing.stage, timing.method or ""), [0.0, 0])
+        entry[0] += timing.seconds
+        entry[1] += timing.tokens
+    rows = [_stage(stage, label(method) if method else "", *entry) for (stage, method), entry in totals.items()]
     if rows:
         rows.append(_stage("all", "", *(sum(entry[index] for entry in totals.values()) for index in (0, 1))))
     return Table(
@@ -259,12 +236,12 @@ def _stage(stage: str, method: str, seconds: float, tokens: int) -> tuple[str, .
     return (stage, method, f"{seconds:,.1f}", f"{tokens:,}" if tokens else MISSING, speed)
 
 
-def _outputs(run: Run) -> Table:
-    rows = [("report", str(run.path / "report.html"))]
+def _outputs(run: RunRecords) -> Table:
+    rows = [("report", str(run.folder.report_html))]
     if run.refined:
-        rows.append(("refined rows", str(run.path / "refined" / "refined.jsonl")))
+        rows.append(("refined rows", str(run.folder.refined_jsonl)))
     rows += [
-        (f"{label(method)} model", str(run.path / method / "hf"))
+        (f"{label(method)} model", str(run.folder.method(method).export))
         for method in run.methods
         if method in run.exported
     ]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
-from typing import Any
 
-from raft_jax.report.folder import Run, label
+from raft_jax.report.folder import RunRecords, label
+from raft_jax.scores import ModelScores
 
 FEWEST = 8  # with fewer questions an interval would promise more than it holds
 NOISE, TOO_FEW = "no difference beyond noise", "too few to tell a difference"
@@ -61,7 +60,7 @@ class Verdict:
     general: tuple[str, ...]
 
 
-def verdicts(run: Run) -> list[Verdict]:
+def verdicts(run: RunRecords) -> list[Verdict]:
     """RAFT against each other method on the same questions, then each method against the base model.
 
     Without those that are still to be evaluated; empty where the base model is.
@@ -74,24 +73,24 @@ def verdicts(run: Run) -> list[Verdict]:
     return [verdict for before, after in pairs if (verdict := _verdict(run, before, after))]
 
 
-def _verdict(run: Run, before: str, after: str) -> Verdict | None:
+def _verdict(run: RunRecords, before: str, after: str) -> Verdict | None:
     domain = [(measure, change) for measure in DOMAIN if (change := paired(run, measure, before, after))]
-    drift, accuracy = paired(run, DIVERGENCE, before, after), paired(run, ACCURACY, before, after)
-    if not domain or drift is None:
+    divergence, accuracy = paired(run, DIVERGENCE, before, after), paired(run, ACCURACY, before, after)
+    if not domain or divergence is None:
         return None
     signs = {change.sign for _, change in domain} - {0}
     learned = "mixed" if len(signs) == 2 else {1: "more", -1: "less"}.get(next(iter(signs), 0), "noise")
     if before == "base":
         short = f"{label(after)} {_AGAINST_BASE[learned]} and {_ACCURACY[accuracy.sign if accuracy else 0]}."
     else:
-        forgot = _FORGOT[drift.sign].format(other=label(before))
+        forgot = _FORGOT[divergence.sign].format(other=label(before))
         short = f"{label(after)} {forgot} {_AGAINST_OTHER[learned]}."
-        if (drift.sign, learned) == (0, "noise"):
+        if (divergence.sign, learned) == (0, "noise"):
             short = f"Between {label(after)} and {label(before)} there is {NOISE}."
     methods = (after,) if before == "base" else (after, before)
-    if drift.half_width is None or all(change.half_width is None for _, change in domain):
+    if divergence.half_width is None or all(change.half_width is None for _, change in domain):
         short = f"{label(after)} against {label(before)}: too few questions to tell a difference from noise."
-    return Verdict(methods, short, _domain(domain), _general(drift, accuracy, before == "base"))
+    return Verdict(methods, short, _domain(domain), _general(divergence, accuracy, before == "base"))
 
 
 _AGAINST_BASE = {
@@ -111,7 +110,7 @@ _ACCURACY = {
 }
 
 
-def paired(run: Run, measure: Measure, before: str, after: str) -> Difference | None:
+def paired(run: RunRecords, measure: Measure, before: str, after: str) -> Difference | None:
     """Differences of a score between two models over the answers to the same questions; None where there are none."""
     earlier, later = (_scores(run.models[name], measure) for name in (before, after))
     return difference([later[key] - earlier[key] for key in later if key in earlier], measure.scale)
@@ -139,11 +138,10 @@ def t_quantile(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _scores(model: Mapping[str, Any], measure: Measure) -> dict[str, float]:
-    rows: Iterable[Mapping[str, Any]] = model.get(measure.part) or ()
-    values = {str(row.get("id")): row.get(measure.key) for row in rows}
-    return {key: float(value) for key, value in values.items()
-            if isinstance(value, int | float) and math.isfinite(value)}
+def _scores(model: ModelScores, measure: Measure) -> dict[str, float]:
+    """The score of each answer that has one."""
+    values = {answer.id: getattr(answer, measure.key) for answer in getattr(model, measure.part)}
+    return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _domain(found: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
@@ -154,10 +152,10 @@ def _domain(found: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
     return (*clear, *([f"{TOO_FEW if few else NOISE} in {_joined(unclear)}"] if unclear else []))
 
 
-def _general(drift: Difference, accuracy: Difference | None, against_base: bool) -> tuple[str, ...]:
+def _general(divergence: Difference, accuracy: Difference | None, against_base: bool) -> tuple[str, ...]:
     """How far a model moved on general prompts, or which of two moved less; and what it answers correctly."""
     parts = []
-    for measure, change in ((DIVERGENCE, drift), (ACCURACY, accuracy)):
+    for measure, change in ((DIVERGENCE, divergence), (ACCURACY, accuracy)):
         if change is None:
             continue
         if change.sign:

@@ -30,7 +30,7 @@ class LossConfig:
       completion_hidden: `(params, prompt, *completions) -> [hidden_BCD, ...]`, the hidden states from which each token
         of each completion is predicted; all are Tokens. See `Model.completion_hidden`, and `completions_of` for any
         other model.
-      unembedding: `(params) -> unembedding_DV`, or `raft_jax.losses.Tied(embedding_VD)`.
+      unembedding: `(params) -> unembedding_DV`, or `raft_jax.losses.TiedEmbedding(embedding_VD)`.
       forward_params: `(params, teacher_params) -> params of completion_hidden`, differentiated with it: where what is
         trained are float32 master weights of a bfloat16 model, or adapters of the teacher.
       top_k, temperature: K and T of Eqs. 8-10.

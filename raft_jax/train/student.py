@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from raft_jax.config import LoraConfig
-from raft_jax.losses import Tied
+from raft_jax.losses import TiedEmbedding
 from raft_jax.models import Model, parameter_shardings
 from raft_jax.models.lora import adapter_shardings, init_adapters, merge
 
@@ -28,10 +28,10 @@ class Student:
     merged_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> weights of a model of its own
     shardings: dict[str, NamedSharding]
 
-    def unembedding(self, params: Params) -> jax.Array | Tied:
+    def unembedding(self, params: Params) -> jax.Array | TiedEmbedding:
         """As the losses take it; a tied table lies as it is, without a transposed copy."""
         tied = self.model.config.tied_embeddings
-        return Tied(params["embedding_VD"]) if tied else self.model.unembedding(params)
+        return TiedEmbedding(params["embedding_VD"]) if tied else self.model.unembedding(params)
 
 
 def make_student(model: Model, lora: LoraConfig, mesh: Mesh) -> Student:

@@ -1,4 +1,4 @@
-"""Who writes: the interface of rewriting and fusion, and the local model behind it (Eqs. 1 and 4)."""
+"""Who generates: the interface of rewriting and fusion, and the local model behind it (Eqs. 1 and 4)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from raft_jax.sampling import Completion, Sampler
 
 
 @dataclass(frozen=True)
-class Item:
+class RefineItem:
     """One row on its way through the refinement; `turns` are (role, content) of what came before the question."""
 
     id: str
@@ -38,16 +38,16 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Draft:
-    """A written text and whether it can be used: "ok", "empty", "truncated" (cut at the limit) or "refusal"."""
+class Generation:
+    """A generated text and whether it can be used: "ok", "empty", "truncated" (cut at the limit) or "refusal"."""
 
     text: str
     status: str
     num_tokens: int
 
 
-class Writer(Protocol):
-    """Writes one text for each item: a rewriting, or the fusion of gold answer and rewriting.
+class Generator(Protocol):
+    """Generates one text for each item: a rewriting, or the fusion of gold answer and rewriting.
 
     Attributes:
       identity: names the model and its settings: texts of another identity are other texts.
@@ -55,36 +55,40 @@ class Writer(Protocol):
 
     identity: str
 
-    def prompt(self, item: Item) -> Conversation:
+    def prompt(self, item: RefineItem) -> Conversation:
         """What the model is asked; an empty item gives the instructions alone."""
 
-    def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
+    def generate(
+        self, items: Sequence[RefineItem], round: int, done: Container[int]
+    ) -> Iterator[dict[int, Generation]]:
         """Yields finished texts by the item's index, as they come.
 
         Args:
           items: all items of the round, also those that are done.
-          round: counted from 1; another round writes other texts.
-          done: indices that need not be written again.
+          round: counted from 1; another round gives other texts.
+          done: indices that need not be generated again.
         """
 
 
-class LocalWriter:
-    """Writes with a model on this machine.
+class LocalGenerator:
+    """Generates with a model on this machine.
 
     Batches are cut from all items whatever is done, and each row has its own random numbers, so a run that was
-    killed in between writes the same texts as one that was not.
+    killed in between gives the same texts as one that was not.
     """
 
     def __init__(
-        self, sampler: Sampler, params, prompt: Callable[[Item], Conversation], *, key: jax.Array, model: str = "",
-        temperature: float, top_p: float, max_new_tokens: int,
+        self, sampler: Sampler, params, prompt: Callable[[RefineItem], Conversation], *, key: jax.Array,
+        model: str = "", temperature: float, top_p: float, max_new_tokens: int,
     ):
         self.sampler, self.params, self.prompt, self.key = sampler, params, prompt, key
         self.settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         drawn = jax.random.key_data(key).tolist()
         self.identity = f"{model} {self.settings} key {drawn}"
 
-    def write(self, items: Sequence[Item], round: int, done: Container[int]) -> Iterator[dict[int, Draft]]:
+    def generate(
+        self, items: Sequence[RefineItem], round: int, done: Container[int]
+    ) -> Iterator[dict[int, Generation]]:
         tokenizer = self.sampler.model.tokenizer
         prompts = [task_prompt(tokenizer, self.prompt(item)) for item in items]
         key = jax.random.fold_in(self.key, round)
@@ -96,7 +100,7 @@ class LocalWriter:
                 names=[items[index].id for index in batch], **self.settings,
             )
             yield {
-                index: draft_of(completion, tokenizer.decode)
+                index: generation_of(completion, tokenizer.decode)
                 for index, completion in zip(batch, completions, strict=True)
             }
 
@@ -112,7 +116,7 @@ def task_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     return tokenizer.chat_prompt(conversation)
 
 
-def draft_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> Draft:
+def generation_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> Generation:
     """A completion as text, with what is wrong with it."""
     text = decode(completion.tokens).strip()
     if not completion.finished:
@@ -123,4 +127,4 @@ def draft_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> 
         status = "refusal"
     else:
         status = "ok"
-    return Draft(text, status, len(completion.tokens))
+    return Generation(text, status, len(completion.tokens))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import numpy as np
 from raft_jax.losses import linear_forward_kl
 from raft_jax.models import Model
 from raft_jax.sampling import Scorer, answer_hidden, answer_means
+from raft_jax.scores import WeightDistance
 from raft_jax.sharding import num_shards
 from raft_jax.tokens import Tokens
 
@@ -62,13 +62,10 @@ def _is_stacked(name: str) -> bool:
     return name.rpartition("_")[2].startswith("L")
 
 
-def weight_distance(params: Mapping[str, jax.Array], base_params: Mapping[str, jax.Array]) -> dict[str, Any]:
+def weight_distance(params: Mapping[str, jax.Array], base_params: Mapping[str, jax.Array]) -> WeightDistance:
     """Relative distance ‖W − W₀‖ / ‖W₀‖ of each layer, of the embedding, and the mean over the layers (Fig. 3)."""
     squares = jax.device_get(_squares(params, base_params))
     stacked = [values for name, values in squares.items() if _is_stacked(name)]
     layers = np.sqrt(sum(moved for moved, _ in stacked) / sum(base for _, base in stacked))
     moved, base = squares["embedding_VD"]
-    return {
-        "mean": float(layers.mean()), "layers": [float(value) for value in layers],
-        "embedding": float(np.sqrt(moved / base)),
-    }
+    return WeightDistance(float(layers.mean()), layers.tolist(), float(np.sqrt(moved / base)))

@@ -1,0 +1,51 @@
+"""Conversations as token ids, and the rows that a method trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from raft_jax.data.batches import TokenRow
+from raft_jax.data.prompts import Conversation, answered, question_of, teacher_prompt
+from raft_jax.data.refined import RefinedRow
+from raft_jax.methods import Method
+
+
+class ChatTokenizer(Protocol):
+    """The part of a tokenizer that renders conversations, such as `raft_jax.models.Tokenizer`."""
+
+    def chat_prompt(self, messages: Conversation) -> list[int]:
+        """Ids up to where the assistant's answer begins."""
+
+    def chat_answer(self, messages: Conversation) -> list[int]:
+        """Ids of the last message, the assistant's, with the end of its turn."""
+
+
+def prompt_and_answer(
+    tokenizer: ChatTokenizer, conversation: Conversation, answer: str
+) -> tuple[list[int], list[int]]:
+    """Ids of what is asked, which carry no loss, and of the answer, which do."""
+    return tokenizer.chat_prompt(conversation), tokenizer.chat_answer(answered(conversation, answer))
+
+
+def target_of(row: RefinedRow, method: Method) -> str:
+    """The answer that a method trains on: y, the accepted rewriting or y (Eq. 3), or the fused answer (Eq. 4)."""
+    if method.target == "rewrite":
+        return row.rewrite if row.accepted else row.gold
+    return row.answer if method.target == "fused" else row.gold
+
+
+def token_rows(rows: Sequence[RefinedRow], tokenizer: ChatTokenizer, method: Method) -> list[TokenRow]:
+    """The rows of a method as ids, numbered in their order."""
+    tokenized = []
+    for number, row in enumerate(rows):
+        target, question = target_of(row, method), question_of(row)
+        prompt, answer = prompt_and_answer(tokenizer, question, target)
+        teacher = []
+        if method.distils:
+            sees_answer = method.teacher_sees_answer
+            teacher = tokenizer.chat_prompt(
+                teacher_prompt(row.question, target, row.context, row.turns) if sees_answer else question
+            )
+        tokenized.append(TokenRow(prompt, answer, teacher, number))
+    return tokenized

@@ -1,0 +1,79 @@
+"""metrics.jsonl: one line a training step, the source of every curve."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from raft_jax.files import is_there, parse_json, read_bytes
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl, in the first process alone."""
+
+    def __init__(self, path: Path, keep: int):
+        """Opens the file for appending, with the lines of the first `keep` steps and no others.
+
+        What is damaged or missing among them is said, and a damaged file is kept as metrics.damaged.jsonl.
+        """
+        from raft_jax.sharding import is_writer
+
+        self.path, self.writes = path, is_writer()
+        if not self.writes:
+            return
+        lines, damaged = scan_metrics(path)
+        if damaged:
+            copy = path.with_name("metrics.damaged.jsonl")
+            shutil.copyfile(path, copy)
+            print(f"{path}:{damaged[0]}: {len(damaged)} damaged line(s), left out of the curves; the file as it was "
+                  f"is kept as {copy}", file=sys.stderr)
+        if missing := [step for step in range(1, keep + 1) if step not in lines]:
+            print(f"{path}: nothing there about step {missing[0]} ({len(missing)} of {keep} steps lack their line); "
+                  "training goes on, and curves, time and token counts lack them", file=sys.stderr)
+        if keep == 0 and lines:
+            print(f"{path.parent}: no checkpoint of the {len(lines)} steps that are logged; training begins at step 0",
+                  file=sys.stderr)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(lines[step]) + "\n" for step in sorted(lines) if step <= keep), "utf-8")
+        partial.replace(path)
+
+    def append(self, record: dict[str, Any]) -> None:
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def scan_metrics(path: Path) -> tuple[dict[int, dict[str, float]], list[int]]:
+    """The lines of a metrics file by their step (of two about one step the later), and the numbers of damaged lines.
+
+    A last line without its end is that of a process that was killed or is running, and no damage.
+    """
+    if not is_there(path):
+        return {}, []
+    lines, damaged = {}, []
+    texts = read_bytes(path).split(b"\n")
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = parse_json(text)
+            if not isinstance(line["step"], int) or not all(type(value) in (int, float) for value in line.values()):
+                raise ValueError("expected numbers")
+            lines[line["step"]] = line
+        except (ValueError, LookupError, TypeError, AttributeError):
+            if number < len(texts):
+                damaged.append(number)
+    return lines, damaged
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """All whole lines of a metrics file, in the order of their steps."""
+    lines, _ = scan_metrics(path)
+    return [lines[step] for step in sorted(lines)]
+
+
+def tokens_trained(metrics: Iterable[Mapping[str, float]]) -> int:
+    """Tokens that carried loss."""
+    return int(sum(line.get("sft_tokens", 0) + line.get("rollout_tokens", 0) for line in metrics))

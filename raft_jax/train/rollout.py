@@ -1,0 +1,42 @@
+"""Rollouts: the student's own answers, sampled at every step (Eq. 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from raft_jax.config import TrainConfig
+from raft_jax.data.batches import token_capacity
+from raft_jax.sampling.decode import make_generate
+from raft_jax.tokens import Batch, Tokens
+from raft_jax.train.student import Student
+
+
+def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shards: int) -> Callable[..., Tokens]:
+    """Builds `sample_rollout(params, teacher_params, batch, key) -> Tokens`, whose `max_tokens` is the most real tokens
+    that a device has of a rollout in one micro-batch, rounded up to few values."""
+    num_micro_batches, rollout = settings.num_micro_batches, settings.rollout
+    rows = settings.batch_size // (num_batch_shards * num_micro_batches)
+    # The rollout's program is used at every step: worth its compilation.
+    generate = make_generate(
+        student.model, rollout.max_new_tokens, top_p=rollout.top_p, unroll=jax.default_backend() == "cpu"
+    )
+
+    @jax.jit
+    def sample(params, teacher_params, prompt, row_ids, key, temperature):
+        tokens = generate(student.forward_params(params, teacher_params), prompt, row_ids, key, temperature)
+        counts = jnp.sum(tokens.mask.reshape(num_batch_shards, rows, num_micro_batches, -1), axis=(1, 3))
+        return tokens, jnp.max(counts)
+
+    temperature = jnp.float32(rollout.temperature)
+
+    def sample_rollout(params, teacher_params, batch: Batch, key: jax.Array) -> Tokens:
+        # All micro-batches at once.
+        prompt = replace(batch.prompt, max_tokens=num_micro_batches * batch.prompt.max_tokens)
+        tokens, count = sample(params, teacher_params, prompt, batch.row_ids, key, temperature)
+        return replace(tokens, max_tokens=token_capacity(int(count), rows * rollout.max_new_tokens))
+
+    return sample_rollout
