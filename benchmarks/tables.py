@@ -24,8 +24,8 @@ def cell(value, spec: str) -> str:
     """One value as text: a number, a text, a median with its range, or nothing.
 
     Example:
-      >>> cell({"median": 6.64, "low": 6.31, "high": 6.84}, ".2f"), cell(0.08, ".0%"), cell("TRL", ".2f"), cell(None, "")
-      ('6.64 (6.31-6.84)', '8%', 'TRL', '')
+      >>> cell({"median": 6.64, "low": 6.31, "high": 6.84}, ".2f"), cell(0.08, ".0%"), cell("TRL", ".2f")
+      ('6.64 (6.31-6.84)', '8%', 'TRL')
     """
     if value is None:
         return ""
@@ -56,7 +56,7 @@ def filled(page: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where the page is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 where it is out of date")
     options = parser.parse_args()
     before = PAGE.read_text("utf-8")
     after = filled(before)

@@ -116,7 +116,7 @@ def test_every_page_is_linked_from_the_readme_or_from_the_index():
     assert PAGES.keys() - linked <= {"benchmarks/results/README.md"}  # benchmarks/README.md links it
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/configuration.md"])  # that one is generated
 def test_files_that_a_page_names_exist(page):
     folders = "raft_jax|tests|docs|benchmarks|configs|examples|tpu_scripts"
     for code in re.findall(r"`([^`\n]+)`", PAGES[page]):
@@ -141,7 +141,7 @@ def test_the_architecture_page_lists_every_module_and_package():
     assert sorted(listed) == sorted(modules | packages)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [page for page in PAGES if page == "README.md" or page.startswith("docs/")])
 def test_make_targets_that_a_page_names_exist(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
     code = "\n".join([*code_blocks(PAGES[page]), *re.findall(r"`([^`\n]+)`", PAGES[page])])
