@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -21,7 +22,7 @@ from raft_jax.models import Model
 
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in (
-    ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md")),
 )}
 PLACEHOLDERS = ("CONFIG", "VERB", "my-run.yaml", "config.yaml")
 
@@ -107,9 +108,54 @@ def test_links_resolve(page):
         assert not anchor or anchor in anchors(path.read_text("utf-8")), f"{page}: {target}"
 
 
-def test_every_page_is_linked_from_the_readme():
-    for page in PAGES:
-        assert page == "README.md" or f"]({page}" in PAGES["README.md"], page
+def test_every_page_is_linked_from_the_readme_or_from_the_index():
+    linked = {"README.md"}
+    for page in ("README.md", "docs/README.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)", PAGES[page]):
+            linked.add(os.path.normpath(Path(page).parent / target))
+    assert PAGES.keys() - linked <= {"benchmarks/results/README.md"}  # benchmarks/README.md links it
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/configuration.md"])  # that one is generated
+def test_files_that_a_page_names_exist(page):
+    folders = "raft_jax|tests|docs|benchmarks|configs|examples|tpu_scripts"
+    for code in re.findall(r"`([^`\n]+)`", PAGES[page]):
+        for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w/.-]*\w)", code):
+            assert (ROOT / path).exists() or "gpu/packed" in path, f"{page}: {path}"  # packed: ignored by git
+
+
+def test_names_that_the_architecture_page_puts_in_a_file_are_there():
+    named = re.findall(r"`([\w.]+)` in `(raft_jax/[\w/]+\.py)`", PAGES["ARCHITECTURE.md"])
+    assert len(named) > 8
+    for name, path in named:
+        text = (ROOT / path).read_text("utf-8")
+        assert all(re.search(rf"\b{part}\b", text) for part in name.split(".")), f"{name} in {path}"
+
+
+def test_the_architecture_page_lists_every_module_and_package():
+    listing = PAGES["ARCHITECTURE.md"].partition("## The files")[2]
+    listed = re.findall(r"^ {6}([\w.]+/?) ", listing, flags=re.MULTILINE)
+    package = Path(raft_jax.__file__).parent
+    modules = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    packages = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(modules | packages)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page == "README.md" or page.startswith("docs/")])
+def test_make_targets_that_a_page_names_exist(page):
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.MULTILINE)
+    code = "\n".join([*code_blocks(PAGES[page]), *re.findall(r"`([^`\n]+)`", PAGES[page])])
+    for target in re.findall(r"^ *make ([\w-]+)", code, flags=re.MULTILINE):
+        assert target in targets, f"{page}: make {target}"
+
+
+def test_a_page_begins_with_who_it_is_for():
+    for page, text in PAGES.items():
+        first = text.split("\n\n")[1]
+        generated = page == "docs/configuration.md"
+        assert generated or re.search(r"\bFor people who\b|\bby reader\b", first) or page in (
+            "README.md", "benchmarks/gpu/README.md",
+        ), page
 
 
 def test_the_configuration_page_is_up_to_date():
