@@ -161,6 +161,15 @@ def hash_files(folder: Path) -> dict[str, str]:
     return hashes
 
 
+def sync(path: Path) -> None:
+    """Waits until what was written to a file, or renamed in a folder, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS of every file below a folder but README.md, as the program sha256sum does."""
     sums = {name: digest for name, digest in hash_files(folder).items() if name not in (SUMS, "README.md")}

@@ -12,7 +12,7 @@ from typing import Literal
 
 from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
-from raft_jax.files import parse_record
+from raft_jax.files import parse_record, sync
 
 Status = Literal[
     "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown"
@@ -146,15 +146,15 @@ def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> N
     (work / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     for path in work.iterdir():
-        _sync(path)
+        sync(path)
     for name in names:
         os.replace(work / name, _pending(folder, name, files[name]))
-    _sync(folder)
+    sync(folder)
     os.replace(work / _MANIFEST, folder / _MANIFEST)
-    _sync(folder)
+    sync(folder)
     for name in names:
         os.replace(_pending(folder, name, files[name]), folder / name)
-        _sync(folder)
+        sync(folder)
 
     shutil.rmtree(work)
     for stale in [*folder.glob(".pending-*"), *folder.glob("refined-train-*.array_record-*")]:
@@ -264,11 +264,3 @@ def _checked(folder: Path, name: str, expected: dict) -> Path:
                 found = f"{actual['bytes']} bytes, sha256 {actual['sha256'][:16]}…"
     wanted = f"{expected['bytes']} bytes, sha256 {expected['sha256'][:16]}…"
     raise InputError(f"{folder / name}: expected {wanted}; found {found}; run the refinement again")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

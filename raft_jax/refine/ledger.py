@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from raft_jax.errors import InputError
-from raft_jax.files import require_regular, unreadable
+from raft_jax.files import require_regular, sync, unreadable
 
 STAGES = ("rewrite", "similarity", "fuse", "score")
 TYPES = {"text": str, "status": str, "num_tokens": int, "value": int | float | None}
@@ -72,7 +72,7 @@ class Ledger:
         with path.open("ab") as file:
             file.truncate(len(data) - torn)
             os.fsync(file.fileno())
-        _sync_folder(path.parent)
+        sync(path.parent)
         return cls(path, records)
 
     def append(self, records: list[dict]) -> None:
@@ -140,11 +140,3 @@ def _name(record: object, where: str) -> tuple[str, str]:
             raise InputError(f"{where}: {wrong[0]} is {record[wrong[0]]!r:.40}; remove the line: it is made again")
         return record["stage"], record["key"]
     raise InputError(f"{where}: a record needs a stage ({', '.join(STAGES)}) and a key that is text")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
