@@ -27,12 +27,13 @@ from raft_jax.metrics import tokens_trained
 from raft_jax.models import Model, Tokenizer, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
-from raft_jax.preflight import Rows, require_source
+from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_source
 from raft_jax.refine.generate import LocalGenerator, RefineItem
 from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.run import RefineModels, refine, summary
 from raft_jax.resume import all_settings, settings_for
+from raft_jax.run_data import RunData
 from raft_jax.run_folder import Evaluation, RunFolder, write_atomically
 from raft_jax.sampling import Sampler, Scorer
 from raft_jax.scores import ModelScores
@@ -88,12 +89,12 @@ class Run:
         return load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
 
     @cached_property
-    def rows(self) -> Rows:
-        """The examples that fit; what does not is told once."""
-        rows = Rows(self.config, self.model.tokenizer, self.model.config.max_positions)
-        if rows.incomplete:
-            print(visible("\n".join(rows.describe())), flush=True)
-        return rows
+    def data(self) -> RunData:
+        """The examples that fit; the others are named once."""
+        data = RunData(self.config, self.model.tokenizer, self.model.config.max_positions)
+        if data.incomplete:
+            print(visible("\n".join(data.describe())), flush=True)
+        return data
 
     @property
     def methods(self) -> list[Method]:
@@ -104,7 +105,7 @@ class Run:
         made_with = self._refined_with()
         if (rows := self._published(made_with)) is not None:
             return rows
-        self.rows.check_refinement()
+        check_refinement(self.data)
         ledger, began = Ledger.open(self.folder.ledger_jsonl, writes=is_writer()), time.perf_counter()
         seconds_before = self.folder.timing("refine").seconds if ledger.records() else 0
 
@@ -113,7 +114,7 @@ class Run:
             self.folder.record_time("refine", None, seconds, _num_generated(ledger))
 
         ledger.on_append = record  # a process that is killed leaves the time of what it did
-        rows = refine(self.rows.train, self._refine_models(), self.config.refine, ledger)
+        rows = refine(self.data.train, self._refine_models(), self.config.refine, ledger)
         if is_writer():
             publish(rows, self.folder.refined, made_with)
         wait_for_writer("refined")
@@ -131,7 +132,7 @@ class Run:
         except InputError as error:
             print(f"{error} (which happens now, from the ledger)")
             return None
-        examples = self.rows.train
+        examples = self.data.train
         same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
         if same and refined_with(self.folder.refined) == made_with:
             wait_for_writer("refined")  # it may have published them just now, and be waiting for this process
@@ -181,12 +182,12 @@ class Run:
         return_memory_after_compiling()
         refines = any_refines(self.config.methods)
         if refines:
-            self.rows.check_refinement()
-        self.rows.check_training(methods, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        rows = self.refine() if refines else self.rows.gold
+            check_refinement(self.data)
+        check_training(self.data, methods, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
+        rows = self.refine() if refines else self.data.gold
         for method in methods:
             interrupt.check()
-            tokens, folder = self.rows.tokens(rows, method), self.folder.method(method.name)
+            tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
             self._record_settings(f"train {method.name}")
             params = train(self.model, tokens, method, self.config.train, folder.path, seed=self.config.seed,
                            mesh=self.mesh)
@@ -223,8 +224,8 @@ class Run:
 
     def _evaluate(self, names: Sequence[str], scores: dict[str, ModelScores], *, begun: bool) -> None:
         """Evaluates models, and writes their scores as soon as each is done."""
-        settings, general = self.config.evaluate, self.rows.check_evaluation()
-        evaluator = Evaluator(self.model, self.encoder, self.rows.test, general, settings, self.mesh)
+        settings, general = self.config.evaluate, check_evaluation(self.data)
+        evaluator = Evaluator(self.model, self.encoder, self.data.test, general, settings, self.mesh)
         for name in names:
             interrupt.check()
             began = time.perf_counter()
@@ -246,7 +247,7 @@ class Run:
             write_report(self.folder.path)
 
     def all(self) -> None:
-        self.rows.check_evaluation()
+        check_evaluation(self.data)
         _ = self.encoder  # read now: one that cannot be is told before the training, not after it
         self.train()
         self.evaluate()
@@ -289,7 +290,7 @@ class Run:
     def _card(self, method: Method, scores: Mapping[str, ModelScores] | None = None) -> str:
         from raft_jax.report.card import model_card
 
-        return model_card(self.config, method, len(self.rows.train), scores)
+        return model_card(self.config, method, len(self.data.train), scores)
 
     def _params_of(self, name: str):
         if name == "base":

@@ -8,7 +8,7 @@ from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 from raft_jax.lengths import Lengths, fitting, limits_that_keep, quantiles
 from raft_jax.models.tokenizer import Tokenizer
-from raft_jax.preflight import Rows
+from raft_jax.run_data import RunData
 
 NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
@@ -36,8 +36,8 @@ def test_bad_rows_are_counted_at_the_start_of_a_run(tmp_path):
     empty = [{**tiny.ROWS[0], "id": f"e\x1b{number}", "answer": ""} for number in range(5)]
     tiny.write_jsonl(tmp_path / "data.jsonl", [*tiny.ROWS, *empty])
     with pytest.raises(InputError, match=r":17: answer is empty; .*data\.skip_bad_rows=true"):
-        Rows(load_config(path), tiny.make_tokenizer(), 512)
-    rows = Rows(load_config(path, ["data.skip_bad_rows=true"]), tiny.make_tokenizer(), 512)
+        RunData(load_config(path), tiny.make_tokenizer(), 512)
+    rows = RunData(load_config(path, ["data.skip_bad_rows=true"]), tiny.make_tokenizer(), 512)
     lines = list(rows.describe())
     assert rows.incomplete and len(rows.train) == 12 and all(line.isprintable() for line in lines)
     assert "left out by data.skip_bad_rows: 5" in lines[2] and lines[-1] == "  … and 2 more"
@@ -54,11 +54,11 @@ def test_lengths_and_limits():
 
 def test_limits_shorter_than_the_answers_are_said(tmp_path):
     path = tiny.write_run(tmp_path)
-    said = "\n".join(Rows(load_config(path), tiny.make_tokenizer(), 512).describe_lengths(refines=True))
+    said = "\n".join(RunData(load_config(path), tiny.make_tokenizer(), 512).describe_lengths(refines=True))
     assert "warning: evaluate.max_new_tokens=8 is shorter than the gold answers" in said
     config = load_config(path, ["evaluate.max_new_tokens=64", "refine.max_new_tokens=null"])
     assert config.refine_max_new_tokens == config.data.max_answer_tokens == 64
-    assert "warning" not in "\n".join(Rows(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
+    assert "warning" not in "\n".join(RunData(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
     config = load_config(path, ["evaluate.max_new_tokens=64", "refine.max_new_tokens=2"])
-    said = "\n".join(Rows(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
+    said = "\n".join(RunData(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
     assert "warning: refine.max_new_tokens=2 is shorter" in said

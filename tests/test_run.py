@@ -27,10 +27,10 @@ from raft_jax.data.tokenize import token_rows
 from raft_jax.errors import InputError
 from raft_jax.lengths import fitting
 from raft_jax.methods import METHODS
-from raft_jax.preflight import read_data
 from raft_jax.refine.generate import task_prompt
 from raft_jax.resume import open_run_folder
 from raft_jax.run import Run
+from raft_jax.run_data import read_data
 from raft_jax.run_folder import RunFolder
 
 TIMES = ("seconds", "rollout_seconds")

@@ -1,0 +1,142 @@
+"""The data of a run: its training and held-out examples, within the limits of length, and their token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from raft_jax.config import Config
+from raft_jax.data.batches import TokenRow
+from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
+from raft_jax.data.refined import RefinedRow
+from raft_jax.data.tokenize import token_rows
+from raft_jax.errors import InputError
+from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
+from raft_jax.methods import Method
+from raft_jax.models.tokenizer import Tokenizer
+from raft_jax.terminal import one_line
+
+NAMED = 3  # rows of each kind that are named
+
+
+def _a_few(names: Sequence[str]) -> str:
+    more = [f"and {len(names) - NAMED} more"] if len(names) > NAMED else []
+    return ", ".join([*names[:NAMED], *more])
+
+
+def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, as data.* asks for them; see `load_examples` for `bad_rows`."""
+    data = config.data
+    columns = Columns(data.question, data.answer, data.id, data.split, data.context)
+    if split_counts(data.path, columns):
+        train_rows = load_examples(data.path, columns, data.train_split, bad_rows=bad_rows)
+        test_rows = load_examples(data.path, columns, data.test_split, bad_rows=bad_rows)
+    else:
+        examples = load_examples(data.path, columns, bad_rows=bad_rows)
+        train_rows, test_rows = split_held_out(examples, data.held_out, data.seed)
+    return train_rows, test_rows
+
+
+class RunData:
+    """A run's examples within the limits of length. Nothing is ever cut: what is too long is left out and named."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_positions: int):
+        self.config, self.tokenizer, self.max_positions = config, tokenizer, max_positions
+        self.bad_rows: dict[str, str] = {}  # id → what is wrong
+        self.given = read_data(config, self.bad_rows if config.data.skip_bad_rows else None)
+        train, test = self.given
+        self.train_fitting = self._fitting("training", train, config.data.max_train)
+        self.test_fitting = self._fitting("held-out", test, config.data.max_test)
+        self.train, self.test = self.train_fitting.kept, self.test_fitting.kept
+        trained = {(example.question, example.context, example.turns) for example in self.train}
+        self.remembered = [
+            example.id for example in self.test if (example.question, example.context, example.turns) in trained
+        ]
+
+    def _fitting(self, name: str, examples: Sequence[Example], limit: int | None) -> Fitting:
+        found = fitting(examples, self.tokenizer, self.config, limit)
+        self.bad_rows |= found.bad
+        if not found.kept and not found.too_long:
+            raise InputError(f"{next(iter(found.bad.values()))}; none of the {len(examples)} {name} rows can be used")
+        if not found.kept:
+            raise InputError(f"{self.config.data.path}: all {len(found.too_long)} {name} rows are longer than "
+                             "data.max_question_tokens or data.max_answer_tokens; raise them")
+        return found
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether rows were left out that were asked for, or held-out questions are trained on."""
+        return bool(self.bad_rows or self.train_fitting.too_long or self.test_fitting.too_long or self.remembered)
+
+    def describe(self) -> Iterator[str]:
+        """Lines about what is used and what is left out, naming a few rows of each kind."""
+        data = self.config.data
+        for name, given, found, key, limit in (
+            ("training", self.given[0], self.train_fitting, "max_train", data.max_train),
+            ("held-out", self.given[1], self.test_fitting, "max_test", data.max_test),
+        ):
+            line = f"{name}: {len(found.kept)} of {len(given)} rows are used"
+            if len(found.kept) == limit:
+                line += f" (a sample, data.{key}={limit})"
+            if found.too_long:
+                reasons = [f"{id}: {why}" for id, why in found.too_long.items()]
+                line += (f"; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
+                         f"data.max_answer_tokens={data.max_answer_tokens}: {len(reasons)} ({_a_few(reasons)})")
+            yield one_line(line)
+        if self.bad_rows:
+            yield f"rows that cannot be used, left out by data.skip_bad_rows: {len(self.bad_rows)}"
+            shown = list(self.bad_rows.values())[:NAMED]
+            yield from (f"  {one_line(problem)}" for problem in shown)
+            if len(self.bad_rows) > NAMED:
+                yield f"  … and {len(self.bad_rows) - NAMED} more"
+        if self.remembered:
+            yield one_line(
+                f"held-out questions that are training questions, too: {len(self.remembered)} "
+                f"({_a_few(self.remembered)}); what is measured on them may be remembered, not learned"
+            )
+
+    def describe_lengths(self, refines: bool) -> Iterator[str]:
+        """Lines about lengths in tokens, and warnings of limits that are shorter than most answers."""
+        yield from describe_lengths(list((self.train_fitting.lengths | self.test_fitting.lengths).values()))
+        limits = [("evaluate.max_new_tokens", self.config.evaluate.max_new_tokens, self.test_fitting,
+                   "answers that end there are measured as cut")]
+        if refines:
+            limits.append(("refine.max_new_tokens", self.config.refine_max_new_tokens, self.train_fitting,
+                           "rewritings that end there are not used"))
+        for key, limit, found, consequence in limits:
+            end = quantiles([lengths.answer for lengths in found.kept_lengths])[QUANTILES.index(KEPT)]
+            if limit < end:
+                yield (f"warning: {key}={limit} is shorter than the gold answers ({KEPT:.0%} of those used have up to "
+                       f"{end} tokens): {consequence}")
+
+    @property
+    def gold(self) -> list[RefinedRow]:
+        """Every training answer as it was given."""
+        reason = "No method of this run trains on refined answers."
+        return [RefinedRow.unrefined(example, reason) for example in self.train]
+
+    def tokens(self, rows: Sequence[RefinedRow], method: Method, longest_answer: int = 0) -> list[TokenRow]:
+        """What a method trains on, as ids.
+
+        Args:
+          rows: refined, or the gold answers alone.
+          method: decides which of a row's answers, and whether a teacher sees it.
+          longest_answer: tokens that there must be room for even where the row's own answer has less.
+
+        Raises:
+          InputError: a row does not fit the model with its rollout.
+        """
+        tokenized = token_rows(rows, self.tokenizer, method)
+        rollout = self.config.train.rollout.max_new_tokens if method.distils else 0
+        longest = 0
+        for row in tokenized:
+            more = max(0, longest_answer - len(row.answer))
+            teacher = len(row.teacher_prompt) + (more if method.teacher_sees_answer else 0)
+            longest = max(longest, len(row.prompt) + len(row.answer) + more, max(len(row.prompt), teacher) + rollout)
+        if longest > self.max_positions:
+            keys = ["data.max_answer_tokens", *(["refine.max_new_tokens"] if method.refines else []),
+                    *(["train.rollout.max_new_tokens"] if method.distils else [])]
+            raise InputError(
+                f"{method.name}: a row may take {longest} tokens with its rollout, and the model has "
+                f"{self.max_positions} positions; lower {' or '.join(keys)}"
+            )
+        return tokenized
