@@ -138,7 +138,7 @@ def local_device() -> str:
 
 
 def estimate(
-    config: Config, model: ModelSize, rows: RowLengths, device: Device, *, keep_finished: bool = False
+    config: Config, model: ModelSize, rows: RowLengths, device: Device
 ) -> Estimate:
     """What a run takes that begins from nothing.
 
@@ -146,7 +146,6 @@ def estimate(
       config: of the run.
       model, rows: their sizes.
       device: one of those that run it; several share parameters by mesh.fsdp and mesh.tensor, and rows by all of mesh.
-      keep_finished: whether the checkpoints of a method that is trained stay.
     """
     sharing = max(1, config.mesh.fsdp) * max(1, config.mesh.tensor)
     num_devices = sharing * max(1, config.mesh.data)
@@ -154,9 +153,9 @@ def estimate(
     export = model.num_parameters * BYTES[config.export.dtype]
     checkpoint = COMPRESSION * 4 * model.num_trained * (1 + ADAM_MOMENTS)
     kept = config.train.keep_checkpoints * checkpoint
-    methods = len(config.methods)
-    disk_after = methods * (export + (kept if keep_finished else 0))
-    disk_peak = (methods - 1) * (export + (kept if keep_finished else 0)) + kept + checkpoint
+    methods, finished = len(config.methods), export + (kept if config.train.keep_finished else 0)
+    disk_after = methods * finished
+    disk_peak = (methods - 1) * finished + kept + checkpoint
     steps = num_steps(config, len(rows.train))
     refined = any_refines(config.methods)
     train = sum(work.method(method, rows, steps) for method in config.methods)
@@ -175,8 +174,7 @@ def num_steps(config: Config, num_rows: int) -> int:
 
 
 def estimate_lines(
-    config: Config, model: ModelSize, rows: RowLengths, *, device: str | None = None, free_disk: int | None = None,
-    keep_finished: bool = False,
+    config: Config, model: ModelSize, rows: RowLengths, *, device: str | None = None, free_disk: int | None = None
 ) -> list[str]:
     """The estimate in lines for `raft-jax check`.
 
@@ -184,11 +182,10 @@ def estimate_lines(
       config, model, rows: see `estimate`.
       device: name of a kind of device; default what this machine shows.
       free_disk: bytes that are free where the run folder will be; a warning where they are too few.
-      keep_finished: whether the checkpoints of a finished method stay.
     """
     name = local_device() if device is None else device
     known = find_device(name)
-    found = estimate(config, model, rows, known or find_device("cpu"), keep_finished=keep_finished)
+    found = estimate(config, model, rows, known or find_device("cpu"))
     where = "of memory" if name == "cpu" else "of each device's memory"
     lines = [f"disk: about {_size(found.disk_peak)} while it runs, {_size(found.disk_after)} afterwards"]
     if free_disk is not None and free_disk < found.disk_peak:

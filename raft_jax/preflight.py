@@ -122,8 +122,7 @@ def check(config: Config, console) -> None:
         [(found.question, found.answer) for found in data.test_fitting.kept_lengths],
         [len(tokenizer.encode(prompt.prompt)) for prompt in general],
     )
-    for line in estimate_lines(config, model_size(decoder, config), sizes, free_disk=_free_disk(config.run_dir),
-                               keep_finished=config.train.keep_finished):
+    for line in estimate_lines(config, model_size(decoder, config), sizes, free_disk=_free_disk(config.run_dir)):
         console.print(line)
     _print_example(data, tokenizer, console)
 

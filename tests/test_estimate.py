@@ -44,15 +44,15 @@ def test_disk_by_hand():
     assert found.disk_after == pytest.approx(2 * export)
     # While RAFT is trained: SFT's export, its own checkpoint and the next one, before the first goes.
     assert found.disk_peak == pytest.approx(export + 2 * checkpoint)
-    kept = estimate(quickstart(), SMOLLM2, QUICKSTART, CPU, keep_finished=True)
+    kept = estimate(quickstart("train.keep_finished=true"), SMOLLM2, QUICKSTART, CPU)
     assert kept.disk_after == pytest.approx(2 * (export + checkpoint))
     half = estimate(quickstart("export.dtype=bfloat16"), SMOLLM2, QUICKSTART, CPU)
     assert half.disk_after == pytest.approx(found.disk_after / 2)
 
 
 def test_the_quickstart_takes_what_was_measured():
-    """README: 6 min 46 s with installation, 6.5 GB; a folder with all checkpoints had 4.1 GB (du: 3.8 GiB)."""
-    found = estimate(quickstart(), SMOLLM2, QUICKSTART, CPU, keep_finished=True)
+    """An earlier quickstart: 6 min 46 s with installation, 6.5 GB; a folder with all checkpoints had 4.1 GB (du: 3.8 GiB)."""
+    found = estimate(quickstart("train.keep_finished=true"), SMOLLM2, QUICKSTART, CPU)
     for estimated, measured in ((found.disk_after, 4.07 * GB), (found.memory, 6.5 * GB), (found.seconds, 406)):
         assert measured / 1.5 < estimated < measured * 1.5
 

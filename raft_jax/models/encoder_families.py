@@ -143,23 +143,9 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
     model = _inside(folder, modules.get("Transformer", ""))
     path = model / "config.json"
     values = read_object(path)
-    name = values.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{path}: model_type {name!r} is not a supported sentence encoder; "
-                         f"supported: {', '.join(FAMILIES)}")
-    activation = values.get("hidden_act", "gelu")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise InputError(f"{path}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
-    if values.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{path}: position_embedding_type {values['position_embedding_type']!r} is not supported; "
-                         "supported: absolute")
-    if values.get("is_decoder"):
-        raise InputError(f"{path}: is_decoder is true; a sentence encoder attends in both directions")
+    _require_supported(values, path)
+    name = values["model_type"]
     family = FAMILIES[name]
-    buckets = values.get("relative_attention_num_buckets", NUM_RELATIVE_BUCKETS)
-    if "relative_bias_RN" in family.keys and buckets != NUM_RELATIVE_BUCKETS:
-        raise InputError(f"{path}: relative_attention_num_buckets {buckets} is not supported; "
-                         f"supported: {NUM_RELATIVE_BUCKETS}")
     width, num_heads = _size(values, "hidden_size", path), _size(values, "num_attention_heads", path)
     if width % num_heads:
         raise InputError(f"{path}: hidden_size {width} does not divide over {num_heads} attention heads")
@@ -187,7 +173,7 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
         num_positions=num_positions,
         num_token_types=_size(values, "type_vocab_size", path) if "token_type_YD" in family.keys else 0,
         first_position=first_position,
-        activation=activation,
+        activation=values.get("hidden_act", "gelu"),
         norm_epsilon=_number(values, "layer_norm_eps", 1e-12, path),
         poolings=poolings,
         normalize="Normalize" in modules,
@@ -195,6 +181,25 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
         lower_case=bool(settings.get("do_lower_case", False)),
         prefix=prefix,
     ), model
+
+
+def _require_supported(values: dict[str, Any], path: Path) -> None:
+    """Raises InputError where config.json asks for arithmetic that the encoder does not have."""
+    name, activation = values.get("model_type"), values.get("hidden_act", "gelu")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"{path}: model_type {name!r} is not a supported sentence encoder; "
+                         f"supported: {', '.join(FAMILIES)}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        raise InputError(f"{path}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
+    if values.get("position_embedding_type", "absolute") != "absolute":
+        raise InputError(f"{path}: position_embedding_type {values['position_embedding_type']!r} is not supported; "
+                         "supported: absolute")
+    if values.get("is_decoder"):
+        raise InputError(f"{path}: is_decoder is true; a sentence encoder attends in both directions")
+    buckets = values.get("relative_attention_num_buckets", NUM_RELATIVE_BUCKETS)
+    if "relative_bias_RN" in FAMILIES[name].keys and buckets != NUM_RELATIVE_BUCKETS:
+        raise InputError(f"{path}: relative_attention_num_buckets {buckets} is not supported; "
+                         f"supported: {NUM_RELATIVE_BUCKETS}")
 
 
 def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, available: int) -> int:
