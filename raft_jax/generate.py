@@ -8,6 +8,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
+from raft_jax.errors import InputError, require_train
+
+require_train("rich")
+
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -15,7 +20,6 @@ from rich.text import Text
 
 from raft_jax.config import Config
 from raft_jax.data.prompts import question_prompt
-from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.report.folder import label
 from raft_jax.sampling import Sampler

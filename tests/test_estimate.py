@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from tiny import make_model
 
-from raft_jax import estimate as module
 from raft_jax.config import load_config
 from raft_jax.estimate import (
     ModelSize,
@@ -138,8 +136,7 @@ def test_few_rows_are_no_trouble(rows):
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
 
 
-def test_examples_and_import():
-    assert doctest.testmod(module).failed == 0
+def test_import():
     code = "import sys, raft_jax.estimate; print('jax' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"

@@ -12,6 +12,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from raft_jax.errors import require_train
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -191,6 +193,7 @@ def histogram(
 @contextmanager
 def _axes(name: str, title: str) -> Iterator[tuple[Axes, io.StringIO]]:
     """Gives axes to draw on and the text that holds the finished drawing once the block ends."""
+    require_train("matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 
