@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from raft_jax.errors import InputError, require_train
+
+require_train("orbax")
+
 import orbax.checkpoint as ocp
 
-from raft_jax.errors import InputError
 from raft_jax.files import hash_files, parse_json, unreadable
 from raft_jax.sharding import any_process, from_first_process
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from raft_jax import __version__, interrupt
 from raft_jax.config import DTYPES, load_config
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 from raft_jax.terminal import one_line, visible
 
 STAGES = {
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # of a log that is not UTF-8
     try:
+        require_train("flax", "jinja2", "omegaconf", "optax", "orbax", "rich", "tokenizers", "transformers")
         return args.function(args) or 0
     except KeyboardInterrupt as error:
         print(f"\nraft-jax: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)

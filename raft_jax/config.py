@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 from raft_jax.files import read_text
 from raft_jax.methods import METHODS
 from raft_jax.settings_text import flat, parse_yaml, require_literal
@@ -286,6 +286,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
       InputError: no such file, not YAML, an unknown key (with the one that was likely meant), a wrong type, a
         missing value, or a value out of range.
     """
+    require_train("omegaconf")
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

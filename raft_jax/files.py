@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 
 Record = TypeVar("Record")
 
@@ -81,6 +81,7 @@ def parse_json(text: str | bytes) -> Any:
 
 @cache
 def _adapter(kind: type):
+    require_train("pydantic")
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

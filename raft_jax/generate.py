@@ -7,6 +7,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+
+from raft_jax.errors import InputError, require_train
+
+require_train("rich")
+
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -14,7 +19,6 @@ from rich.text import Text
 
 from raft_jax.config import Config
 from raft_jax.data.prompts import question_prompt
-from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.report.folder import label
 from raft_jax.run_folder import RunFolder

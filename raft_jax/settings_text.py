@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 
 MAX_VALUES = 10_000
 
@@ -16,6 +16,7 @@ def parse_yaml(text: str, place: str) -> dict[str, Any]:
     Raises:
       InputError: it is not YAML, not a mapping, nested too deeply, or grows without bound by its aliases.
     """
+    require_train("omegaconf")
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

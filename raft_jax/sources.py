@@ -8,7 +8,7 @@ import os
 import stat
 from pathlib import Path
 
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 from raft_jax.files import kind_of, unreadable
 
 
@@ -130,6 +130,7 @@ def _in_package(source: str) -> Path:
 
 
 def _from_hub(source: str) -> Path:
+    require_train("huggingface_hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

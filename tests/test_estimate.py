@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import math
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 from tiny import make_model
 
-from raft_jax import estimate as module
 from raft_jax.config import load_config
 from raft_jax.estimate import (
     ModelSize,
@@ -51,7 +49,7 @@ def test_disk_by_hand():
 
 
 def test_the_quickstart_takes_what_was_measured():
-    """An earlier quickstart: 6 min 46 s with installation, 6.5 GB; a folder with all checkpoints had 4.1 GB (du: 3.8 GiB)."""
+    """An earlier quickstart: 6 min 46 s with installation, 6.5 GB, 4.1 GB of folder with all checkpoints."""
     found = estimate(quickstart("train.keep_finished=true"), SMOLLM2, QUICKSTART, CPU)
     for estimated, measured in ((found.disk_after, 4.07 * GB), (found.memory, 6.5 * GB), (found.seconds, 406)):
         assert measured / 1.5 < estimated < measured * 1.5
@@ -138,8 +136,7 @@ def test_few_rows_are_no_trouble(rows):
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())
 
 
-def test_examples_and_import():
-    assert doctest.testmod(module).failed == 0
+def test_import():
     code = "import sys, raft_jax.estimate; print('jax' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False False"

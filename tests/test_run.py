@@ -496,10 +496,10 @@ def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
 
 
 @pytest.mark.parametrize(("name", "content", "words"), [
-    ("evaluation.json", '{"models": {"base": {}}}', "the scores of base lack domain, general, weight_distance"),
-    ("evaluation.json", '{"base": {}}', 'expected an object with "models"'),
-    ("evaluation.json", "[" * 100_000, "nested too deeply"),
-    ("evaluation.json", b"\xff", "not valid JSON"),
+    ("evaluation.json", '{"models": {"base": {}}}', "damaged (models.base.domain: Field required); remove it"),
+    ("evaluation.json", '{"base": {}}', "damaged (models: Field required)"),
+    ("evaluation.json", "[" * 100_000, "damaged (Invalid JSON: recursion limit"),
+    ("evaluation.json", b"\xff", "damaged (Invalid JSON"),
     ("date", "yesterday", "damaged ('yesterday'); write the day there"),
     ("date", b"\xff", "not UTF-8"),
     ("config.yaml", "&a [*a]", "the saved config is damaged"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raft_jax.data.wording import Unread, Unreadable, brief, kind_of, quoted, shown
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 from raft_jax.files import hash_files, require_regular, unreadable
 from raft_jax.sources import resolve
 
@@ -334,6 +334,7 @@ def _read_tfds(source: str, path: Path, wanted: Wanted) -> list[Row]:
         inside = inside or sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
         raise InputError(f"{source}: not a folder written by tfds (features.json and dataset_info.json); "
                          f"name one of the things in it: {', '.join(map(shown, inside[:8])) or 'it is empty'}")
+    require_train("array_record", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
     used = {*wanted.others, *wanted.noticed, *(name for shape in wanted.shapes for name in shape)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from raft_jax.data.examples import Example
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 from raft_jax.files import parse_record, sync
 
 Status = Literal[
@@ -199,6 +199,7 @@ def load_refined(folder: str | Path) -> list[RefinedRow]:
 
 def _write_tfds(entries: list[dict], work: Path) -> str:
     """Writes the ArrayRecord file with tfds' metadata, and returns the file's name."""
+    require_train("array_record", "tensorflow_datasets")
     import numpy as np
     import tensorflow_datasets as tfds
     from array_record.python.array_record_module import ArrayRecordWriter

@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
+
+require_train("flax", "jinja2", "safetensors", "tokenizers", "transformers")
+
 from raft_jax.models.attention import KERNELS, best_kernel, softcap
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.decoder import Cache, Decoder

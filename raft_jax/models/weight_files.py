@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from raft_jax.errors import InputError
+from raft_jax.errors import InputError, require_train
 from raft_jax.files import read_object, require_regular
 from raft_jax.models.families import DECODER_OF, config_from_hf, decoder_config, decoder_key, stored_keys
 from raft_jax.models.families.metadata import ROPE_TENSORS, gguf_names, hf_config_from_gguf
@@ -157,6 +157,7 @@ class SafetensorsFolder:
 
 def _open_gguf(path: Path):
     """The library's reader, which raises ValueError where the file ends before what it announces."""
+    require_train("gguf")
     import gguf
 
     class Reader(gguf.GGUFReader):

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 from xml.sax.saxutils import escape
 
+from raft_jax.errors import require_train
 from raft_jax.methods import METHODS
 from raft_jax.report.folder import style_of
 
@@ -193,6 +194,7 @@ def histogram(
 @contextmanager
 def _axes(name: str, title: str) -> Iterator[tuple[Axes, io.StringIO]]:
     """Gives axes to draw on and the text that holds the finished drawing once the block ends."""
+    require_train("matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 
