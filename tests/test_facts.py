@@ -88,6 +88,12 @@ UNFAITHFUL = [
      "Schizophrenia is one type of psychotic disorder. Other causes of psychosis are alcohol, brain tumours, brain "
      "transplants, and stroke; people may have symptoms. Treatment depends on the cause of psychosis.", "bipolar"),
     ("The loan covers tuition, housing and books.", "The loan covers tuition and housing.", "missing (books)"),
+    ("Studies looked at the effects of hunger, thirst, cold, and isolation on crews of ships and of trains.",
+     "Studies looked at the effects of hunger, cold, and isolation on crews of ships and of trains.",
+     "'thirst' is missing from a list"),
+    ("You may train for a trade that the school offers, like:\n- Plumbing\n- Firefighting",
+     "You may train for a trade that the school offers, like:\n- Plumbing\n- Firefighting\n- Healthcare",
+     "the item 'Healthcare' is new"),
     ("If the injury was caused, or made worse, by service, apply.", "If the injury was caused by service, apply.",
      "missing (worse)"),
     ("Report the theft to the police. Then call your insurance company within a week.",

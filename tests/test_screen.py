@@ -85,6 +85,8 @@ def test_loops_are_found_and_lists_are_not():
     assert repetition("Call the office. Bring a form. Call the office.", gold) == "Call the office."
     assert repetition("- Books and supplies\n" * 3, gold) == "- Books and supplies"
     assert repetition("Yes. Yes. Call the office.", gold) is None
+    assert repetition("Call the office. Call your office.", gold) == "Call your office."
+    assert repetition("- Tuition\n- Books and supplies\n- Tuition", gold) == "- Tuition"
     # The first name is the second's: what should stand there is lost.
     named = "The guest pass replaces neither the crew pass of the harbour nor a visa."
     twice = "The crew pass of the harbour or a visa does not replace the crew pass of the harbour or a visa."

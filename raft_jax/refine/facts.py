@@ -74,8 +74,10 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
       >>> mismatches("Port tack. Rule 12.", "By Rule 12, the boat on port tack gives way.")
       []
     """
+    new_items = list(_added_items(gold, text, source))
     gold, text = _without_list_markers(gold), _without_list_markers(text)
     found = [
+        *new_items,
         *_number_mismatches(gold, text, source), *_name_mismatches(gold, text, source), *_symbol_mismatches(gold, text),
         *_negation_mismatches(gold, text), *_modal_mismatches(gold, text), *_opposite_mismatches(gold, text),
         *_lost_contrasts(gold, text), *_lost_items(gold, text), *_lost_words(gold, text, word_recall),
@@ -415,6 +417,20 @@ def _added_words(gold: str, text: str, source: str) -> Iterator[str]:
         supported = sum(stem in known for stem in stems)
         if len(stems) > 2 and supported / len(stems) < MIN_SENTENCE_SUPPORT and not spelled_out:
             yield f"the sentence {_brief(sentence)!r} is new"
+
+
+def _added_items(gold: str, text: str, source: str) -> Iterator[str]:
+    """Lines of a list of which nothing is known.
+
+    Example:
+      >>> list(_added_items("For example:\\n- Plumbing", "For example:\\n- Plumbing\\n- Construction", ""))
+      ["the item 'Construction' is new"]
+    """
+    known = {*_content(gold), *_content(source)}
+    for line in text.splitlines():
+        item = _without_list_markers(line)
+        if item != line and (stems := set(_content(item))) and not stems & known:
+            yield f"the item {_brief(item)!r} is new"
 
 
 def _added_examples(gold: str, text: str, source: str) -> Iterator[str]:

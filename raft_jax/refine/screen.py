@@ -34,6 +34,7 @@ TASK_WORDS = re.compile(
 )
 RUN = 4  # words in a row that a text may not share with the instructions
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
+_ITEM = re.compile(r"\s*[-*•·]\s+\w")
 _LINE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
@@ -90,7 +91,7 @@ def shared_run(text: str, instructions: str, sources: str) -> str | None:
 def repetition(text: str, gold: str) -> str | None:
     """A sentence, or six words in a row, that a text says twice or more, and more often than the gold answer.
 
-    Sentences that differ in words without meaning are the same.
+    Sentences that differ in words without meaning are the same, and of a list every line counts.
 
     Example:
       >>> repetition("Call the local office. Call your local office.", "Call the local office.")
@@ -101,7 +102,7 @@ def repetition(text: str, gold: str) -> str | None:
     for line in _LINE.split(text):
         meaning = _meaning(line)
         found[meaning] += 1
-        if len(_words(line)) >= 3 and found[meaning] > max(1, wanted[meaning]):
+        if (len(_words(line)) >= 3 or _ITEM.match(line)) and found[meaning] > max(1, wanted[meaning]):
             return line.strip()
     in_gold, in_text = (Counter(_runs(_words(side), 6, unique=False)) for side in (gold, text))
     for run, count in in_text.items():
