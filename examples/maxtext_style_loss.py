@@ -1,9 +1,9 @@
 """A loss over logits with the signature of MaxText's `loss_fn` (0.2.5, NNX): padded vocabulary, packed rows.
 
 MaxText calls `loss_fn(model, config, data, dropout_rng, params, is_train=...)` with an NNX module, a batch with
-`inputs`, `inputs_position`, `inputs_segmentation`, `targets` and `targets_segmentation` (0 is padding), and neither key
-nor parameters. It takes the loss and reads `xent_sum`, `total_weights`, `moe_lb_loss` and `intermediate_outputs` of what
-comes beside it. With MaxText,
+`inputs`, `inputs_position`, `inputs_segmentation`, `targets` and `targets_segmentation` (0 is padding), and neither
+key nor parameters. It takes the loss and reads `xent_sum`, `total_weights`, `moe_lb_loss` and `intermediate_outputs`
+of what comes beside it. With MaxText,
 
     maxtext.trainers.pre_train.train.loss_fn = loss_fn
 

@@ -1,4 +1,4 @@
-"""What pip brings: the losses with jax and numpy alone, one error that names the extra for all else, and whole packages."""
+"""What pip brings: the losses with jax and numpy alone, one error that names the extra for the rest, whole packages."""
 
 from __future__ import annotations
 
@@ -184,7 +184,8 @@ def test_the_wheel_holds_the_package_and_no_more(packages):
 
 
 def test_the_source_distribution_holds_neither_tests_nor_benchmarks(packages):
-    names = {name.partition("/")[2] for name in tarfile.open(packages[1]).getnames()}
+    with tarfile.open(packages[1]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "raft_jax/losses/linear.py",
             "raft_jax/report/page.js"} <= names
     tops = {name.partition("/")[0] for name in names} - {""}
