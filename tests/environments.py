@@ -1,4 +1,4 @@
-"""Packages built from the tree, and environments of their own to install them in, with the versions that pip chooses."""
+"""Packages built from the tree, and environments of their own to install them in, with what versions pip chooses."""
 
 from __future__ import annotations
 

@@ -418,8 +418,8 @@ def _one_loss(term: Term, chunk_size: int, hidden_BTD, head, weight_BT, targets:
     """Unreduced, or a weighted sum."""
     if weight_BT is not None:
         checks.weight(weight_BT, hidden_BTD.shape[:-1])
-        run = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))
-        return run(hidden_BTD, head, jnp.asarray(weight_BT), targets)
+        weighted = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))
+        return weighted(hidden_BTD, head, jnp.asarray(weight_BT), targets)
 
     @sharding.automatic(hidden_BTD.ndim - 1)
     def run(hidden_BTD, head, targets):
