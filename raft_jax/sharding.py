@@ -60,8 +60,8 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes for logical axes; a mesh axis that two of them want is an error. UNCONSTRAINED stays what it is.
 
     Example:
-      >>> partition_spec(("vocabulary", "width"))
-      PartitionSpec('tensor', 'fsdp')
+      >>> tuple(partition_spec(("vocabulary", "width")))
+      ('tensor', 'fsdp')
     """
     mapped = [axis if axis is UNCONSTRAINED else LOGICAL_TO_MESH[axis] for axis in axes]
     taken = [entry for entry in mapped if entry and entry is not UNCONSTRAINED]

@@ -1,12 +1,10 @@
-"""What pip brings: the losses with jax and numpy alone, one error that names the extra for all else, whole packages."""
+"""What pip brings: the losses with jax and numpy alone, one error that names the extra for the rest, whole packages."""
 
 from __future__ import annotations
 
 import ast
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -16,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from environments import build_packages, make_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -171,19 +170,9 @@ def test_a_verb_is_one_line_that_names_the_extra(alone, arguments):
 # The packages
 
 
-def build(folder: Path, python: str = sys.executable) -> tuple[Path, Path]:
-    """Wheel and source distribution of a copy of the tree, by setuptools itself."""
-    shutil.copytree(ROOT, folder / "tree", ignore=shutil.ignore_patterns(
-        ".git", ".venv", "runs", "packed", "__pycache__", "*.egg-info", "build", "dist"))
-    hooks = "from setuptools import build_meta\nbuild_meta.build_sdist('dist')\nbuild_meta.build_wheel('dist')"
-    subprocess.run([python, "-c", hooks], cwd=folder / "tree", check=True, capture_output=True)
-    dist = folder / "tree" / "dist"
-    return next(dist.glob("*.whl")), next(dist.glob("*.tar.gz"))
-
-
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory) -> tuple[Path, Path]:
-    return build(tmp_path_factory.mktemp("packages"))
+    return build_packages(tmp_path_factory.mktemp("packages"))
 
 
 def test_the_wheel_holds_the_package_and_no_more(packages):
@@ -206,22 +195,14 @@ def test_the_source_distribution_holds_neither_tests_nor_benchmarks(packages):
 
 @pytest.mark.slow
 def test_pip_installs_the_losses_alone_and_twine_accepts_the_packages(packages, tmp_path):
-    """In an environment of its own, with whatever versions pip chooses."""
-    python = tmp_path / "venv" / "bin" / "python"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def run(*command: object) -> str:
-        return subprocess.run(list(map(str, command)), env=environment, check=True, capture_output=True,
-                              text=True).stdout
-
-    run(sys.executable, "-m", "venv", tmp_path / "venv")
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", packages[0])
-    installed = {canonicalize_name(line["name"]) for line in json.loads(run(python, "-m", "pip", "list", "--format",
-                                                                            "json"))}
-    assert installed - {"pip", "setuptools"} == {"raft-jax", "jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum",
-                                                 "scipy"}
+    run = make_environment(tmp_path / "venv", packages[0])
+    listed = json.loads(run("-m", "pip", "list", "--disable-pip-version-check", "--format", "json"))
+    installed = {canonicalize_name(line["name"]) for line in listed}
+    assert installed - {"pip", "setuptools"} == {
+        "raft-jax", "jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum", "scipy",
+    }
     program = ("import jax.numpy as jnp; from raft_jax.losses import cross_entropy; "
                "print(cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), int))[0, 0])")
-    assert float(run(python, "-c", program)) == pytest.approx(1.3862944, abs=1e-5)
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "twine")
-    assert run(python, "-m", "twine", "check", "--strict", *packages).count("PASSED") == 2
+    assert float(run("-c", program)) == pytest.approx(1.3862944, abs=1e-5)
+    twine = make_environment(tmp_path / "twine", "twine")
+    assert twine("-m", "twine", "check", "--strict", *packages).count("PASSED") == 2

@@ -17,7 +17,7 @@ class BalanceState(NamedTuple):
     sft_average: jax.Array  # float32 scalar, not bias-corrected (m_SFT)
     kl_average: jax.Array  # float32 scalar, not bias-corrected (m_KL)
 
-    def corrected(self, *, decay: float = 0.9) -> tuple[jax.Array, jax.Array]:
+    def corrected(self, *, decay: float | jax.Array = 0.9) -> tuple[jax.Array, jax.Array]:
         """The bias-corrected averages (m / (1 - decay**s)) of SFT and KL; 0 before the first update."""
         power = jnp.asarray(decay, jnp.float32) ** self.count.astype(jnp.float32)
         correction = jnp.where(self.count > 0, 1 - power, 1)
@@ -34,9 +34,9 @@ def update_balance(
     sft_loss: jax.Array,
     kl_loss: jax.Array,
     *,
-    decay: float = 0.9,
-    epsilon: float = 1e-8,
-    floor: float = 1e-9,
+    decay: float | jax.Array = 0.9,
+    epsilon: float | jax.Array = 1e-8,
+    floor: float | jax.Array = 1e-9,
     max_weight: float | None = None,
 ) -> tuple[jax.Array, BalanceState]:
     """Weight of the KL term at which both terms weigh the same, and the averages behind it.

@@ -7,12 +7,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 
 def accumulation_dtype(*dtypes):
     """What losses and sums are computed in: float32, or float64 where an input is."""
-    wide = any(jnp.dtype(x) == jnp.float64 for x in dtypes) and jax.config.jax_enable_x64
-    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+    enabled = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue] (made when jax is imported)
+    return jnp.dtype(jnp.float64 if enabled and any(jnp.dtype(x) == jnp.float64 for x in dtypes) else jnp.float32)
 
 
 def compute_dtype(*dtypes):
@@ -139,7 +140,7 @@ def vocab_size(value: int | None, **vocabularies: int) -> int:
 
 
 def is_traced(value) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, Tracer)
 
 
 def static(name: str, value, instead: str = "pass a Python number") -> float:

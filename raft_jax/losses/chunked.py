@@ -42,7 +42,10 @@ class Targets(NamedTuple):
 
     def compared(self, term: Term, tokens_N, head: LMHead | None, columns_M=None):
         """`targets` of pointwise.py, for some tokens and columns."""
-        targets = tokens_N if term.teacher is None else head.logits(tokens_N, term.teacher, columns_M)
+        if term.teacher is None or head is None:  # both or neither
+            targets = tokens_N
+        else:
+            targets = head.logits(tokens_N, term.teacher, columns_M)
         return targets if self.temperature is None else (targets, self.temperature)
 
 
@@ -117,7 +120,9 @@ def over_tokens(function: Callable, shape: tuple[int, ...], chunk_size: int, *ar
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def linear_losses(terms: tuple[Term, ...], chunk_size: int, hidden: tuple, head: LMHead, targets: tuple[Targets, ...]):
+def linear_losses(
+    terms: tuple[Term, ...], chunk_size: int, hidden: tuple, head: LMHead, targets: tuple[Targets, ...]
+):
     """The outputs [B, T] of each term's loss, for hidden states [B, T, D] of its own and one head.
 
     The head's gradient is one product over the tokens of all terms.
@@ -154,6 +159,12 @@ def _linear_losses_backward(terms, chunk_size, saved, cotangents):
 
 
 linear_losses.defvjp(_linear_losses_forward, _linear_losses_backward)
+
+
+def linear_loss(term: Term, chunk_size: int, hidden_BTD, head: LMHead, targets: Targets):
+    """The outputs [B, T] of one loss."""
+    outputs: Any = linear_losses((term,), chunk_size, (hidden_BTD,), head, (targets,))
+    return outputs[0]
 
 
 # ------------------------------------------------------------------ backward: blocks of the vocabulary
@@ -242,13 +253,15 @@ def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermA
     blocks = VocabBlocks.of(head.vocabulary, config.shards, num_tokens, chunk_size)
     bits = bits and blocks.num_blocks > 1
     accumulated = checks.accumulation_dtype(hidden_ND.dtype, head.dtype)
-    split_head, *split_teachers = [
-        None if x is None else jax.tree.map(blocks.split, x, x.axes)
-        for x in (head, *(part.targets.teacher_head for part in parts))
-    ]
 
-    def read(split, index):
-        return None if split is None else jax.tree.map(lambda x, axis: blocks.read(x, axis, index), split, split.axes)
+    def split(head: LMHead) -> LMHead:
+        return jax.tree.map(blocks.split, head, head.axes)
+
+    def read(split_head: LMHead, index) -> LMHead:
+        return jax.tree.map(lambda x, axis: blocks.read(x, axis, index), split_head, split_head.axes)
+
+    teachers = [part.targets.teacher_head for part in parts]
+    split_head, split_teachers = split(head), [None if teacher is None else split(teacher) for teacher in teachers]
 
     def block(carry, index):
         hidden_grad, head_grad = carry
@@ -256,7 +269,7 @@ def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermA
         dlogits_NM = _join(
             num_rows,
             [
-                part.dlogits(term, piece, read(teacher, index), columns_M)
+                part.dlogits(term, piece, None if teacher is None else read(teacher, index), columns_M)
                 for term, part, teacher in zip(terms, parts, split_teachers, strict=True)
             ],
         )
@@ -308,7 +321,7 @@ def _split(num_rows: int, array, sizes):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_linear_loss(term: Term, chunk_size: int, hidden_BTD, head: LMHead, weight_BT, targets: Targets):
     """sum_bt weight_bt loss_bt; a token of weight 0 may hold NaN."""
-    (loss_BT,) = linear_losses((term,), chunk_size, (hidden_BTD,), head, (targets,))
+    loss_BT = linear_loss(term, chunk_size, hidden_BTD, head, targets)
     weight_BT = weight_BT.astype(loss_BT.dtype)
     return jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * loss_BT))
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.losses import checks, sharding, truncation
-from raft_jax.losses.chunked import Targets, Term, linear_losses, over_tokens, weighted_linear_loss
+from raft_jax.losses.chunked import Targets, Term, linear_loss, linear_losses, over_tokens, weighted_linear_loss
 from raft_jax.losses.lm_head import LMHead, LogitConfig, TiedEmbedding, pair
 from raft_jax.losses.pointwise import CrossEntropy, ForwardKL, JensenShannon, ReverseKL, TopKForwardKL
 from raft_jax.losses.truncation import TopK
@@ -239,7 +239,7 @@ def linear_top_k_forward_kl(
     @sharding.automatic(student_hidden_BTD.ndim - 1)
     def loss(student_hidden, head, arrays, tau):
         targets = Targets(teacher.top_k(arrays, tau), temperature=tau)
-        return linear_losses((teacher.term,), teacher.chunk_size, (student_hidden,), head, (targets,))[0]
+        return linear_loss(teacher.term, teacher.chunk_size, student_hidden, head, targets)
 
     return loss(student_hidden_BTD, head, teacher.arrays, teacher.tau)
 
@@ -338,8 +338,8 @@ class TeacherTopK(NamedTuple):
         chunk_size, shape = checks.chunk_size(chunk_size), student_hidden.shape[:-1]
         tau = checks.temperature(temperature, checks.accumulation_dtype(student_hidden.dtype, student_head.dtype))
         scales, softcaps = pair("logit_scale", scale), pair("logit_softcap", softcap)
-        sizes, given = {"student_unembedding_DV": student_head.vocabulary}, isinstance(hidden, TopK)
-        if given:
+        sizes, head, arrays = {"student_unembedding_DV": student_head.vocabulary}, None, hidden
+        if isinstance(hidden, TopK):
             truncation.check_given(hidden, shape, temperature, return_metrics)
             if unembedding is not None or bias_V is not None:
                 raise ValueError("teacher_unembedding_DV and teacher_bias_V must be None where the teacher is a TopK")
@@ -347,20 +347,21 @@ class TeacherTopK(NamedTuple):
             checks.floating("teacher_hidden_BTD", hidden)
             checks.tokens("teacher_hidden_BTD", hidden, shape)
             head = LMHead.checked("teacher_", hidden, unembedding, bias_V)
-            sizes["teacher_unembedding_DV"] = head.vocabulary
+            sizes["teacher_unembedding_DV"], arrays = head.vocabulary, (hidden, head)
         vocab_size = checks.vocab_size(vocab_size, **sizes)
         student = student_head.config(scales[0], softcaps[0], vocab_size, vocab_shards)
-        config = None if given else head.config(scales[1], softcaps[1], vocab_size, vocab_shards)
+        config = None if head is None else head.config(scales[1], softcaps[1], vocab_size, vocab_shards)
         term = Term(TopKForwardKL(student_head.vocabulary, student, bool(return_metrics)), student)
-        return cls(term, chunk_size, hidden if given else (hidden, head), tau, k, recall, config)
+        return cls(term, chunk_size, arrays, tau, k, recall, config)
 
     def top_k(self, arrays, tau) -> TopK:
         """The search, unless it has been made before."""
         loss = self.term.loss
-        if isinstance(arrays, TopK):
+        if self.config is None:
             return truncation.given_top_k(arrays, self.k, loss.config.vocab_size)
         tau = tau if loss.return_metrics else None
-        return _search(self.config, self.k or 512, self.recall, self.chunk_size, *arrays, tau)
+        hidden_BTD, head = arrays
+        return _search(self.config, self.k or 512, self.recall, self.chunk_size, hidden_BTD, head, tau)
 
 
 def _search(config: LogitConfig, k, recall, chunk_size, hidden_BTD, head, tau) -> TopK:
@@ -370,7 +371,8 @@ def _search(config: LogitConfig, k, recall, chunk_size, hidden_BTD, head, tau) -
     def chunk(hidden_ND):
         logits_NV = head.logits(hidden_ND, config)
         values_NK, indices_NK = truncation.top_k_sharded(logits_NV, min(k, config.vocab_size), recall, config.shards)
-        return TopK(indices_NK, values_NK, *(() if tau is None else truncation.softmax_metrics(logits_NV, tau)[1:]))
+        normalizer_N, entropy_N = (None, None) if tau is None else truncation.softmax_metrics(logits_NV, tau)[1:]
+        return TopK(indices_NK, values_NK, normalizer_N, entropy_N)
 
     return over_tokens(chunk, hidden_BTD.shape[:-1], chunk_size, hidden_BTD)
 
@@ -401,15 +403,14 @@ def _linear_divergence(
     widths = {"student_unembedding_DV": student.vocabulary, "teacher_unembedding_DV": teacher.vocabulary}
     vocab_size = checks.vocab_size(vocab_size, **widths)
     scales, softcaps = pair("logit_scale", logit_scale), pair("logit_softcap", logit_softcap)
-    configs = [
-        head.config(scale, softcap, vocab_size, vocab_shards)
-        for head, scale, softcap in zip((student, teacher), scales, softcaps, strict=True)
-    ]
+    student_config = student.config(scales[0], softcaps[0], vocab_size, vocab_shards)
+    teacher_config = teacher.config(scales[1], softcaps[1], vocab_size, vocab_shards)
     # Both models are cut into the same blocks of the vocabulary: the teacher's takes the student's padding.
     teacher = jax.tree.map(partial(_resized, size=student.vocabulary), teacher, teacher.axes)
-    configs[1] = configs[1]._replace(padded=configs[0].padded, shards=configs[0].shards)
-    targets = Targets(*jax.lax.stop_gradient((teacher_hidden_BTD, teacher)), tau)
-    term, chunk_size = Term(loss, *configs), checks.chunk_size(chunk_size)
+    teacher_config = teacher_config._replace(padded=student_config.padded, shards=student_config.shards)
+    teacher_hidden_BTD, teacher = jax.lax.stop_gradient((teacher_hidden_BTD, teacher))
+    term, chunk_size = Term(loss, student_config, teacher_config), checks.chunk_size(chunk_size)
+    targets = Targets(teacher_hidden_BTD, teacher, tau)
     return _one_loss(term, chunk_size, student_hidden_BTD, student, weight_BT, targets)
 
 
@@ -417,12 +418,12 @@ def _one_loss(term: Term, chunk_size: int, hidden_BTD, head, weight_BT, targets:
     """Unreduced, or a weighted sum."""
     if weight_BT is not None:
         checks.weight(weight_BT, hidden_BTD.shape[:-1])
-        run = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))
-        return run(hidden_BTD, head, jnp.asarray(weight_BT), targets)
+        weighted = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))
+        return weighted(hidden_BTD, head, jnp.asarray(weight_BT), targets)
 
     @sharding.automatic(hidden_BTD.ndim - 1)
     def run(hidden_BTD, head, targets):
-        return linear_losses((term,), chunk_size, (hidden_BTD,), head, (targets,))[0]
+        return linear_loss(term, chunk_size, hidden_BTD, head, targets)
 
     return run(hidden_BTD, head, targets)
 

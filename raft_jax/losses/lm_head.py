@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +77,7 @@ class LMHead(NamedTuple):
     @property
     def matrix(self) -> jax.Array:
         """[V, D] where tied, else [D, V]."""
-        return self.unembedding.embedding_VD if self.tied else self.unembedding
+        return self.unembedding.embedding_VD if isinstance(self.unembedding, TiedEmbedding) else self.unembedding
 
     @property
     def dtype(self):
@@ -90,7 +90,8 @@ class LMHead(NamedTuple):
     @property
     def axes(self) -> LMHead:
         """The vocabulary's axis in each of the arrays."""
-        return LMHead(TiedEmbedding(0) if self.tied else 1, None if self.bias_V is None else 0)
+        first: Any = 0  # as JAX wants it: numbers in the places of arrays
+        return LMHead(TiedEmbedding(first) if self.tied else first + 1, None if self.bias_V is None else first)
 
     def config(self, scale, softcap, vocab_size: int, vocab_shards: int | None) -> LogitConfig:
         shards = sharding.vocab_shards(vocab_shards, self.matrix, 0 if self.tied else 1)
@@ -118,7 +119,9 @@ class LMHead(NamedTuple):
         bias_V = None if self.bias_V is None else dlogits_NV.sum(0).astype(dtype)
         return LMHead(TiedEmbedding(matrix) if self.tied else matrix, bias_V)
 
-    def hidden_gradient(self, dlogits_NV: jax.Array, config: LogitConfig, columns_M=None, like=None) -> jax.Array:
+    def hidden_gradient(
+        self, dlogits_NV: jax.Array, config: LogitConfig, columns_M=None, *, like: jax.Array
+    ) -> jax.Array:
         """The hidden states' gradient [N, D] from that of h W + bias, in float32; `like` has their dtype."""
         rounded_NV = dlogits_NV.astype(gradient_dtype(like, self))
         matrix = self.matrix

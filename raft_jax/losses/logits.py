@@ -113,7 +113,7 @@ def top_k_forward_kl(
         checks.tokens("teacher_logits_BTV", teacher_logits_BTV, shape)
         sizes["teacher_logits_BTV"] = teacher_logits_BTV.shape[-1]
     vocab_size = checks.vocab_size(vocab_size, **sizes)
-    shards = None if given else sharding.vocab_shards(vocab_shards, teacher_logits_BTV)
+    shards = 1 if given else sharding.vocab_shards(vocab_shards, teacher_logits_BTV)
 
     @sharding.automatic(len(shape))
     def loss(student, teacher, tau):
@@ -123,8 +123,8 @@ def top_k_forward_kl(
         else:
             logits = truncation.mask_padding(checks.upcast(teacher), vocab_size)
             values, indices = truncation.top_k_sharded(logits, min(k or 512, vocab_size), recall, shards)
-            statistics = truncation.softmax_metrics(logits, tau)[1:] if return_metrics else ()
-            teacher = TopK(indices, values, *statistics)
+            normalizer, entropy = truncation.softmax_metrics(logits, tau)[1:] if return_metrics else (None, None)
+            teacher = TopK(indices, values, normalizer, entropy)
         student_BTK, teacher_BTK = truncation.gather(student, teacher, vocab_size)
         loss_BT = _pointwise(ForwardKL(), student_BTK.shape[-1], student_BTK, (teacher_BTK, tau))
         if not return_metrics:

@@ -13,6 +13,7 @@ NaN. `needs_logits` says whether `dlogits` reads the logits; what it does not re
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -88,6 +89,9 @@ class Divergence:
 
     needs_logits: ClassVar[bool] = True
     curvature: ClassVar[float] = 1.0
+    terms: ClassVar[Callable]
+    centre: ClassVar[Callable]
+    slope: ClassVar[Callable]
 
     def value(self, student_NV, targets):
         teacher_NV, temperature = targets

@@ -70,7 +70,7 @@ def vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
         return array
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(array, missing, to="varying")
-    return jax.lax.pvary(array, missing)  # jax before 0.8
+    return jax.lax.pvary(array, missing)  # pyright: ignore[reportAttributeAccessIssue] (jax before 0.8)
 
 
 def _varying(array: jax.Array) -> frozenset[str]:

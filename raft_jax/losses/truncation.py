@@ -106,11 +106,13 @@ def given_top_k(teacher: TopK, k: int | None, vocab_size: int) -> TopK:
 def check_given(teacher: TopK, shape: tuple[int, ...], temperature, return_metrics: bool) -> None:
     """A `TopK` has the student's shape, and its statistics are at the temperature that the metrics are wanted at."""
     checks.tokens("logits_BTK", teacher.logits_BTK, shape)
-    known = return_metrics and teacher.temperature is not None and not checks.is_traced(temperature)
-    if known and not math.isclose(teacher.temperature, float(temperature), rel_tol=1e-6):
+    of_statistics = teacher.temperature
+    if not return_metrics or of_statistics is None or checks.is_traced(temperature):
+        return
+    if not math.isclose(of_statistics, float(temperature), rel_tol=1e-6):
         raise ValueError(
             f"return_metrics needs a TopK whose statistics are at the loss's temperature {temperature}, "
-            f"got one of {teacher.temperature}"
+            f"got one of {of_statistics}"
         )
 
 
@@ -120,7 +122,7 @@ def gather(logits: jax.Array, teacher: TopK, vocab_size: int) -> tuple[jax.Array
     student = jnp.take_along_axis(logits, jnp.clip(indices, 0, logits.shape[-1] - 1), axis=-1)
     student, kept = checks.upcast(student), checks.upcast(teacher.logits_BTK)
     student = jnp.where((indices >= vocab_size) & ~jnp.isneginf(kept), jnp.nan, student)  # no token has that index
-    return tuple(jnp.where(indices < 0, -jnp.inf, x) for x in (student, kept))
+    return jnp.where(indices < 0, -jnp.inf, student), jnp.where(indices < 0, -jnp.inf, kept)
 
 
 def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:

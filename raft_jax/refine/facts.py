@@ -18,15 +18,12 @@ from raft_jax.refine.english import (
     MODALS,
     NEGATING_PREFIXES,
     NEGATIONS,
-    NUMBERS,
     OPPOSITE_PREFIXES,
     OPPOSITES,
-    ORDINALS,
     PIVOTS,
-    SCALES,
     STOP_WORDS,
-    UNITS,
 )
+from raft_jax.refine.words import content_stems, is_number, numbers, numbers_with_units, stem_of, words_of
 
 SENTENCE_SLACK = 0.1  # so much lower than the recall of all words may that of a sentence be, of words side by side
 MIN_SENTENCE_SUPPORT = 0.5  # share of the content words of each sentence of a text that gold answer and question have
@@ -35,12 +32,9 @@ LONGER_THAN_YES = 3  # words: an answer of no more than a "yes" may be said with
 SPELLED_OUT = 6  # content words that any text may add: a terse answer becomes a sentence
 SAME_SENTENCE = 0.6  # share of common content words from which two sentences are taken to say the same thing
 LONGEST_ITEM = 3  # content words of an item of a list within a sentence; longer ones are clauses
-STEM = 5  # letters of a word that are compared: "applying" and "application" have one stem
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[a-z][.!?])(?=[A-Z])|\n+")
 _LIST_MARKER = re.compile(r"^\s*(?:[-*•·]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+", re.MULTILINE)
-_CONTRACTION = re.compile(r"\w*n't$|'(?:ll|re|ve|d|m|s)$")
 _NUMBER = re.compile(r"\d+(?:[.,:]\d+)*")
 _SYMBOLS = re.compile(r"[_$@%\\<>=|~{}\[\]#^*]|\w[/:]+\w|[a-z0-9]\.[a-z0-9]|\w\(\)")
 
@@ -100,93 +94,20 @@ def is_copy(gold: str, text: str) -> bool:
       >>> is_copy("No. Rule 12.", "no, rule 12")
       True
     """
-    return _words(gold) == _words(text)
+    return words_of(gold) == words_of(text)
 
 
 def _without_list_markers(text: str) -> str:
     return _LIST_MARKER.sub("", text)
 
 
-def _words(text: str) -> list[str]:
-    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
-
-
-def _stem(word: str) -> str:
-    """What is compared of a word: without possessive and plural, and its first letters."""
-    word = re.sub(r"'s?$", "", word.lower().replace("’", "'"))
-    if len(word) > 4 and word.endswith("ies"):
-        word = word[:-3] + "y"
-    elif len(word) > 3 and word.endswith("s") and not word.endswith("ss"):
-        word = word[:-1]
-    return word[:STEM]
-
-
 # Numbers
 
 
-def numbers(text: str) -> set[str]:
-    """The numbers of a text as digits, also those in words; not "one" and "second", which have other meanings.
-
-    Example:
-      >>> sorted(numbers("twenty-five of 1,000 at 10:30, or two hundred and ten"))
-      ['1000', '10:30', '210', '25']
-    """
-    return {value for value, _ in _numbers_with_units(text)}
-
-
-def _numbers_with_units(text: str) -> Iterator[tuple[str, str | None]]:
-    """Each number and the unit behind it (or the currency before it)."""
-    tokens = re.findall(r"\d+(?:[.,:]\d+)*|[^\W\d_]+|[$€£%]", text.lower())
-    index = 0
-    while index < len(tokens):
-        number, after = _number_at(tokens, index)
-        if number is None:
-            index += 1
-            continue
-        before = tokens[index - 1] if index and tokens[index - 1] in "$€£" else ""
-        unit = UNITS.get(before or (tokens[after] if after < len(tokens) else ""))
-        yield number, unit
-        index = after
-
-
-def _number_at(tokens: list[str], index: int) -> tuple[str | None, int]:
-    """The number that begins at a token, and the index behind it; None where none begins."""
-    token = tokens[index]
-    if token[0].isdigit():
-        return _digits(token), index + 1
-    if token in ORDINALS:
-        return str(ORDINALS[token]), index + 1
-    if token not in NUMBERS or token == "one":
-        return None, index
-    total, part = 0, 0
-    while index < len(tokens):
-        token = tokens[index]
-        if token in NUMBERS:
-            part += NUMBERS[token]
-        elif token == "hundred":
-            part *= 100
-        elif token in SCALES:
-            total, part = total + part * SCALES[token], 0
-        elif token != "and" or tokens[index - 1] not in SCALES or not {*tokens[index + 1 : index + 2]} & NUMBERS.keys():
-            break
-        index += 1
-    return str(total + part), index
-
-
-def _digits(token: str) -> str:
-    """One way to write a number: no thousands separators, no zeros before or behind."""
-    token = re.sub(r",(?=\d{3}(?:\D|$))", "", token)
-    if re.fullmatch(r"\d+(?:\.\d+)?", token):
-        whole, _, rest = token.partition(".")
-        rest = rest.rstrip("0")
-        return f"{int(whole)}.{rest}" if rest else str(int(whole))
-    return token
-
-
 def _number_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
-    in_gold, in_text, in_source = list(_numbers_with_units(gold)), list(_numbers_with_units(text)), numbers(source)
+    in_gold, in_text, in_source = list(numbers_with_units(gold)), list(numbers_with_units(text)), numbers(source)
     wanted, found = {value for value, _ in in_gold}, {value for value, _ in in_text}
-    gold_words, text_words = set(_words(gold)), set(_words(text))
+    gold_words, text_words = set(words_of(gold)), set(words_of(text))
     for value in sorted(wanted - found):
         if not INSTEAD_OF.get(value, frozenset()) & text_words:
             yield f"the number {value} is missing"
@@ -233,7 +154,7 @@ def _name_key(name: str) -> str:
 
 
 def _keys(text: str) -> set[str]:
-    return {_name_key(word) for word in _words(text)}
+    return {_name_key(word) for word in words_of(text)}
 
 
 def _name_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
@@ -264,7 +185,7 @@ def _answer_particle(text: str) -> tuple[str | None, str]:
 def _count_negations(text: str) -> int:
     text = re.sub(r"\b[Nn]o\.\s*(?=\d)", "number ", text)  # "No. 5" is a number
     text = re.sub(r"\bnot only\b", "", text.lower())
-    words = _words(text)
+    words = words_of(text)
     return sum(word in NEGATIONS or word.endswith("n't") for word in words)
 
 
@@ -275,7 +196,7 @@ def _negation_mismatches(gold: str, text: str) -> Iterator[str]:
         yield f"{text_particle!r} is new" if gold_particle is None else f"{gold_particle!r} became {text_particle!r}"
     elif gold_particle == "no" and text_particle is None and found == wanted:
         yield "the 'no' is lost"
-    elif gold_particle == "yes" and text_particle is None and len(_words(gold_rest)) > LONGER_THAN_YES:
+    elif gold_particle == "yes" and text_particle is None and len(words_of(gold_rest)) > LONGER_THAN_YES:
         yield "the 'yes' is lost"
     elif found < wanted:
         yield "a negation is lost"
@@ -285,7 +206,7 @@ def _negation_mismatches(gold: str, text: str) -> Iterator[str]:
 
 def _count_modals(text: str) -> Counter:
     lowered = text.lower()
-    counts = Counter(MODALS[word] for word in _words(lowered) if word in MODALS)
+    counts = Counter(MODALS[word] for word in words_of(lowered) if word in MODALS)
     for pattern, kind in _MODAL_PHRASES:
         counts[kind] += len(pattern.findall(lowered))
     return counts
@@ -305,7 +226,7 @@ def _article(noun: str) -> str:
 
 def _opposite_mismatches(gold: str, text: str) -> Iterator[str]:
     """A word that is rarer than in the gold answer where its opposite is more frequent."""
-    wanted, found = Counter(_words(gold)), Counter(_words(text))
+    wanted, found = Counter(words_of(gold)), Counter(words_of(text))
 
     def change(side) -> int:
         return sum(found[word] - wanted[word] for word in side)
@@ -332,7 +253,7 @@ def _lost_contrasts(gold: str, text: str) -> Iterator[str]:
       >>> list(_lost_contrasts("Paid and unpaid leave count.", "Paid leave counts."))
       ["'unpaid' is missing"]
     """
-    wanted, found = set(_words(gold)), set(_words(text))
+    wanted, found = set(words_of(gold)), set(words_of(text))
     for word in sorted(wanted - found):
         if any(other in _formed_opposites(word) or word in _formed_opposites(other) for other in wanted & found):
             yield f"{word!r} is missing"
@@ -362,31 +283,21 @@ def _changed(side, more: Counter, fewer: Counter) -> str:
 # Sentences and words
 
 
-def _content(text: str) -> list[str]:
-    """Stems of the words that carry meaning, in order; numbers and their units are compared apart."""
-    words = (_CONTRACTION.sub("", word) for word in _words(text))
-    return [_stem(word) for word in words if word and not (word in STOP_WORDS or word in UNITS or _is_number(word))]
-
-
-def _is_number(word: str) -> bool:
-    return word[0].isdigit() or any(word in table for table in (NUMBERS, SCALES, ORDINALS))
-
-
 def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
     """Content words that are gone: too many of the answer or of a sentence, or more than what could stand for them."""
-    present, wanted = set(_content(text)), list(dict.fromkeys(_content(gold)))
+    present, wanted = set(content_stems(text)), list(dict.fromkeys(content_stems(gold)))
     lost, new = [stem for stem in wanted if stem not in present], present - set(wanted)
     allowed = (1 - word_recall) * len(wanted) + 1e-9
     if len(lost) > allowed or len(lost) - len(new) > allowed / 4:
-        words = {_stem(word): word for word in reversed(_words(gold))}
+        words = {stem_of(word): word for word in reversed(words_of(gold))}
         named = ", ".join(words[stem] for stem in lost[:3]) + (", …" if len(lost) > 3 else "")
         yield f"{len(lost)} of {len(wanted)} content words are missing ({named})"
         return
     # A sentence is said where most of its words stand together; one that is cut in two stands in neighbours.
-    parts = [set(_content(sentence)) for sentence in _SENTENCE_END.split(text)]
+    parts = [set(content_stems(sentence)) for sentence in _SENTENCE_END.split(text)]
     parts += [one | other for one, other in pairwise(parts)]
     for sentence in _SENTENCE_END.split(gold):
-        stems = set(_content(sentence))
+        stems = set(content_stems(sentence))
         if len(stems) > 1 and max(len(stems & part) for part in parts) / len(stems) < word_recall - SENTENCE_SLACK:
             yield f"the sentence {_brief(sentence)!r} is missing"
 
@@ -398,22 +309,22 @@ def _lost_items(gold: str, text: str) -> Iterator[str]:
       >>> list(_lost_items("Bring a pen, paper, and a map.", "You need to bring a pen and a map."))
       ["'paper' is missing from a list"]
     """
-    present = set(_content(text))
+    present = set(content_stems(text))
     for series in _SERIES.finditer(gold):
-        items = [(item.strip(), set(_content(item))) for item in _BETWEEN_ITEMS.split(series[0])]
+        items = [(item.strip(), set(content_stems(item))) for item in _BETWEEN_ITEMS.split(series[0])]
         short = [(item, stems) for item, stems in items if 0 < len(stems) <= LONGEST_ITEM]
         if any(stems & present for _, stems in short):
             yield from (f"{_brief(item)!r} is missing from a list" for item, stems in short if not stems & present)
 
 
 def _added_words(gold: str, text: str, source: str) -> Iterator[str]:
-    known, found = set(_content(gold)) | set(_content(source)), list(dict.fromkeys(_content(text)))
+    known, found = set(content_stems(gold)) | set(content_stems(source)), list(dict.fromkeys(content_stems(text)))
     new = [stem for stem in found if stem not in known]
     if len(new) > max(SPELLED_OUT, MAX_NEW_WORDS * len(found)):
         yield f"{len(new)} of {len(found)} content words are new"
     spelled_out = len(found) <= 2 * SPELLED_OUT
     for sentence in _SENTENCE_END.split(text):
-        stems = dict.fromkeys(_content(sentence))
+        stems = dict.fromkeys(content_stems(sentence))
         supported = sum(stem in known for stem in stems)
         if len(stems) > 2 and supported / len(stems) < MIN_SENTENCE_SUPPORT and not spelled_out:
             yield f"the sentence {_brief(sentence)!r} is new"
@@ -426,10 +337,10 @@ def _added_items(gold: str, text: str, source: str) -> Iterator[str]:
       >>> list(_added_items("For example:\\n- Plumbing", "For example:\\n- Plumbing\\n- Construction", ""))
       ["the item 'Construction' is new"]
     """
-    known = {*_content(gold), *_content(source)}
+    known = {*content_stems(gold), *content_stems(source)}
     for line in text.splitlines():
         item = _without_list_markers(line)
-        if item != line and (stems := set(_content(item))) and not stems & known:
+        if item != line and (stems := set(content_stems(item))) and not stems & known:
             yield f"the item {_brief(item)!r} is new"
 
 
@@ -453,15 +364,15 @@ def _brief(sentence: str) -> str:
 
 def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
     """Pairs of sentences that say the same thing, by the words that they share; not those that are the same."""
-    def words_of(sentence: str) -> tuple[frozenset[str], frozenset[str]]:
-        words = _words(sentence)
-        stems = {_stem(word) for word in words if word not in STOP_WORDS and not _is_number(word)}
+    def compared(sentence: str) -> tuple[frozenset[str], frozenset[str]]:
+        words = words_of(sentence)
+        stems = {stem_of(word) for word in words if word not in STOP_WORDS and not is_number(word)}
         return frozenset(stems), frozenset(words)
 
-    theirs = {words_of(sentence): sentence for sentence in _SENTENCE_END.split(text)}
+    theirs = {compared(sentence): sentence for sentence in _SENTENCE_END.split(text)}
     for sentence in _SENTENCE_END.split(gold):
-        stems, words = words_of(sentence)
-        if len(stems) < 2 or ((stems, words) in theirs and _words(theirs[stems, words]) == _words(sentence)):
+        stems, words = compared(sentence)
+        if len(stems) < 2 or ((stems, words) in theirs and words_of(theirs[stems, words]) == words_of(sentence)):
             continue
         overlap, _, best = max(
             (len(stems & other) / len(stems | other), len(words & all_words), candidate)
@@ -486,14 +397,14 @@ def _sentence_negation(sentence: str, other: str) -> Iterator[str]:
 
 def _reversed_order(sentence: str, other: str) -> Iterator[str]:
     """Three words, each once in both sentences, in the opposite order: "A pays B" as "B pays A"."""
-    ours, theirs = _words(sentence), _words(other)
+    ours, theirs = words_of(sentence), words_of(other)
     if "by" in theirs and "by" not in ours:  # a passive: what was done by whom is said the other way round
         return
 
     def places(words: list[str]) -> tuple[dict[str, int], list[str]]:
         kept = [word for word in words if word not in STOP_WORDS or word in PIVOTS]
-        counts = Counter(map(_stem, kept))
-        return {_stem(word): index for index, word in enumerate(kept) if counts[_stem(word)] == 1}, kept
+        counts = Counter(map(stem_of, kept))
+        return {stem_of(word): index for index, word in enumerate(kept) if counts[stem_of(word)] == 1}, kept
 
     first, kept = places(ours)
     second, _ = places(theirs)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 from raft_jax.refine.english import STOP_WORDS
+from raft_jax.refine.words import words_of
 
 REFUSAL = re.compile(
     r"^\W*(i( a|['’]?)m (sorry|unable|not able)|sorry,|i apologi[sz]e|i can(no|['’])t (help|assist|answer|provide)|"
@@ -33,7 +34,6 @@ TASK_WORDS = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 RUN = 4  # words in a row that a text may not share with the instructions
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
 _ITEM = re.compile(r"\s*[-*•·]\s+\w")
 _LINE = re.compile(r"(?<=[.!?])\s+|\n+")
 
@@ -77,7 +77,7 @@ def repeated_instructions(text: str, instructions: str, sources: str) -> str | N
 
 def shared_run(text: str, instructions: str, sources: str) -> str | None:
     """Four words or more in a row that a text has from the instructions and not from the row's own texts."""
-    words, scaffold, own = _words(text), _runs(_words(instructions)), _runs(_words(sources))
+    words, scaffold, own = words_of(text), _runs(words_of(instructions)), _runs(words_of(sources))
     for start in range(len(words) - RUN + 1):
         run = tuple(words[start : start + RUN])
         if run in scaffold and run not in own and sum(word not in STOP_WORDS for word in run) > 1:
@@ -102,9 +102,9 @@ def repetition(text: str, gold: str) -> str | None:
     for line in _LINE.split(text):
         meaning = _meaning(line)
         found[meaning] += 1
-        if (len(_words(line)) >= 3 or _ITEM.match(line)) and found[meaning] > max(1, wanted[meaning]):
+        if (len(words_of(line)) >= 3 or _ITEM.match(line)) and found[meaning] > max(1, wanted[meaning]):
             return line.strip()
-    in_gold, in_text = (Counter(_runs(_words(side), 6, unique=False)) for side in (gold, text))
+    in_gold, in_text = (Counter(_runs(words_of(side), 6, unique=False)) for side in (gold, text))
     for run, count in in_text.items():
         if count > max(1, in_gold[run]):
             return " ".join(run)
@@ -113,13 +113,9 @@ def repetition(text: str, gold: str) -> str | None:
 
 def _meaning(sentence: str) -> str:
     """A sentence without stop words, or with them where only one other word is left."""
-    words = _words(sentence)
+    words = words_of(sentence)
     meaning = [word for word in words if word not in STOP_WORDS]
     return " ".join(meaning if len(meaning) > 1 else words)
-
-
-def _words(text: str) -> list[str]:
-    return [word.replace("’", "'") for word in _WORD.findall(text.lower())]
 
 
 def _runs(words: list[str], length: int = RUN, unique: bool = True):

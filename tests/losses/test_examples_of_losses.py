@@ -15,7 +15,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("name", ["flax_nnx_loop", "equinox_loop", "tunix_style_loss", "maxtext_style_loss"])
+@pytest.mark.parametrize("name", ["flax_nnx_loop", "equinox_loop", "maxtext_style_loss"])
 def test_example(name, capsys):
     losses = load(name).main(num_steps=4)
     assert len(losses) == 4 and losses[-1] < losses[0]
