@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from raft_jax.errors import InputError, require_train
 from raft_jax.files import read_text
@@ -155,7 +155,7 @@ class LoraConfig:
         _require(self.rank >= 0, "train.lora.rank", self.rank, "0 (off) or more")
         _require(self.alpha > 0, "train.lora.alpha", self.alpha, "above 0")
         known = set(self.targets) <= set(LORA_TARGETS) and len(set(self.targets)) == len(self.targets)
-        _require(self.targets and known, "train.lora.targets", list(self.targets),
+        _require(bool(self.targets) and known, "train.lora.targets", list(self.targets),
                  f"some of {', '.join(LORA_TARGETS)}, each once")
 
 
@@ -301,14 +301,13 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
             if "=" not in override.lstrip("="):
                 raise InputError(f"override {override!r}: expected key.path=value")
             place = f"override {override!r}"
-            given = OmegaConf.to_container(OmegaConf.from_dotlist([override]))
-            merged = OmegaConf.merge(merged, require_literal(given, place))
+            merged = OmegaConf.merge(merged, require_literal(_plain(OmegaConf.from_dotlist([override])), place))
         if missing := sorted(OmegaConf.missing_keys(merged)):
             raise InputError(f"{path}: no value for {', '.join(missing)}")
-        for key, value in flat(OmegaConf.to_container(merged)).items():
+        for key, value in flat(_plain(merged)).items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"config: {key} is {value}; allowed: a finite number")
-        return OmegaConf.to_object(merged)
+        return cast(Config, OmegaConf.to_object(merged))
     except InputError:
         raise
     except OmegaConfBaseException as error:
@@ -339,17 +338,24 @@ def _one_line(error: Exception) -> str:
     return f"{full_key}: {sentence}" if full_key and full_key not in sentence else sentence
 
 
+def _plain(config) -> dict[str, Any]:
+    """An OmegaConf mapping as plain values."""
+    from omegaconf import OmegaConf
+
+    return cast(dict[str, Any], OmegaConf.to_container(config))
+
+
 def _defaults() -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(Config))
+    return _plain(OmegaConf.structured(Config))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """A config as nested dictionaries of plain values."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(OmegaConf.structured(config))
+    return _plain(OmegaConf.structured(config))
 
 
 def to_yaml(config: Config) -> str:

@@ -42,7 +42,7 @@ def pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool) 
             raise ValueError(f"row {index} has {len(row)} tokens, and the length is {length}")
         columns = slice(length - len(row), None) if left else slice(0, len(row))
         ids[index, columns], mask[index, columns] = row, True
-    return Tokens(ids, mask)
+    return Tokens(ids, mask)  # pyright: ignore[reportArgumentType]  # of NumPy until it is put on devices
 
 
 class Batches:
@@ -98,7 +98,7 @@ class Batches:
         epoch, index = divmod(step, self.steps_per_epoch)
         number, members = self._planned(epoch)[index]
         rows = [self.rows[member] for member in members]
-        sides = [
+        prompt, answer, teacher_prompt = (
             replace(
                 pad([getattr(row, name) for row in rows], length, self.pad_id, left=name != "answer"),
                 max_tokens=max_tokens, shared_prefix=shared,
@@ -106,8 +106,9 @@ class Batches:
             for name, length, max_tokens, shared in zip(
                 SIDES, self._lengths[number], self._max_tokens[number], self._shared, strict=True
             )
-        ]
-        return Batch(*sides, np.array([row.number for row in rows], np.int32))
+        )
+        row_ids = np.array([row.number for row in rows], np.int32)
+        return Batch(prompt, answer, teacher_prompt, row_ids)  # pyright: ignore[reportArgumentType]
 
     def _most_tokens(self, num_epochs: int, num_shards: int, num_micro_batches: int) -> list[list[int]]:
         """The most real tokens of prompt, answer and teacher prompt, on one shard in one micro-batch, of each bucket's

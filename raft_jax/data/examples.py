@@ -200,7 +200,7 @@ def _ids(rows: Sequence[Row], columns: Columns) -> list[str]:
     seen: dict[str, str] = {}
     for row in rows:
         if columns.id not in row.values:
-            raise _missing(row, columns.id, "id", "=null to number the rows")
+            raise _missing(row, str(columns.id), "id", "=null to number the rows")
         id = row.values[columns.id]
         if isinstance(id, int) and not isinstance(id, bool):
             id = str(id)

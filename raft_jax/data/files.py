@@ -251,7 +251,7 @@ def _read_parquet(source: str, path: Path, wanted: Wanted) -> list[Row]:
     except ImportError as error:
         raise InputError(f"{source}: Parquet needs pyarrow; pip install pyarrow") from error
     try:
-        file = pa.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
         schema, num_rows = file.schema_arrow, file.metadata.num_rows
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{source}: not a whole Parquet file ({brief(error)}); write it again") from error
@@ -296,16 +296,16 @@ def _cell(value) -> Any:
 def _holds_something(source: str, file, name: str) -> list[bool]:
     """Whether each row's value is more than null or an empty list, a few rows at a time: they may be large."""
     import pyarrow as pa
-    import pyarrow.compute
+    import pyarrow.compute as pc
 
     held = []
     try:
         for batch in file.iter_batches(batch_size=64, columns=[name]):
             array = batch.column(0)
             if pa.types.is_list(array.type) or pa.types.is_large_list(array.type):
-                sizes = pa.compute.list_value_length(array).fill_null(0)
+                sizes = pc.list_value_length(array).fill_null(0)  # pyright: ignore[reportAttributeAccessIssue]
             elif pa.types.is_string(array.type) or pa.types.is_large_string(array.type):
-                sizes = pa.compute.binary_length(array).fill_null(0)
+                sizes = pc.binary_length(array).fill_null(0)  # pyright: ignore[reportAttributeAccessIssue]
             else:
                 sizes = array.is_valid()
             held += map(bool, sizes.to_pylist())
@@ -344,7 +344,7 @@ def _read_tfds(source: str, path: Path, wanted: Wanted) -> list[Row]:
         for name in sorted(builder.info.splits):
             if builder.info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
                 _check_records(source, builder.info.splits[name])
-            for number, values in enumerate(builder.as_data_source(name), start=1):
+            for number, values in enumerate(builder.as_data_source(name), start=1):  # pyright: ignore[reportCallIssue]
                 where = f"{source}: {name} row {number}"
                 plain = {
                     key: _plain(value, where, key) if key in used else Unread(kind_of(value))

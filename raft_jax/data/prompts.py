@@ -12,9 +12,14 @@ Turns = Iterable[Sequence[str]]  # (role, content): the system turn and all turn
 class Question(Protocol):
     """What has a question: an example, a refined row, an item of the refinement."""
 
-    question: str
-    context: str
-    turns: Turns
+    @property
+    def question(self) -> str: ...
+
+    @property
+    def context(self) -> str: ...
+
+    @property
+    def turns(self) -> Turns: ...
 
 
 def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conversation:

@@ -213,7 +213,7 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
         "chosen": text(), "chosen_round": tfds.features.Scalar(np.int32), "reason": text(),
         **{name: text(doc="JSON, as in refined.jsonl") for name in _NESTED},
     })
-    serializer = ExampleSerializer(features.get_serialized_info())
+    serializer = ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
     # One record a group: any row can be read without its neighbours.
     writer = ArrayRecordWriter(str(work / "records"), "group_size:1")
     num_bytes = 0
@@ -231,7 +231,7 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
 
     digest = _describe(work / "records")["sha256"][:16]
     template = tfds.core.ShardedFileTemplate(
-        data_dir=work, dataset_name="refined", filetype_suffix="array_record",
+        data_dir=work, dataset_name="refined", filetype_suffix="array_record",  # pyright: ignore[reportArgumentType]
         template="{DATASET}-{SPLIT}-" + digest + ".{FILEFORMAT}-{SHARD_X_OF_Y}")
     split = tfds.core.SplitInfo(name="train", shard_lengths=[len(entries)], num_bytes=num_bytes,
                                 filename_template=template)

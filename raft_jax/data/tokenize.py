@@ -16,9 +16,11 @@ class ChatTokenizer(Protocol):
 
     def chat_prompt(self, messages: Conversation) -> list[int]:
         """Ids up to where the assistant's answer begins."""
+        ...
 
     def chat_answer(self, messages: Conversation) -> list[int]:
         """Ids of the last message, the assistant's, with the end of its turn."""
+        ...
 
 
 def prompt_and_answer(

@@ -30,11 +30,11 @@ def make_divergence(
     @jax.jit
     def mean_kl(base_params, params, prompt: Tokens, answer: Tokens):
         base_BAD, tuned_BAD = (answer_hidden(model, weights, prompt, answer) for weights in (base_params, params))
-        nats_BA = linear_forward_kl(
+        kl_BA = linear_forward_kl(
             tuned_BAD, model.unembedding(params), base_BAD, model.unembedding(base_params), temperature=1.0,
             vocab_shards=num_shards("vocabulary"), **model.head_settings,
         )
-        return answer_means(nats_BA, answer.mask)
+        return answer_means(kl_BA, answer.real)
 
     def divergence(
         base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],

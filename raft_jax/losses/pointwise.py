@@ -91,7 +91,7 @@ class Divergence:
     curvature: ClassVar[float] = 1.0
     terms: ClassVar[Callable]
     centre: ClassVar[Callable]
-    slope: ClassVar[Callable]
+    gradient: ClassVar[Callable]
 
     def value(self, student_NV, targets):
         teacher_NV, temperature = targets

@@ -36,7 +36,7 @@ class Model:
 
     config: DecoderConfig
     params: dict[str, jax.Array]
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer = None  # pyright: ignore[reportAssignmentType]  # None where no text is rendered
     hf_config: dict[str, Any] | None = None
     source: str = ""  # where it was loaded from
     generation: dict[str, Any] | None = None  # its generation_config.json

@@ -408,7 +408,7 @@ def _reversed_order(sentence: str, other: str) -> Iterator[str]:
 
     first, kept = places(ours)
     second, _ = places(theirs)
-    common = sorted(first.keys() & second.keys(), key=first.get)
+    common = sorted(first.keys() & second.keys(), key=first.__getitem__)
     chains: list[list[str]] = []  # for each word the longest run of falling places that ends there
     for index, stem in enumerate(common):
         before = [chains[i] for i in range(index) if second[common[i]] > second[stem]]

@@ -57,6 +57,7 @@ class Generator(Protocol):
 
     def prompt(self, item: RefineItem) -> Conversation:
         """What the model is asked; an empty item gives the instructions alone."""
+        ...
 
     def generate(
         self, items: Sequence[RefineItem], round: int, done: Container[int]
@@ -68,6 +69,7 @@ class Generator(Protocol):
           round: counted from 1; another round gives other texts.
           done: indices that need not be generated again.
         """
+        ...
 
 
 class LocalGenerator:

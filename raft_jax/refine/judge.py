@@ -33,6 +33,7 @@ class Judge(Protocol):
 
     def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         """A number in [0, 1] for each candidate, higher is better; None where the judge has no answer."""
+        ...
 
 
 class SimilarityJudge:

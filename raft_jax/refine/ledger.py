@@ -118,6 +118,10 @@ class Ledger:
         """Returns the record of a stage and key, not to be changed, or None."""
         return self._records.get((stage, key))
 
+    def __getitem__(self, name: tuple[str, str]) -> dict:
+        """The record of a stage and key, which is there."""
+        return self._records[name]
+
     def records(self) -> list[dict]:
         """Returns all records in the order in which they were added, not to be changed."""
         return list(self._records.values())

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from raft_jax.config import RefineConfig
 from raft_jax.data.examples import Example
-from raft_jax.data.refined import STATUSES, RefinedRow, Round
+from raft_jax.data.refined import STATUSES, RefinedRow, Round, Status
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.refine.facts import is_copy, mismatches
@@ -42,7 +42,7 @@ class Text(NamedTuple):
     """A written text as it is used, whether it can be, and if not, what is wrong with it."""
 
     text: str
-    status: str
+    status: Status
     note: str = ""
 
 
@@ -71,7 +71,7 @@ def refine(
             )
     accepted = [
         index for index in compared
-        if rewrites[index].status == "ok" and similarity[index] >= settings.threshold
+        if _is_accepted(rewrites[index], similarity[index], settings)
     ]
     gold_scores = dict(zip(
         accepted, _scores(models.judges, [items[index] for index in accepted],
@@ -140,7 +140,7 @@ def _generate(
     instructions = "\n".join(message["content"] for message in generator.prompt(RefineItem("", "", "")))
     texts = []
     for key, item in zip(keys, items, strict=True):
-        text = screened(ledger.get(stage, key), item, instructions, settings)
+        text = screened(ledger[stage, key], item, instructions, settings)
         if text.status == "ok" and not renders(item, text.text):
             text = text._replace(status="unrenderable", note="the model's chat template refuses or changes it")
         texts.append(text)
@@ -179,12 +179,13 @@ def _similarities(
     keys = [f"{item.id}#{_digest(encoder.identity, *pair)}" for item, pair in zip(items, pairs, strict=True)]
     if any(("similarity", key) not in ledger for key in keys):
         with progress("similarity", 2 * len(items), "texts") as bar:
-            values = similarities(encoder, *zip(*pairs, strict=True), bar.advance)
+            gold, rewrites = zip(*pairs, strict=True)
+            values = similarities(encoder, gold, rewrites, bar.advance)
         ledger.append([
             {"stage": "similarity", "key": key, "value": None if math.isnan(value) else round(float(value), 6)}
             for key, value in zip(keys, values, strict=True) if ("similarity", key) not in ledger
         ])
-    return [ledger.get("similarity", key)["value"] for key in keys]
+    return [ledger["similarity", key]["value"] for key in keys]
 
 
 def _round(
@@ -230,7 +231,7 @@ def _scores(
                 ])
                 bar.advance(len(group))
         for score, key in zip(scores, keys, strict=True):
-            score[judge.name] = ledger.get("score", key)["value"]
+            score[judge.name] = ledger["score", key]["value"]
     return scores
 
 
@@ -250,9 +251,16 @@ def _gold_mean(candidate: Round, gold_scores: Mapping[str, float | None]) -> flo
     return _mean(gold_scores.get(name) for name, value in candidate.scores.items() if value is not None)
 
 
+def _is_accepted(written: Text, similarity: float | None, settings: RefineConfig) -> bool:
+    """Eq. 3, for a rewriting that can be used."""
+    return written.status == "ok" and similarity is not None and similarity >= settings.threshold
+
+
 def _falls_short(candidate: Round, gold_scores: Mapping[str, float | None], settings: RefineConfig) -> str:
     """Why a scored candidate may not be chosen; empty where it may."""
     gold = _gold_mean(candidate, gold_scores)
+    if candidate.mean is None:
+        return "not scored"
     if candidate.mean < settings.accept_floor:
         return f"below the floor {settings.accept_floor:g}"
     if gold is not None and candidate.mean < gold:
@@ -270,7 +278,7 @@ def _decide(
     gold_scores: Mapping[str, float | None], settings: RefineConfig,
 ) -> RefinedRow:
     """Eqs. 3 and 4 for one row: the best round where the filter passed, the gold answer elsewhere."""
-    accepted = written.status == "ok" and similarity is not None and similarity >= settings.threshold
+    accepted = _is_accepted(written, similarity, settings)
     scored = [candidate for candidate in rounds if candidate.mean is not None]
     eligible = [candidate for candidate in scored if not _falls_short(candidate, gold_scores, settings)]
     best = max(eligible, key=lambda candidate: (candidate.mean, -candidate.round), default=None)
@@ -283,7 +291,7 @@ def _decide(
         nearest = max(scored, key=lambda candidate: (candidate.mean, -candidate.round))
         reason = (f"Round {nearest.round} scored {nearest.mean:.3f}, {_falls_short(nearest, gold_scores, settings)}, "
                   "so the gold answer stays.")
-    elif best.mean >= settings.accept:
+    elif best.mean is not None and best.mean >= settings.accept:
         reason = f"Round {best.round} scored {best.mean:.3f}, at least {settings.accept:g}, and ended the rounds."
     else:
         reason = f"Round {best.round} scored {best.mean:.3f}, the best of {len(rounds)}."
