@@ -24,6 +24,7 @@ test-slow: .venv/installed-tpu
 
 check: .venv/installed-test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest tests/test_doctests.py tests/losses/test_docs.py
 

@@ -1,6 +1,6 @@
 """Tokens per second of the sampling engine: one prefill and a number of decoding steps, no row ending early.
 
-    python benchmarks/decode.py --model MODEL --batch-size 4 16 48 --prompt-tokens 128 --new-tokens 64
+python benchmarks/decode.py --model MODEL --batch-size 4 16 48 --prompt-tokens 128 --new-tokens 64
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ def main() -> None:
     # No token stops a row, so that every run does the same work.
     tokenizer = SimpleNamespace(stop_ids=(-1,), pad_id=loaded.tokenizer.pad_id)
     generate = make_generate(Model(loaded.config, loaded.params, tokenizer), options.new_tokens, unroll=options.unroll)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}; "
-          f"{options.prompt_tokens} + {options.new_tokens} tokens")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {jax.devices()[0].device_kind}, jax {jax.__version__}; "
+        f"{options.prompt_tokens} + {options.new_tokens} tokens"
+    )
     print("| batch | seconds, median (range) | new tokens/s |\n|---|---|---|")
     for B in options.batch_size:
         prompt = Tokens(jnp.full((B, options.prompt_tokens), 100, jnp.int32))
@@ -46,8 +48,10 @@ def main() -> None:
             jax.block_until_ready(generate(*arguments))
             seconds.append(time.perf_counter() - began)
         median = statistics.median(seconds)
-        print(f"| {B} | {median:.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {B * options.new_tokens / median:.0f} |",
-              flush=True)
+        print(
+            f"| {B} | {median:.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {B * options.new_tokens / median:.0f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

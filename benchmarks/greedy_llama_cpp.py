@@ -25,11 +25,18 @@ from raft_jax.models import load_pretrained
 from raft_jax.sampling import Sampler
 
 QUESTIONS = (
-    "List three fruits, one per line.", "Who wrote Romeo and Juliet?", "What is 12 times 3?",
-    "Write a Python function that reverses a string.", "What is the capital of France?", "Name the four seasons.",
-    "Explain in one sentence what a lighthouse is for.", "Translate 'good morning' into Spanish.",
-    "What colour is the sky on a clear day?", "How many minutes are there in two hours?",
-    "Write an SQL query that counts the rows of a table named users.", "What does HTTP stand for?",
+    "List three fruits, one per line.",
+    "Who wrote Romeo and Juliet?",
+    "What is 12 times 3?",
+    "Write a Python function that reverses a string.",
+    "What is the capital of France?",
+    "Name the four seasons.",
+    "Explain in one sentence what a lighthouse is for.",
+    "Translate 'good morning' into Spanish.",
+    "What colour is the sky on a clear day?",
+    "How many minutes are there in two hours?",
+    "Write an SQL query that counts the rows of a table named users.",
+    "What does HTTP stand for?",
 )
 NEAR_TIE = 0.5  # of the logits, nats
 
@@ -43,8 +50,13 @@ def llama_cpp_answers(path: str, prompts: list[list[int]], num_tokens: int) -> l
     server = xllamacpp.Server(params)
 
     def answer(prompt: list[int]) -> list[int]:
-        body = {"prompt": prompt, "n_predict": num_tokens, "temperature": 0.0, "return_tokens": True,
-                "cache_prompt": False}
+        body = {
+            "prompt": prompt,
+            "n_predict": num_tokens,
+            "temperature": 0.0,
+            "return_tokens": True,
+            "cache_prompt": False,
+        }
         request = urllib.request.Request(
             f"{server.listening_address}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -79,8 +91,10 @@ def main() -> int:
         below = logits_TV.max(-1) - logits_TV[np.arange(len(answer)), answer]
         exact, close = exact + int((below == 0).sum()), close + int(((below > 0) & (below < NEAR_TIE)).sum())
         wrong += int((below >= NEAR_TIE).sum())
-        print(f"{question} -> {tokenizer.decode(answer)!r}; {(below == 0).sum()} of {len(answer)} tokens are ours, "
-              f"largest distance {below.max():.3f}")
+        print(
+            f"{question} -> {tokenizer.decode(answer)!r}; {(below == 0).sum()} of {len(answer)} tokens are ours, "
+            f"largest distance {below.max():.3f}"
+        )
     if args.own:
         found = Sampler(model, batch_size=len(prompts)).generate(
             model.params, prompts, key=jax.random.key(0), temperature=0.0, max_new_tokens=args.tokens

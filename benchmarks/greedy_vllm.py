@@ -47,14 +47,23 @@ def compare(options: argparse.Namespace) -> int:
     ours = Sampler(model, batch_size=len(prompts)).generate(
         model.params, prompts, key=jax.random.key(0), temperature=0.0, max_new_tokens=options.tokens
     )
-    job = {"folder": options.folder, "dtype": options.dtype, "tokens": options.tokens, "prompts": prompts,
-           "questions": QUESTIONS}
+    job = {
+        "folder": options.folder,
+        "dtype": options.dtype,
+        "tokens": options.tokens,
+        "prompts": prompts,
+        "questions": QUESTIONS,
+    }
     with tempfile.TemporaryDirectory() as folder:
         given, found = Path(folder) / "job.json", Path(folder) / "found.json"
         given.write_text(json.dumps(job))
         environment = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ}
-        subprocess.run([options.vllm_python, __file__, "--job", str(given), "--out", str(found)], check=True,
-                       env=environment, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [options.vllm_python, __file__, "--job", str(given), "--out", str(found)],
+            check=True,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+        )
         theirs = json.loads(found.read_text())
 
     def text_of(ids) -> str:
@@ -74,9 +83,11 @@ def compare(options: argparse.Namespace) -> int:
     below = np.asarray(below)
     prompts_same = sum(prompt == found for prompt, found in zip(prompts, theirs["chat_prompts"], strict=True))
     close = int(((below > 0) & (below < NEAR_TIE)).sum())
-    print(f"the same texts: {same} of {len(prompts)}; by chat(): {prompts_same} prompts, {chats} texts; vLLM's tokens: "
-          f"{(below == 0).sum()} are ours, {close} are near ties, {(below >= NEAR_TIE).sum()} are neither "
-          f"(at most {below.max():.3f} below)")
+    print(
+        f"the same texts: {same} of {len(prompts)}; by chat(): {prompts_same} prompts, {chats} texts; vLLM's tokens: "
+        f"{(below == 0).sum()} are ours, {close} are near ties, {(below >= NEAR_TIE).sum()} are neither "
+        f"(at most {below.max():.3f} below)"
+    )
     return int((below >= NEAR_TIE).any() or prompts_same < len(prompts))
 
 

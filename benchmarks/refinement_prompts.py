@@ -42,46 +42,62 @@ def system(text):
 REWRITE = {
     "as the project does": lambda item: rewrite_prompt(item.gold, *item.asked(TERSE_WORDS)),
     "system turn with the question": lambda item: [
-        system(f"This is a question: {item.question}\n\nThe user gives the answer to it. Rewrite the answer "
-               f"{SENTENCES}. {KEEP}"),
+        system(
+            f"This is a question: {item.question}\n\nThe user gives the answer to it. Rewrite the answer "
+            f"{SENTENCES}. {KEEP}"
+        ),
         user(item.gold),
     ],
     "question in the user's turn": lambda item: [
-        system(f"You're an AI assistant for text re-writing. Rewrite the answer to the question {SENTENCES}. {KEEP} "
-               "Write the answer only."),
+        system(
+            f"You're an AI assistant for text re-writing. Rewrite the answer to the question {SENTENCES}. {KEEP} "
+            "Write the answer only."
+        ),
         user(f"{item.question}\n\nAnswer: {item.gold}"),
     ],
-    "user turn, question first": lambda item: [user(
-        f"This text answers the question: {item.question}\n\nRewrite the following text {SENTENCES}. {KEEP}\n\n"
-        f"{item.gold}"
-    )],
+    "user turn, question first": lambda item: [
+        user(
+            f"This text answers the question: {item.question}\n\nRewrite the following text {SENTENCES}. {KEEP}\n\n"
+            f"{item.gold}"
+        )
+    ],
     "user turn, one example": lambda item: [
         user(f"Rewrite {SENTENCES}: No. Section 4. Closed on Sundays, 2 permits at most."),
-        {"role": "assistant", "content": "No, that is not allowed. Under Section 4, it is closed on Sundays, and there "
-                                         "are 2 permits at most."},
+        {
+            "role": "assistant",
+            "content": "No, that is not allowed. Under Section 4, it is closed on Sundays, and there "
+            "are 2 permits at most.",
+        },
         user(f"Rewrite {SENTENCES}: {item.gold}"),
     ],
     "question and answer as turns": lambda item: [
-        user(item.question), {"role": "assistant", "content": item.gold},
+        user(item.question),
+        {"role": "assistant", "content": item.gold},
         user(f"Please say that again {SENTENCES}. {KEEP}"),
     ],
-    "the correct answer as a hint": lambda item: [user(
-        f"{item.question}\n\nHere is the correct answer: {item.gold}\n\nAnswer the question in your own words, with "
-        "all that the correct answer says and nothing else."
-    )],
+    "the correct answer as a hint": lambda item: [
+        user(
+            f"{item.question}\n\nHere is the correct answer: {item.gold}\n\nAnswer the question in your own words, "
+            "with all that the correct answer says and nothing else."
+        )
+    ],
 }
 FUSE = {
     "as the project does": lambda item: fusion_prompt(item.gold, item.rewrite, *item.asked(TERSE_WORDS)),
     "system turn with the question": lambda item: [
-        system(f"This is a question: {item.question}\n\nThe user gives two versions of the answer to it. Write one "
-               f"version {SENTENCES}. Keep every fact, number and name of the first version."),
+        system(
+            f"This is a question: {item.question}\n\nThe user gives two versions of the answer to it. Write one "
+            f"version {SENTENCES}. Keep every fact, number and name of the first version."
+        ),
         user(f"{item.gold}\n\n{item.rewrite}"),
     ],
-    "user turn, numbered texts": lambda item: [user(
-        f"These texts answer the question: {item.question}\n\nText 1: {item.gold}\n\nText 2: {item.rewrite}\n\n"
-        f"Merge the two texts into one, {SENTENCES}. Keep every fact, number and name of text 1. Write the merged text "
-        "only."
-    )],
+    "user turn, numbered texts": lambda item: [
+        user(
+            f"These texts answer the question: {item.question}\n\nText 1: {item.gold}\n\nText 2: {item.rewrite}\n\n"
+            f"Merge the two texts into one, {SENTENCES}. Keep every fact, number and name of text 1. Write the merged "
+            "text only."
+        )
+    ],
 }
 
 
@@ -102,8 +118,15 @@ def main():
     sampler = Sampler(model, args.rows)
 
     def write(prompt):
-        generator = LocalGenerator(sampler, model.params, prompt, key=jax.random.key(1), temperature=args.temperature,
-                             top_p=1.0, max_new_tokens=args.max_new_tokens)
+        generator = LocalGenerator(
+            sampler,
+            model.params,
+            prompt,
+            key=jax.random.key(1),
+            temperature=args.temperature,
+            top_p=1.0,
+            max_new_tokens=args.max_new_tokens,
+        )
         (generations,) = generator.generate(items, 1, ())
         instructions = "\n".join(message["content"] for message in prompt(RefineItem("", "", "")))
         return [
@@ -119,8 +142,11 @@ def main():
         began = time.perf_counter()
         texts = write(prompt)
         counts = Counter(text.status for text in texts)
-        print(f"{name:36} {time.perf_counter() - began:5.0f} s ",
-              ", ".join(f"{count} {status}" for status, count in counts.most_common()), flush=True)
+        print(
+            f"{name:36} {time.perf_counter() - began:5.0f} s ",
+            ", ".join(f"{count} {status}" for status, count in counts.most_common()),
+            flush=True,
+        )
         usable = [(item, text) for item, text in zip(items, texts, strict=True) if text.status == "ok"]
         for item, text in usable[: args.read]:
             print(f"\nquestion  {item.question}\ngold      {item.gold}\nwritten   {text.text}\n")

@@ -111,8 +111,13 @@ def measure(options: argparse.Namespace) -> dict:
         real += sum(int(side.mask.sum()) - (size - 1) * side.shared_prefix for side in sides) + 3 * generated
         computed += sum(side.max_tokens for side in sides) + decoded + 2 * capacity
     return {
-        "side": "raft_jax", "jax": jax.__version__, "seconds": seconds, "loss_tokens": loss_tokens,
-        "first_seconds": first_seconds, "padding": 1 - real / computed, "peak_memory_bytes": take_peak_memory(),
+        "side": "raft_jax",
+        "jax": jax.__version__,
+        "seconds": seconds,
+        "loss_tokens": loss_tokens,
+        "first_seconds": first_seconds,
+        "padding": 1 - real / computed,
+        "peak_memory_bytes": take_peak_memory(),
         "load_average": [load_before, os.getloadavg()],
     }
 
@@ -143,9 +148,16 @@ def main() -> None:
         return
 
     shared = [
-        "--model", options.model, "--rows", options.rows, "--dtype", options.dtype,
-        *(f"--{name}={getattr(options, name.replace('-', '_'))}"
-          for name in ("batch-size", "max-prompt-tokens", "max-new-tokens", "steps", "warmup")),
+        "--model",
+        options.model,
+        "--rows",
+        options.rows,
+        "--dtype",
+        options.dtype,
+        *(
+            f"--{name}={getattr(options, name.replace('-', '_'))}"
+            for name in ("batch-size", "max-prompt-tokens", "max-new-tokens", "steps", "warmup")
+        ),
     ]
     runs: dict[str, list[dict]] = {"raft_jax": [], "TRL": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -159,21 +171,28 @@ def main() -> None:
                     runs[side].append(run_side(ours, out))
                     continue
                 trl = run_side([options.trl_python, str(HERE / "trl_step.py"), *shared], out)
-                runs[side].append({
-                    **trl, **{key: trl["raft_equivalent"][key] for key in ("seconds", "loss_tokens")},
-                    "padding": trl["padding"]["share"],
-                })
-    print(f"{platform.machine()}, {os.cpu_count()} cores; {options.dtype}, batch {options.batch_size}, "
-          f"{options.max_new_tokens} new tokens, {options.steps} steps a repeat")
+                runs[side].append(
+                    {
+                        **trl,
+                        **{key: trl["raft_equivalent"][key] for key in ("seconds", "loss_tokens")},
+                        "padding": trl["padding"]["share"],
+                    }
+                )
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores; {options.dtype}, batch {options.batch_size}, "
+        f"{options.max_new_tokens} new tokens, {options.steps} steps a repeat"
+    )
     print("| side | s/step, median (range) | tokens with loss / s | peak memory | padding |\n|---|---|---|---|---|")
     for side, found in runs.items():
         if not found:
             continue
         seconds = [value for run in found for value in run["seconds"]]
         speed = sum(sum(run["loss_tokens"]) for run in found) / sum(seconds)
-        print(f"| {side} | {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {speed:.0f} | "
-              f"{max(run['peak_memory_bytes'] for run in found) / 1e9:.2f} GB | "
-              f"{statistics.median(run['padding'] for run in found):.0%} |")
+        print(
+            f"| {side} | {statistics.median(seconds):.2f} ({min(seconds):.2f}-{max(seconds):.2f}) | {speed:.0f} | "
+            f"{max(run['peak_memory_bytes'] for run in found) / 1e9:.2f} GB | "
+            f"{statistics.median(run['padding'] for run in found):.0%} |"
+        )
     if options.out:
         settings = vars(options) | {"out": str(options.out)}
         options.out.write_text(json.dumps({"settings": settings, "runs": runs}, indent=1))

@@ -84,8 +84,11 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - began)
         median = {name: statistics.median(values) for name, values in seconds.items()}
         ranges = {name: f"{median[name]:.2f} ({min(values):.2f}-{max(values):.2f})" for name, values in seconds.items()}
-        print(f"| {workaround} | {program} | {ranges['with']} | {ranges['without']} | "
-              f"{1 - median['with'] / median['without']:.1%} |", flush=True)
+        print(
+            f"| {workaround} | {program} | {ranges['with']} | {ranges['without']} | "
+            f"{1 - median['with'] / median['without']:.1%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The losses in an Equinox model's loop: cross entropy and a distillation loss of your choice.
 
-    python examples/equinox_loop.py
+python examples/equinox_loop.py
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """RAFT's losses in a plain Flax NNX loop with optax: rollout, answer-conditioned teacher, balanced objective.
 
-    python examples/flax_nnx_loop.py
+python examples/flax_nnx_loop.py
 """
 
 from __future__ import annotations
@@ -64,9 +64,7 @@ def rollout(graphdef, params, question_BP, key, num_tokens):
 def make_step(graphdef, optimizer):
     def loss(params, teacher_params, balance, question_BP, answer_BA, rollout_BC):
         student, teacher = nnx.merge(graphdef, params), nnx.merge(graphdef, teacher_params)
-        sft_BA = linear_cross_entropy(
-            predictions(student, question_BP, answer_BA), student.unembedding(), answer_BA
-        )
+        sft_BA = linear_cross_entropy(predictions(student, question_BP, answer_BA), student.unembedding(), answer_BA)
         told_BQ = jnp.concatenate([answer_BA, question_BP], axis=1)  # the teacher sees the answer (Eq. 7)
         kl_BC, metrics = linear_top_k_forward_kl(
             predictions(student, question_BP, rollout_BC),

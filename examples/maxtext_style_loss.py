@@ -26,7 +26,12 @@ from flax import nnx
 from raft_jax.losses import cross_entropy, token_mean, top_k_forward_kl
 
 CONFIG = SimpleNamespace(
-    vocab_size=250, padded_vocab_size=256, width=32, enable_dropout=False, distill_k=32, distill_temperature=1.5,
+    vocab_size=250,
+    padded_vocab_size=256,
+    width=32,
+    enable_dropout=False,
+    distill_k=32,
+    distill_temperature=1.5,
 )
 
 
@@ -91,9 +96,12 @@ def packed_batch() -> dict:
     segments_BT = (jnp.arange(12) < lengths_B).astype(jnp.int32).at[0, 5:].set(2)
     positions_BT = jnp.broadcast_to(jnp.arange(12), (4, 12)).at[0, 5:].add(-5)
     return {
-        "inputs": tokens_BT[:, :-1], "inputs_position": positions_BT, "inputs_segmentation": segments_BT,
+        "inputs": tokens_BT[:, :-1],
+        "inputs_position": positions_BT,
+        "inputs_segmentation": segments_BT,
         # The last token of a text does not predict the first of the next one.
-        "targets": tokens_BT[:, 1:], "targets_segmentation": segments_BT.at[0, 4].set(0),
+        "targets": tokens_BT[:, 1:],
+        "targets_segmentation": segments_BT.at[0, 4].set(0),
     }
 
 

@@ -24,8 +24,15 @@ from tunix.sft.utils import build_positions_from_mask, make_causal_attn_mask
 from raft_jax.losses import TopK, linear_cross_entropy, linear_top_k, linear_top_k_forward_kl, token_mean
 
 CONFIG = ModelConfig(
-    num_layers=2, vocab_size=256, embed_dim=32, hidden_dim=64, num_heads=4, head_dim=8, num_kv_heads=2,
-    rope_theta=10_000, norm_eps=1e-5,
+    num_layers=2,
+    vocab_size=256,
+    embed_dim=32,
+    hidden_dim=64,
+    num_heads=4,
+    head_dim=8,
+    num_kv_heads=2,
+    rope_theta=10_000,
+    norm_eps=1e-5,
 )
 K, TEMPERATURE = 32, 1.5
 

@@ -119,8 +119,9 @@ class Checkpoints:
                 return step
             place = self._move_aside(step)
             older = "falling back to the step before" if step != steps[-1] else "training begins at step 0"
-            print(f"{self.folder / str(step)}: damaged or unfinished; {older} (it is moved to {place})",
-                  file=sys.stderr)
+            print(
+                f"{self.folder / str(step)}: damaged or unfinished; {older} (it is moved to {place})", file=sys.stderr
+            )
         return None
 
     def _is_whole(self, step: int) -> bool:
@@ -156,7 +157,6 @@ def _arrays(state: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{array.dtype}{list(array.shape)}"
         for path, array in jax.tree_util.tree_leaves_with_path(state)
     }
-
 
 
 def remove_steps(folder: Path) -> None:

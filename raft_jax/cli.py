@@ -25,7 +25,10 @@ STAGES = {
 }
 # What is shown at the end of a stage; of a whole run, everything.
 TABLES = {
-    "refine": ("outputs",), "train": ("training", "outputs"), "export": ("outputs",), "evaluate": ("scores", "outputs"),
+    "refine": ("outputs",),
+    "train": ("training", "outputs"),
+    "export": ("outputs",),
+    "evaluate": ("scores", "outputs"),
 }
 LOG_WIDTH = 120
 LONGEST_LINE = 4000  # of an error
@@ -75,7 +78,8 @@ def _complaint(error: Exception) -> str | None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="raft-jax", description="RAFT in JAX: a language model learns a domain without forgetting the rest.",
+        prog="raft-jax",
+        description="RAFT in JAX: a language model learns a domain without forgetting the rest.",
     )
     parser.add_argument("--version", action="version", version=f"raft-jax {__version__}")
     shared = argparse.ArgumentParser(add_help=False)
@@ -84,8 +88,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     with_config = argparse.ArgumentParser(add_help=False, parents=[shared])
     with_config.add_argument("config", help="a YAML file, for example configs/quickstart.yaml")
-    with_config.add_argument("words", nargs="*", default=[], metavar="key.path=value",
-                             help="settings that replace the file's")
+    with_config.add_argument(
+        "words", nargs="*", default=[], metavar="key.path=value", help="settings that replace the file's"
+    )
     for name, text in STAGES.items():
         verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
         verb.set_defaults(function=_stage, stage=name)
@@ -98,18 +103,30 @@ def make_parser() -> argparse.ArgumentParser:
 
     text = "ask a question; base and tuned model answer side by side"
     verb = verbs.add_parser(
-        "generate", parents=[shared], help=text, description=text[0].upper() + text[1:] + ".",
+        "generate",
+        parents=[shared],
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
         usage="raft-jax generate [options] CONFIG QUESTION [key.path=value ...]\n"
-              "       raft-jax generate [options] QUESTION --model SOURCE [--model SOURCE ...]\n"
-              "       raft-jax generate [options] CONFIG --questions FILE",
+        "       raft-jax generate [options] QUESTION --model SOURCE [--model SOURCE ...]\n"
+        "       raft-jax generate [options] CONFIG --questions FILE",
     )
-    verb.add_argument("words", nargs="*", default=[], metavar="CONFIG QUESTION", help="of a run: its base model and "
-                      "every model that it has exported are asked; with --model, the question alone")
+    verb.add_argument(
+        "words",
+        nargs="*",
+        default=[],
+        metavar="CONFIG QUESTION",
+        help="of a run: its base model and "
+        "every model that it has exported are asked; with --model, the question alone",
+    )
     verb.add_argument("--questions", metavar="FILE", help="in place of QUESTION: one a line; - is standard input")
     verb.add_argument("--dtype", choices=DTYPES, help="of the weights (default: the config's, or float32)")
-    verb.add_argument("--model", action="append", metavar="SOURCE",
-                      help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME[@REVISION]; may be given "
-                           "again")
+    verb.add_argument(
+        "--model",
+        action="append",
+        metavar="SOURCE",
+        help="a folder, a .gguf file, package://MODULE/PATH or hf://OWNER/NAME[@REVISION]; may be given again",
+    )
     verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default 256)")
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, at temperatures above 0")
@@ -128,8 +145,13 @@ def _stage(args) -> int:
     require_sources(config)
     with interrupt.handled(), open_run_folder(config) as folder:
         run = Run(config, folder)
-        stages = {"run": run.all, "refine": run.refine, "train": run.train, "export": run.train,
-                  "evaluate": run.evaluate}
+        stages = {
+            "run": run.all,
+            "refine": run.refine,
+            "train": run.train,
+            "export": run.train,
+            "evaluate": run.evaluate,
+        }
         stages[args.stage]()
         interrupt.check()
         run.report()

@@ -16,19 +16,46 @@ from raft_jax.settings_text import flat, parse_yaml, require_literal
 DTYPES = ("float32", "bfloat16")
 # What other programs and the paper call our keys, for the error about an unknown one.
 ALIASES = {
-    "lr": "train.learning_rate", "bs": "train.batch_size", "batch": "train.batch_size", "wd": "train.weight_decay",
-    "per_device_train_batch_size": "train.batch_size", "steps": "train.max_steps", "num_steps": "train.max_steps",
-    "num_epochs": "train.epochs", "num_train_epochs": "train.epochs", "warmup": "train.warmup_steps",
-    "gradient_accumulation_steps": "train.num_micro_batches", "grad_accum": "train.num_micro_batches",
-    "max_grad_norm": "train.max_gradient_norm", "clip": "train.max_gradient_norm",
+    "lr": "train.learning_rate",
+    "bs": "train.batch_size",
+    "batch": "train.batch_size",
+    "wd": "train.weight_decay",
+    "per_device_train_batch_size": "train.batch_size",
+    "steps": "train.max_steps",
+    "num_steps": "train.max_steps",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "warmup": "train.warmup_steps",
+    "gradient_accumulation_steps": "train.num_micro_batches",
+    "grad_accum": "train.num_micro_batches",
+    "max_grad_norm": "train.max_gradient_norm",
+    "clip": "train.max_gradient_norm",
     "save_steps": "train.checkpoint_every",
-    "save_total_limit": "train.keep_checkpoints", "lora_r": "train.lora.rank", "lora_rank": "train.lora.rank",
-    "r": "train.lora.rank", "lora_alpha": "train.lora.alpha", "target_modules": "train.lora.targets",
-    "k": "train.top_k", "topk": "train.top_k", "beta": "train.ema_decay", "lambda": "train.fixed_weight",
-    "tau": "refine.threshold", "temp": "train.temperature", "model_name": "model.source", "name": "model.source",
-    "model_name_or_path": "model.source", "base_model": "model.source", "dataset": "data.path", "file": "data.path",
-    "val_size": "data.held_out", "output_dir": "run_dir", "out": "run_dir", "method": "methods", "bf16": "model.dtype",
-    "precision": "model.dtype", "gradient_checkpointing": "model.remat",
+    "save_total_limit": "train.keep_checkpoints",
+    "lora_r": "train.lora.rank",
+    "lora_rank": "train.lora.rank",
+    "r": "train.lora.rank",
+    "lora_alpha": "train.lora.alpha",
+    "target_modules": "train.lora.targets",
+    "k": "train.top_k",
+    "topk": "train.top_k",
+    "beta": "train.ema_decay",
+    "lambda": "train.fixed_weight",
+    "tau": "refine.threshold",
+    "temp": "train.temperature",
+    "model_name": "model.source",
+    "name": "model.source",
+    "model_name_or_path": "model.source",
+    "base_model": "model.source",
+    "dataset": "data.path",
+    "file": "data.path",
+    "val_size": "data.held_out",
+    "output_dir": "run_dir",
+    "out": "run_dir",
+    "method": "methods",
+    "bf16": "model.dtype",
+    "precision": "model.dtype",
+    "gradient_checkpointing": "model.remat",
 }
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
@@ -120,8 +147,12 @@ class RefineConfig:
         _require(self.temperature >= 0, "refine.temperature", self.temperature, "0 (greedy) or more")
         _require(0 < self.top_p <= 1, "refine.top_p", self.top_p, "above 0, up to 1")
         _require(self.batch_size >= 1, "refine.batch_size", self.batch_size, "1 or more")
-        _require(self.max_new_tokens is None or self.max_new_tokens >= 1, "refine.max_new_tokens", self.max_new_tokens,
-                 "1 or more, or null for data.max_answer_tokens")
+        _require(
+            self.max_new_tokens is None or self.max_new_tokens >= 1,
+            "refine.max_new_tokens",
+            self.max_new_tokens,
+            "1 or more, or null for data.max_answer_tokens",
+        )
         known = ("similarity", "coverage", "likelihood")
         _require(bool(self.judges) and set(self.judges) <= set(known), "refine.judges", self.judges, ", ".join(known))
 
@@ -155,8 +186,12 @@ class LoraConfig:
         _require(self.rank >= 0, "train.lora.rank", self.rank, "0 (off) or more")
         _require(self.alpha > 0, "train.lora.alpha", self.alpha, "above 0")
         known = set(self.targets) <= set(LORA_TARGETS) and len(set(self.targets)) == len(self.targets)
-        _require(bool(self.targets) and known, "train.lora.targets", list(self.targets),
-                 f"some of {', '.join(LORA_TARGETS)}, each once")
+        _require(
+            bool(self.targets) and known,
+            "train.lora.targets",
+            list(self.targets),
+            f"some of {', '.join(LORA_TARGETS)}, each once",
+        )
 
 
 @dataclass(frozen=True)
@@ -188,11 +223,21 @@ class TrainConfig:
     keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
 
     def __post_init__(self):
-        for key in ("batch_size", "num_micro_batches", "length_buckets", "top_k", "checkpoint_every",
-                    "keep_checkpoints"):
+        for key in (
+            "batch_size",
+            "num_micro_batches",
+            "length_buckets",
+            "top_k",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
-        _require(self.batch_size % self.num_micro_batches == 0, "train.num_micro_batches", self.num_micro_batches,
-                 f"a divisor of train.batch_size {self.batch_size}")
+        _require(
+            self.batch_size % self.num_micro_batches == 0,
+            "train.num_micro_batches",
+            self.num_micro_batches,
+            f"a divisor of train.batch_size {self.batch_size}",
+        )
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
         _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
@@ -203,12 +248,24 @@ class TrainConfig:
         _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
         _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
-        _require(self.fixed_weight is None or self.fixed_weight >= 0, "train.fixed_weight", self.fixed_weight,
-                 "0 or more, or null")
-        _require(self.max_gradient_norm is None or self.max_gradient_norm > 0, "train.max_gradient_norm",
-                 self.max_gradient_norm, "above 0, or null")
-        _require(self.loss_chunk_size is None or self.loss_chunk_size >= 1, "train.loss_chunk_size",
-                 self.loss_chunk_size, "1 or more, or null")
+        _require(
+            self.fixed_weight is None or self.fixed_weight >= 0,
+            "train.fixed_weight",
+            self.fixed_weight,
+            "0 or more, or null",
+        )
+        _require(
+            self.max_gradient_norm is None or self.max_gradient_norm > 0,
+            "train.max_gradient_norm",
+            self.max_gradient_norm,
+            "above 0, or null",
+        )
+        _require(
+            self.loss_chunk_size is None or self.loss_chunk_size >= 1,
+            "train.loss_chunk_size",
+            self.loss_chunk_size,
+            "1 or more, or null",
+        )
 
 
 @dataclass(frozen=True)
@@ -270,8 +327,12 @@ class Config:
         allowed = "one or more of " + ", ".join(METHODS)
         _require(bool(self.methods) and set(self.methods) <= set(METHODS), "methods", self.methods, allowed)
         _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
-        _require(self.refine_max_new_tokens <= self.data.max_answer_tokens, "refine.max_new_tokens",
-                 self.refine.max_new_tokens, f"up to data.max_answer_tokens {self.data.max_answer_tokens}, or null")
+        _require(
+            self.refine_max_new_tokens <= self.data.max_answer_tokens,
+            "refine.max_new_tokens",
+            self.refine.max_new_tokens,
+            f"up to data.max_answer_tokens {self.data.max_answer_tokens}, or null",
+        )
 
     @property
     def refine_max_new_tokens(self) -> int:

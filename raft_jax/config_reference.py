@@ -48,12 +48,24 @@ def reference() -> str:
     parts = [HEAD]
     for prefix, group in groups(Config):
         title = f"`{prefix[:-1]}`" if prefix else "The run"
-        rows = [f"| `{key.name}` | {key.type} | {key.default} | {key.allowed} | {key.comment} |"
-                for key in keys_of(prefix, group, allowed)]
-        parts.append("\n".join([
-            f"## {title}", "", inspect.cleandoc(group.__doc__), "", "| key | type | default | allowed | what |",
-            "|---|---|---|---|---|", *rows, "",
-        ]))
+        rows = [
+            f"| `{key.name}` | {key.type} | {key.default} | {key.allowed} | {key.comment} |"
+            for key in keys_of(prefix, group, allowed)
+        ]
+        parts.append(
+            "\n".join(
+                [
+                    f"## {title}",
+                    "",
+                    inspect.cleandoc(group.__doc__),
+                    "",
+                    "| key | type | default | allowed | what |",
+                    "|---|---|---|---|---|",
+                    *rows,
+                    "",
+                ]
+            )
+        )
     return "\n".join(parts)
 
 
@@ -71,9 +83,15 @@ def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
     """The keys of one dataclass that are not groups themselves."""
     comments = comments_of(group)
     return [
-        Key(prefix + field.name, _cell(str(field.type).replace("None", "null")), _default(field),
-            _cell(allowed.get(prefix + field.name, "")), _cell(comments.get(field.name, "")))
-        for field in dataclasses.fields(group) if not dataclasses.is_dataclass(field.default_factory)
+        Key(
+            prefix + field.name,
+            _cell(str(field.type).replace("None", "null")),
+            _default(field),
+            _cell(allowed.get(prefix + field.name, "")),
+            _cell(comments.get(field.name, "")),
+        )
+        for field in dataclasses.fields(group)
+        if not dataclasses.is_dataclass(field.default_factory)
     ]
 
 

@@ -25,5 +25,7 @@ def require_train(*modules: str) -> None:
     """
     if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
         verb = "is" if len(missing) == 1 else "are"
-        raise MissingExtra(f"{', '.join(missing)} {verb} not installed; everything but raft_jax.losses needs: "
-                           "pip install 'raft-jax[train]'")
+        raise MissingExtra(
+            f"{', '.join(missing)} {verb} not installed; everything but raft_jax.losses needs: "
+            "pip install 'raft-jax[train]'"
+        )

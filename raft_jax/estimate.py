@@ -45,9 +45,17 @@ class Device:
 
 # Peak bfloat16 FLOP/s and bytes/s as the makers give them; the part of a device's name that says which it is.
 ACCELERATORS = {
-    "TPU v4": (275e12, 1.2e12), "TPU v5 lite": (197e12, 0.82e12), "TPU v5p": (459e12, 2.8e12),
-    "TPU v6 lite": (918e12, 1.6e12), "TPU7x": (2307e12, 7.4e12), "T4": (65e12, 0.32e12), "L4": (121e12, 0.3e12),
-    "A100": (312e12, 1.6e12), "H100": (989e12, 3.3e12), "H200": (989e12, 4.8e12), "B200": (2250e12, 8e12),
+    "TPU v4": (275e12, 1.2e12),
+    "TPU v5 lite": (197e12, 0.82e12),
+    "TPU v5p": (459e12, 2.8e12),
+    "TPU v6 lite": (918e12, 1.6e12),
+    "TPU7x": (2307e12, 7.4e12),
+    "T4": (65e12, 0.32e12),
+    "L4": (121e12, 0.3e12),
+    "A100": (312e12, 1.6e12),
+    "H100": (989e12, 3.3e12),
+    "H200": (989e12, 4.8e12),
+    "B200": (2250e12, 8e12),
 }
 SHARE_OF_FLOPS, SHARE_OF_BANDWIDTH = 0.35, 0.5
 # Of one core with AVX-512, float32 (docs/performance.md).
@@ -102,8 +110,13 @@ def model_size(decoder, config: Config) -> ModelSize:
     tables = [parameter_table(decoder), adapter_table(decoder, lora.rank, lora.targets) if lora.rank else None]
     counts = [table and sum(math.prod(info.shape) for info in table.values()) for table in tables]
     return ModelSize(
-        counts[0], counts[1] or counts[0], decoder.num_layers, decoder.width, decoder.ffn_width,
-        decoder.num_heads * decoder.head_width, decoder.num_kv_heads * decoder.head_width,
+        counts[0],
+        counts[1] or counts[0],
+        decoder.num_layers,
+        decoder.width,
+        decoder.ffn_width,
+        decoder.num_heads * decoder.head_width,
+        decoder.num_kv_heads * decoder.head_width,
     )
 
 
@@ -137,9 +150,7 @@ def local_device() -> str:
     return "cpu"
 
 
-def estimate(
-    config: Config, model: ModelSize, rows: RowLengths, device: Device
-) -> Estimate:
+def estimate(config: Config, model: ModelSize, rows: RowLengths, device: Device) -> Estimate:
     """What a run takes that begins from nothing.
 
     Args:
@@ -160,9 +171,11 @@ def estimate(
     refined = any_refines(config.methods)
     train = sum(work.method(method, rows, steps) for method in config.methods)
     return Estimate(
-        disk_peak=max(disk_peak, disk_after), disk_after=disk_after,
+        disk_peak=max(disk_peak, disk_after),
+        disk_after=disk_after,
         memory=work.memory(rows, sharing, num_devices // sharing),
-        refine=work.refine(rows) / num_devices if refined else 0.0, train=train / num_devices,
+        refine=work.refine(rows) / num_devices if refined else 0.0,
+        train=train / num_devices,
         evaluate=(methods + 1) * work.evaluate(rows) / num_devices,
     )
 
@@ -195,8 +208,11 @@ def estimate_lines(
         return [*lines, f"time: not known for {name}"]
     stages = [(stage, getattr(found, stage)) for stage in ("refine", "train", "evaluate")]
     shares = ", ".join(f"{stage} {_time(seconds)}" for stage, seconds in stages if seconds)
-    return [*lines, f"time: about {_time(found.seconds)} at most on {known.name} ({shares}): as if every rewriting "
-                    "were fused and every answer ran to its limit of tokens"]
+    return [
+        *lines,
+        f"time: about {_time(found.seconds)} at most on {known.name} ({shares}): as if every rewriting "
+        "were fused and every answer ran to its limit of tokens",
+    ]
 
 
 @dataclass(frozen=True)
@@ -226,9 +242,8 @@ class _Work:
         num_batches = math.ceil(len(prompts) / batch)
         places = batch * (fmean(prompts) + new_tokens / 2)
         step = (
-            (self._weight_bytes + places * self._cache_bytes()) / self.device.bandwidth
-            + 2 * self.model.num_parameters * batch / self.device.decode_flops
-        )
+            self._weight_bytes + places * self._cache_bytes()
+        ) / self.device.bandwidth + 2 * self.model.num_parameters * batch / self.device.decode_flops
         return self.forward(sum(prompts)) + num_batches * new_tokens * step + programs * self.device.compile_seconds
 
     def refine(self, rows: RowLengths) -> float:

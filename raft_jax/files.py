@@ -20,8 +20,7 @@ MAX_BYTES = 256 << 20  # of a file that is read as a whole
 
 
 def require_regular(path: Path) -> Path:
-    """The path; raises InputError where it is not a regular file: a pipe or a device would be waited for, without end.
-    """
+    """The path; raises InputError where it is not a regular file: a pipe would be waited for, without end."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:

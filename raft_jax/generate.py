@@ -36,8 +36,16 @@ def models_of(config: Config) -> list[tuple[str, str]]:
 
 
 def generate(
-    models: Sequence[tuple[str, str]], questions: Sequence[str], console: Console, *, max_new_tokens: int,
-    temperature: float, seed: int, dtype: str = "float32", attention: str = "auto", thinking: bool | None = None,
+    models: Sequence[tuple[str, str]],
+    questions: Sequence[str],
+    console: Console,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    dtype: str = "float32",
+    attention: str = "auto",
+    thinking: bool | None = None,
     date: datetime.date | None = None,
 ) -> None:
     """Prints each model's answers; an answer that was cut at the limit ends with an ellipsis.
@@ -55,16 +63,27 @@ def generate(
         longest = max(map(len, prompts))
         room = model.config.max_positions - longest
         if room < 1:
-            raise InputError(f"{source}: the question of {longest} tokens is too long for the model's "
-                             f"{model.config.max_positions} positions")
+            raise InputError(
+                f"{source}: the question of {longest} tokens is too long for the model's "
+                f"{model.config.max_positions} positions"
+            )
         if max_new_tokens > room:
-            raise InputError(f"{source}: the question leaves room for {room} tokens; lower --max-new-tokens "
-                             f"{max_new_tokens}")
+            raise InputError(
+                f"{source}: the question leaves room for {room} tokens; lower --max-new-tokens {max_new_tokens}"
+            )
         completions = Sampler(model, batch_size=min(len(prompts), BATCH_SIZE)).generate(
-            model.params, prompts, key=jax.random.key(seed), temperature=temperature, max_new_tokens=max_new_tokens,
+            model.params,
+            prompts,
+            key=jax.random.key(seed),
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
         )
-        answers.append([model.tokenizer.decode(completion.tokens).strip() + " …" * (not completion.finished)
-                        for completion in completions])
+        answers.append(
+            [
+                model.tokenizer.decode(completion.tokens).strip() + " …" * (not completion.finished)
+                for completion in completions
+            ]
+        )
     for question, given in zip(questions, zip(*answers, strict=True), strict=True):
         if len(questions) > 1:
             console.print(Text(f"> {question}", style="bold"), soft_wrap=True)
@@ -72,5 +91,11 @@ def generate(
             console.print(Text(given[0]), soft_wrap=True)
             continue
         width = max(30, console.width // len(models) - 1)
-        console.print(Columns([Panel(Text(visible(answer)), title=Text(visible(name)), width=width)
-                               for answer, (name, _) in zip(given, models, strict=True)]))
+        console.print(
+            Columns(
+                [
+                    Panel(Text(visible(answer)), title=Text(visible(name)), width=width)
+                    for answer, (name, _) in zip(given, models, strict=True)
+                ]
+            )
+        )

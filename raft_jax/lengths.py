@@ -89,16 +89,20 @@ def measure(example: Example, tokenizer: Tokenizer) -> Lengths:
 def _advice(conversation: Conversation, tokenizer: Tokenizer) -> str:
     """What would make the chat template take a conversation, found by trying."""
     if conversation[0]["role"] == "system" and _is_taken(conversation[1:], tokenizer):
-        return ("; it takes no system turn: remove the system turns from the data, put their text into a column "
-                "named 'context', or use another model")
+        return (
+            "; it takes no system turn: remove the system turns from the data, put their text into a column "
+            "named 'context', or use another model"
+        )
     before = tokenizer.thinking
     try:
         for thinking in (False, True, None):
             tokenizer.thinking = thinking
             if thinking is not before and _is_taken(conversation, tokenizer):
                 named = {None: "null", True: "true", False: "false"}
-                return (f"; model.thinking={named[before]} and the answer disagree: with "
-                        f"model.thinking={named[thinking]} it is taken")
+                return (
+                    f"; model.thinking={named[before]} and the answer disagree: with "
+                    f"model.thinking={named[thinking]} it is taken"
+                )
     finally:
         tokenizer.thinking = before
     return ""
@@ -143,5 +147,7 @@ def describe_lengths(lengths: Sequence[Lengths]) -> Iterator[str]:
         ends = zip(("50 %", "90 %", "95 %", "99 %", "all"), quantiles(counts), strict=True)
         yield f"tokens of {name}, of {len(counts)} rows: " + ", ".join(f"{share} up to {end}" for share, end in ends)
     limits = limits_that_keep(lengths)
-    yield (f"limits that keep {KEPT:.0%} of these rows: data.max_question_tokens={limits.question} "
-           f"data.max_answer_tokens={limits.answer}")
+    yield (
+        f"limits that keep {KEPT:.0%} of these rows: data.max_question_tokens={limits.question} "
+        f"data.max_answer_tokens={limits.answer}"
+    )

@@ -28,13 +28,20 @@ def describe_machine() -> dict[str, Any]:
       None where the device does not say, as the CPU).
     """
     kinds = Counter(device.device_kind for device in jax.devices())
-    peaks = [stats["peak_bytes_in_use"] for device in jax.local_devices()
-             if "peak_bytes_in_use" in (stats := device.memory_stats() or {})]
+    peaks = [
+        stats["peak_bytes_in_use"]
+        for device in jax.local_devices()
+        if "peak_bytes_in_use" in (stats := device.memory_stats() or {})
+    ]
     return {
         "devices": [f"{count} × {kind}" for kind, count in sorted(kinds.items())],
-        "processes": jax.process_count(), "processor": _processor(), "cores": _num_cores(),
-        "python": platform.python_version(), "versions": {"raft_jax": __version__, **versions_of(PACKAGES)},
-        "peak_host_memory": _peak_host_memory(), "peak_device_memory": max(peaks, default=None),
+        "processes": jax.process_count(),
+        "processor": _processor(),
+        "cores": _num_cores(),
+        "python": platform.python_version(),
+        "versions": {"raft_jax": __version__, **versions_of(PACKAGES)},
+        "peak_host_memory": _peak_host_memory(),
+        "peak_device_memory": max(peaks, default=None),
     }
 
 

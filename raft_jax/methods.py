@@ -63,17 +63,33 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("raft", "RAFT", "fused", ("sft", "kl"), Style("RAFT", ("#0b7285", "#52c3d3"), "D"),
-               teacher_sees_answer=True),
+        Method(
+            "raft", "RAFT", "fused", ("sft", "kl"), Style("RAFT", ("#0b7285", "#52c3d3"), "D"), teacher_sees_answer=True
+        ),
         Method("sft", "SFT on the gold answers", "gold", ("sft",), Style("SFT", ("#b45309", "#f0994f"), "o", (5, 2))),
-        Method("sdft", "SFT on the rewritten answers (SDFT, arXiv:2402.13669)", "rewrite", ("sft",),
-               Style("SDFT", ("#7048b6", "#b89df2"), "^", (3, 1.5))),
-        Method("fused_sft", "SFT on the fused answers", "fused", ("sft",),
-               Style("fused SFT", ("#3b7a2f", "#8aca7c"), "v", (1, 1.2))),
-        Method("on_policy", "SFT on the gold answers with on-policy distillation (GKD, arXiv:2306.13649)", "gold",
-               ("sft", "kl"), Style("on-policy", ("#b02a6b", "#f086b5"), "P", (6, 2, 1, 2)),
-               # Its KL starts near 0, and Eq. 12 would give it a λ of hundreds.
-               fixed_weight=1.0),
+        Method(
+            "sdft",
+            "SFT on the rewritten answers (SDFT, arXiv:2402.13669)",
+            "rewrite",
+            ("sft",),
+            Style("SDFT", ("#7048b6", "#b89df2"), "^", (3, 1.5)),
+        ),
+        Method(
+            "fused_sft",
+            "SFT on the fused answers",
+            "fused",
+            ("sft",),
+            Style("fused SFT", ("#3b7a2f", "#8aca7c"), "v", (1, 1.2)),
+        ),
+        Method(
+            "on_policy",
+            "SFT on the gold answers with on-policy distillation (GKD, arXiv:2306.13649)",
+            "gold",
+            ("sft", "kl"),
+            Style("on-policy", ("#b02a6b", "#f086b5"), "P", (6, 2, 1, 2)),
+            # Its KL starts near 0, and Eq. 12 would give it a λ of hundreds.
+            fixed_weight=1.0,
+        ),
     )
 }
 # Models of a report that no method of the table has trained.

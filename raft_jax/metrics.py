@@ -29,14 +29,22 @@ class MetricsLog:
         if damaged:
             copy = path.with_name("metrics.damaged.jsonl")
             shutil.copyfile(path, copy)
-            print(f"{path}:{damaged[0]}: {len(damaged)} damaged line(s), left out of the curves; the file as it was "
-                  f"is kept as {copy}", file=sys.stderr)
+            print(
+                f"{path}:{damaged[0]}: {len(damaged)} damaged line(s), left out of the curves; the file as it was "
+                f"is kept as {copy}",
+                file=sys.stderr,
+            )
         if missing := [step for step in range(1, keep + 1) if step not in lines]:
-            print(f"{path}: nothing there about step {missing[0]} ({len(missing)} of {keep} steps lack their line); "
-                  "training goes on, and curves, time and token counts lack them", file=sys.stderr)
+            print(
+                f"{path}: nothing there about step {missing[0]} ({len(missing)} of {keep} steps lack their line); "
+                "training goes on, and curves, time and token counts lack them",
+                file=sys.stderr,
+            )
         if keep == 0 and lines:
-            print(f"{path.parent}: no checkpoint of the {len(lines)} steps that are logged; training begins at step 0",
-                  file=sys.stderr)
+            print(
+                f"{path.parent}: no checkpoint of the {len(lines)} steps that are logged; training begins at step 0",
+                file=sys.stderr,
+            )
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(lines[step]) + "\n" for step in sorted(lines) if step <= keep), "utf-8")
         partial.replace(path)

@@ -58,19 +58,31 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
 def check_refinement(data: RunData) -> None:
     """Raises InputError where a prompt for rewriting or fusion leaves no room for what is to be written."""
     length = data.config.refine_max_new_tokens
-    _require_room(data, "refine.max_new_tokens", length,
-                  (rewrite_prompt(row.answer, row.question, row.context, row.turns) for row in data.train))
+    _require_room(
+        data,
+        "refine.max_new_tokens",
+        length,
+        (rewrite_prompt(row.answer, row.question, row.context, row.turns) for row in data.train),
+    )
     # The fusion's prompt has the rewriting in it.
-    _require_room(data, "refine.max_new_tokens", 2 * length,
-                  (fusion_prompt(row.answer, "", row.question, row.context, row.turns) for row in data.train))
+    _require_room(
+        data,
+        "refine.max_new_tokens",
+        2 * length,
+        (fusion_prompt(row.answer, "", row.question, row.context, row.turns) for row in data.train),
+    )
 
 
 def check_evaluation(data: RunData) -> list[GeneralPrompt]:
     """The general prompts; raises InputError for whatever the evaluation would stumble over."""
     settings, general = data.config.evaluate, load_general_prompts(data.config.evaluate.general_path)
     _require_room(data, "evaluate.max_new_tokens", settings.max_new_tokens, map(question_of, data.test))
-    _require_room(data, "evaluate.general_new_tokens", settings.general_new_tokens,
-                  (question_prompt(prompt.prompt) for prompt in general))
+    _require_room(
+        data,
+        "evaluate.general_new_tokens",
+        settings.general_new_tokens,
+        (question_prompt(prompt.prompt) for prompt in general),
+    )
     for example in data.test:
         length = sum(map(len, prompt_and_answer(data.tokenizer, question_of(example), example.answer)))
         if length > data.max_positions:
@@ -151,9 +163,11 @@ def _print_example(data: RunData, tokenizer: Tokenizer, console) -> None:
 
     example = data.train[0]
     prompt, answer = prompt_and_answer(tokenizer, question_of(example), example.answer)
-    console.print(one_line(
-        f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do"
-    ))
+    console.print(
+        one_line(
+            f"one example, {example.id}: {len(prompt)} tokens of prompt carry no loss, {len(answer)} of the answer do"
+        )
+    )
     text = Text()
     for ids, styles in ((prompt, ("dim", "dim")), (answer, ("black on green", "black on bright_green"))):
         for index, characters in enumerate(_characters(tokenizer, ids)):

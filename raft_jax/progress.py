@@ -73,7 +73,14 @@ def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[_Plai
         def render(self, task):
             return Text(f"{task.speed:.2f}/s" if task.speed else "", style="progress.data.speed")
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), Speed(),
-               TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        Speed(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns) as bar:
         yield _Bar(bar, bar.add_task(title, total=total, completed=done, note=""))

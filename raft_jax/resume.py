@@ -41,8 +41,9 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
                     f"{folder}: another process is running in this folder; wait for it, or set run_dir"
                 ) from error
             except OSError as error:
-                raise InputError(f"{folder}: cannot be locked ({error.strerror}); set run_dir to a local folder"
-                                 ) from error
+                raise InputError(
+                    f"{folder}: cannot be locked ({error.strerror}); set run_dir to a local folder"
+                ) from error
         settings = all_settings(config)
         planned, records = _compare(config, settings)
         if lines := [*planned.lines(), *missing_files(folder, config)] if is_writer() else []:
@@ -126,8 +127,10 @@ def read_results(folder: RunFolder) -> dict[str, Settings]:
     if present != ["refine"]:
         for needed in (folder.config_yaml, folder.results_json, folder.date_file):
             if not needed.exists():
-                raise InputError(f"{needed}: is gone, and with it what the results beside it are of; put it back, or "
-                                 "set run_dir to a new folder")
+                raise InputError(
+                    f"{needed}: is gone, and with it what the results beside it are of; put it back, or "
+                    "set run_dir to a new folder"
+                )
     folder.timings()
     if folder.config_yaml.exists():
         read_saved(folder.config_yaml)
@@ -135,8 +138,10 @@ def read_results(folder: RunFolder) -> dict[str, Settings]:
         return {}
     records = read_json(folder.results_json)
     if not isinstance(records, dict) or not all(isinstance(record, dict) for record in records.values()):
-        raise InputError(f"{folder.results_json}: damaged, expected an object of objects; put it back, or set run_dir "
-                         "to a new folder")
+        raise InputError(
+            f"{folder.results_json}: damaged, expected an object of objects; put it back, or set run_dir "
+            "to a new folder"
+        )
     # An export that is there without a record was finished by a process that was killed just then.
     found = {stage: records.get(stage, records.get(stage.replace("export ", "train "))) for stage in present}
     found |= {f"evaluate {name}": record for name, record in evaluation.settings.items() if name in evaluation.models}

@@ -148,8 +148,13 @@ class Run:
 
         def generator(prompt, stream: int) -> LocalGenerator:
             return LocalGenerator(
-                sampler, self.model.params, prompt, key=jax.random.fold_in(key, stream), model=self.model_identity,
-                temperature=settings.temperature, top_p=settings.top_p,
+                sampler,
+                self.model.params,
+                prompt,
+                key=jax.random.fold_in(key, stream),
+                model=self.model_identity,
+                temperature=settings.temperature,
+                top_p=settings.top_p,
                 max_new_tokens=self.config.refine_max_new_tokens,
             )
 
@@ -161,9 +166,11 @@ class Run:
             ),
         }
         return RefineModels(
-            generator(lambda item: rewrite_prompt(item.gold, *item.asked(settings.terse_words)), 0), self.encoder,
+            generator(lambda item: rewrite_prompt(item.gold, *item.asked(settings.terse_words)), 0),
+            self.encoder,
             generator(lambda item: fusion_prompt(item.gold, item.rewrite, *item.asked(settings.terse_words)), 1),
-            [judges[name]() for name in settings.judges], partial(renders, self.model.tokenizer),
+            [judges[name]() for name in settings.judges],
+            partial(renders, self.model.tokenizer),
         )
 
     def _refined_with(self) -> str:
@@ -189,8 +196,9 @@ class Run:
             interrupt.check()
             tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
             self._record_settings(f"train {method.name}")
-            params = train(self.model, tokens, method, self.config.train, folder.path, seed=self.config.seed,
-                           mesh=self.mesh)
+            params = train(
+                self.model, tokens, method, self.config.train, folder.path, seed=self.config.seed, mesh=self.mesh
+            )
             metrics = folder.metrics()
             seconds = sum(line.get("seconds", 0) for line in metrics)
             self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
@@ -207,11 +215,17 @@ class Run:
         scores = {name: entry for name, entry in before.models.items() if name not in stale}
         if stale:
             begun = self.folder.evaluation(begun=True)
-            scores |= {name: entry for name, entry in begun.models.items()
-                       if name in begun.settings and self._is_current(f"evaluate {name}", begun.settings)}
+            scores |= {
+                name: entry
+                for name, entry in begun.models.items()
+                if name in begun.settings and self._is_current(f"evaluate {name}", begun.settings)
+            }
         if dropped := sorted(set(stale) - set(names)):
-            print(f"evaluation.json: without {', '.join(dropped)} from here on, evaluated with other settings and not "
-                  "among methods", flush=True)
+            print(
+                f"evaluation.json: without {', '.join(dropped)} from here on, evaluated with other settings and not "
+                "among methods",
+                flush=True,
+            )
         self._write_cards(scores)  # one that was killed may have left them behind its scores
         missing = [name for name in names if name not in scores]
         if missing:
@@ -267,8 +281,7 @@ class Run:
 
     def _export(self, method: Method, params) -> None:
         began, folder = time.perf_counter(), self.folder.method(method.name)
-        export_hf(self.model, params, folder.export, dtype=jnp.dtype(self.config.export.dtype),
-                  card=self._card(method))
+        export_hf(self.model, params, folder.export, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
         self._record_settings(f"export {method.name}")
         if is_writer() and not self.config.train.keep_finished:
             remove_steps(folder.checkpoints)

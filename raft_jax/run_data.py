@@ -58,8 +58,10 @@ class RunData:
         if not found.kept and not found.too_long:
             raise InputError(f"{next(iter(found.bad.values()))}; none of the {len(examples)} {name} rows can be used")
         if not found.kept:
-            raise InputError(f"{self.config.data.path}: all {len(found.too_long)} {name} rows are longer than "
-                             "data.max_question_tokens or data.max_answer_tokens; raise them")
+            raise InputError(
+                f"{self.config.data.path}: all {len(found.too_long)} {name} rows are longer than "
+                "data.max_question_tokens or data.max_answer_tokens; raise them"
+            )
         return found
 
     @property
@@ -79,8 +81,10 @@ class RunData:
                 line += f" (a sample, data.{key}={limit})"
             if found.too_long:
                 reasons = [f"{id}: {why}" for id, why in found.too_long.items()]
-                line += (f"; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
-                         f"data.max_answer_tokens={data.max_answer_tokens}: {len(reasons)} ({_a_few(reasons)})")
+                line += (
+                    f"; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
+                    f"data.max_answer_tokens={data.max_answer_tokens}: {len(reasons)} ({_a_few(reasons)})"
+                )
             yield one_line(line)
         if self.bad_rows:
             yield f"rows that cannot be used, left out by data.skip_bad_rows: {len(self.bad_rows)}"
@@ -97,16 +101,30 @@ class RunData:
     def describe_lengths(self, refines: bool) -> Iterator[str]:
         """Lines about lengths in tokens, and warnings of limits that are shorter than most answers."""
         yield from describe_lengths(list((self.train_fitting.lengths | self.test_fitting.lengths).values()))
-        limits = [("evaluate.max_new_tokens", self.config.evaluate.max_new_tokens, self.test_fitting,
-                   "answers that end there are measured as cut")]
+        limits = [
+            (
+                "evaluate.max_new_tokens",
+                self.config.evaluate.max_new_tokens,
+                self.test_fitting,
+                "answers that end there are measured as cut",
+            )
+        ]
         if refines:
-            limits.append(("refine.max_new_tokens", self.config.refine_max_new_tokens, self.train_fitting,
-                           "rewritings that end there are not used"))
+            limits.append(
+                (
+                    "refine.max_new_tokens",
+                    self.config.refine_max_new_tokens,
+                    self.train_fitting,
+                    "rewritings that end there are not used",
+                )
+            )
         for key, limit, found, consequence in limits:
             end = quantiles([lengths.answer for lengths in found.kept_lengths])[QUANTILES.index(KEPT)]
             if limit < end:
-                yield (f"warning: {key}={limit} is shorter than the gold answers ({KEPT:.0%} of those used have up to "
-                       f"{end} tokens): {consequence}")
+                yield (
+                    f"warning: {key}={limit} is shorter than the gold answers ({KEPT:.0%} of those used have up to "
+                    f"{end} tokens): {consequence}"
+                )
 
     @property
     def gold(self) -> list[RefinedRow]:
@@ -133,8 +151,11 @@ class RunData:
             teacher = len(row.teacher_prompt) + (more if method.teacher_sees_answer else 0)
             longest = max(longest, len(row.prompt) + len(row.answer) + more, max(len(row.prompt), teacher) + rollout)
         if longest > self.max_positions:
-            keys = ["data.max_answer_tokens", *(["refine.max_new_tokens"] if method.refines else []),
-                    *(["train.rollout.max_new_tokens"] if method.distils else [])]
+            keys = [
+                "data.max_answer_tokens",
+                *(["refine.max_new_tokens"] if method.refines else []),
+                *(["train.rollout.max_new_tokens"] if method.distils else []),
+            ]
             raise InputError(
                 f"{method.name}: a row may take {longest} tokens with its rollout, and the model has "
                 f"{self.max_positions} positions; lower {' or '.join(keys)}"

@@ -97,8 +97,10 @@ class RunFolder:
         """
         timings, damaged = read_timings(self.timings_jsonl)
         if damaged:
-            raise InputError(f"{self.timings_jsonl}:{damaged[0]}: damaged; remove this line: the report will lack a "
-                             "stage's time, and the same command goes on")
+            raise InputError(
+                f"{self.timings_jsonl}:{damaged[0]}: damaged; remove this line: the report will lack a "
+                "stage's time, and the same command goes on"
+            )
         return timings
 
     def timing(self, stage: str, method: str | None = None) -> Timing:
@@ -156,8 +158,10 @@ class RunFolder:
         try:
             return datetime.date.fromisoformat(text)
         except ValueError as error:
-            raise InputError(f"{self.date_file}: damaged ({text[:40]!r}); write the day there on which the run was "
-                             "begun, as 2026-11-30") from error
+            raise InputError(
+                f"{self.date_file}: damaged ({text[:40]!r}); write the day there on which the run was "
+                "begun, as 2026-11-30"
+            ) from error
 
 
 def read_timings(path: Path) -> tuple[list[Timing], list[int]]:

@@ -65,10 +65,23 @@ def _require_files(path: Path) -> None:
             raise InputError(f"{place}: expected a file, found {kind_of(mode)}")
 
 
-READ_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-              "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.txt",
-              "merges.txt", "model.safetensors.index.json", "modules.json", "sentence_bert_config.json",
-              "config_sentence_transformers.json")
+READ_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.txt",
+    "merges.txt",
+    "model.safetensors.index.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
 COMMIT = "commit"  # among the fingerprints of a model from the hub; not a part of what the model is
 BLOCK_BYTES, NUM_BLOCKS = 1 << 16, 32
 
@@ -139,17 +152,22 @@ def _from_hub(source: str) -> Path:
         raise InputError(f"{source}: expected hf://OWNER/NAME or hf://OWNER/NAME@REVISION (a branch, tag or commit)")
     try:
         # Weights as safetensors only: pickled weights can run code when loaded.
-        return Path(snapshot_download(
-            name, revision=revision or None,
-            allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
-        ))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision or None,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+            )
+        )
     except LocalEntryNotFoundError as error:
         raise InputError(
             f"{source}: not in the local cache, and the Hugging Face hub cannot be reached; "
             "download the folder on a machine with network and give its path"
         ) from error
     except HfHubHTTPError as error:
-        raise InputError(f"{source}: the Hugging Face hub refused it ({error.response.status_code}); check the name, "
-                         "and set HF_TOKEN if the model is gated") from error
+        raise InputError(
+            f"{source}: the Hugging Face hub refused it ({error.response.status_code}); check the name, "
+            "and set HF_TOKEN if the model is gated"
+        ) from error
     except Exception as error:  # a proxy, a broken download, a full disk, a name that cannot be one
         raise InputError(f"{source}: could not be fetched from the Hugging Face hub ({error})") from error

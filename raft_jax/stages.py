@@ -20,8 +20,15 @@ TRAIN = (*MODEL, "data", "seed", "train")
 EXPORT = (*TRAIN, "export.dtype")
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
 HELD_OUT = ("data.max_test", "data.test_split")  # of data.*, what only the evaluation depends on
-WITHOUT_EFFECT = ("refine.batch_size", "train.num_micro_batches", "train.loss_chunk_size", "train.checkpoint_every",
-                  "train.keep_checkpoints", "train.keep_finished", "evaluate.batch_size")
+WITHOUT_EFFECT = (
+    "refine.batch_size",
+    "train.num_micro_batches",
+    "train.loss_chunk_size",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.keep_finished",
+    "evaluate.batch_size",
+)
 # Training goes on where these are raised, and the export is made anew; with any other key it would begin again.
 EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype")
@@ -44,7 +51,8 @@ def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]
         keys = (*keys, *REFINE)
     ignored = WITHOUT_EFFECT if kind == "evaluate" else (*WITHOUT_EFFECT, *HELD_OUT)
     return {
-        name: value for name, value in settings.items()
+        name: value
+        for name, value in settings.items()
         if (key := name.removesuffix(CONTENT)) not in ignored
         and any(key == part or key.startswith(part + ".") for part in keys)
     }
@@ -56,9 +64,12 @@ def changes(before: Settings, now: Settings) -> dict[str, str]:
     Where the content of what a key names is the same, its place may be another.
     """
     both = before.keys() & now.keys()
-    return {key: _change(key, before[key], now[key], now) for key in sorted(both)
-            if _content(before[key]) != _content(now[key])
-            and not (key + CONTENT in both and _content(before[key + CONTENT]) == _content(now[key + CONTENT]))}
+    return {
+        key: _change(key, before[key], now[key], now)
+        for key in sorted(both)
+        if _content(before[key]) != _content(now[key])
+        and not (key + CONTENT in both and _content(before[key + CONTENT]) == _content(now[key + CONTENT]))
+    }
 
 
 def _content(value: Any) -> Any:
@@ -102,9 +113,14 @@ class Plan:
             stages = [stage for stage in self.stale if stage.startswith(kind + " ")]
             why = sorted({text for stage in stages for text in self.stale[stage].values()})
             lines += [f"{words}: {_names(stages)} ({'; '.join(why)})"] if stages else []
-        kept = [f"{len(stages)} {words} ({_names(stages)})" for words, kind in (
-            ("trained model(s)", "export"), ("evaluation(s)", "evaluate"),
-        ) if (stages := [stage for stage in self.kept if stage.startswith(kind + " ")])]
+        kept = [
+            f"{len(stages)} {words} ({_names(stages)})"
+            for words, kind in (
+                ("trained model(s)", "export"),
+                ("evaluation(s)", "evaluate"),
+            )
+            if (stages := [stage for stage in self.kept if stage.startswith(kind + " ")])
+        ]
         return [f"kept: {', '.join(kept)}", *lines] if lines and kept else lines
 
 

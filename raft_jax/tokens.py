@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("ids", "mask"), meta_fields=("max_tokens", "shared_prefix")
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("ids", "mask"), meta_fields=("max_tokens", "shared_prefix"))
 @dataclass(frozen=True)
 class Tokens:
     """Rows of token ids and which of them are real. The static fields let a model skip padding; where one of them

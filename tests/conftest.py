@@ -12,15 +12,28 @@ import pytest
 from quick import OLD_FUSIONS
 
 GGUF_NAMES = {
-    "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
 }
 
 # Files that take a minute and more: begun first, so that no worker is left with one of them at the end.
 LONG = (
-    "test_run.py", "test_resume.py", "test_train_step.py", "test_train_loop.py", "test_smollm2.py", "test_lora.py",
+    "test_run.py",
+    "test_resume.py",
+    "test_train_step.py",
+    "test_train_loop.py",
+    "test_smollm2.py",
+    "test_lora.py",
 )
 
 
@@ -42,7 +55,8 @@ def program_environment(tmp_path_factory):
         "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in OLD_FUSIONS.items()),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
 
 
@@ -52,10 +66,20 @@ def llama_config():
     from tiny import make_tokenizer
 
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": make_tokenizer().vocab_size,
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "intermediate_size": 64, "max_position_embeddings": 256, "rope_theta": 500.0, "rms_norm_eps": 1e-5,
-        "hidden_act": "silu", "tie_word_embeddings": False,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": make_tokenizer().vocab_size,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "intermediate_size": 64,
+        "max_position_embeddings": 256,
+        "rope_theta": 500.0,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
     }
 
 
@@ -72,10 +96,15 @@ def random_tensors():
             shapes["lm_head.weight"] = (V, D)
         for layer in range(hf["num_hidden_layers"]):
             for name, shape in {
-                "input_layernorm.weight": (D,), "self_attn.q_proj.weight": (N * H, D),
-                "self_attn.k_proj.weight": (K * H, D), "self_attn.v_proj.weight": (K * H, D),
-                "self_attn.o_proj.weight": (D, N * H), "post_attention_layernorm.weight": (D,),
-                "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F),
+                "input_layernorm.weight": (D,),
+                "self_attn.q_proj.weight": (N * H, D),
+                "self_attn.k_proj.weight": (K * H, D),
+                "self_attn.v_proj.weight": (K * H, D),
+                "self_attn.o_proj.weight": (D, N * H),
+                "post_attention_layernorm.weight": (D,),
+                "mlp.gate_proj.weight": (F, D),
+                "mlp.up_proj.weight": (F, D),
+                "mlp.down_proj.weight": (D, F),
             }.items():
                 shapes[f"model.layers.{layer}.{name}"] = shape
             if hf["model_type"] == "qwen2":
@@ -131,18 +160,23 @@ def write_gguf():
         vocab = spec["model"]["vocab"] | special
         family = family or hf["model_type"]
         fields = {
-            f"{family}.context_length": hf["max_position_embeddings"], f"{family}.embedding_length": hf["hidden_size"],
-            f"{family}.block_count": hf["num_hidden_layers"], f"{family}.feed_forward_length": hf["intermediate_size"],
+            f"{family}.context_length": hf["max_position_embeddings"],
+            f"{family}.embedding_length": hf["hidden_size"],
+            f"{family}.block_count": hf["num_hidden_layers"],
+            f"{family}.feed_forward_length": hf["intermediate_size"],
             f"{family}.attention.head_count": hf["num_attention_heads"],
             f"{family}.attention.head_count_kv": hf["num_key_value_heads"],
-            f"{family}.attention.key_length": hf["head_dim"], f"{family}.attention.value_length": hf["head_dim"],
+            f"{family}.attention.key_length": hf["head_dim"],
+            f"{family}.attention.value_length": hf["head_dim"],
             f"{family}.rope.freq_base": hf["rope_theta"],
             f"{family}.attention.layer_norm_rms_epsilon": hf["rms_norm_eps"],
-            "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2" if family == "qwen2" else "gpt-2",
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "qwen2" if family == "qwen2" else "gpt-2",
             "tokenizer.ggml.tokens": sorted(vocab, key=vocab.get),
             "tokenizer.ggml.token_type": [3 if token in special else 1 for token in sorted(vocab, key=vocab.get)],
             "tokenizer.ggml.merges": [" ".join(merge) for merge in spec["model"]["merges"]],
-            "tokenizer.ggml.eos_token_id": tokenizer.eos_id, "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
+            "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+            "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
             "tokenizer.chat_template": tokenizer.template.text,
         } | {name.replace("__", "."): value for name, value in metadata.items()}
         writer = gguf.GGUFWriter(path, family)

@@ -28,8 +28,9 @@ def make_environment(folder: Path, *requirements: object, python: str = sys.exec
     variables["JAX_PLATFORMS"] = "cpu"
 
     def run(*arguments: object) -> str:
-        done = subprocess.run([folder / "bin" / "python", *map(str, arguments)], env=variables, cwd=folder,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [folder / "bin" / "python", *map(str, arguments)], env=variables, cwd=folder, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
 

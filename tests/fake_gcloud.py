@@ -26,7 +26,7 @@ CALLS = {
 
 # Records its arguments, then answers from answers.json: {"tpu-vm list": [[stdout, exit code], ...]}, the last
 # again and again. Where there are homes of workers, scp copies into them and ssh runs there.
-FAKE_GCLOUD = '''#!{python} -IS
+FAKE_GCLOUD = """#!{python} -IS
 import json, os, pathlib, shutil, subprocess, sys
 here = pathlib.Path(__file__).resolve().parent
 arguments = sys.argv[1:]
@@ -54,7 +54,7 @@ else:
         (here / "answers.json").write_text(json.dumps(answers))
         print(output)
         sys.exit(code)
-'''
+"""
 
 
 class Cloud:
@@ -90,15 +90,27 @@ class Cloud:
         return {**fixed, **settings}
 
     def run(self, script: str | Path, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
-        return subprocess.run([SCRIPTS / script, *arguments], env=self.environment(**settings), text=True,
-                              stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+        return subprocess.run(
+            [SCRIPTS / script, *arguments],
+            env=self.environment(**settings),
+            text=True,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+        )
 
     def run_on_terminal(self, reply: str, script: str, *arguments: str) -> subprocess.CompletedProcess:
         ours, theirs = pty.openpty()
         try:
             os.write(ours, f"{reply}\n".encode())
-            return subprocess.run([SCRIPTS / script, *arguments], env=self.environment(), text=True,
-                                  stdin=theirs, capture_output=True, timeout=60)
+            return subprocess.run(
+                [SCRIPTS / script, *arguments],
+                env=self.environment(),
+                text=True,
+                stdin=theirs,
+                capture_output=True,
+                timeout=60,
+            )
         finally:
             os.close(ours)
             os.close(theirs)

@@ -15,8 +15,13 @@ TOPICS = ("the waiting period", "a late claim", "a lost form", "an appeal", "tra
 STATUSES = ("refusal", "truncated", "copy", "leak", "unknown", "repetition")
 LEAKED = 36  # the row whose target repeats the instructions
 MACHINE = {
-    "devices": ["4 × TPU v5 lite"], "processes": 1, "processor": "Made-up 9000", "cores": 112, "python": "3.12.7",
-    "versions": {"raft_jax": "0.1.0", "jax": "0.11.1", "flax": "0.12.12"}, "peak_host_memory": 6_500_000_000,
+    "devices": ["4 × TPU v5 lite"],
+    "processes": 1,
+    "processor": "Made-up 9000",
+    "cores": 112,
+    "python": "3.12.7",
+    "versions": {"raft_jax": "0.1.0", "jax": "0.11.1", "flax": "0.12.12"},
+    "peak_host_memory": 6_500_000_000,
     "peak_device_memory": 11_250_000_000,
 }
 CONFIG = """\
@@ -30,9 +35,7 @@ train: {epochs: 1, max_steps: null, batch_size: 4, learning_rate: 5.0e-05, rollo
 """
 
 
-def make_run(
-    folder: Path, methods: tuple[str, ...] = ("sft", "raft"), rows: int = 60, steps: int = 24
-) -> Path:
+def make_run(folder: Path, methods: tuple[str, ...] = ("sft", "raft"), rows: int = 60, steps: int = 24) -> Path:
     """Writes a plausible finished run, with hostile text in its rows."""
     rng = random.Random(0)
     (folder / "refined").mkdir(parents=True)
@@ -74,10 +77,14 @@ def refined_row(rng: random.Random, index: int) -> dict:
         f"{topic} is usually denied, unless you had a good reason for the delay.\n\nKeep a copy of it."
     )
     rounds = [
-        {"round": number, "status": "ok" if number > 1 or index % 3 == 0 else "leak", "mean": 0.7 + 0.06 * number,
-         "note": "" if number > 1 or index % 3 == 0 else "write one version of it",
-         "candidate": f"Candidate {number}: {rewrite}",
-         "scores": {"similarity": 0.8, "coverage": 0.75, "likelihood": None if number == 2 else 0.7}}
+        {
+            "round": number,
+            "status": "ok" if number > 1 or index % 3 == 0 else "leak",
+            "mean": 0.7 + 0.06 * number,
+            "note": "" if number > 1 or index % 3 == 0 else "write one version of it",
+            "candidate": f"Candidate {number}: {rewrite}",
+            "scores": {"similarity": 0.8, "coverage": 0.75, "likelihood": None if number == 2 else 0.7},
+        }
         for number in range(1, 2 + index % 3)
     ]
     fused = accepted and index % 5 != 2
@@ -85,15 +92,21 @@ def refined_row(rng: random.Random, index: int) -> dict:
     if index == LEAKED:
         answer = "Write one version of it in clear, complete sentences."
     return {
-        "id": f"row-{index}", "question": (HOSTILE if index < 2 else "") + question_of(index),
+        "id": f"row-{index}",
+        "question": (HOSTILE if index < 2 else "") + question_of(index),
         "context": f"Claims handbook, part {index}. {HOSTILE}" if index % 9 == 4 else "",
         "turns": [["user", f"Hello. {HOSTILE}"], ["assistant", "Good day."]] if index % 9 == 5 else [],
-        "gold": gold, "rewrite": rewrite if status != "truncated" else rewrite[:60], "rewrite_status": status,
+        "gold": gold,
+        "rewrite": rewrite if status != "truncated" else rewrite[:60],
+        "rewrite_status": status,
         "rewrite_note": f"The gold answer has 30, the rewriting 13. {HOSTILE}" if status == "facts" else "",
-        "similarity": similarity, "accepted": accepted, "rounds": rounds if accepted else [],
+        "similarity": similarity,
+        "accepted": accepted,
+        "rounds": rounds if accepted else [],
         "gold_scores": {"similarity": 1.0, "coverage": 1.0, "likelihood": 0.4} if accepted else {},
         "gold_mean": 0.8 if accepted else None,
-        "answer": answer if fused else gold, "chosen": "fusion" if fused else "gold",
+        "answer": answer if fused else gold,
+        "chosen": "fusion" if fused else "gold",
         "chosen_round": len(rounds) if fused else None,
         "reason": f"Round {len(rounds)} scored best." if fused else "The gold answer stays.",
     }

@@ -55,9 +55,13 @@ def twin(query, key, value, mask_BS, scale, softcap, window):
 
 
 CASES = {  # T, S, soft-cap, window, packed
-    "whole": (40, 40, None, None, False), "last of many": (24, 152, None, None, False),
-    "window": (40, 40, None, 7, False), "soft-cap": (40, 40, 2.0, None, False), "all": (24, 140, 5.0, 9, False),
-    "packed": (40, 40, None, None, True), "packed, all": (24, 140, 5.0, 9, True),
+    "whole": (40, 40, None, None, False),
+    "last of many": (24, 152, None, None, False),
+    "window": (40, 40, None, 7, False),
+    "soft-cap": (40, 40, 2.0, None, False),
+    "all": (24, 140, 5.0, 9, False),
+    "packed": (40, 40, None, None, True),
+    "packed, all": (24, 140, 5.0, 9, True),
 }
 
 
@@ -203,10 +207,13 @@ def test_what_goes_to_a_gpu_is_cudnns(a_gpu_with_cudnn, case, odd, width):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize(("kernel", "platform", "forward", "backward", "count"), [
-    ("cudnn", "cuda", ("fmhaScaleBiasSoftmax", ""), [("fmhaScaleBiasSoftmaxBackward", "")], 3),
-    ("splash", "tpu", ("", "fwd"), [("", "dq"), ("", "dkv")], 2),  # answer and rollout are one shape for its blocks
-])
+@pytest.mark.parametrize(
+    ("kernel", "platform", "forward", "backward", "count"),
+    [
+        ("cudnn", "cuda", ("fmhaScaleBiasSoftmax", ""), [("fmhaScaleBiasSoftmaxBackward", "")], 3),
+        ("splash", "tpu", ("", "fwd"), [("", "dq"), ("", "dkv")], 2),  # answer and rollout are one shape for its blocks
+    ],
+)
 def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forward, backward, count, remat):
     """In the prompt and each branch, unpadded; and again in the backward pass where nothing is kept for it."""
     model = tiny.make_model()
@@ -258,11 +265,17 @@ def test_the_decoder_by_a_kernel(monkeypatch, windows):
     assert set(calls) == ({None} if windows is None else {4, None})
 
 
-@pytest.mark.parametrize(("backend", "dtype", "softcap", "head_width", "best"), [
-    ("cpu", "bfloat16", None, 64, "plain"), ("tpu", "float32", 30.0, 256, "splash"),
-    ("gpu", "bfloat16", None, 128, "cudnn"), ("gpu", "bfloat16", 30.0, 128, "plain"),
-    ("gpu", "float32", None, 128, "plain"), ("gpu", "bfloat16", None, 256, "plain"),
-])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "softcap", "head_width", "best"),
+    [
+        ("cpu", "bfloat16", None, 64, "plain"),
+        ("tpu", "float32", 30.0, 256, "splash"),
+        ("gpu", "bfloat16", None, 128, "cudnn"),
+        ("gpu", "bfloat16", 30.0, 128, "plain"),
+        ("gpu", "float32", None, 128, "plain"),
+        ("gpu", "bfloat16", None, 256, "plain"),
+    ],
+)
 def test_the_best_kernel(monkeypatch, backend, dtype, softcap, head_width, best):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     assert attention.best_kernel(dtype, softcap, head_width) == best

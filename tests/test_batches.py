@@ -43,9 +43,20 @@ def test_an_epoch_has_every_row_at_most_once_and_whole(count, batch_size, bucket
         assert orders[0] != orders[1] != orders[2]
 
 
-@pytest.mark.parametrize(("count", "batch_size", "buckets"), [
-    (47, 16, 3), (47, 16, 1), (13, 4, 2), (13, 4, 13), (31, 16, 4), (48, 16, 5), (9, 8, 3), (17, 5, 50), (100, 7, 6),
-])
+@pytest.mark.parametrize(
+    ("count", "batch_size", "buckets"),
+    [
+        (47, 16, 3),
+        (47, 16, 1),
+        (13, 4, 2),
+        (13, 4, 13),
+        (31, 16, 4),
+        (48, 16, 5),
+        (9, 8, 3),
+        (17, 5, 50),
+        (100, 7, 6),
+    ],
+)
 @pytest.mark.parametrize("seed", [0, 5])
 def test_all_rows_are_used_equally_often(count, batch_size, buckets, seed):
     batches = Batches(rows(count), batch_size, seed=seed, pad_id=PAD, length_buckets=buckets)
@@ -84,15 +95,24 @@ def test_there_are_no_more_shapes_than_buckets_and_they_pad_less():
 @pytest.mark.parametrize(("num_shards", "num_micro_batches"), [(1, 1), (2, 1), (2, 2), (4, 1)])
 def test_max_tokens_hold_every_batch_of_their_bucket_and_no_more(num_shards, num_micro_batches):
     batches = Batches(
-        rows(64, longest=80), 4, seed=1, pad_id=PAD, length_buckets=3, epochs=3, num_shards=num_shards,
+        rows(64, longest=80),
+        4,
+        seed=1,
+        pad_id=PAD,
+        length_buckets=3,
+        epochs=3,
+        num_shards=num_shards,
         num_micro_batches=num_micro_batches,
     )
     needed = {}
     for step in range(3 * batches.steps_per_epoch):
         sides = batches.at(step)[:3]
         counts = [
-            max(int(part[m::num_micro_batches].sum()) for part in np.split(side.mask, num_shards)
-                for m in range(num_micro_batches))
+            max(
+                int(part[m::num_micro_batches].sum())
+                for part in np.split(side.mask, num_shards)
+                for m in range(num_micro_batches)
+            )
             for side in sides
         ]
         shape = tuple((side.max_tokens, side.ids.shape) for side in sides)

@@ -1,6 +1,5 @@
 """Templates that take too long or fill the memory end in one line, wherever they do it."""
 
-
 import jinja2
 import pytest
 from tiny import CHAT_TEMPLATE, make_tokenizer, wrapped
@@ -12,8 +11,10 @@ from raft_jax.models.tokenizer import tokenizer_from_folder
 
 HI = [{"role": "user", "content": "Hi"}]
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-GROW = ("{{% set ns = namespace(x='ab') %}}{{% for i in range(40) %}}{{% set ns.x = {} %}}{{% endfor %}}"
-        "{{{{ ns.x | length }}}}")
+GROW = (
+    "{{% set ns = namespace(x='ab') %}}{{% for i in range(40) %}}{{% set ns.x = {} %}}{{% endfor %}}"
+    "{{{{ ns.x | length }}}}"
+)
 TIME, MEMORY = r"takes longer than 0\.5 s$", "more than 128 MiB of memory$"
 EITHER = f"(?:{TIME}|{MEMORY})"
 
@@ -32,33 +33,47 @@ def text_of(template: ChatTemplate, messages=HI, **variables) -> str:
     return template.render([{"messages": messages, "add_generation_prompt": True, **variables}])[0]
 
 
-@pytest.mark.parametrize(("template", "named"), [
-    (LOOP, TIME),
-    ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", TIME),
-    ("{{ (9 ** 9999999) % 7 }}{{ 9 ** 99999999 }}", TIME),
-    ("{{ 'x' * 10 ** 9 }}", MEMORY),
-    ("{{ messages[0].content | center(10 ** 9) }}", MEMORY),
-    ("{{ '%999999999d' | format(1) }}", MEMORY),
-    ("{{ '{:>999999999}'.format(1) }}", MEMORY),
-    ("{{ messages[0].content.ljust(10 ** 9) }}", MEMORY),
-    ("{{ ([0] * 10 ** 9) | length }}", MEMORY),
-    (GROW.format("ns.x ~ ns.x"), EITHER),
-    (GROW.format("ns.x | replace('a', ns.x)"), EITHER),
-    (GROW.format("[ns.x, ns.x] | join"), EITHER),
-    (GROW.format("ns.x | indent(9, true) ~ ns.x"), EITHER),
-    ("{% for i in range(99999) %}{{ 'x' * 200 }}{% endfor %}", r"renders 19,999,800 characters; at most 16,777,216"),
-    ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "maximum recursion depth exceeded"),
-    ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
-])
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (LOOP, TIME),
+        ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", TIME),
+        ("{{ (9 ** 9999999) % 7 }}{{ 9 ** 99999999 }}", TIME),
+        ("{{ 'x' * 10 ** 9 }}", MEMORY),
+        ("{{ messages[0].content | center(10 ** 9) }}", MEMORY),
+        ("{{ '%999999999d' | format(1) }}", MEMORY),
+        ("{{ '{:>999999999}'.format(1) }}", MEMORY),
+        ("{{ messages[0].content.ljust(10 ** 9) }}", MEMORY),
+        ("{{ ([0] * 10 ** 9) | length }}", MEMORY),
+        (GROW.format("ns.x ~ ns.x"), EITHER),
+        (GROW.format("ns.x | replace('a', ns.x)"), EITHER),
+        (GROW.format("[ns.x, ns.x] | join"), EITHER),
+        (GROW.format("ns.x | indent(9, true) ~ ns.x"), EITHER),
+        (
+            "{% for i in range(99999) %}{{ 'x' * 200 }}{% endfor %}",
+            r"renders 19,999,800 characters; at most 16,777,216",
+        ),
+        ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "maximum recursion depth exceeded"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", "Range too big"),
+    ],
+)
 def test_what_never_ends_is_refused(template, named):
     with pytest.raises(InputError, match=f"^here: the chat template refuses this conversation: .*{named}"):
         text_of(make(template))
 
 
-@pytest.mark.parametrize("condition", [
-    "enable_thinking is false", "not add_generation_prompt", "messages | length > 2", "turn_token == '<|t|>'",
-    "messages[-1].role == 'assistant'", "messages[0].role == 'system'", "messages[0].content | length > 50000",
-])
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "enable_thinking is false",
+        "not add_generation_prompt",
+        "messages | length > 2",
+        "turn_token == '<|t|>'",
+        "messages[-1].role == 'assistant'",
+        "messages[0].role == 'system'",
+        "messages[0].content | length > 50000",
+    ],
+)
 def test_what_ends_only_sometimes_is_not_rendered_here(monkeypatch, condition):
     template = make("{% if " + condition + " %}" + LOOP + "{% endif %}{{ messages[0].content }}", turn_token="<|t|>")
     monkeypatch.setattr(ChatTemplate, "_render_here", None)
@@ -82,11 +97,14 @@ def test_an_ordinary_conversation_reads_as_jinja_alone_renders_it():
     assert make(CHAT_TEMPLATE).render([{"messages": messages, "add_generation_prompt": True}]) == [expected]
 
 
-@pytest.mark.parametrize(("template", "named"), [
-    ("{{ raise_exception('\x1b[31mred\x07\n\u202eodd ' + 'x' * 999) }}", r"␛\[31mred␇ �odd x+…$"),
-    ("{{ turn_token }}", "it prints turn_token, which nothing defines; .* tokenizer_config.json"),
-    ("{{ 'a' ~ turn_token }}", "it prints turn_token"),
-])
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{{ raise_exception('\x1b[31mred\x07\n\u202eodd ' + 'x' * 999) }}", r"␛\[31mred␇ �odd x+…$"),
+        ("{{ turn_token }}", "it prints turn_token, which nothing defines; .* tokenizer_config.json"),
+        ("{{ 'a' ~ turn_token }}", "it prints turn_token"),
+    ],
+)
 def test_refusals_are_one_harmless_line(template, named):
     with pytest.raises(InputError, match=named) as caught:
         text_of(make(template))

@@ -122,10 +122,21 @@ def test_a_flipped_bit_anywhere_falls_back(saved, tmp_path, capsys):
         assert f"{folder / '4'}: damaged or unfinished; falling back" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", [
-    "truncated", "file gone", "file more", "manifest gone", "manifest cut", "manifest odd", "manifest a list",
-    "manifest without arrays", "manifest not text", "manifest deep",
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "truncated",
+        "file gone",
+        "file more",
+        "manifest gone",
+        "manifest cut",
+        "manifest odd",
+        "manifest a list",
+        "manifest without arrays",
+        "manifest not text",
+        "manifest deep",
+    ],
+)
 def test_other_damage_falls_back_and_the_run_goes_on(folder, damage):
     largest = max(data_files(folder), key=lambda path: path.stat().st_size)
     manifest = folder / "4.sha256.json"
@@ -252,13 +263,19 @@ def test_a_step_that_is_not_newer_is_refused(folder, step):
     checkpoints.close()
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"matrix_DF": jnp.zeros((8, 17))}, r"params/matrix_DF is float32\[8, 16\] there and float32\[8, 17\] in this run"),
-    ({"matrix_DF": jnp.zeros((16, 8))}, r"params/matrix_DF is float32\[8, 16\] there and float32\[16, 8\]"),
-    ({"half": jnp.zeros(5)}, r"params/half is bfloat16\[5\] there and float32\[5\]"),
-    ({"more": jnp.zeros(5)}, r"params/more is absent there and float32\[5\]"),
-    ({"half": None}, r"params/half is bfloat16\[5\] there and absent"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"matrix_DF": jnp.zeros((8, 17))},
+            r"params/matrix_DF is float32\[8, 16\] there and float32\[8, 17\] in this run",
+        ),
+        ({"matrix_DF": jnp.zeros((16, 8))}, r"params/matrix_DF is float32\[8, 16\] there and float32\[16, 8\]"),
+        ({"half": jnp.zeros(5)}, r"params/half is bfloat16\[5\] there and float32\[5\]"),
+        ({"more": jnp.zeros(5)}, r"params/more is absent there and float32\[5\]"),
+        ({"half": None}, r"params/half is bfloat16\[5\] there and absent"),
+    ],
+)
 def test_another_shape_is_refused_by_the_arrays_name(folder, changes, words):
     with pytest.raises(InputError, match=rf"checkpoints/4: {words}.*set run_dir"):
         restore(folder, LIKE._replace(params=LIKE.params | changes))

@@ -66,20 +66,25 @@ def write(folder: Path, lines: list) -> Path:
 ROW, OTHER = ({"id": id, "question": f"Why {id}?", "answer": f"So {id}.", "split": "train"} for id in ("a", "b"))
 
 
-@pytest.mark.parametrize(("lines", "words"), [
-    ([], ("no rows in it",)),
-    ([ROW, b'{"id": "b", '], (":2: not JSON",)),
-    ([ROW, OTHER, b'{"id": "\xff"}'], (":3: not UTF-8", "0xff")),
-    ([ROW, [1]], (":2: expected an object",)),
-    ([{"id": "a", "query": "Why?", "answer": "So.", "split": "train"}],
-     (":1: no column 'question'", "id, query, answer, split", "data.question", "query")),
-    ([{"id": "a", "question": "Why?", "reply": "So.", "split": "train"}], ("no column 'answer'", "data.answer")),
-    ([ROW, {**OTHER, "question": " "}], (":2: question is empty",)),
-    ([ROW, {**OTHER, "answer": ""}], (":2: answer is empty",)),
-    ([ROW, {**OTHER, "answer": None}], (":2: answer must be text, got null",)),
-    ([ROW, {**OTHER, "id": "a"}], (":2: the id 'a' is already that of", ":1")),
-    ([{**ROW, "split": "trian"}], ("no rows of the split 'train'", "trian (1)", "data.train_split")),
-])
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ([], ("no rows in it",)),
+        ([ROW, b'{"id": "b", '], (":2: not JSON",)),
+        ([ROW, OTHER, b'{"id": "\xff"}'], (":3: not UTF-8", "0xff")),
+        ([ROW, [1]], (":2: expected an object",)),
+        (
+            [{"id": "a", "query": "Why?", "answer": "So.", "split": "train"}],
+            (":1: no column 'question'", "id, query, answer, split", "data.question", "query"),
+        ),
+        ([{"id": "a", "question": "Why?", "reply": "So.", "split": "train"}], ("no column 'answer'", "data.answer")),
+        ([ROW, {**OTHER, "question": " "}], (":2: question is empty",)),
+        ([ROW, {**OTHER, "answer": ""}], (":2: answer is empty",)),
+        ([ROW, {**OTHER, "answer": None}], (":2: answer must be text, got null",)),
+        ([ROW, {**OTHER, "id": "a"}], (":2: the id 'a' is already that of", ":1")),
+        ([{**ROW, "split": "trian"}], ("no rows of the split 'train'", "trian (1)", "data.train_split")),
+    ],
+)
 def test_bad_rows_are_named_by_file_and_line(folder, capsys, lines, words):
     path = write(folder, lines)
     for verb in ("check", "run"):
@@ -120,25 +125,34 @@ def test_options_may_stand_between_overrides_but_must_exist(folder, capsys):
     assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("data.path={folder}/none.jsonl", ("data.path: ", "none.jsonl: no such file or folder; check the path")),
-    ("data.path={folder}/data.xlsx", ("no such file",)),
-    ("model.source={folder}/none", ("model.source: ", "none: no such file")),
-    ("model.source=package://none_such_module/x", ("none_such_module is not installed", "pip install")),
-    ("model.source={folder}", ("config.json: no such file",)),
-    ("encoder.source={folder}/none", ("encoder.source: ", "none: no such file")),
-    ("evaluate.general_path={folder}/none", ("evaluate.general_path: ", "none: no such file")),
-    ("evaluate.general_path={folder}/data.jsonl", ("data.jsonl:1: not a general prompt",)),
-    ("evaluate.max_new_tokens=512", ("512 positions", "lower evaluate.max_new_tokens")),
-    ("train.batch_size=16", ("12 rows do not fill a batch of 16; lower train.batch_size",)),
-    ("train.rollout.max_new_tokens=500", ("512 positions", "train.rollout.max_new_tokens")),
-    ("refine.max_new_tokens=180 data.max_answer_tokens=180 train.rollout.max_new_tokens=300",
-     ("a row may take 5", "512 positions", "lower data.max_answer_tokens or refine.max_new_tokens or train.rollout")),
-    ("mesh.data=16", ("does not fit 8 device(s)", "mesh.data")),
-    ("mesh.data=8", ("train.batch_size 4", "does not divide over mesh data×fsdp = 8")),
-    ("mesh.tensor=4", ("mesh.tensor", "divisor of")),
-    ("data.max_answer_tokens=2 refine.max_new_tokens=2", ("all 12 training rows are longer", "raise them")),
-])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.path={folder}/none.jsonl", ("data.path: ", "none.jsonl: no such file or folder; check the path")),
+        ("data.path={folder}/data.xlsx", ("no such file",)),
+        ("model.source={folder}/none", ("model.source: ", "none: no such file")),
+        ("model.source=package://none_such_module/x", ("none_such_module is not installed", "pip install")),
+        ("model.source={folder}", ("config.json: no such file",)),
+        ("encoder.source={folder}/none", ("encoder.source: ", "none: no such file")),
+        ("evaluate.general_path={folder}/none", ("evaluate.general_path: ", "none: no such file")),
+        ("evaluate.general_path={folder}/data.jsonl", ("data.jsonl:1: not a general prompt",)),
+        ("evaluate.max_new_tokens=512", ("512 positions", "lower evaluate.max_new_tokens")),
+        ("train.batch_size=16", ("12 rows do not fill a batch of 16; lower train.batch_size",)),
+        ("train.rollout.max_new_tokens=500", ("512 positions", "train.rollout.max_new_tokens")),
+        (
+            "refine.max_new_tokens=180 data.max_answer_tokens=180 train.rollout.max_new_tokens=300",
+            (
+                "a row may take 5",
+                "512 positions",
+                "lower data.max_answer_tokens or refine.max_new_tokens or train.rollout",
+            ),
+        ),
+        ("mesh.data=16", ("does not fit 8 device(s)", "mesh.data")),
+        ("mesh.data=8", ("train.batch_size 4", "does not divide over mesh data×fsdp = 8")),
+        ("mesh.tensor=4", ("mesh.tensor", "divisor of")),
+        ("data.max_answer_tokens=2 refine.max_new_tokens=2", ("all 12 training rows are longer", "raise them")),
+    ],
+)
 def test_what_cannot_work_is_refused_before_anything_is_computed(folder, capsys, override, words):
     overrides = override.format(folder=folder).split()
     message = complaint(capsys, "run", folder / "config.yaml", *overrides)
@@ -201,8 +215,11 @@ def test_damaged_models_are_named(template, folder, capsys):
     weights.write_bytes(whole)
 
     hf = json.loads((model / "config.json").read_text())
-    for change, words in (({"model_type": "mamba"}, "'mamba' is not supported; supported: gemma2, gemma3, gemma3_"),
-                          ({"hidden_size": 48}, "has shape"), ({"num_hidden_layers": 3}, "is missing")):
+    for change, words in (
+        ({"model_type": "mamba"}, "'mamba' is not supported; supported: gemma2, gemma3, gemma3_"),
+        ({"hidden_size": 48}, "has shape"),
+        ({"num_hidden_layers": 3}, "is missing"),
+    ):
         (model / "config.json").write_text(json.dumps({**hf, **change}))
         assert words in message()
     (model / "config.json").write_text("{")
@@ -273,8 +290,10 @@ def test_a_report_is_made_of_what_is_there_while_a_run_goes_on(folder, capsys):
 
 def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     long = {**ROW, "id": "long [/bold] :key:", "answer": "word " * 90}
-    tests = [{**OTHER, "id": "test", "question": "Why 日本 \u001b[31m?", "split": "test"},
-             {**ROW, "id": "later", "split": "test"}]
+    tests = [
+        {**OTHER, "id": "test", "question": "Why 日本 \u001b[31m?", "split": "test"},
+        {**ROW, "id": "later", "split": "test"},
+    ]
     write(folder, [ROW, long, OTHER, *tests, {**tests[0], "id": "asked", "question": "why " * 90}])
     assert main(["check", str(folder / "config.yaml"), "train.batch_size=2", "data.max_train=2"]) == 0
     out, err = capsys.readouterr()
@@ -283,7 +302,9 @@ def test_check_lists_what_does_not_fit_and_shows_an_example(folder, capsys):
     assert re.search(
         rf"^training: 2 of 3 rows are used \(a sample, data.max_train=2\); {limits} \(long \[/bold\] :key:: "
         rf"answer of \d+ tokens\)\nheld-out: 2 of 3 rows are used; {limits} \(asked: question of \d+ tokens\)\n",
-        out, re.M)
+        out,
+        re.M,
+    )
     assert "held-out questions that are training questions, too: 1 (later); what is" in out
     assert "methods: raft; 2 steps of 2 rows each" in out
     assert "<|im_start|>user\nWhy a?<|im_end|>\n<|im_start|>assistant\nSo a.<|im_end|>" in out
@@ -305,7 +326,8 @@ def test_generate_refuses_what_it_cannot_do(template, tmp_path, capsys):
     assert "what is the question?" in complaint(capsys, "generate", config, "run_dir=x")
     assert "what is the question?" in complaint(capsys, "generate", "--model", model)
     assert "there is no question beside it; what is 'What?'" in complaint(
-        capsys, "generate", config, "What?", "--questions", config)
+        capsys, "generate", config, "What?", "--questions", config
+    )
     assert "expected a file, found a device" in complaint(capsys, "generate", config, "--questions", "/dev/zero")
     assert "empty: no questions in it" in complaint(capsys, "generate", config, "--questions", empty)
     assert main(["generate", str(config), "What?", "--max-new-tokens", "1"]) == 0
@@ -343,8 +365,13 @@ CONTROLS = "\x1b]0;owned\x07\x1b[2Jx\x9b31m\u202e"
 def test_what_a_terminal_would_obey_is_made_visible(folder, template, capsys, monkeypatch):
     """From ids and columns, from names on the command line, and from what a model writes."""
     write(folder, [ROW, {**OTHER, "id": "b" + CONTROLS, "answer": ""}])
-    for override in ([], ["data.question=" + CONTROLS], [f"data.path={folder}/{CONTROLS}"],
-                     ["methods=[" + CONTROLS[1:3] + "\n]"], [CONTROLS + "=1"]):
+    for override in (
+        [],
+        ["data.question=" + CONTROLS],
+        [f"data.path={folder}/{CONTROLS}"],
+        ["methods=[" + CONTROLS[1:3] + "\n]"],
+        [CONTROLS + "=1"],
+    ):
         message = complaint(capsys, "check", folder / "config.yaml", *override)
         assert not set(message) & set("\x1b\x07\x9b\u202e\n")
     long = {**ROW, "id": "long" + CONTROLS, "answer": "word " * 90}
@@ -398,8 +425,11 @@ def test_a_run_folder_that_cannot_be_written_is_a_line(folder, capsys, monkeypat
 
 def test_help_and_version_answer(capsys):
     verbs = ("run", "refine", "train", "evaluate", "export", "report", "generate", "check")
-    for arguments, words in ((["--help"], verbs), (["run", "--help"], ("key.path=value", "--traceback")),
-                             (["--version"], ("raft-jax 0.",))):
+    for arguments, words in (
+        (["--help"], verbs),
+        (["run", "--help"], ("key.path=value", "--traceback")),
+        (["--version"], ("raft-jax 0.",)),
+    ):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         out = capsys.readouterr().out
@@ -407,8 +437,12 @@ def test_help_and_version_answer(capsys):
 
 
 def test_the_program_exits_with_the_code_and_one_line(folder):
-    done = subprocess.run([sys.executable, "-m", "raft_jax", "check", str(folder / "none.yaml")],
-                          capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "raft_jax", "check", str(folder / "none.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == f"raft-jax: error: {folder}/none.yaml: no such file; configs/ holds examples\n"
 
@@ -445,7 +479,9 @@ def test_the_speed_is_that_of_this_process(clock, capsys):
         clock[0] += 180
         bar.advance(2)
     assert capsys.readouterr().out.splitlines() == [
-        "rewrite: 900/1000 rows", "rewrite: 900/1000 rows, 0.00/s", "rewrite: 902/1000 rows, 0.01/s, 163:20 left",
+        "rewrite: 900/1000 rows",
+        "rewrite: 900/1000 rows, 0.00/s",
+        "rewrite: 902/1000 rows, 0.01/s, 163:20 left",
     ]
 
 
@@ -470,12 +506,24 @@ def test_a_terminal_gets_a_bar(monkeypatch):
     assert "train raft" in shown and "2/3" in shown and "SFT 2.5" in shown and "\x1b[" in terminal.getvalue()
 
 
-@pytest.mark.parametrize(("error", "code", "words"), [
-    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), 2, "error: No space left on device; free some, and the same"),
-    (ValueError("RESOURCE_EXHAUSTED: Error writing (No space left on device)"), 2, "error: No space left on device;"),
-    (KeyboardInterrupt(), 130, "raft-jax: stopped; the same command goes on from here"),
-    (KeyboardInterrupt("stopped by SIGTERM"), 130, "raft-jax: stopped by SIGTERM\n"),
-], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+            2,
+            "error: No space left on device; free some, and the same",
+        ),
+        (
+            ValueError("RESOURCE_EXHAUSTED: Error writing (No space left on device)"),
+            2,
+            "error: No space left on device;",
+        ),
+        (KeyboardInterrupt(), 130, "raft-jax: stopped; the same command goes on from here"),
+        (KeyboardInterrupt("stopped by SIGTERM"), 130, "raft-jax: stopped by SIGTERM\n"),
+    ],
+    ids=repr,
+)
 def test_a_full_disk_and_a_stop_are_a_line(folder, capsys, monkeypatch, error, code, words):
     def fails(*_):
         raise error

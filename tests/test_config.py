@@ -43,8 +43,17 @@ def test_the_defaults_are_the_papers(write):
 
 def test_file_and_overrides_are_merged_and_typed(write):
     path = write(MINIMAL + "train: {learning_rate: 1e-4, epochs: 2}\nmethods: [sft, raft]\n")
-    config = load_config(path, ["train.learning_rate=3e-5", "data.max_train=null", "train.rollout.max_new_tokens=7",
-                                "refine.judges=[coverage]", "train.max_gradient_norm=1", "methods=[sdft]"])
+    config = load_config(
+        path,
+        [
+            "train.learning_rate=3e-5",
+            "data.max_train=null",
+            "train.rollout.max_new_tokens=7",
+            "refine.judges=[coverage]",
+            "train.max_gradient_norm=1",
+            "methods=[sdft]",
+        ],
+    )
     assert config.train.learning_rate == 3e-5 and config.train.epochs == 2.0
     assert config.train.rollout.max_new_tokens == 7 and config.train.rollout.temperature == 1.0
     assert config.methods == ["sdft"] and config.refine.judges == ["coverage"] and config.data.max_train is None
@@ -53,30 +62,33 @@ def test_file_and_overrides_are_merged_and_typed(write):
         config.seed = 1
 
 
-@pytest.mark.parametrize(("text", "overrides", "words"), [
-    ("trian: {}", (), ("trian", "Did you mean", "train")),
-    ("train: {learning_rat: 1}", (), ("learning_rat", "learning_rate")),
-    ("", ("train.learning_rat=1",), ("train.learning_rat=1", "learning_rate")),
-    ("", ("learning_rate=1",), ("learning_rate=1", "there is train.learning_rate")),
-    ("", ("train.lr=1",), ("Key 'lr' is not known; here it is train.learning_rate",)),
-    ("lr: 1", (), ("here it is train.learning_rate",)),
-    ("train: {lora: {r: 8}}", (), ("here it is train.lora.rank",)),
-    ("refine: {tau: 0.5}", (), ("here it is refine.threshold",)),
-    ("output_dir: x", (), ("here it is run_dir",)),
-    ("", ("lora.rank=1",), ("lora.rank=1", "there is train.lora")),
-    ("", ("train.rollout.max_tokens=1",), ("train.rollout.max_tokens=1",)),
-    ("train: {batch_size: many}", (), ("train.batch_size", "many")),
-    ("", ("train.batch_size=2.5",), ("train.batch_size=2.5",)),
-    ("train: 5", (), ("train is a group of settings, got 5",)),
-    ("", ("train.rollout=5",), ("train.rollout=5", "rollout is a group of settings")),
-    ("", ("train.batch_size",), ("train.batch_size", "key.path=value")),
-    ("", ("=5",), ("=5", "key.path=value")),
-    ("", ("methods=[raft",), ("methods=[raft",)),
-    ("methods: raft", (), ("methods: expected a list",)),
-    ("", ("data.path=${oc.env:NONE_SUCH_HERE}",), ("NONE_SUCH_HERE",)),
-    ("run_dir: [", (), ("not valid YAML",)),
-    ("run_dir: a\n  b: c", (), ("not valid YAML",)),
-])
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        ("trian: {}", (), ("trian", "Did you mean", "train")),
+        ("train: {learning_rat: 1}", (), ("learning_rat", "learning_rate")),
+        ("", ("train.learning_rat=1",), ("train.learning_rat=1", "learning_rate")),
+        ("", ("learning_rate=1",), ("learning_rate=1", "there is train.learning_rate")),
+        ("", ("train.lr=1",), ("Key 'lr' is not known; here it is train.learning_rate",)),
+        ("lr: 1", (), ("here it is train.learning_rate",)),
+        ("train: {lora: {r: 8}}", (), ("here it is train.lora.rank",)),
+        ("refine: {tau: 0.5}", (), ("here it is refine.threshold",)),
+        ("output_dir: x", (), ("here it is run_dir",)),
+        ("", ("lora.rank=1",), ("lora.rank=1", "there is train.lora")),
+        ("", ("train.rollout.max_tokens=1",), ("train.rollout.max_tokens=1",)),
+        ("train: {batch_size: many}", (), ("train.batch_size", "many")),
+        ("", ("train.batch_size=2.5",), ("train.batch_size=2.5",)),
+        ("train: 5", (), ("train is a group of settings, got 5",)),
+        ("", ("train.rollout=5",), ("train.rollout=5", "rollout is a group of settings")),
+        ("", ("train.batch_size",), ("train.batch_size", "key.path=value")),
+        ("", ("=5",), ("=5", "key.path=value")),
+        ("", ("methods=[raft",), ("methods=[raft",)),
+        ("methods: raft", (), ("methods: expected a list",)),
+        ("", ("data.path=${oc.env:NONE_SUCH_HERE}",), ("NONE_SUCH_HERE",)),
+        ("run_dir: [", (), ("not valid YAML",)),
+        ("run_dir: a\n  b: c", (), ("not valid YAML",)),
+    ],
+)
 def test_what_cannot_be_read_is_named(write, text, overrides, words):
     path = write(MINIMAL + text)
     message = complaint(path, *overrides)
@@ -85,47 +97,50 @@ def test_what_cannot_be_read_is_named(write, text, overrides, words):
         assert "override" in message and str(path) not in message
 
 
-@pytest.mark.parametrize(("override", "words"), [
-    ("train.batch_size=0", "train.batch_size is 0; allowed: 1 or more"),
-    ("train.num_micro_batches=3", "a divisor of train.batch_size 16"),
-    ("train.temperature=0", "train.temperature is 0"),
-    ("train.learning_rate=-1", "train.learning_rate is -1"),
-    ("train.learning_rate=.nan", "train.learning_rate is nan"),
-    ("train.ema_decay=1", "train.ema_decay is 1"),
-    ("train.reduction=mean", "sequence, token"),
-    ("train.fixed_weight=-0.1", "0 or more, or null"),
-    ("train.max_steps=0", "train.max_steps is 0"),
-    ("train.epochs=0", "above 0"),
-    ("train.warmup_steps=-1", "train.warmup_steps is -1"),
-    ("train.weight_decay=-1", "train.weight_decay is -1"),
-    ("train.adam_b1=1", "train.adam_b1 is 1"),
-    ("train.adam_b2=1.5", "train.adam_b2 is 1.5"),
-    ("train.adam_epsilon=0", "train.adam_epsilon is 0"),
-    ("train.max_gradient_norm=0", "above 0, or null"),
-    ("train.loss_chunk_size=0", "train.loss_chunk_size is 0"),
-    ("train.rollout.max_new_tokens=0", "train.rollout.max_new_tokens is 0"),
-    ("train.rollout.top_p=0", "above 0, up to 1"),
-    ("refine.threshold=1.5", "a cosine, -1 to 1"),
-    ("refine.accept=-0.1", "0 to 1"),
-    ("refine.rounds=0", "refine.rounds is 0"),
-    ("refine.judges=[likeness]", "similarity, coverage, likelihood"),
-    ("refine.judges=[]", "similarity, coverage, likelihood"),
-    ("refine.max_new_tokens=513", "up to data.max_answer_tokens 512"),
-    ("data.held_out=0", "data.held_out is 0"),
-    ("data.max_train=0", "or null for all"),
-    ("evaluate.batch_size=0", "evaluate.batch_size is 0"),
-    ("export.dtype=int8", "float32, bfloat16"),
-    ("model.dtype=float16", "float32, bfloat16"),
-    ("methods=[rafts]", "raft, sft, sdft, fused_sft, on_policy"),
-    ("methods=[]", "one or more of"),
-    ("methods=[raft,raft]", "each method once"),
-    ("seed=-1", "seed is -1"),
-    ("train.learning_rate=inf", "train.learning_rate is inf; allowed: a finite number"),
-    ("train.weight_decay=nan", "train.weight_decay"),
-    ("mesh.data=0", "mesh.data is 0; allowed: 1 or more, or -1"),
-    ("mesh.tensor=-2", "mesh.tensor is -2"),
-    ("seed=4294967296", "seed is 4294967296"),
-])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.batch_size=0", "train.batch_size is 0; allowed: 1 or more"),
+        ("train.num_micro_batches=3", "a divisor of train.batch_size 16"),
+        ("train.temperature=0", "train.temperature is 0"),
+        ("train.learning_rate=-1", "train.learning_rate is -1"),
+        ("train.learning_rate=.nan", "train.learning_rate is nan"),
+        ("train.ema_decay=1", "train.ema_decay is 1"),
+        ("train.reduction=mean", "sequence, token"),
+        ("train.fixed_weight=-0.1", "0 or more, or null"),
+        ("train.max_steps=0", "train.max_steps is 0"),
+        ("train.epochs=0", "above 0"),
+        ("train.warmup_steps=-1", "train.warmup_steps is -1"),
+        ("train.weight_decay=-1", "train.weight_decay is -1"),
+        ("train.adam_b1=1", "train.adam_b1 is 1"),
+        ("train.adam_b2=1.5", "train.adam_b2 is 1.5"),
+        ("train.adam_epsilon=0", "train.adam_epsilon is 0"),
+        ("train.max_gradient_norm=0", "above 0, or null"),
+        ("train.loss_chunk_size=0", "train.loss_chunk_size is 0"),
+        ("train.rollout.max_new_tokens=0", "train.rollout.max_new_tokens is 0"),
+        ("train.rollout.top_p=0", "above 0, up to 1"),
+        ("refine.threshold=1.5", "a cosine, -1 to 1"),
+        ("refine.accept=-0.1", "0 to 1"),
+        ("refine.rounds=0", "refine.rounds is 0"),
+        ("refine.judges=[likeness]", "similarity, coverage, likelihood"),
+        ("refine.judges=[]", "similarity, coverage, likelihood"),
+        ("refine.max_new_tokens=513", "up to data.max_answer_tokens 512"),
+        ("data.held_out=0", "data.held_out is 0"),
+        ("data.max_train=0", "or null for all"),
+        ("evaluate.batch_size=0", "evaluate.batch_size is 0"),
+        ("export.dtype=int8", "float32, bfloat16"),
+        ("model.dtype=float16", "float32, bfloat16"),
+        ("methods=[rafts]", "raft, sft, sdft, fused_sft, on_policy"),
+        ("methods=[]", "one or more of"),
+        ("methods=[raft,raft]", "each method once"),
+        ("seed=-1", "seed is -1"),
+        ("train.learning_rate=inf", "train.learning_rate is inf; allowed: a finite number"),
+        ("train.weight_decay=nan", "train.weight_decay"),
+        ("mesh.data=0", "mesh.data is 0; allowed: 1 or more, or -1"),
+        ("mesh.tensor=-2", "mesh.tensor is -2"),
+        ("seed=4294967296", "seed is 4294967296"),
+    ],
+)
 def test_values_out_of_range_are_named_with_what_is_allowed(write, override, words):
     message = complaint(write(MINIMAL), override)
     assert words in message and message.startswith("config: "), message
@@ -166,24 +181,57 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-@pytest.mark.parametrize("text", [
-    "[" * 100_000, "a: " * 5_000, "{" * 3_000, "a: &a [*a]", "a: &a {b: *a}", BOMB, "a: *none", "\x07",
-    "a: !!python/name:os.x", "a: 0b", "train: {epochs: 2001-99-99}", "? [a]\n: b", "1: 2", "null: 1", "- - - a",
-    "a: !!binary x", "a: \"\\ud800\"", "seed: " + "9" * 5_000, "<<: *x", "model: null", "data: null",
-    "methods: null", "seed: null", "a: ${a}", "seed: ${seed}",
-    "train: {epochs: ${train.max_steps}, max_steps: ${train.epochs}}",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "a: " * 5_000,
+        "{" * 3_000,
+        "a: &a [*a]",
+        "a: &a {b: *a}",
+        BOMB,
+        "a: *none",
+        "\x07",
+        "a: !!python/name:os.x",
+        "a: 0b",
+        "train: {epochs: 2001-99-99}",
+        "? [a]\n: b",
+        "1: 2",
+        "null: 1",
+        "- - - a",
+        "a: !!binary x",
+        'a: "\\ud800"',
+        "seed: " + "9" * 5_000,
+        "<<: *x",
+        "model: null",
+        "data: null",
+        "methods: null",
+        "seed: null",
+        "a: ${a}",
+        "seed: ${seed}",
+        "train: {epochs: ${train.max_steps}, max_steps: ${train.epochs}}",
+    ],
+)
 def test_odd_files_are_a_line(write, text):
     path = write(MINIMAL + text)
     assert len(complaint(path)) < 1000
 
 
-@pytest.mark.parametrize("value", ["${oc.env:RAFT_SECRET}", "x-${oc.env:RAFT_SECRET,none}", "${ oc.env : RAFT_SECRET }",
-                                   "${oc.decode:${oc.env:RAFT_SECRET}}"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "${oc.env:RAFT_SECRET}",
+        "x-${oc.env:RAFT_SECRET,none}",
+        "${ oc.env : RAFT_SECRET }",
+        "${oc.decode:${oc.env:RAFT_SECRET}}",
+    ],
+)
 def test_a_value_of_the_environment_is_never_taken(write, monkeypatch, value):
     monkeypatch.setenv("RAFT_SECRET", "hidden")
-    for message in (complaint(write(f"{MINIMAL}encoder: {{source: '{value}'}}")),
-                    complaint(write(MINIMAL), f"encoder.source={value}")):
+    for message in (
+        complaint(write(f"{MINIMAL}encoder: {{source: '{value}'}}")),
+        complaint(write(MINIMAL), f"encoder.source={value}"),
+    ):
         assert value in message and "hidden" not in message
 
 

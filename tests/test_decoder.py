@@ -21,11 +21,22 @@ from raft_jax.models.xla_cpu import Tiled
 from raft_jax.tokens import Tokens
 
 LLAMA = DecoderConfig(
-    family="llama", vocab_size=61, num_layers=3, width=20, num_heads=4, num_kv_heads=2, head_width=6, ffn_width=28,
-    max_positions=64, ropes=(plain_rope(100.0, 6),),
+    family="llama",
+    vocab_size=61,
+    num_layers=3,
+    width=20,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=6,
+    ffn_width=28,
+    max_positions=64,
+    ropes=(plain_rope(100.0, 6),),
 )
 LLAMA3 = {
-    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 40.0,
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 40.0,
 }
 LLAMA3_ROPE = make_rope({"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}, 6, 64)
 CONFIGS = {
@@ -33,8 +44,15 @@ CONFIGS = {
     "llama 3": replace(LLAMA, ropes=(LLAMA3_ROPE,), num_kv_heads=1, norm_epsilon=1e-3),
     # wide enough for tiles (raft_jax.models.xla_cpu)
     "qwen2": replace(
-        LLAMA, family="qwen2", qkv_bias=True, tied_embeddings=True, width=64, num_kv_heads=4, head_width=16,
-        ffn_width=128, ropes=(plain_rope(100.0, 16),),
+        LLAMA,
+        family="qwen2",
+        qkv_bias=True,
+        tied_embeddings=True,
+        width=64,
+        num_kv_heads=4,
+        head_width=16,
+        ffn_width=128,
+        ropes=(plain_rope(100.0, 16),),
     ),
 }
 TOKENS = np.random.default_rng(3).integers(0, LLAMA.vocab_size, (3, 13))
@@ -253,8 +271,17 @@ def test_a_pass_has_the_same_bits_with_and_without_a_backward_pass():
     """A student and a teacher that are equal: Eq. 12 would divide by what they differ by."""
     random = np.random.default_rng(0)
     config = DecoderConfig(
-        family="llama", vocab_size=128, num_layers=2, width=576, num_heads=9, num_kv_heads=3, head_width=64,
-        ffn_width=1536, max_positions=512, ropes=(plain_rope(10_000.0, 64),), tied_embeddings=True,
+        family="llama",
+        vocab_size=128,
+        num_layers=2,
+        width=576,
+        num_heads=9,
+        num_kv_heads=3,
+        head_width=64,
+        ffn_width=1536,
+        max_positions=512,
+        ropes=(plain_rope(10_000.0, 64),),
+        tied_embeddings=True,
     )
     model = Model(config, init_parameters(config, jax.random.key(0)))
     tokens_BT, mask_BT = random.integers(0, 128, (4, 120)), np.ones((4, 120), bool)

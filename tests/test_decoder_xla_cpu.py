@@ -43,8 +43,16 @@ def test_where_tiles_do_not_pay_the_matrix_stays(num_rows, shape, dtype):
 
 # Wide enough for tiles.
 CONFIG = DecoderConfig(
-    family="llama", vocab_size=128, num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_width=32, ffn_width=128,
-    max_positions=64, ropes=(plain_rope(100.0, 32),),
+    family="llama",
+    vocab_size=128,
+    num_layers=2,
+    width=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=32,
+    ffn_width=128,
+    max_positions=64,
+    ropes=(plain_rope(100.0, 32),),
 )
 
 

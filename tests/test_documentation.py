@@ -21,9 +21,14 @@ from raft_jax.evaluate.compare import load_general_prompts
 from raft_jax.models import Model
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(path.relative_to(ROOT)): path.read_text("utf-8") for path in (
-    *sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benchmarks").rglob("*.md")),
-)}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text("utf-8")
+    for path in (
+        *sorted(ROOT.glob("*.md")),
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "benchmarks").rglob("*.md")),
+    )
+}
 PLACEHOLDERS = ("CONFIG", "VERB", "my-run.yaml", "config.yaml")
 
 
@@ -91,8 +96,9 @@ def config_reference_defaults() -> dict:
 
 def anchors(text: str) -> set[str]:
     """GitHub's names of a page's headings."""
-    headings = re.findall(r"^#+ +(.+)$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE),
-                          flags=re.MULTILINE)
+    headings = re.findall(
+        r"^#+ +(.+)$", re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE
+    )
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
@@ -153,8 +159,14 @@ def test_a_page_begins_with_who_it_is_for():
     for page, text in PAGES.items():
         first = text.split("\n\n")[1]
         generated = page == "docs/configuration.md"
-        assert generated or re.search(r"\bFor people who\b|\bby reader\b", first) or page in (
-            "README.md", "benchmarks/gpu/README.md",
+        assert (
+            generated
+            or re.search(r"\bFor people who\b|\bby reader\b", first)
+            or page
+            in (
+                "README.md",
+                "benchmarks/gpu/README.md",
+            )
         ), page
 
 
@@ -166,8 +178,11 @@ def test_the_configuration_page_is_up_to_date():
 
 def test_the_configuration_page_has_every_key_with_a_comment():
     allowed = config_reference.allowed_values()
-    keys = [key for prefix, group in config_reference.groups(Config)
-            for key in config_reference.keys_of(prefix, group, allowed)]
+    keys = [
+        key
+        for prefix, group in config_reference.groups(Config)
+        for key in config_reference.keys_of(prefix, group, allowed)
+    ]
     assert sorted(key.name for key in keys) == sorted(flat(config_reference_defaults()))
     assert not [key.name for key in keys if not key.comment]
     batch_size = next(key for key in keys if key.name == "train.batch_size")
@@ -215,7 +230,11 @@ def test_the_example_of_general_prompts_is_read(tmp_path):
     (tmp_path / "general.jsonl").write_text(block, "utf-8")
     prompts = load_general_prompts(str(tmp_path / "general.jsonl"))
     assert [prompt.check and prompt.check["kind"] for prompt in prompts] == [
-        "number", "contains_any", "regex", "exact", None,
+        "number",
+        "contains_any",
+        "regex",
+        "exact",
+        None,
     ]
     assert all(json.loads(line).keys() == {"id", "category", "prompt", "check"} for line in block.splitlines())
 
@@ -244,8 +263,11 @@ def test_the_config_for_own_data_passes_check_with_forty_rows_as_they_are(
 
     hf = llama_config | {"max_position_embeddings": 4096}
     write_folder(tmp_path / "model", hf, random_tensors(hf))
-    rows = [{"question": f"{row['question']} ({number})", "answer": row["answer"] * 3}
-            for number in range(4) for row in ROWS]
+    rows = [
+        {"question": f"{row['question']} ({number})", "answer": row["answer"] * 3}
+        for number in range(4)
+        for row in ROWS
+    ]
     write_jsonl(tmp_path / "my.jsonl", rows)
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs/own-data.yaml"

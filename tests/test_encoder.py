@@ -285,8 +285,9 @@ def test_a_prefix_of_all_keys_is_left_out(folder, prefix):
     heads = {"cls.predictions.bias": np.zeros(100, np.float32)}
     save_file({prefix + key: array for key, array in arrays.items()} | heads, folder / "model.safetensors")
     np.testing.assert_array_equal(load_encoder(folder).encode(TEXTS), expected)
-    save_file({prefix + key: array for key, array in arrays.items() if "LayerNorm" not in key},
-              folder / "model.safetensors")
+    save_file(
+        {prefix + key: array for key, array in arrays.items() if "LayerNorm" not in key}, folder / "model.safetensors"
+    )
     with pytest.raises(InputError, match=r"the weights lack embeddings.LayerNorm.weight"):
         load_encoder(folder)
 
@@ -354,17 +355,22 @@ DAMAGES = {
         rf"{SCALE} has shape \(17,\), and config.json asks for \(16,\)",
     ),
     "not finite": (
-        weights(lambda w: w.update({SCALE: np.full(16, np.inf, np.float32)})), rf"{SCALE} holds numbers that are",
+        weights(lambda w: w.update({SCALE: np.full(16, np.inf, np.float32)})),
+        rf"{SCALE} holds numbers that are",
     ),
     "no number": (
-        weights(lambda w: w.update({QUERY: np.full((16, 16), np.nan, np.float32)})), rf"{QUERY} holds numbers that are",
+        weights(lambda w: w.update({QUERY: np.full((16, 16), np.nan, np.float32)})),
+        rf"{QUERY} holds numbers that are",
     ),
     "limit as text": (tokenizer_limit("512"), r"tokenizer_config.json: model_max_length is '512'; expected a number"),
     "limit 0": (tokenizer_limit(0), r"tokenizer_config.json: model_max_length is 0; expected 3 or more"),
     "limit -1": (tokenizer_limit(-1), r"tokenizer_config.json: model_max_length is -1; expected 3 or more"),
     "no padding": (
-        lambda folder: (folder / "config.json").write_text(json.dumps(
-            json.loads((folder / "config.json").read_text()) | {"model_type": "roberta", "pad_token_id": None})),
+        lambda folder: (folder / "config.json").write_text(
+            json.dumps(
+                json.loads((folder / "config.json").read_text()) | {"model_type": "roberta", "pad_token_id": None}
+            )
+        ),
         r"config.json: pad_token_id is None; expected a token's id",
     ),
     "padding beyond": (config(model_type="roberta", pad_token_id=39), r"max_position_embeddings leaves 0 positions"),
@@ -384,13 +390,18 @@ DAMAGES = {
         r"modules.json: expected a list",
     ),
     "deep config": (content("config.json", "[" * 100_000), r"config.json: not valid JSON \(nested too deeply\)"),
-    "a folder": (lambda folder: [(folder / "config.json").unlink(), (folder / "config.json").mkdir()],
-                 r"config.json: expected a file, found a folder"),
-    "a pipe": (lambda folder: [(folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")],
-               r"model.safetensors: expected a file, found a named pipe"),
-    "a pipe below": (lambda folder: [(folder / "1_Pooling/config.json").unlink(),
-                                     os.mkfifo(folder / "1_Pooling/config.json")],
-                     r"1_Pooling/config.json: expected a file, found a named pipe"),
+    "a folder": (
+        lambda folder: [(folder / "config.json").unlink(), (folder / "config.json").mkdir()],
+        r"config.json: expected a file, found a folder",
+    ),
+    "a pipe": (
+        lambda folder: [(folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")],
+        r"model.safetensors: expected a file, found a named pipe",
+    ),
+    "a pipe below": (
+        lambda folder: [(folder / "1_Pooling/config.json").unlink(), os.mkfifo(folder / "1_Pooling/config.json")],
+        r"1_Pooling/config.json: expected a file, found a named pipe",
+    ),
     "integers": (weights(lambda w: w.update({SCALE: np.zeros(16, np.int8)})), rf"{SCALE} holds int8; expected float32"),
 }
 

@@ -35,14 +35,17 @@ def test_minilm_tokens():
     assert encoder._tokenize(texts) == expected
 
 
-@pytest.mark.parametrize(("family", "pooling", "normalize", "activation", "prefix", "seed"), [
-    ("bert", "mean", False, "gelu", "", 1),
-    ("bert", "max", True, "relu", "query: ", 2),
-    ("mpnet", "mean", True, "gelu", "", 3),
-    ("mpnet", "cls", False, "gelu_new", "passage: ", 4),
-    ("roberta", "mean", True, "gelu_pytorch_tanh", "", 5),
-    ("xlm-roberta", "cls", True, "gelu", "query: ", 6),
-])
+@pytest.mark.parametrize(
+    ("family", "pooling", "normalize", "activation", "prefix", "seed"),
+    [
+        ("bert", "mean", False, "gelu", "", 1),
+        ("bert", "max", True, "relu", "query: ", 2),
+        ("mpnet", "mean", True, "gelu", "", 3),
+        ("mpnet", "cls", False, "gelu_new", "passage: ", 4),
+        ("roberta", "mean", True, "gelu_pytorch_tanh", "", 5),
+        ("xlm-roberta", "cls", True, "gelu", "query: ", 6),
+    ],
+)
 def test_random_models(tmp_path, family, pooling, normalize, activation, prefix, seed):
     special = "mpnet" if family != "bert" else "bert"  # RoBERTa's padding has the id 1, like MPNet's
     num_tokens = maker["save_tokenizer"](tmp_path, special)

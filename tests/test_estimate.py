@@ -55,13 +55,23 @@ def test_the_quickstart_takes_what_was_measured():
         assert measured / 1.5 < estimated < measured * 1.5
 
 
-@pytest.mark.parametrize(("batch_size", "rollout", "seconds", "memory"), [
-    (4, 64, 6.64, 4.11), (4, 256, 15.67, 4.68), (16, 64, 18.40, 5.52),
-])
+@pytest.mark.parametrize(
+    ("batch_size", "rollout", "seconds", "memory"),
+    [
+        (4, 64, 6.64, 4.11),
+        (4, 256, 15.67, 4.68),
+        (16, 64, 18.40, 5.52),
+    ],
+)
 def test_a_train_step_takes_what_was_measured(batch_size, rollout, seconds, memory):
     """docs/performance.md, sample data: answers of about 58 tokens."""
-    config = quickstart("methods=[raft]", f"train.batch_size={batch_size}", f"train.rollout.max_new_tokens={rollout}",
-                        "refine.batch_size=1", "evaluate.batch_size=1")
+    config = quickstart(
+        "methods=[raft]",
+        f"train.batch_size={batch_size}",
+        f"train.rollout.max_new_tokens={rollout}",
+        "refine.batch_size=1",
+        "evaluate.batch_size=1",
+    )
     one, two = (
         estimate(replace(config, train=replace(config.train, max_steps=steps, epochs=9)), SMOLLM2, QUICKSTART, CPU)
         for steps in (1, 2)
@@ -70,19 +80,22 @@ def test_a_train_step_takes_what_was_measured(batch_size, rollout, seconds, memo
     assert memory / 1.5 < one.memory / GB < memory * 1.5
 
 
-@pytest.mark.parametrize(("override", "figure", "grows"), [
-    ("train.num_micro_batches=8", "memory", False),
-    ("model.remat=true", "memory", False),
-    ("model.remat=true", "train", True),
-    ("refine.batch_size=4096", "memory", True),
-    ("evaluate.max_new_tokens=500", "evaluate", True),
-    ("refine.rounds=3", "refine", True),
-    ("train.rollout.max_new_tokens=256", "train", True),
-    ("train.epochs=5", "train", True),
-    ("train.keep_checkpoints=3", "disk_peak", True),
-    ("methods=[sft]", "train", False),
-    ("mesh.fsdp=4", "memory", False),
-])
+@pytest.mark.parametrize(
+    ("override", "figure", "grows"),
+    [
+        ("train.num_micro_batches=8", "memory", False),
+        ("model.remat=true", "memory", False),
+        ("model.remat=true", "train", True),
+        ("refine.batch_size=4096", "memory", True),
+        ("evaluate.max_new_tokens=500", "evaluate", True),
+        ("refine.rounds=3", "refine", True),
+        ("train.rollout.max_new_tokens=256", "train", True),
+        ("train.epochs=5", "train", True),
+        ("train.keep_checkpoints=3", "disk_peak", True),
+        ("methods=[sft]", "train", False),
+        ("mesh.fsdp=4", "memory", False),
+    ],
+)
 def test_what_a_setting_changes(override, figure, grows):
     before = getattr(estimate(quickstart(), SMOLLM2, QUICKSTART, CPU), figure)
     after = getattr(estimate(quickstart(override), SMOLLM2, QUICKSTART, CPU), figure)
@@ -112,8 +125,12 @@ def test_size_of_a_model_and_of_its_adapters():
 
 def test_lines():
     lines = estimate_lines(quickstart(), SMOLLM2, QUICKSTART, device="cpu", free_disk=10**9)
-    assert [line.partition(":")[0] for line in lines] == ["disk", "  only 1.0 GB are free there; set run_dir, "
-                                                          "train.keep_checkpoints or export.dtype", "memory", "time"]
+    assert [line.partition(":")[0] for line in lines] == [
+        "disk",
+        "  only 1.0 GB are free there; set run_dir, train.keep_checkpoints or export.dtype",
+        "memory",
+        "time",
+    ]
     assert all("\n" not in line for line in lines)
     enough = estimate_lines(quickstart(), SMOLLM2, QUICKSTART, device="TPU v5 lite", free_disk=10**12)
     assert len(enough) == 3 and "on one TPU v5 lite" in enough[-1] and "each device" in enough[1]
@@ -128,9 +145,13 @@ def test_devices(monkeypatch):
     assert local_device() == "cpu"
 
 
-@pytest.mark.parametrize("rows", [
-    RowLengths([(10, 5)], [(10, 5)], [10]), RowLengths([(10, 5)] * 3, [(1, 1)], []),
-])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        RowLengths([(10, 5)], [(10, 5)], [10]),
+        RowLengths([(10, 5)] * 3, [(1, 1)], []),
+    ],
+)
 def test_few_rows_are_no_trouble(rows):
     found = estimate(quickstart(), SMOLLM2, rows, CPU)
     assert all(math.isfinite(value) and value >= 0 for value in vars(found).values())

@@ -29,32 +29,47 @@ TOY = SimpleNamespace(
 )
 
 
-@pytest.mark.parametrize(("answer", "gold", "expected"), [
-    ("the cat sat", "The cat sat.", 1.0),
-    ("cat", "cat sat", 2 / 3),  # precision 1, recall 1/2
-    ("a cat, a dog", "the dog", 2 / 3),
-    ("cat cat cat", "cat", 1 / 2),  # a word counts as often as it stands in both
-    ("cat cat", "cat cat dog", 4 / 5),
-    ("dog", "cat", 0.0), ("", "cat", 0.0), ("cat", "", 0.0), ("", "", 1.0), ("the", "an", 1.0),
-    ("Form 22-1990", "form 221990", 1.0),
-])
+@pytest.mark.parametrize(
+    ("answer", "gold", "expected"),
+    [
+        ("the cat sat", "The cat sat.", 1.0),
+        ("cat", "cat sat", 2 / 3),  # precision 1, recall 1/2
+        ("a cat, a dog", "the dog", 2 / 3),
+        ("cat cat cat", "cat", 1 / 2),  # a word counts as often as it stands in both
+        ("cat cat", "cat cat dog", 4 / 5),
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("cat", "", 0.0),
+        ("", "", 1.0),
+        ("the", "an", 1.0),
+        ("Form 22-1990", "form 221990", 1.0),
+    ],
+)
 def test_token_f1(answer, gold, expected):
     assert token_f1(answer, gold) == pytest.approx(expected, abs=1e-12)
     assert token_f1(gold, answer) == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize(("kind", "value", "right", "wrong"), [
-    ("contains_any", ["Paris"], ["paris", "It is Paris.", "Paris, of course"], ["parish", "Comparison", "London", ""]),
-    ("contains_any", ["H2O", "water"], ["h2o!", "Water"], ["watery", "H2O2"]),
-    ("contains_any", ["3.5"], ["3.5 km", "(3.5)"], ["3x5"]),
-    ("number", 144, ["144", "It is 144.", "144.0", "12 x 12 = 144"], ["1440", "14", "no number", ""]),
-    ("number", 1200, ["1,200", "1200 people"], ["1.200", "12,00.5"]),
-    ("number", -5, ["-5", "It is -5 degrees", "−5"], ["5", "10-5"]),
-    ("number", 0.5, ["0.5", ".5 or 0.50"], ["5"]),
-    ("regex", r"^\s*yes\b", ["Yes.", "  YES indeed"], ["no, yes", "yesterday"]),
-    ("exact", "Oslo", ["Oslo", " oslo.\n", "OSLO"], ["Oslo!", "Oslo, Norway"]),
-    ("exact", 7, ["7", "7."], ["seven"]),
-])
+@pytest.mark.parametrize(
+    ("kind", "value", "right", "wrong"),
+    [
+        (
+            "contains_any",
+            ["Paris"],
+            ["paris", "It is Paris.", "Paris, of course"],
+            ["parish", "Comparison", "London", ""],
+        ),
+        ("contains_any", ["H2O", "water"], ["h2o!", "Water"], ["watery", "H2O2"]),
+        ("contains_any", ["3.5"], ["3.5 km", "(3.5)"], ["3x5"]),
+        ("number", 144, ["144", "It is 144.", "144.0", "12 x 12 = 144"], ["1440", "14", "no number", ""]),
+        ("number", 1200, ["1,200", "1200 people"], ["1.200", "12,00.5"]),
+        ("number", -5, ["-5", "It is -5 degrees", "−5"], ["5", "10-5"]),
+        ("number", 0.5, ["0.5", ".5 or 0.50"], ["5"]),
+        ("regex", r"^\s*yes\b", ["Yes.", "  YES indeed"], ["no, yes", "yesterday"]),
+        ("exact", "Oslo", ["Oslo", " oslo.\n", "OSLO"], ["Oslo!", "Oslo, Norway"]),
+        ("exact", 7, ["7", "7."], ["seven"]),
+    ],
+)
 def test_answers_that_a_program_can_check(kind, value, right, wrong):
     check = {"kind": kind, "value": value}
     assert [text for text in right if not is_correct(check, text)] == []
@@ -170,8 +185,10 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     monkeypatch.setattr(compare, "make_divergence", lambda *_: drift)
     monkeypatch.setattr(compare, "weight_distance", lambda params, base: WeightDistance(float(params != base)))
     questions = [Example("q1", "Q one", "one", context="so"), Example("q2", "Q two", "no two")]
-    general = [GeneralPrompt("g1", "sums", "four 4", {"kind": "number", "value": 4}),
-               GeneralPrompt("g2", "chat", "say hi", None)]
+    general = [
+        GeneralPrompt("g1", "sums", "four 4", {"kind": "number", "value": 4}),
+        GeneralPrompt("g2", "chat", "say hi", None),
+    ]
     model = SimpleNamespace(params="base", tokenizer=FakeTokenizer())
     settings = EvaluateConfig(max_new_tokens=9, general_new_tokens=5)
     evaluation = Evaluator(model, FakeEncoder(), questions, general, settings)
@@ -194,18 +211,25 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     assert parse_record(ModelScores, json.dumps(asdict(tuned), allow_nan=False)) == tuned
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    ("", "no prompts in it"), ("{}\n", ":1: not a general prompt"), ('\n{"id": 1', ":2: not JSON"),
-    ('{"id": "a", "category": "b", "prompt": "c", "chek": null}', "'chek'"), ("[1]", ":1: not a general prompt"),
-    ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "fuzzy", "value": 1}}', ":1: .*'fuzzy'"),
-    ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "regex", "value": "("}}', ":1: "),
-    ('{"id": "a", "category": "b", "prompt": "c", "check": {"value": "("}}', ":1: "),
-    ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "contains_any", "value": "yes"}}', ":1: "),
-    ('{"id": "a", "category": "b", "prompt": "", "check": null}', ":1: "),
-    ('{"id": "a", "category": "b", "prompt": "c \\udc80", "check": null}', ":1: .* half a character"),
-    ("[" * 100000, ":1: not JSON"), ('{"id": "a", "cat\\u001b[2J": 1}', ":1: not a general prompt"),
-    (2 * '{"id": "a", "category": "b", "prompt": "c", "check": null}\n', ":2: id 'a' is that of line 1"),
-])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no prompts in it"),
+        ("{}\n", ":1: not a general prompt"),
+        ('\n{"id": 1', ":2: not JSON"),
+        ('{"id": "a", "category": "b", "prompt": "c", "chek": null}', "'chek'"),
+        ("[1]", ":1: not a general prompt"),
+        ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "fuzzy", "value": 1}}', ":1: .*'fuzzy'"),
+        ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "regex", "value": "("}}', ":1: "),
+        ('{"id": "a", "category": "b", "prompt": "c", "check": {"value": "("}}', ":1: "),
+        ('{"id": "a", "category": "b", "prompt": "c", "check": {"kind": "contains_any", "value": "yes"}}', ":1: "),
+        ('{"id": "a", "category": "b", "prompt": "", "check": null}', ":1: "),
+        ('{"id": "a", "category": "b", "prompt": "c \\udc80", "check": null}', ":1: .* half a character"),
+        ("[" * 100000, ":1: not JSON"),
+        ('{"id": "a", "cat\\u001b[2J": 1}', ":1: not a general prompt"),
+        (2 * '{"id": "a", "category": "b", "prompt": "c", "check": null}\n', ":2: id 'a' is that of line 1"),
+    ],
+)
 def test_general_prompts_that_cannot_be_used_are_named(tmp_path, text, message):
     path = tmp_path / "general.jsonl"
     path.write_text(text)

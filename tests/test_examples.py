@@ -73,18 +73,21 @@ def memory_below(num_bytes):
 # Formats
 
 
-@pytest.mark.parametrize(("name", "data"), [
-    ("rows.jsonl", as_jsonl(ROWS)),
-    ("rows.JSONL", b"\n  \n" + as_jsonl(ROWS).rstrip() + b"\n\n"),
-    ("rows.jsonl", b"\xef\xbb\xbf" + as_jsonl(ROWS).replace(b"\n", b"\r\n")),
-    ("rows.jsonl.gz", gzip.compress(as_jsonl(ROWS))),
-    ("rows.json", json.dumps(ROWS, indent=2).encode()),
-    ("rows.json", as_jsonl(ROWS)),
-    ("rows.csv", as_csv(ROWS)),
-    ("rows.csv", b"\xef\xbb\xbf\r\n" + as_csv(ROWS) + b"\r\n"),
-    ("rows.csv.gz", gzip.compress(as_csv(ROWS))),
-    ("rows.tsv", as_csv(ROWS, "\t")),
-])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("rows.jsonl", as_jsonl(ROWS)),
+        ("rows.JSONL", b"\n  \n" + as_jsonl(ROWS).rstrip() + b"\n\n"),
+        ("rows.jsonl", b"\xef\xbb\xbf" + as_jsonl(ROWS).replace(b"\n", b"\r\n")),
+        ("rows.jsonl.gz", gzip.compress(as_jsonl(ROWS))),
+        ("rows.json", json.dumps(ROWS, indent=2).encode()),
+        ("rows.json", as_jsonl(ROWS)),
+        ("rows.csv", as_csv(ROWS)),
+        ("rows.csv", b"\xef\xbb\xbf\r\n" + as_csv(ROWS) + b"\r\n"),
+        ("rows.csv.gz", gzip.compress(as_csv(ROWS))),
+        ("rows.tsv", as_csv(ROWS, "\t")),
+    ],
+)
 def test_formats_say_the_same(tmp_path, name, data):
     path = write(tmp_path, data, name)
     assert load_examples(path) == EXAMPLES
@@ -136,11 +139,12 @@ def tfds_folder(tmp_path_factory):
             writer.write(serializer.serialize_example({name: row[name] for name in names}))
         writer.close()
         template = tfds.core.ShardedFileTemplate(
-            data_dir=folder, dataset_name="faq", split=split, filetype_suffix="array_record")
-        infos.append(tfds.core.SplitInfo(name=split, shard_lengths=[len(rows)], num_bytes=0,
-                                         filename_template=template))
-    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos,
-                                       check_data=False)
+            data_dir=folder, dataset_name="faq", split=split, filetype_suffix="array_record"
+        )
+        infos.append(
+            tfds.core.SplitInfo(name=split, shard_lengths=[len(rows)], num_bytes=0, filename_template=template)
+        )
+    tfds.folder_dataset.write_metadata(data_dir=folder, features=features, split_infos=infos, check_data=False)
     return folder
 
 
@@ -163,7 +167,7 @@ def test_damaged_tfds_folder(tfds_folder, tmp_path, damage):
     elif damage == "metadata":
         (tmp_path / "dataset_info.json").write_text("{")
     else:
-        records.write_bytes(records.read_bytes()[:65536 if damage == "truncated" else 0])
+        records.write_bytes(records.read_bytes()[: 65536 if damage == "truncated" else 0])
     message = error_of(tmp_path)
     if damage == "metadata":
         assert "tfds cannot read it" in message
@@ -191,37 +195,60 @@ CLERK = ("system", "You are a clerk.")
 EARLIER = (("user", "Who?"), ("assistant", "I."))
 
 
-@pytest.mark.parametrize(("row", "expected"), [
-    ({"prompt": "Why?", "completion": "So."}, ("Why?", "So.", "")),
-    ({"prompt": turns("Why?"), "completion": turns("So.", first="assistant")}, ("Why?", "So.", "")),
-    ({"prompt": [SYSTEM, *turns("Who?", "I.", "Why?")], "completion": "So."},
-     ("Why?", "So.", "", (CLERK, *EARLIER))),
-    ({"messages": turns("Why?", "So.")}, ("Why?", "So.", "")),
-    ({"messages": [SYSTEM, *turns("Why?", "So.")]}, ("Why?", "So.", "", (CLERK,))),
-    # Some templates write words of their own where there is no system turn, and none where it is empty.
-    ({"messages": [{"role": "system", "content": ""}, *turns("Why?", "So.")]},
-     ("Why?", "So.", "", (("system", ""),))),
-    ({"messages": turns("Who?", "I.", "Why?", "So."), "context": "Form 10."}, ("Why?", "So.", "Form 10.", EARLIER)),
-    ({"messages": turns("Why?", "So."), "system": "You are a clerk."}, ("Why?", "So.", "", (CLERK,))),
-    ({"messages": turns("Why?", "So."), "system": None, "tools": [], "images": None}, ("Why?", "So.", "")),
-    ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, ("Why?", "So.", "")),
-    ({"conversations": [{"from": "system", "value": "You are a clerk."}, {"from": "human", "value": "Who?"},
-                        {"from": "gpt", "value": "I."}, {"from": "user", "value": "Why?"},
-                        {"from": "assistant", "value": "So.", "weight": 1}]},
-     ("Why?", "So.", "", (CLERK, *EARLIER))),
-    ({"conversations": turns("Why?", "So."), "id_of_source": 3}, ("Why?", "So.", "")),
-    # Weights of turns that are not trained on in any case are without consequence, and so are empty fields.
-    ({"messages": [{"role": "user", "content": "Who?", "weight": 0, "tool_calls": None},
-                   {"role": "assistant", "content": "I.", "weight": 0, "tool_calls": [], "reasoning_content": ""},
-                   *turns("Why?", "So.")]}, ("Why?", "So.", "", EARLIER)),
-    ({"messages": turns("Why?", "So."), "question": None, "answer": None, "prompt": None, "completion": None},
-     ("Why?", "So.", "")),
-    ({"question": "Why?", "answer": "So.", "tools": ["saw"], "weight": 0, "system": "metric"}, ("Why?", "So.", "")),
-    ({"question": "Why?", "answer": "So.", "context": "Form 10.", "messages": 3},
-     ("Why?", "So.", "Form 10.")),
-    ({"question": "Why?", "answer": "So.", "context": None}, ("Why?", "So.", "")),
-    ({"question": "Why?", "answer": "So.", "context": ""}, ("Why?", "So.", "")),
-])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Why?", "completion": "So."}, ("Why?", "So.", "")),
+        ({"prompt": turns("Why?"), "completion": turns("So.", first="assistant")}, ("Why?", "So.", "")),
+        (
+            {"prompt": [SYSTEM, *turns("Who?", "I.", "Why?")], "completion": "So."},
+            ("Why?", "So.", "", (CLERK, *EARLIER)),
+        ),
+        ({"messages": turns("Why?", "So.")}, ("Why?", "So.", "")),
+        ({"messages": [SYSTEM, *turns("Why?", "So.")]}, ("Why?", "So.", "", (CLERK,))),
+        # Some templates write words of their own where there is no system turn, and none where it is empty.
+        (
+            {"messages": [{"role": "system", "content": ""}, *turns("Why?", "So.")]},
+            ("Why?", "So.", "", (("system", ""),)),
+        ),
+        ({"messages": turns("Who?", "I.", "Why?", "So."), "context": "Form 10."}, ("Why?", "So.", "Form 10.", EARLIER)),
+        ({"messages": turns("Why?", "So."), "system": "You are a clerk."}, ("Why?", "So.", "", (CLERK,))),
+        ({"messages": turns("Why?", "So."), "system": None, "tools": [], "images": None}, ("Why?", "So.", "")),
+        ({"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]}, ("Why?", "So.", "")),
+        (
+            {
+                "conversations": [
+                    {"from": "system", "value": "You are a clerk."},
+                    {"from": "human", "value": "Who?"},
+                    {"from": "gpt", "value": "I."},
+                    {"from": "user", "value": "Why?"},
+                    {"from": "assistant", "value": "So.", "weight": 1},
+                ]
+            },
+            ("Why?", "So.", "", (CLERK, *EARLIER)),
+        ),
+        ({"conversations": turns("Why?", "So."), "id_of_source": 3}, ("Why?", "So.", "")),
+        # Weights of turns that are not trained on in any case are without consequence, and so are empty fields.
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "Who?", "weight": 0, "tool_calls": None},
+                    {"role": "assistant", "content": "I.", "weight": 0, "tool_calls": [], "reasoning_content": ""},
+                    *turns("Why?", "So."),
+                ]
+            },
+            ("Why?", "So.", "", EARLIER),
+        ),
+        (
+            {"messages": turns("Why?", "So."), "question": None, "answer": None, "prompt": None, "completion": None},
+            ("Why?", "So.", ""),
+        ),
+        ({"question": "Why?", "answer": "So.", "tools": ["saw"], "weight": 0, "system": "metric"}, ("Why?", "So.", "")),
+        ({"question": "Why?", "answer": "So.", "context": "Form 10.", "messages": 3}, ("Why?", "So.", "Form 10.")),
+        ({"question": "Why?", "answer": "So.", "context": None}, ("Why?", "So.", "")),
+        ({"question": "Why?", "answer": "So.", "context": ""}, ("Why?", "So.", "")),
+    ],
+)
 def test_shapes(tmp_path, row, expected):
     assert load_examples(write(tmp_path, [row])) == [Example("000001", *expected)]
 
@@ -234,8 +261,12 @@ def test_each_row_has_its_shape(tmp_path):
 
 
 LOST = {
-    "tool_calls": [{"id": "c1"}], "function_call": {"name": "look"}, "reasoning_content": "Hm.", "thinking": "Hm.",
-    "images": ["pier.png"], "weight": 0,
+    "tool_calls": [{"id": "c1"}],
+    "function_call": {"name": "look"},
+    "reasoning_content": "Hm.",
+    "thinking": "Hm.",
+    "images": ["pier.png"],
+    "weight": 0,
 }
 
 
@@ -247,8 +278,9 @@ def test_what_would_be_lost_of_a_turn_is_refused(tmp_path, key, shape):
         "messages": {"messages": [*turns("Why?"), last]},
         "earlier": {"messages": [*turns("Who?"), last, *turns("Why?", "So.")]},
         "completion": {"prompt": "Why?", "completion": [last]},
-        "conversations": {"conversations": [
-            {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.", key: LOST[key]}]},
+        "conversations": {
+            "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.", key: LOST[key]}]
+        },
     }[shape]
     good = {"messages": turns("Why?", "So.")}
     path = write(tmp_path, [good, row, good])
@@ -262,44 +294,61 @@ def test_what_would_be_lost_of_a_turn_is_refused(tmp_path, key, shape):
     assert list(bad) == ["000002"] and f" has {key}" in bad["000002"]
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("tools", [{"type": "function"}]), ("images", ["pier.png"]), ("weight", 0), ("weight", 0.5), ("functions", [{}]),
-    ("videos", ["pier.mp4"]), ("documents", [{"text": "Tides."}]),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("images", ["pier.png"]),
+        ("weight", 0),
+        ("weight", 0.5),
+        ("functions", [{}]),
+        ("videos", ["pier.mp4"]),
+        ("documents", [{"text": "Tides."}]),
+    ],
+)
 def test_what_would_be_lost_of_a_conversation_is_refused(tmp_path, key, value):
     for row in ({"messages": turns("Why?", "So.")}, {"prompt": turns("Why?"), "completion": "So."}):
         assert f":1: the row has {key}" in error_of(write(tmp_path, [{**row, key: value}]))
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": [{"role": "system", "content": "Be \udc80 brief"}, *turns("Why?", "So.")]},
-    {"messages": turns("Wh\ud800o?", "I.", "Why?", "So.")},
-    {"question": "Why?", "answer": "So.", "context": "\udfff"},
-    {"conversations": [{"from": "human", "value": "Why \udc80?"}, {"from": "gpt", "value": "So."}]},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": "Be \udc80 brief"}, *turns("Why?", "So.")]},
+        {"messages": turns("Wh\ud800o?", "I.", "Why?", "So.")},
+        {"question": "Why?", "answer": "So.", "context": "\udfff"},
+        {"conversations": [{"from": "human", "value": "Why \udc80?"}, {"from": "gpt", "value": "So."}]},
+    ],
+)
 def test_halves_of_characters_are_refused_everywhere(tmp_path, row):
     assert "holds half a character" in error_of(write(tmp_path, json.dumps(row).encode()))
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"messages": []}, "messages must be a list of turns (role and content), got an empty list"),
-    ({"messages": "Why? So."}, "messages must be a list of turns (role and content), got text"),
-    ({"messages": turns("Why?")}, "turns by user; system may only be first, and the last two must be"),
-    ({"messages": turns("Why?", "So.", "And?")}, "turns by user, assistant, user; "),
-    ({"messages": turns("So.", first="assistant")}, "turns by assistant; "),
-    ({"messages": [*turns("Who?"), SYSTEM, *turns("Why?", "So.")]},
-     "turns by user, system, user, assistant; "),
-    ({"messages": [*turns("Why?"), {"role": "tool", "content": "1"}, *turns("So.", first="assistant")]},
-     "turn 2 of messages must have a role (system, user, assistant) and text as content, got the role 'tool' and text"),
-    ({"messages": [*turns("Why?"), {"role": "assistant", "content": None}]},
-     "text as content, got the role 'assistant' and null"),
-    ({"messages": ["Why?", "So."]}, "turn 1 of messages must have a role (system, user, assistant)"),
-    ({"messages": turns("Why?", " \n")}, "turn 2 of messages is empty"),
-    ({"prompt": turns("Why?", "So"), "completion": "."}, "turns by user, assistant, assistant; "),
-    ({"prompt": "Why?", "completion": []},
-     "completion must be a list of turns (role and content), got an empty"),
-    ({"prompt": "Why?", "completion": {"text": "So."}}, "completion must be text, got an object"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, "messages must be a list of turns (role and content), got an empty list"),
+        ({"messages": "Why? So."}, "messages must be a list of turns (role and content), got text"),
+        ({"messages": turns("Why?")}, "turns by user; system may only be first, and the last two must be"),
+        ({"messages": turns("Why?", "So.", "And?")}, "turns by user, assistant, user; "),
+        ({"messages": turns("So.", first="assistant")}, "turns by assistant; "),
+        ({"messages": [*turns("Who?"), SYSTEM, *turns("Why?", "So.")]}, "turns by user, system, user, assistant; "),
+        (
+            {"messages": [*turns("Why?"), {"role": "tool", "content": "1"}, *turns("So.", first="assistant")]},
+            "turn 2 of messages must have a role (system, user, assistant) and text as content, "
+            "got the role 'tool' and text",
+        ),
+        (
+            {"messages": [*turns("Why?"), {"role": "assistant", "content": None}]},
+            "text as content, got the role 'assistant' and null",
+        ),
+        ({"messages": ["Why?", "So."]}, "turn 1 of messages must have a role (system, user, assistant)"),
+        ({"messages": turns("Why?", " \n")}, "turn 2 of messages is empty"),
+        ({"prompt": turns("Why?", "So"), "completion": "."}, "turns by user, assistant, assistant; "),
+        ({"prompt": "Why?", "completion": []}, "completion must be a list of turns (role and content), got an empty"),
+        ({"prompt": "Why?", "completion": {"text": "So."}}, "completion must be text, got an object"),
+    ],
+)
 def test_shapes_that_cannot_be_mapped(tmp_path, row, message):
     assert message in error_of(write(tmp_path, [row]))
 
@@ -356,33 +405,40 @@ def test_files_with_a_head_only(tmp_path):
 GOOD = b'{"id": "a", "question": "Why?", "answer": "So."}\n'
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b'{"question": "Why?", "answer": ', "not JSON (Expecting value)"),
-    (b"Why? So.", "not JSON"),
-    (b"[" * 100000, "not JSON"),
-    (b'{"question": "Wh\xe4?", "answer": "So."}', "not UTF-8 (byte 0xe4)"),
-    (b'["Why?", "So."]', "expected an object with a key for each column, found a list"),
-    (b"null", "expected an object with a key for each column, found null"),
-    (b'{"id": "b", "question": "Why?", "anser": "So."}',
-     "no column 'answer'; there are: id, question, anser; set data.answer, perhaps to anser"),
-    (b'{"id": "b", "instruction": "Why?", "output": "So."}',
-     "no column 'question'; there are: id, instruction, output; "
-     "set data.question, perhaps to instruction"),
-    (b'{"question": "Why?", "answer": "So."}',
-     "no column 'id'; there are: question, answer; set data.id"),
-    (b"{}", "no column 'id'; there are: none"),
-    (b'{"id": "b", "question": " \\n\\u00a0", "answer": "So."}', "question is empty"),
-    (b'{"id": "b", "question": "Why?", "answer": ""}', "answer is empty"),
-    (b'{"id": "b", "question": 3, "answer": "So."}', "question must be text, got int"),
-    (b'{"id": "b", "question": "Why?", "answer": null}', "answer must be text, got null"),
-    (b'{"id": "b", "question": "Why?", "answer": {"text": "So."}}', "answer must be text, got an object"),
-    (b'{"id": "b", "question": "Why?", "answer": ["So."]}',
-     "answer must be one text, or a list of turns (role and content), got a list of texts; choose one of them"),
-    (b'{"id": "b", "question": "Why \\ud800?", "answer": "So."}', "question holds half a character"),
-    (b'{"id": "", "question": "Why?", "answer": "So."}', "id is empty"),
-    (b'{"id": 1.5, "question": "Why?", "answer": "So."}', "id must be text, got float"),
-    (b'{"id": true, "question": "Why?", "answer": "So."}', "id must be text, got bool"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question": "Why?", "answer": ', "not JSON (Expecting value)"),
+        (b"Why? So.", "not JSON"),
+        (b"[" * 100000, "not JSON"),
+        (b'{"question": "Wh\xe4?", "answer": "So."}', "not UTF-8 (byte 0xe4)"),
+        (b'["Why?", "So."]', "expected an object with a key for each column, found a list"),
+        (b"null", "expected an object with a key for each column, found null"),
+        (
+            b'{"id": "b", "question": "Why?", "anser": "So."}',
+            "no column 'answer'; there are: id, question, anser; set data.answer, perhaps to anser",
+        ),
+        (
+            b'{"id": "b", "instruction": "Why?", "output": "So."}',
+            "no column 'question'; there are: id, instruction, output; set data.question, perhaps to instruction",
+        ),
+        (b'{"question": "Why?", "answer": "So."}', "no column 'id'; there are: question, answer; set data.id"),
+        (b"{}", "no column 'id'; there are: none"),
+        (b'{"id": "b", "question": " \\n\\u00a0", "answer": "So."}', "question is empty"),
+        (b'{"id": "b", "question": "Why?", "answer": ""}', "answer is empty"),
+        (b'{"id": "b", "question": 3, "answer": "So."}', "question must be text, got int"),
+        (b'{"id": "b", "question": "Why?", "answer": null}', "answer must be text, got null"),
+        (b'{"id": "b", "question": "Why?", "answer": {"text": "So."}}', "answer must be text, got an object"),
+        (
+            b'{"id": "b", "question": "Why?", "answer": ["So."]}',
+            "answer must be one text, or a list of turns (role and content), got a list of texts; choose one of them",
+        ),
+        (b'{"id": "b", "question": "Why \\ud800?", "answer": "So."}', "question holds half a character"),
+        (b'{"id": "", "question": "Why?", "answer": "So."}', "id is empty"),
+        (b'{"id": 1.5, "question": "Why?", "answer": "So."}', "id must be text, got float"),
+        (b'{"id": true, "question": "Why?", "answer": "So."}', "id must be text, got bool"),
+    ],
+)
 def test_bad_rows(tmp_path, line, message):
     said = error_of(write(tmp_path, GOOD + b"\n" + line + b"\n" + GOOD.replace(b'"a"', b'"z"')))
     assert said.startswith(":3: ") and message in said
@@ -405,7 +461,8 @@ def test_splits(tmp_path):
     assert load_examples(path, split="train") == EXAMPLES[:1]
     assert ":2: answer is empty" in error_of(path, split="test")
     assert ":2: no column 'split'" in error_of(
-        write(tmp_path, [ROWS[0], {"id": "b", "question": "Why?", "answer": "So."}]), split="train")
+        write(tmp_path, [ROWS[0], {"id": "b", "question": "Why?", "answer": "So."}]), split="train"
+    )
     path = write(tmp_path, GOOD)
     assert "there is no column 'split'; set data.split" in error_of(path, split="train")
     assert split_counts(path) == {}
@@ -416,24 +473,30 @@ def test_limit_must_be_positive(tmp_path):
         load_examples(write(tmp_path, ROWS), limit=0)
 
 
-@pytest.mark.parametrize(("data", "message"), [
-    (b'question,answer\nWhy?,So.\nWhy, then?,So.\n', ":3: 3 fields, but the header has 2"),
-    (b'question,answer\n"Why,\nthen?",So.\nWhy?\n', ":4: 1 fields, but the header has 2"),
-    (b'question,answer\n"Why,\nthen?",So.\n" ",So.\n', ":4: question is empty"),
-    (b'question,answer\nWhy?,"So" it is.\n', ":2: not CSV"),
-    (b'question,answer\nWhy?,So.\nWhy?,"So.\nWhy?,So.\n', ":3: not CSV"),
-    (b'question,answer,answer\nWhy?,So.,No.\n', ":1: two columns have one name"),
-    (b'question;answer\nWhy?;So.\n', ":1: one column 'question;answer': is the separator ';'? save with commas, or"),
-    (b'question\tanswer\nWhy?\tSo.\n', ":1: one column 'question\\tanswer'"),
-    (b'question|answer\nWhy?|So, then.\n', ":1: one column 'question|answer': is the separator '|'?"),
-    (b'question,answer\nWhy?,So.\n\xef\xbb\xbfquestion,answer\nWho?,I.\n', ":3: the header again"),
-    (b'question,answer\nWhy?,So.\nquestion, answer\n', ":3: the header again"),
-    (b'"question","answer"\nWhy?,So.\n\n"question","answer"\n', ":4: the header again"),
-    (b'question,answer\nWhy?,S\0o.\n', ":2: holds a NUL character; is it UTF-16?"),
-    ("question,answer\nWhy?,So.\n".encode("utf-16-le"), ":1: holds a NUL character; is it UTF-16?"),
-    ("question,answer\nWhy?,So.\n".encode("utf-16"), ":1: not UTF-8 (byte 0xff)"),
-    (b'question,answer\nWhy?,So.\nWh\xe4?,So.\n', ":3: not UTF-8 (byte 0xe4)"),
-])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"question,answer\nWhy?,So.\nWhy, then?,So.\n", ":3: 3 fields, but the header has 2"),
+        (b'question,answer\n"Why,\nthen?",So.\nWhy?\n', ":4: 1 fields, but the header has 2"),
+        (b'question,answer\n"Why,\nthen?",So.\n" ",So.\n', ":4: question is empty"),
+        (b'question,answer\nWhy?,"So" it is.\n', ":2: not CSV"),
+        (b'question,answer\nWhy?,So.\nWhy?,"So.\nWhy?,So.\n', ":3: not CSV"),
+        (b"question,answer,answer\nWhy?,So.,No.\n", ":1: two columns have one name"),
+        (
+            b"question;answer\nWhy?;So.\n",
+            ":1: one column 'question;answer': is the separator ';'? save with commas, or",
+        ),
+        (b"question\tanswer\nWhy?\tSo.\n", ":1: one column 'question\\tanswer'"),
+        (b"question|answer\nWhy?|So, then.\n", ":1: one column 'question|answer': is the separator '|'?"),
+        (b"question,answer\nWhy?,So.\n\xef\xbb\xbfquestion,answer\nWho?,I.\n", ":3: the header again"),
+        (b"question,answer\nWhy?,So.\nquestion, answer\n", ":3: the header again"),
+        (b'"question","answer"\nWhy?,So.\n\n"question","answer"\n', ":4: the header again"),
+        (b"question,answer\nWhy?,S\0o.\n", ":2: holds a NUL character; is it UTF-16?"),
+        ("question,answer\nWhy?,So.\n".encode("utf-16-le"), ":1: holds a NUL character; is it UTF-16?"),
+        ("question,answer\nWhy?,So.\n".encode("utf-16"), ":1: not UTF-8 (byte 0xff)"),
+        (b"question,answer\nWhy?,So.\nWh\xe4?,So.\n", ":3: not UTF-8 (byte 0xe4)"),
+    ],
+)
 def test_bad_csv(tmp_path, data, message):
     assert error_of(write(tmp_path, data, "rows.csv")).startswith(message)
 
@@ -494,10 +557,14 @@ def test_one_key_twice_is_refused(tmp_path):
 
 def test_errors_obey_no_control_characters_of_the_data(tmp_path):
     escape = "\x1b[2J\n\x9b"
-    for rows in ([{escape: "Why?", "answers": "So."}], [{"id": escape, **row} for row in [{}, {}]],
-                 [{"messages": [{"role": escape, "content": "So."}]}],
-                 [{"messages": [{escape: "x"}]}], [{"question": {escape: 1}, "answer": "So."}],
-                 [{"question": "Why?", "answer": "So.", "split": escape}]):
+    for rows in (
+        [{escape: "Why?", "answers": "So."}],
+        [{"id": escape, **row} for row in [{}, {}]],
+        [{"messages": [{"role": escape, "content": "So."}]}],
+        [{"messages": [{escape: "x"}]}],
+        [{"question": {escape: 1}, "answer": "So."}],
+        [{"question": "Why?", "answer": "So.", "split": escape}],
+    ):
         path = write(tmp_path, rows)
         error_of(path, split="train" if "split" in rows[0] else None)
     error_of(write(tmp_path, f'question,answer\nWhy?,So.\n"{escape}",\n'.encode(), "rows.csv"))
@@ -514,28 +581,43 @@ def test_a_missing_column_is_the_files_fault_and_in_some_rows_theirs(tmp_path):
 
 
 def test_bad_rows_are_left_out_and_named_where_asked(tmp_path):
-    rows = [*ROWS, {**ROWS[0], "id": "d", "answer": ""}, {**ROWS[0], "id": "e", "question": 3},
-            {**ROWS[0], "id": "f", "question": "Who?"}, {**ROWS[1], "id": "g", "answer": None}]
+    rows = [
+        *ROWS,
+        {**ROWS[0], "id": "d", "answer": ""},
+        {**ROWS[0], "id": "e", "question": 3},
+        {**ROWS[0], "id": "f", "question": "Who?"},
+        {**ROWS[1], "id": "g", "answer": None},
+    ]
     path = write(tmp_path, rows)
     assert ":4: answer is empty; fill it in or remove the row; data.skip_bad_rows=true leaves" in error_of(path)
     bad = {}
     assert [example.id for example in load_examples(path, split="train", bad_rows=bad)] == ["a", "c", "f"]
-    assert bad == {"d": f"{path}:4: answer is empty; fill it in or remove the row",
-                   "e": f"{path}:5: question must be text, got int"}
+    assert bad == {
+        "d": f"{path}:4: answer is empty; fill it in or remove the row",
+        "e": f"{path}:5: question must be text, got int",
+    }
     # What is wrong with the file is an error all the same, and so is a file without a good row.
     for broken, message in (
-        ([*rows, rows[0]], "is already that of"), ([{**ROWS[0], "id": 1.5}], "id must be text"),
+        ([*rows, rows[0]], "is already that of"),
+        ([{**ROWS[0], "id": 1.5}], "id must be text"),
         ([*rows, {**ROWS[0], "id": "h", "split": None}], "split must be text"),
         (rows[3:5], "answer is empty; fill it in or remove the row; none of the 2 rows can be used"),
     ):
         assert message in error_of(write(tmp_path, broken), split="train", bad_rows={})
 
 
-@pytest.mark.parametrize(("row", "way_out"), [
-    ({"id": 1.5}, "data.id=null"), ({"id": None}, "data.id=null"), ({"id": ["a"]}, "data.id=null"),
-    ({"id": "a", "split": None}, 'data.split=""'), ({"id": "a", "split": 3}, 'data.split=""'),
-    ({}, "data.id=null"), ({"id": "c", "split": ""}, 'data.split=""'),
-])
+@pytest.mark.parametrize(
+    ("row", "way_out"),
+    [
+        ({"id": 1.5}, "data.id=null"),
+        ({"id": None}, "data.id=null"),
+        ({"id": ["a"]}, "data.id=null"),
+        ({"id": "a", "split": None}, 'data.split=""'),
+        ({"id": "a", "split": 3}, 'data.split=""'),
+        ({}, "data.id=null"),
+        ({"id": "c", "split": ""}, 'data.split=""'),
+    ],
+)
 def test_errors_of_ids_and_splits_name_the_way_out(tmp_path, row, way_out):
     text = {"question": "Why?", "answer": "So."}
     first = {"id": "first", **({"split": "train"} if "split" in row else {}), **text}
@@ -550,15 +632,20 @@ def test_errors_of_ids_and_splits_name_the_way_out(tmp_path, row, way_out):
 
 def test_lists_and_objects_are_named_with_what_to_write_instead(tmp_path):
     squad = {"question": "Why?", "answers": {"text": ["So."], "answer_start": [0]}}
-    assert "perhaps to answers (an object with text, answer_start stands there; a text, or a list of {role, content}" \
+    assert (
+        "perhaps to answers (an object with text, answer_start stands there; a text, or a list of {role, content}"
         in error_of(write(tmp_path, [squad]))
+    )
     assert "answers must be text, got an object with text, answer_start; write a text, or a list of turns" in error_of(
-        write(tmp_path, [squad]), columns=Columns(answer="answers"))
+        write(tmp_path, [squad]), columns=Columns(answer="answers")
+    )
     assert "set data.question (qa is an object with question, answer; its texts are needed in columns" in error_of(
-        write(tmp_path, [{"qa": {"question": "Why?", "answer": "So."}}]))
+        write(tmp_path, [{"qa": {"question": "Why?", "answer": "So."}}])
+    )
     nested = {"messages": {"role": ["user", "assistant"], "content": ["Why?", "So."]}}
     assert 'got an object with role, content; write [{"role": "user", "content": …}' in error_of(
-        write(tmp_path, [nested]))
+        write(tmp_path, [nested])
+    )
 
 
 # Parquet
@@ -582,8 +669,14 @@ def test_of_parquet_the_columns_that_are_used_are_read(tmp_path):
     beyond = pa.array([2**62] * 2, pa.timestamp("us"))
     mars = pa.array([0, 0], pa.timestamp("us", tz="Mars/Olympus"))
     not_utf8 = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xff"]).buffers())
-    for name, odd in {"ns": nanoseconds, "beyond": beyond, "mars": mars, "bytes": not_utf8,
-                      "messages": not_utf8, "made at\x1b[2J": mars}.items():
+    for name, odd in {
+        "ns": nanoseconds,
+        "beyond": beyond,
+        "mars": mars,
+        "bytes": not_utf8,
+        "messages": not_utf8,
+        "made at\x1b[2J": mars,
+    }.items():
         path = write_parquet(tmp_path, {**texts, name: odd})
         assert load_examples(path) == [Example("000001", "Why?", "So."), Example("000002", "Who?", "I.")]
     for odd in (beyond, mars, not_utf8):
@@ -591,30 +684,45 @@ def test_of_parquet_the_columns_that_are_used_are_read(tmp_path):
         message = error_of(path)
         assert "column 'context' cannot be read" in message and message.startswith(": row ")
     assert ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in error_of(
-        write_parquet(tmp_path, {**texts, "answer": not_utf8}))
+        write_parquet(tmp_path, {**texts, "answer": not_utf8})
+    )
     bad = {}  # counted and named where rows may be left out
     assert load_examples(tmp_path / "rows.parquet", bad_rows=bad) == [Example("000001", "Why?", "a")]
     assert list(bad) == ["000002"] and ": row 2: column 'answer' cannot be read (UnicodeDecodeError" in bad["000002"]
     assert ": row 1: question must be text, got bytes" in error_of(
-        write_parquet(tmp_path, {**texts, "question": pa.array([b"Why?", b"Who?"])}))
-    assert ": row 1: id must be text, got float (text or a whole number is expected); give each row its own, or set " \
+        write_parquet(tmp_path, {**texts, "question": pa.array([b"Why?", b"Who?"])})
+    )
+    assert (
+        ": row 1: id must be text, got float (text or a whole number is expected); give each row its own, or set "
         "data.id=null" in error_of(write_parquet(tmp_path, {**texts, "id": pa.array([0.0, 1.0])}))
+    )
     assert "two columns have one name (question, answer, answer)" in error_of(
-        write_parquet(tmp_path, {**texts, "answer#2": texts["answer"]}))
+        write_parquet(tmp_path, {**texts, "answer#2": texts["answer"]})
+    )
     assert "id must be text, got datetime" in error_of(
-        write_parquet(tmp_path, {**texts, "id": pa.array([datetime.datetime(2026, 1, 2)] * 2)}))
-    assert "no column 'answer'; there are: question, answers; set data.answer, perhaps to answers (an object" in \
-        error_of(write_parquet(tmp_path, {"question": texts["question"], "answers": pa.array([{"text": ["So."]}] * 2)}))
+        write_parquet(tmp_path, {**texts, "id": pa.array([datetime.datetime(2026, 1, 2)] * 2)})
+    )
+    assert (
+        "no column 'answer'; there are: question, answers; set data.answer, perhaps to answers (an object"
+        in error_of(
+            write_parquet(tmp_path, {"question": texts["question"], "answers": pa.array([{"text": ["So."]}] * 2)})
+        )
+    )
 
 
 def test_columns_of_nulls_do_not_decide_the_shape_of_parquet(tmp_path):
     import pyarrow as pa
 
     chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
-    path = write_parquet(tmp_path, {
-        "prompt": pa.array([None, "Who?"]), "completion": pa.array([None, "I."]), "messages": pa.array([chat, None]),
-        "tools": pa.array([None, None], pa.list_(pa.string())),
-    })
+    path = write_parquet(
+        tmp_path,
+        {
+            "prompt": pa.array([None, "Who?"]),
+            "completion": pa.array([None, "I."]),
+            "messages": pa.array([chat, None]),
+            "tools": pa.array([None, None], pa.list_(pa.string())),
+        },
+    )
     assert load_examples(path) == [Example("000001", "Why?", "So."), Example("000002", "Who?", "I.")]
     path = write_parquet(tmp_path, {"messages": pa.array([chat, chat]), "tools": pa.array([[], ["saw"]])})
     assert ": row 2: the row has tools" in error_of(path)
@@ -626,8 +734,10 @@ def test_large_columns_of_parquet_that_are_not_used_are_not_read(tmp_path):
     pictures = pa.array([os.urandom(2**16) for _ in range(64)])
     chat = pa.array([[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]] * 64)
     texts = {"question": pa.array(["Why?"] * 64), "answer": pa.array(["So."] * 64)}
-    for columns in ({**texts, "page": pictures, "messages": pictures, "images": pictures},
-                    {"messages": chat, "page": pictures}):
+    for columns in (
+        {**texts, "page": pictures, "messages": pictures, "images": pictures},
+        {"messages": chat, "page": pictures},
+    ):
         path = write_parquet(tmp_path, columns)
         before = pa.total_allocated_bytes()
         peak = pa.default_memory_pool().max_memory()

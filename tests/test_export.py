@@ -19,11 +19,21 @@ from raft_jax.models import Model, load_pretrained  # noqa: E402
 from raft_jax.models.export import export_hf  # noqa: E402
 
 SIZES = {
-    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "bos_token_id": None,
-    "max_position_embeddings": 64, "eos_token_id": 1, "pad_token_id": 0,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "bos_token_id": None,
+    "max_position_embeddings": 64,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
 MODELS = {
@@ -103,9 +113,15 @@ def test_older_configs(tmp_path, llama_config, random_tensors, write_folder):
     assert AutoConfig.from_pretrained(tmp_path / "out").dtype == torch.float32
 
 
-@pytest.mark.parametrize(("family", "tied", "kind"), [
-    ("llama", False, "F16"), ("llama", True, "Q8_0"), ("qwen2", False, "BF16"), ("qwen2", True, "Q4_0"),
-])
+@pytest.mark.parametrize(
+    ("family", "tied", "kind"),
+    [
+        ("llama", False, "F16"),
+        ("llama", True, "Q8_0"),
+        ("qwen2", False, "BF16"),
+        ("qwen2", True, "Q4_0"),
+    ],
+)
 def test_gguf_files(tmp_path, llama_config, random_tensors, write_gguf, family, tied, kind):
     """transformers' own reader of GGUF undoes the permutation of query and key as we do."""
     hf = llama_config | {"model_type": family, "tie_word_embeddings": tied}
@@ -132,9 +148,7 @@ def test_shards_and_bfloat16(tmp_path, monkeypatch, llama_config, random_tensors
     model = load_pretrained(str(write_folder(tmp_path / "model", llama_config, random_tensors(llama_config))))
     export_hf(model, model.params, tmp_path / "out", dtype=jnp.bfloat16)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
-    reference, report = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", dtype="auto", output_loading_info=True
-    )
+    reference, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
     assert not report["missing_keys"] and reference.dtype == torch.bfloat16
     rounded = jax.tree.map(lambda array: array.astype("bfloat16").astype("float32"), model.params)
     assert_close(logits_of(reference.float().eval()), np.asarray(apply(model.config, rounded)))

@@ -43,14 +43,22 @@ UNFAITHFUL = [
     ("Open www.example.org/form to apply.", "Open the form to apply.", "example"),
     ("Use $name =~ s/a/b/ here.", "Use $name =~ s/a/c/ here.", "s/a/b/"),
     # one of two that differ by their form alone
-    ("Guards on duty, whether an armed patrol or an unarmed patrol, may enter the old harbour at night.",
-     "Guards on duty, whether an armed patrol or some patrol, may enter the old harbour at night.",
-     "'unarmed' is missing"),
+    (
+        "Guards on duty, whether an armed patrol or an unarmed patrol, may enter the old harbour at night.",
+        "Guards on duty, whether an armed patrol or some patrol, may enter the old harbour at night.",
+        "'unarmed' is missing",
+    ),
     # made-up examples
-    ("Bring a paper that shows your name.", "Bring a paper that shows your name, such as a passport.",
-     "an example is new"),
-    ("Bring two papers (including a bill) to the office.",
-     "Bring two papers (including a bill, such as a passport) to the office.", "an example is new"),
+    (
+        "Bring a paper that shows your name.",
+        "Bring a paper that shows your name, such as a passport.",
+        "an example is new",
+    ),
+    (
+        "Bring two papers (including a bill) to the office.",
+        "Bring two papers (including a bill, such as a passport) to the office.",
+        "an example is new",
+    ),
     ("The grant pays for books and tools.", "The grant pays for books, tools, and other costs.", "'and other' is new"),
     # negations
     ("You may not enter the zone.", "You may enter the zone.", "negation is lost"),
@@ -77,30 +85,50 @@ UNFAITHFUL = [
     ("The patient has hypertension.", "The patient has hypotension.", "became 'hypotension'"),
     # roles
     ("Windward keeps clear of leeward.", "Leeward keeps clear of leeward.", "'windward' became 'leeward'"),
-    ("The windward boat keeps clear of the leeward boat.", "The leeward boat keeps clear of the windward boat.",
-     "changed places"),
+    (
+        "The windward boat keeps clear of the leeward boat.",
+        "The leeward boat keeps clear of the windward boat.",
+        "changed places",
+    ),
     ("The seller pays the broker.", "The broker pays the seller.", "changed places"),
     ("Trains run from Paris to London.", "Trains run from London to Paris.", "changed places"),
     ("Iron is heavier than zinc but cheaper.", "Zinc is heavier than iron but cheaper.", "changed places"),
     # losses and additions
-    ("Schizophrenia is one type of psychotic disorder. People with bipolar disorder may have psychotic symptoms, too. "
-     "Other causes of psychosis are alcohol, brain tumours, and stroke. Treatment depends on the cause of psychosis.",
-     "Schizophrenia is one type of psychotic disorder. Other causes of psychosis are alcohol, brain tumours, brain "
-     "transplants, and stroke; people may have symptoms. Treatment depends on the cause of psychosis.", "bipolar"),
+    (
+        "Schizophrenia is one type of psychotic disorder. People with bipolar disorder may have psychotic symptoms, "
+        "too. Other causes of psychosis are alcohol, brain tumours, and stroke. Treatment depends on the cause of "
+        "psychosis.",
+        "Schizophrenia is one type of psychotic disorder. Other causes of psychosis are alcohol, brain tumours, brain "
+        "transplants, and stroke; people may have symptoms. Treatment depends on the cause of psychosis.",
+        "bipolar",
+    ),
     ("The loan covers tuition, housing and books.", "The loan covers tuition and housing.", "missing (books)"),
-    ("Studies looked at the effects of hunger, thirst, cold, and isolation on crews of ships and of trains.",
-     "Studies looked at the effects of hunger, cold, and isolation on crews of ships and of trains.",
-     "'thirst' is missing from a list"),
-    ("You may train for a trade that the school offers, like:\n- Plumbing\n- Firefighting",
-     "You may train for a trade that the school offers, like:\n- Plumbing\n- Firefighting\n- Healthcare",
-     "the item 'Healthcare' is new"),
-    ("If the injury was caused, or made worse, by service, apply.", "If the injury was caused by service, apply.",
-     "missing (worse)"),
-    ("Report the theft to the police. Then call your insurance company within a week.",
-     "Report the theft to the police.", "are missing"),
-    ("Store the vaccine in the fridge between meals and keep it dry.",
-     "Store the vaccine in the fridge between meals and keep it dry. Doctors recommend regular exercise and plenty of "
-     "fruit for healthy adults.", "is new"),
+    (
+        "Studies looked at the effects of hunger, thirst, cold, and isolation on crews of ships and of trains.",
+        "Studies looked at the effects of hunger, cold, and isolation on crews of ships and of trains.",
+        "'thirst' is missing from a list",
+    ),
+    (
+        "You may train for a trade that the school offers, like:\n- Plumbing\n- Firefighting",
+        "You may train for a trade that the school offers, like:\n- Plumbing\n- Firefighting\n- Healthcare",
+        "the item 'Healthcare' is new",
+    ),
+    (
+        "If the injury was caused, or made worse, by service, apply.",
+        "If the injury was caused by service, apply.",
+        "missing (worse)",
+    ),
+    (
+        "Report the theft to the police. Then call your insurance company within a week.",
+        "Report the theft to the police.",
+        "are missing",
+    ),
+    (
+        "Store the vaccine in the fridge between meals and keep it dry.",
+        "Store the vaccine in the fridge between meals and keep it dry. Doctors recommend regular exercise and plenty "
+        "of fruit for healthy adults.",
+        "is new",
+    ),
 ]
 
 
@@ -139,20 +167,33 @@ def test_word_recall_is_a_setting():
     assert any("content words are missing" in found for found in mismatches(gold, text, word_recall=0.9))
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("twenty-five", {"25"}), ("two hundred and ten", {"210"}), ("1,000 and 2.50", {"1000", "2.5"}),
-    ("three million", {"3000000"}), ("one of them", set()), ("May 5, 2018", {"5", "2018"}), ("at 07:30", {"07:30"}),
-    ("the third", {"3"}), ("", set()),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("twenty-five", {"25"}),
+        ("two hundred and ten", {"210"}),
+        ("1,000 and 2.50", {"1000", "2.5"}),
+        ("three million", {"3000000"}),
+        ("one of them", set()),
+        ("May 5, 2018", {"5", "2018"}),
+        ("at 07:30", {"07:30"}),
+        ("the third", {"3"}),
+        ("", set()),
+    ],
+)
 def test_numbers(text, expected):
     assert numbers(text) == expected
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("Rule 13 binds all, says the IMO to Alice.", {"IMO", "Alice"}),
-    ("Go there. Then go back. I'm sure.", set()), ("(See the Navy’s page)", {"Navy"}),
-    ("- First item\n- Second", set()),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Rule 13 binds all, says the IMO to Alice.", {"IMO", "Alice"}),
+        ("Go there. Then go back. I'm sure.", set()),
+        ("(See the Navy’s page)", {"Navy"}),
+        ("- First item\n- Second", set()),
+    ],
+)
 def test_names(text, expected):
     assert set(names(text).values()) == expected
 

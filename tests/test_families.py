@@ -27,13 +27,25 @@ from raft_jax.tokens import Tokens  # noqa: E402
 T, PROMPT = 20, 9
 LENGTHS = (T, 14, 12)  # of the rows, when they are padded; the last two begin within the prompt
 SIZES = {
-    "vocab_size": make_tokenizer().vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64, "bos_token_id": None,
-    "eos_token_id": 1, "pad_token_id": 0,
+    "vocab_size": make_tokenizer().vocab_size,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
 }
 TOKENS = np.random.default_rng(0).integers(0, 300, (3, T))
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 LONG = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [3.0, 5.0, 9.0]}
 GEMMA = {"head_dim": 12, "sliding_window": 5, "query_pre_attn_scalar": 7, "hidden_activation": "gelu_pytorch_tanh"}
 GEMMA2 = GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
@@ -51,7 +63,9 @@ CASES = {  # config.json, older and newer style
     "phi3": {"num_key_value_heads": None},
     "phi3, partial rotary, window": {"partial_rotary_factor": 0.5, "sliding_window": 6, "rope_theta": 900.0},
     "phi3, longrope beyond the switch, tied": {
-        "partial_rotary_factor": 0.75, "rope_scaling": LONG, "original_max_position_embeddings": 13,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONG,
+        "original_max_position_embeddings": 13,
         "tie_word_embeddings": True,
     },
     "phi3, longrope before the switch": {
@@ -60,25 +74,38 @@ CASES = {  # config.json, older and newer style
     },
     "qwen2": {},
     "qwen2, tied, window": {
-        "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
     },
     "qwen3": {"head_dim": 12},
     "qwen3, tied, window": {
-        "head_dim": 6, "tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 6,
+        "head_dim": 6,
+        "tie_word_embeddings": True,
+        "use_sliding_window": True,
+        "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "mistral": {"sliding_window": None, "head_dim": 12},
     "mistral, window": {"sliding_window": 6, "rope_theta": 900.0, "tie_word_embeddings": True},
     "gemma2": GEMMA2,
-    "gemma2, no caps, untied": GEMMA2 | {
-        "attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": 64,
+    "gemma2, no caps, untied": GEMMA2
+    | {
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "sliding_window": 64,
         "tie_word_embeddings": False,
     },
     "gemma3_text": GEMMA3 | {"rope_local_base_freq": 99.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "gemma3_text, new style, cap": GEMMA3 | {
-        "final_logit_softcapping": 3.0, "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
-        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 900.0},
-                            "sliding_attention": {"rope_type": "default", "rope_theta": 99.0}},
+    "gemma3_text, new style, cap": GEMMA3
+    | {
+        "final_logit_softcapping": 3.0,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "default", "rope_theta": 900.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 99.0},
+        },
     },
     "gemma3_text, no window": GEMMA3 | {"sliding_window": 64},
 }
@@ -203,7 +230,7 @@ def test_the_worked_example_of_the_docs(tmp_path, monkeypatch):
     function, row, cases = (textwrap.dedent(code) for code in re.findall(r" +```python\n(.*?) +```", page, re.DOTALL))
     exec(function, vars(settings))
     try:
-        (name, family), = eval("{" + row + "}", vars(families)).items()
+        ((name, family),) = eval("{" + row + "}", vars(families)).items()
         monkeypatch.setitem(FAMILIES, name, family)
         for number, (case, changes) in enumerate(eval("{" + cases + "}").items()):
             monkeypatch.setitem(CASES, case, changes)

@@ -11,7 +11,10 @@ from raft_jax.errors import InputError
 
 # Each style in short: its marks, where roles and ends stand, what it does with a system message and with white space.
 STYLES = {
-    "llama 3": (["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>", """
+    "llama 3": (
+        ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+        "<|eot_id|>",
+        """
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set system = messages[0]['content'] | trim %}{% set messages = messages[1:] %}
@@ -22,14 +25,22 @@ STYLES = {
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
     {{- message['content'] | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"""),
-    "qwen 2.5": (["<|im_start|>", "<|im_end|>"], "<|im_end|>", """
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}""",
+    ),
+    "qwen 2.5": (
+        ["<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        """
 {%- if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{% endif %}
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""),
-    "qwen 3": (["<|im_start|>", "<|im_end|>"], "<|im_end|>", """
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+    ),
+    "qwen 3": (
+        ["<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        """
 {%- set ns = namespace(last=-1) %}
 {%- for message in messages[::-1] %}
     {%- set index = messages|length - 1 - loop.index0 %}
@@ -44,8 +55,12 @@ STYLES = {
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
-{%- endif %}"""),
-    "smollm 3": (["<|im_start|>", "<|im_end|>"], "<|im_end|>", """
+{%- endif %}""",
+    ),
+    "smollm 3": (
+        ["<|im_start|>", "<|im_end|>"],
+        "<|im_end|>",
+        """
 {%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}
 {%- set mode = '/think' if enable_thinking else '/no_think' %}{% set custom = '' %}
 {%- if messages[0].role == 'system' %}
@@ -62,11 +77,19 @@ STYLES = {
         {%- endgeneration %}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + before }}{% endif %}"""),
-    "phi 4": (["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"], "<|endoftext|>", """
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + before }}{% endif %}""",
+    ),
+    "phi 4": (
+        ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"],
+        "<|endoftext|>",
+        """
 {%- for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"""),
-    "mistral": (["<s>", "</s>", "[INST]", "[/INST]"], "</s>", """
+{%- if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}""",
+    ),
+    "mistral": (
+        ["<s>", "</s>", "[INST]", "[/INST]"],
+        "</s>",
+        """
 {%- if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% set turns = messages[1:] %}
 {%- else %}{% set turns = messages %}{% endif %}
 {{- bos_token }}
@@ -78,8 +101,12 @@ STYLES = {
         {%- if loop.first and system is defined %}{{ '[INST] ' + system + '\\n\\n' + message['content'] + '[/INST]' }}
         {%- else %}{{ '[INST] ' + message['content'] + '[/INST]' }}{% endif %}
     {%- else %}{{ ' ' + message['content'] | trim + eos_token }}{% endif %}
-{%- endfor %}"""),
-    "gemma": (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", """
+{%- endfor %}""",
+    ),
+    "gemma": (
+        ["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"],
+        "<eos>",
+        """
 {{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set first = messages[0]['content'] + '\\n\\n' %}{% set turns = messages[1:] %}
@@ -89,13 +116,19 @@ STYLES = {
     {{- '<start_of_turn>' + role + '\\n' + (first if loop.first else '') }}
     {{- message['content'] | trim + '<end_of_turn>\\n' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""),
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}""",
+    ),
 }
 SYSTEM, ASKED = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why, at 12:30?"}
 SAID = {"role": "assistant", "content": "Form C-12 is due."}
 AGAIN = {"role": "user", "content": "é 東京 👩‍🚀"}
-CHATS = {"user": [ASKED], "system": [SYSTEM, ASKED], "assistant": [ASKED, SAID],
-         "several turns": [SYSTEM, ASKED, SAID, AGAIN], "answered": [SYSTEM, ASKED, SAID, AGAIN, SAID]}
+CHATS = {
+    "user": [ASKED],
+    "system": [SYSTEM, ASKED],
+    "assistant": [ASKED, SAID],
+    "several turns": [SYSTEM, ASKED, SAID, AGAIN],
+    "answered": [SYSTEM, ASKED, SAID, AGAIN, SAID],
+}
 
 
 @pytest.fixture(params=STYLES)

@@ -21,12 +21,24 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 # What the larger Gemma 3 leave out is transformers' default: 8 heads, 4 of keys, a width of 256, a tied head.
 LEFT_OUT = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_activation")
 TEXT = {key: value for key, value in (SIZES | GEMMA3).items() if key not in LEFT_OUT} | {
-    "model_type": "gemma3_text", "rope_local_base_freq": 99.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "model_type": "gemma3_text",
+    "rope_local_base_freq": 99.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
 }
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-          "image_size": 28, "patch_size": 14}
-OLDER = {"model.language_model.": "language_model.model.", "model.vision_tower.": "vision_tower.",
-         "model.multi_modal_projector.": "multi_modal_projector.", "lm_head.": "language_model.lm_head."}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+OLDER = {
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "lm_head.": "language_model.lm_head.",
+}
 
 
 def older(key: str) -> str:
@@ -36,8 +48,14 @@ def older(key: str) -> str:
 
 @pytest.mark.parametrize("rename", [lambda key: key, older], ids=["today's keys", "older keys"])
 def test_the_decoder_of_a_model_that_sees(tmp_path, rename):
-    hf = {"model_type": "gemma3", "text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4,
-          "image_token_index": 1, "eos_token_id": [1, 5]}
+    hf = {
+        "model_type": "gemma3",
+        "text_config": TEXT,
+        "vision_config": VISION,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 1,
+        "eos_token_id": [1, 5],
+    }
     torch.manual_seed(0)
     reference = Gemma3ForConditionalGeneration(Gemma3Config(**json.loads(json.dumps(hf)))).float().eval()
     with torch.no_grad():

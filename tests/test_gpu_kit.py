@@ -16,7 +16,7 @@ sys.path.append(str(KIT))
 import pack  # noqa: E402
 import session  # noqa: E402
 
-FAKES = '''
+FAKES = """
 import time
 
 def works(record, tiny):
@@ -35,7 +35,7 @@ def hangs(record, tiny):
     record.add("before", value=3)
     print("still here", flush=True)
     time.sleep(600)
-'''
+"""
 # What each part must have measured, as a part of a result's name.
 MEASURED = {
     "environment": ("machine", "bf16_product", "copy"),
@@ -44,7 +44,10 @@ MEASURED = {
     "losses": ("raft: raft_jax linear, at once", "raft: naive JAX", "jsd: raft_jax linear", "top-K forward"),
     "decode": ("tiny batch 2 sums", "tiny batch 2 products"),
     "attention": ("raft_jax, plain bfloat16 1 x 32 with backward", "JAX's own bfloat16 1 x 32"),
-    "step_smollm2": ("batch 2",), "step_1b": ("batch 2",), "step_3b": ("batch 2",), "step_8b_lora": ("batch 2",),
+    "step_smollm2": ("batch 2",),
+    "step_1b": ("batch 2",),
+    "step_3b": ("batch 2",),
+    "step_8b_lora": ("batch 2",),
     "quickstart": ("train sft", "evaluate sft", "steps of sft"),
 }
 NEED_TORCH_PACKAGES = ("losses_torch", "trl_smollm2", "trl_1b", "trl_3b")
@@ -133,14 +136,21 @@ def test_a_part_that_fails_crashes_or_hangs_stops_no_other(tmp_path):
     """Each in a process of its own, which is what the others are saved by."""
     (tmp_path / "fakes.py").write_text(FAKES)
     out = tmp_path / "out"
-    extra = [f"{name}:{limit}:fakes:{name}" for name, limit in
-             (("breaks", 300), ("crashes", 300), ("hangs", 30), ("works", 300))]
-    done = run("session.py", "--parts", "", "--out", out, *(f"--extra={part}" for part in extra),
-               PYTHONPATH=str(tmp_path))
+    extra = [
+        f"{name}:{limit}:fakes:{name}"
+        for name, limit in (("breaks", 300), ("crashes", 300), ("hangs", 30), ("works", 300))
+    ]
+    done = run(
+        "session.py", "--parts", "", "--out", out, *(f"--extra={part}" for part in extra), PYTHONPATH=str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
     parts = parts_of(out)
     assert {name: section["status"] for name, section in parts.items()} == {
-        "breaks": "failed", "crashes": "failed", "hangs": "cut off", "works": "ok"}
+        "breaks": "failed",
+        "crashes": "failed",
+        "hangs": "cut off",
+        "works": "ok",
+    }
     assert parts["works"]["results"] == {"one": {"value": 1}}
     assert parts["breaks"]["results"] == {"before": {"value": 2}} and "made to fail" in parts["breaks"]["why"]
     assert "Traceback" in parts["breaks"]["output_tail"]
@@ -154,13 +164,18 @@ def test_when_the_time_is_spent_the_rest_is_recorded_as_not_run(tmp_path):
     done = run("session.py", "--parts", "environment,decode", "--seconds", 0.5, "--out", out)
     assert done.returncode == 0, done.stderr
     assert {name: section["status"] for name, section in parts_of(out).items()} == {
-        "environment": "not run", "decode": "not run"}
+        "environment": "not run",
+        "decode": "not run",
+    }
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--parts", "decoding"), "--parts decoding is not known; use some of environment,"),
-    (("--seconds", "0"), "--seconds 0 must be above 0"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--parts", "decoding"), "--parts decoding is not known; use some of environment,"),
+        (("--seconds", "0"), "--seconds 0 must be above 0"),
+    ],
+)
 def test_bad_arguments_are_named(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit):
         session.parse(["--out", str(tmp_path), *arguments])
@@ -217,8 +232,13 @@ def test_a_comparison_that_is_cut_off_keeps_its_finished_cells(tmp_path):
     out = tmp_path / "out"
     path = out / "compare.json"
     command = [sys.executable, str(KIT / "compare.py"), "--tiny", "--seconds", "3600", "--out", str(out)]
-    process = subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
         while process.poll() is None and (not path.exists() or not json.loads(path.read_text())["cells"]):
             time.sleep(0.2)

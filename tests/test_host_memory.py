@@ -14,7 +14,8 @@ def fresh(monkeypatch):
     """Neither listeners from before nor any left behind."""
     listeners, register = [], jax.monitoring.register_event_duration_secs_listener
     monkeypatch.setattr(
-        jax.monitoring, "register_event_duration_secs_listener",
+        jax.monitoring,
+        "register_event_duration_secs_listener",
         lambda listener: (listeners.append(listener), register(listener)),
     )
     return_memory_after_compiling.cache_clear()

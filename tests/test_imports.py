@@ -14,8 +14,14 @@ OURS = {
     ".".join(("raft_jax", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-LOW = ("raft_jax.errors", "raft_jax.files", "raft_jax.interrupt", "raft_jax.methods", "raft_jax.sources",
-       "raft_jax.terminal")  # stand below everything
+LOW = (
+    "raft_jax.errors",
+    "raft_jax.files",
+    "raft_jax.interrupt",
+    "raft_jax.methods",
+    "raft_jax.sources",
+    "raft_jax.terminal",
+)  # stand below everything
 # A module may import from raft_jax what its own row, or that of the package it is in, allows.
 ALLOWED = {
     "raft_jax.errors": (),
@@ -28,7 +34,11 @@ ALLOWED = {
     "raft_jax.stages": (),
     "raft_jax.metrics": ("raft_jax.sharding",),
     "raft_jax.run_folder": (
-        "raft_jax.machine", "raft_jax.metrics", "raft_jax.scores", "raft_jax.sharding", "raft_jax.stages",
+        "raft_jax.machine",
+        "raft_jax.metrics",
+        "raft_jax.scores",
+        "raft_jax.sharding",
+        "raft_jax.stages",
     ),
     "raft_jax.scores": (),
     "raft_jax.progress": (),
@@ -39,12 +49,20 @@ ALLOWED = {
     "raft_jax.models": ("raft_jax.models", "raft_jax.tokens", "raft_jax.unpadding", "raft_jax.sharding"),
     "raft_jax.data": ("raft_jax.data", "raft_jax.tokens"),
     "raft_jax.sampling": (
-        "raft_jax.sampling", "raft_jax.models", "raft_jax.data", "raft_jax.losses", "raft_jax.sharding",
+        "raft_jax.sampling",
+        "raft_jax.models",
+        "raft_jax.data",
+        "raft_jax.losses",
+        "raft_jax.sharding",
         "raft_jax.tokens",
     ),
     "raft_jax.train.state": ("raft_jax.losses", "raft_jax.sharding"),
     "raft_jax.train.step": (
-        "raft_jax.losses", "raft_jax.tokens", "raft_jax.unpadding", "raft_jax.sharding", "raft_jax.train.accumulate",
+        "raft_jax.losses",
+        "raft_jax.tokens",
+        "raft_jax.unpadding",
+        "raft_jax.sharding",
+        "raft_jax.train.accumulate",
         "raft_jax.train.state",
     ),
     "raft_jax.train.accumulate": ("raft_jax.tokens",),
@@ -88,9 +106,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute"
             # `from package import module` is an import of the module.
-            found |= {
-                full if (full := f"{node.module}.{name.name}") in OURS else node.module for name in node.names
-            }
+            found |= {full if (full := f"{node.module}.{name.name}") in OURS else node.module for name in node.names}
     return found
 
 

@@ -16,7 +16,9 @@ def test_a_signal_is_looked_at_between_batches(number, capsys):
     before, finished = signal.getsignal(number), []
     words = f"^stopped by {number.name}; the same command goes on from here$"
     with (
-        pytest.raises(KeyboardInterrupt, match=words), interrupt.handled(), progress("judge", 3, "rows") as bar,
+        pytest.raises(KeyboardInterrupt, match=words),
+        interrupt.handled(),
+        progress("judge", 3, "rows") as bar,
     ):
         for row in range(3):
             if row == 1:
@@ -69,10 +71,17 @@ def test_a_second_signal_does_not_wait(work):
 
 def test_a_second_signal_ends_a_call_that_runs_no_python():
     """A long call into C that has let go of the interpreter, as a compilation does."""
-    program = ("import ctypes, threading\nfrom raft_jax import interrupt\nlibc = ctypes.CDLL(None)\n"
-               "with interrupt.handled():\n    print('ready', flush=True)\n    libc.getchar()\n    libc.getchar()\n")
-    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as process:
+    program = (
+        "import ctypes, threading\nfrom raft_jax import interrupt\nlibc = ctypes.CDLL(None)\n"
+        "with interrupt.handled():\n    print('ready', flush=True)\n    libc.getchar()\n    libc.getchar()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)

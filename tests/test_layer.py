@@ -34,8 +34,7 @@ def test_the_norm_and_its_slopes(shape, offset, dtype, error):
     random = np.random.default_rng(0)
     # Numbers that both dtypes hold; rows of very different size, one of them of little more than epsilon.
     x, scale, weight = (
-        np.asarray(jnp.asarray(random.normal(size=size), "bfloat16"), np.float64)
-        for size in (shape, shape[-1], shape)
+        np.asarray(jnp.asarray(random.normal(size=size), "bfloat16"), np.float64) for size in (shape, shape[-1], shape)
     )
     x *= np.exp2(np.arange(x[..., :1].size).reshape(x[..., :1].shape) % 7 - 4)
 

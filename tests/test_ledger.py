@@ -46,10 +46,16 @@ def test_one_stage_and_key_have_one_content(tmp_path):
     assert ("similarity", "q1") not in Ledger.open(path)
 
 
-@pytest.mark.parametrize("record", [
-    {"stage": "guess", "key": "q1"}, {"stage": "fuse"}, {"stage": "fuse", "key": 7}, ["fuse", "q1"],
-    {"stage": "fuse", "key": "q1", "mean": float("nan")},
-])
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"stage": "guess", "key": "q1"},
+        {"stage": "fuse"},
+        {"stage": "fuse", "key": 7},
+        ["fuse", "q1"],
+        {"stage": "fuse", "key": "q1", "mean": float("nan")},
+    ],
+)
 def test_malformed_records_are_refused(tmp_path, record):
     ledger = Ledger.open(tmp_path / "ledger.jsonl")
     with pytest.raises(ValueError):
@@ -86,12 +92,18 @@ def test_a_garbled_last_line_is_dropped(tmp_path, torn):
     assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize(("line", "message"), [
-    (b'{"stage": "fu', "damaged"), (b"", "damaged"), (b"\xff\xfe", "damaged"), (b"[1]", "needs a stage"),
-    (b'{"stage": "fuse", "key": "k", "num_tokens": "x"}', "num_tokens is 'x'; remove the line"),
-    (b'{"stage": "guess", "key": "q1"}', "needs a stage"),
-    (b'{"stage": "rewrite", "key": "q1", "text": "Other."}', "contradicts"),
-])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"stage": "fu', "damaged"),
+        (b"", "damaged"),
+        (b"\xff\xfe", "damaged"),
+        (b"[1]", "needs a stage"),
+        (b'{"stage": "fuse", "key": "k", "num_tokens": "x"}', "num_tokens is 'x'; remove the line"),
+        (b'{"stage": "guess", "key": "q1"}', "needs a stage"),
+        (b'{"stage": "rewrite", "key": "q1", "text": "Other."}', "contradicts"),
+    ],
+)
 def test_damage_in_the_middle_is_refused_and_kept(tmp_path, line, message):
     path = tmp_path / "ledger.jsonl"
     Ledger.open(path).append([FIRST, SECOND])
@@ -139,7 +151,8 @@ def test_a_full_disk_leaves_no_half_line(tmp_path):
         "    ledger.append([{'stage': 'fuse', 'key': key, 'text': 'x' * 1500} for key in 'bcd'])\n"
         "except OSError as error:\n"
         "    print(type(error).__name__)\n"
-        "ledger.append([{'stage': 'fuse', 'key': 'e'}])\n")
+        "ledger.append([{'stage': 'fuse', 'key': 'e'}])\n"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout == "OSError\n"
     assert [json.loads(line)["key"] for line in path.read_text().splitlines()] == ["a", "e"]
@@ -153,7 +166,8 @@ def test_a_killed_process_loses_nothing_it_reported(tmp_path):
         f"ledger = Ledger.open({str(path)!r})\n"
         "for n in range(10**9):\n"
         "    ledger.append([{'stage': 'rewrite', 'key': str(n), 'text': 'x' * 5000}])\n"
-        "    print(n, flush=True)\n")
+        "    print(n, flush=True)\n"
+    )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         reported = [process.stdout.readline() for _ in range(20)]
         process.send_signal(signal.SIGKILL)

@@ -110,15 +110,28 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
 
 
 SIZES = {
-    "vocab_size": tiny.make_tokenizer().vocab_size, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0,
-    "eos_token_id": 1, "tie_word_embeddings": False,
+    "vocab_size": tiny.make_tokenizer().vocab_size,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "tie_word_embeddings": False,
 }
 
 
-@pytest.mark.parametrize(("family", "targets"), [
-    ("llama", LORA_TARGETS), ("llama", ("q_proj", "v_proj")), ("phi3", LORA_TARGETS), ("phi3", ("v_proj", "o_proj")),
-])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", LORA_TARGETS),
+        ("llama", ("q_proj", "v_proj")),
+        ("phi3", LORA_TARGETS),
+        ("phi3", ("v_proj", "o_proj")),
+    ],
+)
 def test_peft_reads_what_is_saved(tmp_path, family, targets):
     peft = pytest.importorskip("peft")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -146,8 +159,14 @@ def test_peft_reads_what_is_saved_of_a_model_with_vision(tmp_path):
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "image_size": 28, "patch_size": 14}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     text = SIZES | {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8, "tie_word_embeddings": True}
     torch.manual_seed(0)
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=1)

@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in (ROOT / "raft_jax").rglob("*.py") if path.name != "__main__.py"
+    for path in (ROOT / "raft_jax").rglob("*.py")
+    if path.name != "__main__.py"
 )
 NAMES_THE_EXTRA = "pip install 'raft-jax[train]'"
 
@@ -70,7 +71,8 @@ def test_whatever_is_imported_is_brought():
     brought = brought_by(requirements("train"))
     distributions = metadata.packages_distributions()
     missing = {
-        module for module in found - {"raft_jax"} - sys.stdlib_module_names
+        module
+        for module in found - {"raft_jax"} - sys.stdlib_module_names
         if not {canonicalize_name(name) for name in distributions.get(module, ())} & brought.keys()
     }
     assert missing <= {"pyarrow"}
@@ -112,7 +114,8 @@ print(float(linear_top_k_forward_kl(hidden, table, hidden, table, k=2)[0, 0]))
 
 
 def test_every_other_module_works_or_names_the_extra(alone):
-    done = alone("""
+    done = alone(
+        """
 import importlib, json
 for name in sys.argv[1:]:
     try:
@@ -120,24 +123,36 @@ for name in sys.argv[1:]:
         print(json.dumps([name, None, ""]))
     except Exception as error:
         print(json.dumps([name, type(error).__name__, str(error)]))
-""", *MODULES)
+""",
+        *MODULES,
+    )
     found = {name: (kind, text) for name, kind, text in map(json.loads, done.stdout.splitlines())}
     assert found.keys() == set(MODULES), done.stderr
     refused = {name for name, (kind, _) in found.items() if kind}
     for name in refused:
         kind, text = found[name]
         assert kind == "MissingExtra" and NAMES_THE_EXTRA in text and "\n" not in text, f"{name}: {kind}: {text}"
-    assert refused >= {"raft_jax.models", "raft_jax.train.step", "raft_jax.checkpoint", "raft_jax.sampling",
-                       "raft_jax.report", "raft_jax.run", "raft_jax.generate"}
+    assert refused >= {
+        "raft_jax.models",
+        "raft_jax.train.step",
+        "raft_jax.checkpoint",
+        "raft_jax.sampling",
+        "raft_jax.report",
+        "raft_jax.run",
+        "raft_jax.generate",
+    }
     assert not {name for name in refused if name.startswith(("raft_jax.losses", "raft_jax.data", "raft_jax.config"))}
 
 
-@pytest.mark.parametrize("call", [
-    "raft_jax.config.load_config('config.yaml')",
-    "raft_jax.settings_text.parse_yaml('a: 1', 'config.yaml')",
-    "raft_jax.sources.resolve('hf://owner/name')",
-    "raft_jax.data.examples.load_examples('folder')",
-])
+@pytest.mark.parametrize(
+    "call",
+    [
+        "raft_jax.config.load_config('config.yaml')",
+        "raft_jax.settings_text.parse_yaml('a: 1', 'config.yaml')",
+        "raft_jax.sources.resolve('hf://owner/name')",
+        "raft_jax.data.examples.load_examples('folder')",
+    ],
+)
 def test_functions_name_it_too(alone, call):
     done = alone(f"""
 import importlib, pathlib
@@ -158,9 +173,16 @@ def test_help_needs_no_extra(alone):
     assert done.returncode == 0 and "refine" in done.stdout and not done.stderr
 
 
-@pytest.mark.parametrize("arguments", [
-    ("run", "config.yaml"), ("check", "config.yaml"), ("report", "config.yaml"), ("generate", "Why?", "--model", "x"),
-], ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("run", "config.yaml"),
+        ("check", "config.yaml"),
+        ("report", "config.yaml"),
+        ("generate", "Why?", "--model", "x"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
 def test_a_verb_is_one_line_that_names_the_extra(alone, arguments):
     done = alone(COMMAND_LINE, *arguments)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -177,8 +199,11 @@ def packages(tmp_path_factory) -> tuple[Path, Path]:
 
 def test_the_wheel_holds_the_package_and_no_more(packages):
     names = set(zipfile.ZipFile(packages[0]).namelist())
-    ours = {str(path.relative_to(ROOT)) for path in (ROOT / "raft_jax").rglob("*")
-            if path.is_file() and path.suffix != ".pyc"}
+    ours = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "raft_jax").rglob("*")
+        if path.is_file() and path.suffix != ".pyc"
+    }
     assert {name for name in names if not re.match(r"raft_jax-[\d.]+\.dist-info/", name)} == ours
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -186,11 +211,18 @@ def test_the_wheel_holds_the_package_and_no_more(packages):
 def test_the_source_distribution_holds_neither_tests_nor_benchmarks(packages):
     with tarfile.open(packages[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "raft_jax/losses/linear.py",
-            "raft_jax/report/page.js"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", "raft_jax/losses/linear.py", "raft_jax/report/page.js"} <= names
     tops = {name.partition("/")[0] for name in names} - {""}
-    assert tops == {"pyproject.toml", "setup.cfg", "README.md", "LICENSE", "MANIFEST.in", "PKG-INFO", "raft_jax",
-                    "raft_jax.egg-info"}
+    assert tops == {
+        "pyproject.toml",
+        "setup.cfg",
+        "README.md",
+        "LICENSE",
+        "MANIFEST.in",
+        "PKG-INFO",
+        "raft_jax",
+        "raft_jax.egg-info",
+    }
 
 
 @pytest.mark.slow
@@ -199,10 +231,18 @@ def test_pip_installs_the_losses_alone_and_twine_accepts_the_packages(packages, 
     listed = json.loads(run("-m", "pip", "list", "--disable-pip-version-check", "--format", "json"))
     installed = {canonicalize_name(line["name"]) for line in listed}
     assert installed - {"pip", "setuptools"} == {
-        "raft-jax", "jax", "jaxlib", "ml-dtypes", "numpy", "opt-einsum", "scipy",
+        "raft-jax",
+        "jax",
+        "jaxlib",
+        "ml-dtypes",
+        "numpy",
+        "opt-einsum",
+        "scipy",
     }
-    program = ("import jax.numpy as jnp; from raft_jax.losses import cross_entropy; "
-               "print(cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), int))[0, 0])")
+    program = (
+        "import jax.numpy as jnp; from raft_jax.losses import cross_entropy; "
+        "print(cross_entropy(jnp.zeros((1, 1, 4)), jnp.zeros((1, 1), int))[0, 0])"
+    )
     assert float(run("-c", program)) == pytest.approx(1.3862944, abs=1e-5)
     twine = make_environment(tmp_path / "twine", "twine")
     assert twine("-m", "twine", "check", "--strict", *packages).count("PASSED") == 2

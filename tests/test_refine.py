@@ -105,10 +105,16 @@ def ledger(tmp_path):
 
 
 def test_the_filter_keeps_what_is_near_and_usable(ledger):
-    rewriter = FakeGenerator({
-        ("near", 1): "near ~0.91", ("edge", 1): "edge ~0.8", ("far", 1): "far ~0.79", ("none", 1): "empty|",
-        ("long", 1): "truncated|and so on and ~1.0", ("no", 1): "refusal|I'm sorry ~1.0",
-    })
+    rewriter = FakeGenerator(
+        {
+            ("near", 1): "near ~0.91",
+            ("edge", 1): "edge ~0.8",
+            ("far", 1): "far ~0.79",
+            ("none", 1): "empty|",
+            ("long", 1): "truncated|and so on and ~1.0",
+            ("no", 1): "refusal|I'm sorry ~1.0",
+        }
+    )
     fuser = FakeGenerator()
     rows = refine(examples("near", "edge", "far", "none", "long", "no"), parts(rewriter, fuser), settings(), ledger)
     near, edge, far, none, long, no = rows
@@ -128,14 +134,23 @@ def test_the_filter_keeps_what_is_near_and_usable(ledger):
 
 def test_the_best_round_wins_and_a_good_one_ends_the_rounds(ledger):
     scores = {
-        "text of slow, round 1": 0.4, "text of slow, round 2": 0.7, "text of slow, round 3": 0.6,
+        "text of slow, round 1": 0.4,
+        "text of slow, round 2": 0.7,
+        "text of slow, round 3": 0.6,
         "text of quick, round 1": 0.8,
-        "text of tie, round 1": 0.3, "text of tie, round 2": 0.5, "text of tie, round 3": 0.5,
-        "text of late, round 1": 0.1, "text of late, round 2": 0.95,
+        "text of tie, round 1": 0.3,
+        "text of tie, round 2": 0.5,
+        "text of tie, round 3": 0.5,
+        "text of late, round 1": 0.1,
+        "text of late, round 2": 0.95,
     }
     fuser = FakeGenerator()
-    rows = refine(examples("slow", "quick", "tie", "late"), parts(fuser=fuser, judges=[FakeJudge("one", scores)]),
-                  settings(rounds=3), ledger)
+    rows = refine(
+        examples("slow", "quick", "tie", "late"),
+        parts(fuser=fuser, judges=[FakeJudge("one", scores)]),
+        settings(rounds=3),
+        ledger,
+    )
     slow, quick, _, late = rows
     assert [row.chosen_round for row in rows] == [2, 1, 2, 2]
     assert [len(row.rounds) for row in rows] == [3, 1, 3, 2]
@@ -149,7 +164,8 @@ def test_the_best_round_wins_and_a_good_one_ends_the_rounds(ledger):
 def test_the_mean_is_over_the_judges_that_answered(ledger):
     both, one, nobody = "text of both, round 1", "text of one, round 1", "text of nobody, round 1"
     judges = [
-        FakeJudge("a", {both: 0.2, one: None, nobody: None}), FakeJudge("b", {both: 0.6, one: 0.9, nobody: None}),
+        FakeJudge("a", {both: 0.2, one: None, nobody: None}),
+        FakeJudge("b", {both: 0.6, one: 0.9, nobody: None}),
         FakeJudge("c", {both: 1.0, one: None, nobody: None}),
     ]
     rows = refine(examples("both", "one", "nobody"), parts(judges=judges), settings(rounds=1), ledger)
@@ -212,11 +228,14 @@ def test_what_the_ledger_holds_of_a_batch_is_kept_as_it_is(tmp_path):
     path, whole = tmp_path / "ledger.jsonl", tmp_path / "whole.jsonl"
     refine(examples("a"), parts(), settings(rounds=1), Ledger.open(whole))
     changes = {"rewrite": {"num_tokens": 7}, "similarity": {"value": 0.95}, "score": {"value": 0.123}}
-    Ledger.open(path).append([
-        {**record, **changes[record["stage"]]} for record in (
-            record for record in lines_of(whole) if record["key"].startswith("a#") and record["stage"] in changes
-        )
-    ])
+    Ledger.open(path).append(
+        [
+            {**record, **changes[record["stage"]]}
+            for record in (
+                record for record in lines_of(whole) if record["key"].startswith("a#") and record["stage"] in changes
+            )
+        ]
+    )
     a, b = refine(examples("a", "b"), parts(), settings(rounds=1), Ledger.open(path))
     assert (a.similarity, a.rounds[0].mean, a.gold_mean) == (0.95, 0.123, 0.123)
     assert b.similarity == pytest.approx(0.9) and (b.rounds[0].mean, b.gold_mean) == (0.5, 0.0)
@@ -231,9 +250,15 @@ def test_what_the_encoder_cut_is_told(ledger, capsys):
 
 def test_a_candidate_must_reach_the_floor_and_the_gold_answers_own_score(ledger):
     scores = {
-        "text of low, round 1": 0.55, "text of under, round 1": 0.7, "text of equal, round 1": 0.75,
-        "text of over, round 1": 0.9, "text of second, round 1": 0.85, "text of second, round 2": 0.95,
-        "gold of under": 0.75, "gold of equal": 0.75, "gold of second": 0.9,
+        "text of low, round 1": 0.55,
+        "text of under, round 1": 0.7,
+        "text of equal, round 1": 0.75,
+        "text of over, round 1": 0.9,
+        "text of second, round 1": 0.85,
+        "text of second, round 2": 0.95,
+        "gold of under": 0.75,
+        "gold of equal": 0.75,
+        "gold of second": 0.9,
     }
     ids = ("low", "under", "equal", "over", "second")
     data = [Example(id, "Why?", f"gold of {id}") for id in ids]
@@ -262,15 +287,25 @@ def test_a_judge_that_is_silent_about_a_candidate_does_not_count_for_the_gold_an
 def test_what_is_wrong_with_a_text_is_said_and_counted(ledger):
     gold = "You must pay the harbour fee of 30 dollars within 5 days of your arrival."
     kept = "You must pay the harbour fee of 30 dollars within 5 days of arriving ~0.9"
-    rewriter = FakeGenerator({
-        ("kept", 1): kept, ("leak", 1): "Say it anew with all facts: pay ~0.9", ("copy", 1): gold + " ",
-        ("loop", 1): "Pay the fee. " * 3 + "~0.9",
-        ("facts", 1): kept.replace("30", "300"), ("led", 1): f"Here is the rewritten text: {kept}",
-    })
-    fuser = FakeGenerator({
-        ("kept", 1): kept.replace("must", "may"), ("kept", 2): "Say it anew with all facts: pay ~0.9",
-        ("kept", 3): f"Merged text: {kept} ", ("led", 1): gold,
-    }, default=lambda id, round: "empty|")
+    rewriter = FakeGenerator(
+        {
+            ("kept", 1): kept,
+            ("leak", 1): "Say it anew with all facts: pay ~0.9",
+            ("copy", 1): gold + " ",
+            ("loop", 1): "Pay the fee. " * 3 + "~0.9",
+            ("facts", 1): kept.replace("30", "300"),
+            ("led", 1): f"Here is the rewritten text: {kept}",
+        }
+    )
+    fuser = FakeGenerator(
+        {
+            ("kept", 1): kept.replace("must", "may"),
+            ("kept", 2): "Say it anew with all facts: pay ~0.9",
+            ("kept", 3): f"Merged text: {kept} ",
+            ("led", 1): gold,
+        },
+        default=lambda id, round: "empty|",
+    )
     data = [Example(id, "What is due at 0.9?", gold) for id in ("kept", "leak", "copy", "loop", "facts", "led")]
     config = RefineConfig(terse_words=0, accept_floor=0.0)
     rows = refine(data, parts(rewriter, fuser, [FakeJudge("one", {gold: 0.2})]), config, ledger)
@@ -311,8 +346,12 @@ def test_a_terse_answer_is_compared_after_its_question(ledger):
     data = [Example("terse", "May I?", "Yes, you may."), Example("long", "May I?", "You may, " * 4 + "so do.")]
     working = parts()._replace(encoder=encoder)
     refine(data, working, settings(terse_words=8), ledger)
-    assert encoder.texts[:4] == ["May I?\nYes, you may.", data[1].answer, "May I?\nwording of terse ~0.9",
-                                 "wording of long ~0.9"]
+    assert encoder.texts[:4] == [
+        "May I?\nYes, you may.",
+        data[1].answer,
+        "May I?\nwording of terse ~0.9",
+        "wording of long ~0.9",
+    ]
 
 
 def test_texts_that_the_encoder_does_not_know_are_not_accepted(ledger, capsys):
@@ -362,15 +401,28 @@ def test_ids_that_look_like_keys_do_not_meet(ledger):
     assert [row.rewrite for row in rows] == [f"wording of {id} ~0.9" for id in ("a", "a#1", "a#1#one")]
 
 
-@pytest.mark.parametrize(("text", "finished", "status"), [
-    ("An answer.", True, "ok"), ("An answ", False, "truncated"), ("", False, "truncated"), ("", True, "empty"),
-    ("  \n ", True, "empty"), ("I'm sorry, but no.", True, "refusal"), ("I’m sorry, but no.", True, "refusal"),
-    ("I cannot help with that.", True, "refusal"), ("I can't assist.", True, "refusal"),
-    ("I can’t provide this.", True, "refusal"), ("As an AI, I have no view.", True, "refusal"),
-    ("\"I apologize for that.", True, "refusal"), ("I am unable to say.", True, "refusal"),
-    ("Sorry, no.", True, "refusal"), ("The tenant is sorry, but pays.", True, "ok"),
-    ("I cannot be moved, says the bridge.", True, "ok"), ("As an aid to navigation, use buoys.", True, "ok"),
-])
+@pytest.mark.parametrize(
+    ("text", "finished", "status"),
+    [
+        ("An answer.", True, "ok"),
+        ("An answ", False, "truncated"),
+        ("", False, "truncated"),
+        ("", True, "empty"),
+        ("  \n ", True, "empty"),
+        ("I'm sorry, but no.", True, "refusal"),
+        ("I’m sorry, but no.", True, "refusal"),
+        ("I cannot help with that.", True, "refusal"),
+        ("I can't assist.", True, "refusal"),
+        ("I can’t provide this.", True, "refusal"),
+        ("As an AI, I have no view.", True, "refusal"),
+        ('"I apologize for that.', True, "refusal"),
+        ("I am unable to say.", True, "refusal"),
+        ("Sorry, no.", True, "refusal"),
+        ("The tenant is sorry, but pays.", True, "ok"),
+        ("I cannot be moved, says the bridge.", True, "ok"),
+        ("As an aid to navigation, use buoys.", True, "ok"),
+    ],
+)
 def test_what_is_wrong_with_a_text(text, finished, status):
     generation = generation_of(Completion([1, 2, 3], finished), lambda ids: text)
     assert generation == Generation(text.strip(), status, 3)
@@ -401,8 +453,10 @@ class FakeSampler:
         self.model = type("Model", (), {"tokenizer": FakeTokenizer()})
 
     def batches(self, prompts):
-        return [list(range(start, min(start + self.batch_size, len(prompts))))
-                for start in range(0, len(prompts), self.batch_size)]
+        return [
+            list(range(start, min(start + self.batch_size, len(prompts))))
+            for start in range(0, len(prompts), self.batch_size)
+        ]
 
     def generate(self, params, prompts, *, key, names, **settings):
         import jax
@@ -418,8 +472,15 @@ def test_the_local_writer_skips_whole_batches_and_draws_anew_each_round():
     items = [RefineItem(id, f"q{id}", GOLD) for id in "abcde"]
 
     def generator(sampler):
-        return LocalGenerator(sampler, None, lambda item: [{"role": "user", "content": item.question}],
-                           key=jax.random.key(3), temperature=0.7, top_p=1.0, max_new_tokens=5)
+        return LocalGenerator(
+            sampler,
+            None,
+            lambda item: [{"role": "user", "content": item.question}],
+            key=jax.random.key(3),
+            temperature=0.7,
+            top_p=1.0,
+            max_new_tokens=5,
+        )
 
     sampler = FakeSampler(2)
     whole = [generations for generations in generator(sampler).generate(items, 1, set())]
@@ -433,16 +494,19 @@ def test_the_local_writer_skips_whole_batches_and_draws_anew_each_round():
     assert other[0].text != whole[0][0].text
 
 
-@pytest.mark.parametrize(("gold", "candidate", "expected"), [
-    ("Fill in form 22-1990 by 31 March.", "By March 31, fill in 22-1990.", 1.0),
-    ("Pay 1,200.50 within 30 days.", "Pay 1,200.50 within thirty days.", 0.5),
-    ("The VA says so, and the Navy agrees.", "the va and nobody else", 0.5),
-    ("Nothing to hold on to here.", "Anything.", None),
-    ("Rule 5 applies.", "Rule 15 applies.", 0.0),
-    ("See 3.14, not 3.", "3.14", 0.5),
-    ("It is the Navy’s, said the VA's clerk.", "the Navy and the VA", 1.0),
-    ("Ask the VA.", "", 0.0),
-])
+@pytest.mark.parametrize(
+    ("gold", "candidate", "expected"),
+    [
+        ("Fill in form 22-1990 by 31 March.", "By March 31, fill in 22-1990.", 1.0),
+        ("Pay 1,200.50 within 30 days.", "Pay 1,200.50 within thirty days.", 0.5),
+        ("The VA says so, and the Navy agrees.", "the va and nobody else", 0.5),
+        ("Nothing to hold on to here.", "Anything.", None),
+        ("Rule 5 applies.", "Rule 15 applies.", 0.0),
+        ("See 3.14, not 3.", "3.14", 0.5),
+        ("It is the Navy’s, said the VA's clerk.", "the Navy and the VA", 1.0),
+        ("Ask the VA.", "", 0.0),
+    ],
+)
 def test_coverage_of_numbers_and_names(gold, candidate, expected):
     assert coverage(gold, candidate) == expected
     assert CoverageJudge().score([RefineItem("q", "?", gold)], [candidate]) == [expected]

@@ -19,20 +19,41 @@ def make_rows(num_rows=3, word="first"):
     rows = []
     for number in range(num_rows):
         accepted = number % 3 != 2
-        rounds = [
-            Round(round=1, candidate=f"Candidate ü {number}", status="ok",
-                  scores={"coverage": 0.5, "likelihood": None}, mean=0.5),
-            Round(round=2, candidate="", status="facts", note="the number 3 is missing", scores={}, mean=None),
-        ] if accepted else []
-        rows.append(RefinedRow(
-            id=f"q{number}", question=f"Question {number}?\u2028", context="Während der Fahrt" if number else "",
-            turns=[["system", "Be brief."]] if number == 1 else [], gold=f"Gold {number}\nline two",
-            rewrite=f"Rewrite {word}" if accepted else "", rewrite_status="ok" if accepted else "empty",
-            rewrite_note="", similarity=0.1 * (number + 8) if accepted else None, accepted=accepted, rounds=rounds,
-            gold_scores={"coverage": 1.0} if accepted else {}, gold_mean=1.0 if accepted else None,
-            answer=f"Candidate {word} {number}" if accepted else f"Gold {number}",
-            chosen="fusion" if accepted else "gold", chosen_round=1 if accepted else None,
-            reason="It was the best."))
+        rounds = (
+            [
+                Round(
+                    round=1,
+                    candidate=f"Candidate ü {number}",
+                    status="ok",
+                    scores={"coverage": 0.5, "likelihood": None},
+                    mean=0.5,
+                ),
+                Round(round=2, candidate="", status="facts", note="the number 3 is missing", scores={}, mean=None),
+            ]
+            if accepted
+            else []
+        )
+        rows.append(
+            RefinedRow(
+                id=f"q{number}",
+                question=f"Question {number}?\u2028",
+                context="Während der Fahrt" if number else "",
+                turns=[["system", "Be brief."]] if number == 1 else [],
+                gold=f"Gold {number}\nline two",
+                rewrite=f"Rewrite {word}" if accepted else "",
+                rewrite_status="ok" if accepted else "empty",
+                rewrite_note="",
+                similarity=0.1 * (number + 8) if accepted else None,
+                accepted=accepted,
+                rounds=rounds,
+                gold_scores={"coverage": 1.0} if accepted else {},
+                gold_mean=1.0 if accepted else None,
+                answer=f"Candidate {word} {number}" if accepted else f"Gold {number}",
+                chosen="fusion" if accepted else "gold",
+                chosen_round=1 if accepted else None,
+                reason="It was the best.",
+            )
+        )
     return rows
 
 
@@ -58,8 +79,18 @@ def test_tfds_reads_the_same_rows(tmp_path):
     for row, values in zip(rows, read, strict=True):
         expected = dataclasses.asdict(row)
         assert values.keys() == expected.keys()
-        for name in ("id", "question", "context", "gold", "rewrite", "rewrite_status", "rewrite_note", "answer",
-                     "chosen", "reason"):
+        for name in (
+            "id",
+            "question",
+            "context",
+            "gold",
+            "rewrite",
+            "rewrite_status",
+            "rewrite_note",
+            "answer",
+            "chosen",
+            "reason",
+        ):
             assert values[name].decode() == expected[name]
         for name in ("turns", "rounds", "gold_scores"):
             assert json.loads(values[name]) == expected[name]
@@ -73,11 +104,13 @@ def test_tfds_reads_the_same_rows(tmp_path):
 
 def test_neither_jax_nor_tensorflow_is_needed(tmp_path):
     publish(make_rows(), tmp_path)
-    program = ("import sys; sys.modules['jax'] = None\n"
-               "import tensorflow_datasets as tfds; from raft_jax.data.refined import load_refined, publish\n"
-               f"publish(load_refined({str(tmp_path)!r}), {str(tmp_path)!r})\n"
-               f"print(len(tfds.builder_from_directory({str(tmp_path)!r}).as_data_source('train')))\n"
-               "assert 'tensorflow' not in sys.modules")
+    program = (
+        "import sys; sys.modules['jax'] = None\n"
+        "import tensorflow_datasets as tfds; from raft_jax.data.refined import load_refined, publish\n"
+        f"publish(load_refined({str(tmp_path)!r}), {str(tmp_path)!r})\n"
+        f"print(len(tfds.builder_from_directory({str(tmp_path)!r}).as_data_source('train')))\n"
+        "assert 'tensorflow' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "3"
 
@@ -86,14 +119,17 @@ def test_the_published_folder_is_a_source_of_examples(tmp_path):
     publish(make_rows(2), tmp_path)
     assert load_examples(f"tfds://{tmp_path}", split="train") == [
         Example(id="q0", question="Question 0?\u2028", answer="Candidate first 0"),
-        Example(id="q1", question="Question 1?\u2028", answer="Candidate first 1", context="Während der Fahrt")]
+        Example(id="q1", question="Question 1?\u2028", answer="Candidate first 1", context="Während der Fahrt"),
+    ]
 
 
 def test_equal_rows_give_equal_bytes(tmp_path):
     """Also from processes of their own, in which protobuf orders its maps otherwise."""
-    program = ("import sys; sys.path.insert(0, sys.argv[1])\n"
-               "from test_refined import make_rows, publish\n"
-               "publish(make_rows(50), sys.argv[2])")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from test_refined import make_rows, publish\n"
+        "publish(make_rows(50), sys.argv[2])"
+    )
     for folder in ("one", "two", "three"):
         subprocess.run([sys.executable, "-c", program, os.path.dirname(__file__), str(tmp_path / folder)], check=True)
     once = {path.name: path.read_bytes() for path in (tmp_path / "one").iterdir()}
@@ -118,9 +154,14 @@ def test_another_version_replaces_the_first_and_nothing_else(tmp_path):
     assert len(list(tmp_path.iterdir())) == 6
 
 
-@pytest.mark.parametrize("rows", [
-    [], make_rows(1) * 2, [dataclasses.replace(make_rows(1)[0], similarity=float("nan"))],
-])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        make_rows(1) * 2,
+        [dataclasses.replace(make_rows(1)[0], similarity=float("nan"))],
+    ],
+)
 def test_bad_rows_are_refused(tmp_path, rows):
     publish(make_rows(2), tmp_path)
     with pytest.raises(ValueError):
@@ -147,6 +188,7 @@ def test_a_kill_at_any_moment_leaves_one_whole_version(tmp_path, monkeypatch):
                 if calls == call:
                     raise Killed
                 return function(*args, **kwargs)
+
             return counted
 
         with monkeypatch.context() as patch:
@@ -182,8 +224,7 @@ def test_a_kill_at_any_moment_leaves_one_whole_version(tmp_path, monkeypatch):
     assert {("old", False, False), ("new", True, True)} <= views
 
 
-@pytest.mark.parametrize(
-    "name", ["refined.jsonl", "records", "features.json", "dataset_info.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["refined.jsonl", "records", "features.json", "dataset_info.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "empty"])
 def test_damage_is_named(tmp_path, name, damage):
     publish(make_rows(3), tmp_path)
@@ -193,9 +234,9 @@ def test_damage_is_named(tmp_path, name, damage):
         path.unlink()
     elif damage == "flipped":
         at = data.index(b"sha256") + 12 if name == "manifest.json" else len(data) // 2
-        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1:])
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     else:
-        path.write_bytes(data[:len(data) // 2] if damage == "truncated" else b"")
+        path.write_bytes(data[: len(data) // 2] if damage == "truncated" else b"")
     with pytest.raises(InputError) as caught:
         load_refined(tmp_path)
     message = str(caught.value)

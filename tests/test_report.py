@@ -168,8 +168,10 @@ def test_verdict_is_the_paired_interval_of_scipy(finished: Path):
 
     run = read_run(finished)
     base, sft, raft = (
-        {key: np.array([getattr(answer, key) for answer in run.models[name].answers])
-         for key in ("gold_logprob", "token_f1")}
+        {
+            key: np.array([getattr(answer, key) for answer in run.models[name].answers])
+            for key in ("gold_logprob", "token_f1")
+        }
         for name in ("base", "sft", "raft")
     )
     against_sft, sft_alone, raft_alone = verdicts(run)
@@ -177,8 +179,9 @@ def test_verdict_is_the_paired_interval_of_scipy(finished: Path):
     for verdict, after, before in ((sft_alone, sft, base), (raft_alone, raft, base), (against_sft, raft, sft)):
         change = after["gold_logprob"] - before["gold_logprob"]
         low, high = stats.t.interval(0.95, change.size - 1, change.mean(), stats.sem(change))
-        assert verdict.domain[0] == (f"log-likelihood of the gold answers {change.mean():+.3f} nats per token "
-                                     f"({low:+.3f} to {high:+.3f})")
+        assert verdict.domain[0] == (
+            f"log-likelihood of the gold answers {change.mean():+.3f} nats per token ({low:+.3f} to {high:+.3f})"
+        )
     assert "forgot more than SFT" in against_sft.short and "learned more" in against_sft.short
     shift = sft["token_f1"] - base["token_f1"]
     low, high = stats.t.interval(0.95, shift.size - 1, shift.mean(), stats.sem(shift))
@@ -394,8 +397,9 @@ def test_a_damaged_file_is_named(run_dir: Path, name: str, content: str, words: 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "refined/refined.jsonl", "config.yaml", "timings.jsonl",
-                                  "raft/metrics.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["evaluation.json", "refined/refined.jsonl", "config.yaml", "timings.jsonl", "raft/metrics.jsonl"]
+)
 def test_a_file_that_cannot_be_read_is_named(run_dir: Path, name: str):
     (run_dir / name).unlink()
     (run_dir / name).mkdir()  # read as root, too, a folder is no file
@@ -459,9 +463,7 @@ def test_printed_summary_fits_and_keeps_paths_whole(finished: Path, width: int):
     file = io.StringIO()
     print_summary(finished, Console(file=file, width=width))
     printed = file.getvalue()
-    cells = [
-        cell for table in summary_tables(finished) for row in (table.columns, *table.rows) for cell in row
-    ]
+    cells = [cell for table in summary_tables(finished) for row in (table.columns, *table.rows) for cell in row]
     assert re.sub(r"\s+", " ", printed).count(" ".join(one.short for one in verdicts(read_run(finished)))) == 1
     for word in " ".join(cells).split():
         assert word in printed or word in ("what", "path", *(["model", "method", "stage"] if width < 60 else []))

@@ -26,7 +26,10 @@ def start(config, program_environment):
     def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, "-m", "raft_jax", "run", str(config), f"run_dir={run_dir}", *overrides],
-            env=program_environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env=program_environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     return start

@@ -40,9 +40,15 @@ SECRET = "hf_canaryInTheEnvironment"
 @pytest.fixture(scope="module")
 def command(program_environment):
     def run(*arguments: object) -> str:
-        done = subprocess.run([sys.executable, "-m", "raft_jax", *map(str, arguments)],
-                              env=program_environment | {"HF_TOKEN": SECRET}, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=1200, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "raft_jax", *map(str, arguments)],
+            env=program_environment | {"HF_TOKEN": SECRET},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=1200,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout
         return done.stdout
 
@@ -84,8 +90,11 @@ def metrics(folder: Path, name: str) -> list[dict]:
 
 def files(run_dir: Path) -> dict[str, int]:
     """When each file was last written, but for those that are written at every start."""
-    return {str(path.relative_to(run_dir)): path.stat().st_mtime_ns for path in run_dir.rglob("*")
-            if path.is_file() and path.name not in ("config.yaml", "report.html", "run.lock")}
+    return {
+        str(path.relative_to(run_dir)): path.stat().st_mtime_ns
+        for path in run_dir.rglob("*")
+        if path.is_file() and path.name not in ("config.yaml", "report.html", "run.lock")
+    }
 
 
 def test_the_rows_have_their_history(finished):
@@ -320,17 +329,35 @@ def test_base_and_tuned_model_answer_side_by_side(finished, command):
 # --- the parts ---
 
 ROWS = [
-    dataclasses.replace(RefinedRow.unrefined(example, "Because."), rewrite=f"rewritten {example.id}",
-                        rewrite_status="ok", similarity=0.5, accepted=accepted, answer=answer)
+    dataclasses.replace(
+        RefinedRow.unrefined(example, "Because."),
+        rewrite=f"rewritten {example.id}",
+        rewrite_status="ok",
+        similarity=0.5,
+        accepted=accepted,
+        answer=answer,
+    )
     for example, accepted, answer in (
         (Example("a", "Why?", "gold a"), True, "fused a"),
-        (Example("b", "Who?", "gold b", "It is Monday.",
-                 (("system", "Be brief."), ("user", "When?"), ("assistant", "Soon."))), False, "gold b"),
+        (
+            Example(
+                "b",
+                "Who?",
+                "gold b",
+                "It is Monday.",
+                (("system", "Be brief."), ("user", "When?"), ("assistant", "Soon.")),
+            ),
+            False,
+            "gold b",
+        ),
     )
 ]
 TARGETS = {
-    "raft": ("fused a", "gold b"), "sft": ("gold a", "gold b"), "sdft": ("rewritten a", "gold b"),
-    "fused_sft": ("fused a", "gold b"), "on_policy": ("gold a", "gold b"),
+    "raft": ("fused a", "gold b"),
+    "sft": ("gold a", "gold b"),
+    "sdft": ("rewritten a", "gold b"),
+    "fused_sft": ("fused a", "gold b"),
+    "on_policy": ("gold a", "gold b"),
 }
 
 
@@ -339,9 +366,13 @@ def test_targets_and_teacher_prompts_of_each_method(name):
     tokenizer, method = tiny.make_tokenizer(), METHODS[name]
     made = token_rows(ROWS, tokenizer, method)
     asked = ["Why?", "It is Monday.\n\nWho?"]
-    before = ["", "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n"
-              "Soon.<|im_end|>\n"]
+    before = [
+        "",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhen?<|im_end|>\n<|im_start|>assistant\n"
+        "Soon.<|im_end|>\n",
+    ]
     for row, earlier, question, target in zip(made, before, asked, TARGETS[name], strict=True):
+
         def text(ids):
             return tokenizer.token_text(ids)
 
@@ -360,8 +391,10 @@ def test_targets_and_teacher_prompts_of_each_method(name):
 def test_every_prompt_has_what_the_question_hangs_on():
     context = "It is Monday."
     for asked in (
-        question_prompt("Who?", context), teacher_prompt("Who?", "He.", context),
-        rewrite_prompt("He.", "Who?", context), fusion_prompt("He.", "It was he.", "Who?", context),
+        question_prompt("Who?", context),
+        teacher_prompt("Who?", "He.", context),
+        rewrite_prompt("He.", "Who?", context),
+        fusion_prompt("He.", "It was he.", "Who?", context),
     ):
         assert asked[-1]["role"] == "user" and f"{context}\n\nWho?" in asked[0]["content"]
         assert len(asked) == (2 if asked[0]["role"] == "system" else 1)
@@ -380,7 +413,7 @@ def test_every_prompt_has_the_turns_before_the_question():
 TEMPLATES = {
     "takes": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}",
     "refuses": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-               "<{{ m.role }}>{{ m.content }}{% endfor %}",
+    "<{{ m.role }}>{{ m.content }}{% endfor %}",
     "drops": "{% for m in messages %}{% if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}",
 }
 
@@ -395,17 +428,27 @@ def test_the_task_reaches_the_model_whatever_its_template_does_with_a_system_tur
 
 def test_what_does_not_fit_is_left_out_and_never_cut(tmp_path):
     tokenizer = tiny.make_tokenizer()
-    config = load_config(tiny.write_run(tmp_path, data={"max_question_tokens": 8, "max_answer_tokens": 12},
-                                        refine={"max_new_tokens": 12}))
+    config = load_config(
+        tiny.write_run(
+            tmp_path, data={"max_question_tokens": 8, "max_answer_tokens": 12}, refine={"max_new_tokens": 12}
+        )
+    )
     examples = [
-        Example("fits", "Why?", "So."), Example("question", "Why " * 9, "So."), Example("answer", "Why?", "So " * 20),
-        Example("context", "Why?", "So.", context="On Monday " * 9), Example("also", "Who?", "He."),
-        Example("late", "Who?", "She."), Example("turns", "Why?", "So.", turns=(("system", "On Monday " * 9),)),
+        Example("fits", "Why?", "So."),
+        Example("question", "Why " * 9, "So."),
+        Example("answer", "Why?", "So " * 20),
+        Example("context", "Why?", "So.", context="On Monday " * 9),
+        Example("also", "Who?", "He."),
+        Example("late", "Who?", "She."),
+        Example("turns", "Why?", "So.", turns=(("system", "On Monday " * 9),)),
     ]
     found = fitting(examples, tokenizer, config, None)
     assert [example.id for example in found.kept] == ["fits", "also", "late"]
     assert {key: why.rsplit(" of ")[0] for key, why in found.too_long.items()} == {
-        "question": "question", "answer": "answer", "context": "question", "turns": "question",
+        "question": "question",
+        "answer": "answer",
+        "context": "question",
+        "turns": "question",
     }
     assert all(int(re.search(r"of (\d+) tokens", why)[1]) > 8 for why in found.too_long.values())
     assert found.lengths.keys() == {example.id for example in examples}
@@ -467,20 +510,33 @@ def test_what_the_results_are_of_must_be_there(tmp_path, name):
         pass
 
 
-@pytest.mark.parametrize(("name", "consequence"), [
-    ("timings.jsonl", "the report lacks the time"), ("evaluation.json", "every model is evaluated again"),
-    ("refined/ledger.jsonl", "written anew"), ("refined/refined.jsonl", "the report lacks the refined rows"),
-    ("refined/manifest.json", "refine makes it again"), ("sft/metrics.jsonl", "the report lacks its curves"),
-    ("sft/hf", "the same command makes it again"), ("sft/hf/SHA256SUMS", "no longer checked"),
-    ("sft/hf/model.safetensors", "remove .*/sft/hf, and the same command makes it again"),
-])
+@pytest.mark.parametrize(
+    ("name", "consequence"),
+    [
+        ("timings.jsonl", "the report lacks the time"),
+        ("evaluation.json", "every model is evaluated again"),
+        ("refined/ledger.jsonl", "written anew"),
+        ("refined/refined.jsonl", "the report lacks the refined rows"),
+        ("refined/manifest.json", "refine makes it again"),
+        ("sft/metrics.jsonl", "the report lacks its curves"),
+        ("sft/hf", "the same command makes it again"),
+        ("sft/hf/SHA256SUMS", "no longer checked"),
+        ("sft/hf/model.safetensors", "remove .*/sft/hf, and the same command makes it again"),
+    ],
+)
 def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
     config = load_config(tiny.write_run(tmp_path), ["methods=[sft]"])
     run_dir, measured = tmp_path / "run", {"base": scores(random.Random(0), 0)}
     for file, text in {
-        "sft/metrics.jsonl": "", "sft/hf/SHA256SUMS": "0  model.safetensors\n", "sft/hf/model.safetensors": "",
-        "refined/ledger.jsonl": "", "refined/refined.jsonl": "", "refined/manifest.json": "{}",
-        "evaluation.json": json.dumps({"models": measured}), "date": "2026-11-27", "results.json": "{}",
+        "sft/metrics.jsonl": "",
+        "sft/hf/SHA256SUMS": "0  model.safetensors\n",
+        "sft/hf/model.safetensors": "",
+        "refined/ledger.jsonl": "",
+        "refined/refined.jsonl": "",
+        "refined/manifest.json": "{}",
+        "evaluation.json": json.dumps({"models": measured}),
+        "date": "2026-11-27",
+        "results.json": "{}",
         "config.yaml": (tmp_path / "config.yaml").read_text(),
     }.items():
         (run_dir / file).parent.mkdir(parents=True, exist_ok=True)
@@ -495,20 +551,23 @@ def test_a_file_that_is_gone_is_named(tmp_path, capsys, name, consequence):
         assert re.fullmatch(f"{path}: is gone; .*{consequence}.*\n", capsys.readouterr().out)
 
 
-@pytest.mark.parametrize(("name", "content", "words"), [
-    ("evaluation.json", '{"models": {"base": {}}}', "damaged (models.base.domain: Field required); remove it"),
-    ("evaluation.json", '{"base": {}}', "damaged (models: Field required)"),
-    ("evaluation.json", "[" * 100_000, "damaged (Invalid JSON: recursion limit"),
-    ("evaluation.json", b"\xff", "damaged (Invalid JSON"),
-    ("date", "yesterday", "damaged ('yesterday'); write the day there"),
-    ("date", b"\xff", "not UTF-8"),
-    ("config.yaml", "&a [*a]", "the saved config is damaged"),
-    ("results.json", "{", "not valid JSON"),
-    ("results.json", "[]", "damaged, expected an object"),
-    ("timings.jsonl", '{"stage": "train"}\n', "timings.jsonl:1: damaged; remove this line"),
-    ("timings.jsonl", '{"stage": "a", "method": ["a"], "seconds": 1, "tokens": 2}\n', "timings.jsonl:1: damaged"),
-    ("timings.jsonl", '{"stage": 1, "method": 1, "seconds": "a", "tokens": 2}\n', "timings.jsonl:1: damaged"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("evaluation.json", '{"models": {"base": {}}}', "damaged (models.base.domain: Field required); remove it"),
+        ("evaluation.json", '{"base": {}}', "damaged (models: Field required)"),
+        ("evaluation.json", "[" * 100_000, "damaged (Invalid JSON: recursion limit"),
+        ("evaluation.json", b"\xff", "damaged (Invalid JSON"),
+        ("date", "yesterday", "damaged ('yesterday'); write the day there"),
+        ("date", b"\xff", "not UTF-8"),
+        ("config.yaml", "&a [*a]", "the saved config is damaged"),
+        ("results.json", "{", "not valid JSON"),
+        ("results.json", "[]", "damaged, expected an object"),
+        ("timings.jsonl", '{"stage": "train"}\n', "timings.jsonl:1: damaged; remove this line"),
+        ("timings.jsonl", '{"stage": "a", "method": ["a"], "seconds": 1, "tokens": 2}\n', "timings.jsonl:1: damaged"),
+        ("timings.jsonl", '{"stage": 1, "method": 1, "seconds": "a", "tokens": 2}\n', "timings.jsonl:1: damaged"),
+    ],
+)
 def test_damage_of_the_folders_files_is_a_line(tmp_path, name, content, words):
     config = load_config(tiny.write_run(tmp_path))
     with open_run_folder(config) as folder:
@@ -529,8 +588,11 @@ def test_a_model_or_encoder_that_changed_is_named(tmp_path):
     config = load_config(path, [f"encoder.source={tmp_path}/encoder", "methods=[raft,sft]"])
     with open_run_folder(config) as folder:
         (folder.path / "raft").mkdir()
-    for source, name in (("model", "model.safetensors"), ("model", "chat_template.jinja"),
-                         ("encoder", "1_Pooling/config.json")):
+    for source, name in (
+        ("model", "model.safetensors"),
+        ("model", "chat_template.jinja"),
+        ("encoder", "1_Pooling/config.json"),
+    ):
         file = tmp_path / source / name
         whole = file.read_bytes()
         file.write_bytes(whole[:-1] + b" ")
@@ -554,18 +616,24 @@ def test_a_branch_of_the_hub_that_moved_is_named(tmp_path, monkeypatch):
         shutil.copytree(tmp_path / "model", commit)
     (other / "generation_config.json").write_text("{}")
     branch = [first]
-    monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda name, revision, **rest: branch[0].parent / (revision or branch[0].name))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, revision, **rest: branch[0].parent / (revision or branch[0].name),
+    )
     config = tmp_path / "config.yaml"
     with open_run_folder(load_config(config, ["model.source=hf://someone/small"])) as folder:
         (folder.path / "raft").mkdir()
     recorded = json.loads((folder.path / "results.json").read_text())["train raft"]
     assert recorded["model.source: content"]["commit"] == "a" * 40
     branch[0] = other
-    words = (f"model.source: in hf://someone/small (commit {'c' * 40}; the run began with "
-             f"hf://someone/small@{'a' * 40}), generation_config.json changed")
-    with pytest.raises(InputError, match=re.escape(words)), open_run_folder(
-            load_config(config, ["model.source=hf://someone/small"])):
+    words = (
+        f"model.source: in hf://someone/small (commit {'c' * 40}; the run began with "
+        f"hf://someone/small@{'a' * 40}), generation_config.json changed"
+    )
+    with (
+        pytest.raises(InputError, match=re.escape(words)),
+        open_run_folder(load_config(config, ["model.source=hf://someone/small"])),
+    ):
         pass
     for source in (f"hf://someone/small@{'a' * 40}", f"hf://someone/small@{'b' * 40}", f"{tmp_path}/model"):
         with open_run_folder(load_config(config, [f"model.source={source}"])):

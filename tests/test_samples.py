@@ -47,10 +47,13 @@ def test_there_are_enough_rows():
     assert len(GENERAL) >= 48 and len(CHECKED) >= 24
 
 
-@pytest.mark.parametrize("rows, fields", [
-    (COLREGS, "id question answer split"),
-    (GENERAL, "id category prompt check"),
-])
+@pytest.mark.parametrize(
+    "rows, fields",
+    [
+        (COLREGS, "id question answer split"),
+        (GENERAL, "id category prompt check"),
+    ],
+)
 def test_rows_have_the_fields_and_unique_ids(rows, fields):
     assert all(list(row) == fields.split() for row in rows)
     assert len({row["id"] for row in rows}) == len(rows)
@@ -85,8 +88,23 @@ def test_no_two_rows_are_near_duplicates(field):
 def test_general_prompts_differ_and_stay_on_land():
     prompts = [words(row["prompt"]) for row in GENERAL]
     assert all(jaccard(one, other) < 0.6 for one, other in combinations(prompts, 2))
-    nautical = {"ship", "ships", "sea", "vessel", "vessels", "boat", "boats", "ocean", "sail", "sailing",
-                "port", "harbour", "collision", "captain", "navigation"}
+    nautical = {
+        "ship",
+        "ships",
+        "sea",
+        "vessel",
+        "vessels",
+        "boat",
+        "boats",
+        "ocean",
+        "sail",
+        "sailing",
+        "port",
+        "harbour",
+        "collision",
+        "captain",
+        "navigation",
+    }
     assert not any(prompt & nautical for prompt in prompts)
     assert len({row["category"] for row in GENERAL}) >= 8
 

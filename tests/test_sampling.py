@@ -148,8 +148,9 @@ def test_greedy_answers_are_those_of_full_forwards(prompts):
             answer.append(int(logits_TV[row.sum() - 1].argmax()))
     assert min(len(set(answer)) for answer in expected) > 3
     tokenizer.stop_ids = (*tokenizer.stop_ids, expected[0][4])  # some end early
-    ends = [next((place for place, token in enumerate(answer) if token in tokenizer.stop_ids), 14)
-            for answer in expected]
+    ends = [
+        next((place for place, token in enumerate(answer) if token in tokenizer.stop_ids), 14) for answer in expected
+    ]
     assert len(set(ends)) > 2 and 14 in ends
     found = Sampler(model, batch_size=4).generate(params, prompts, key=KEY, temperature=0.0, max_new_tokens=14)
     assert found == [Completion(answer[: end + 1], end < 14) for answer, end in zip(expected, ends, strict=True)]
@@ -220,8 +221,10 @@ def test_same_key_same_tokens(model, sampler, prompts):
     def sample(key, **settings):
         return sampler.generate(model.params, prompts, key=key, max_new_tokens=14, **settings)
 
-    assert sample(KEY) == sample(KEY) == Sampler(model, batch_size=4).generate(
-        model.params, prompts, key=KEY, max_new_tokens=14
+    assert (
+        sample(KEY)
+        == sample(KEY)
+        == Sampler(model, batch_size=4).generate(model.params, prompts, key=KEY, max_new_tokens=14)
     )
     assert sample(KEY) != sample(jax.random.key(1))
     assert sample(KEY, names=list("abcdefg")) != sample(KEY)
@@ -237,9 +240,10 @@ def test_a_row_does_not_depend_on_its_neighbours(model, sampler, prompts):
         for name, prompt in zip(names, prompts, strict=True)
     ]
     assert alone == together
-    assert Sampler(model, batch_size=3).generate(
-        model.params, prompts, key=KEY, names=names, max_new_tokens=14
-    ) == together
+    assert (
+        Sampler(model, batch_size=3).generate(model.params, prompts, key=KEY, names=names, max_new_tokens=14)
+        == together
+    )
 
 
 def test_a_mesh_changes_nothing(model, sampler, prompts):

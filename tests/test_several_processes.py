@@ -15,8 +15,11 @@ pytestmark = pytest.mark.slow
 
 def start(config: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "raft_jax", "run", str(config)], env=os.environ | environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "raft_jax", "run", str(config)],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -34,7 +37,8 @@ def run_together(config: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     shared = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_NUM_PROCESSES": "2",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_NUM_PROCESSES": "2",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     }
     processes = [start(config, **shared, JAX_PROCESS_ID=str(number)) for number in range(2)]
@@ -77,5 +81,7 @@ def test_two_processes_run_as_one(tmp_path):
         path.unlink()
     run_together(two)
     for line, other in zip(found, metrics_of(run_dir), strict=True):
-        assert {**other, **dict.fromkeys(("seconds", "rollout_seconds"))} == \
-            {**line, **dict.fromkeys(("seconds", "rollout_seconds"))}
+        assert {**other, **dict.fromkeys(("seconds", "rollout_seconds"))} == {
+            **line,
+            **dict.fromkeys(("seconds", "rollout_seconds")),
+        }

@@ -27,24 +27,34 @@ def test_eight_devices():
     assert jax.device_count() == 8
 
 
-@pytest.mark.parametrize(("sizes", "shape"), [
-    ({}, (1, 1, 1)),
-    ({"data": 8}, (8, 1, 1)),
-    ({"data": -1}, (8, 1, 1)),
-    ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
-    ({"fsdp": 4, "tensor": -1}, (1, 4, 2)),
-    ({"tensor": 3}, (1, 1, 3)),
-])
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({}, (1, 1, 1)),
+        ({"data": 8}, (8, 1, 1)),
+        ({"data": -1}, (8, 1, 1)),
+        ({"data": 2, "fsdp": -1, "tensor": 2}, (2, 2, 2)),
+        ({"fsdp": 4, "tensor": -1}, (1, 4, 2)),
+        ({"tensor": 3}, (1, 1, 3)),
+    ],
+)
 def test_meshes(sizes, shape):
     mesh = make_mesh(**sizes)
     assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == shape
     assert len(set(mesh.devices.flat)) == np.prod(shape)
 
 
-@pytest.mark.parametrize("sizes", [
-    {"data": 16}, {"data": 3, "fsdp": -1}, {"data": -1, "fsdp": -1}, {"data": 0}, {"tensor": -2},
-    {"data": 4, "fsdp": 4},
-])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 16},
+        {"data": 3, "fsdp": -1},
+        {"data": -1, "fsdp": -1},
+        {"data": 0},
+        {"tensor": -2},
+        {"data": 4, "fsdp": 4},
+    ],
+)
 def test_meshes_that_do_not_fit(sizes):
     with pytest.raises(InputError, match=r"does not fit 8 device\(s\); set mesh.data, mesh.fsdp and mesh.tensor"):
         make_mesh(**sizes)
@@ -78,8 +88,9 @@ def test_dimensions_that_do_not_divide():
     mesh = make_mesh(data=2, tensor=4)
     with pytest.raises(InputError) as caught:
         parameter_shardings(make_config(64), mesh)
-    assert str(caught.value) == ("key_LDKH: its kv_heads dimension of 2 does not divide over mesh tensor = 4; "
-                                 "set mesh.tensor to a divisor of 2")
+    assert str(caught.value) == (
+        "key_LDKH: its kv_heads dimension of 2 does not divide over mesh tensor = 4; set mesh.tensor to a divisor of 2"
+    )
     with pytest.raises(InputError, match="x: its batch dimension of 9 does not divide over mesh data×fsdp = 2; set"):
         named_sharding(mesh, ("batch",), (9,), "x")
     assert named_sharding(mesh, (None, "ffn"), (9, 8), "x").spec == PartitionSpec(None, "tensor")

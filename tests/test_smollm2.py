@@ -35,7 +35,11 @@ def logits_TV(model, golden):
 def greedy(model, golden):
     prompts = golden["prompts"]
     completions = Sampler(model, batch_size=len(prompts)).generate(
-        model.params, prompts, key=jax.random.key(0), temperature=0.0, max_new_tokens=max(map(len, golden["greedy"])),
+        model.params,
+        prompts,
+        key=jax.random.key(0),
+        temperature=0.0,
+        max_new_tokens=max(map(len, golden["greedy"])),
     )
     return [completion.tokens for completion in completions]
 

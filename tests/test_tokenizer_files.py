@@ -16,7 +16,10 @@ from raft_jax.errors import InputError
 from raft_jax.models.tokenizer import tokenizer_from_folder, tokenizer_from_gguf
 
 CONFIG, MAP, TEMPLATE, GENERATION = (
-    "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json"
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
 )
 PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
 OTHER = CHAT_TEMPLATE + "{# tools #}"
@@ -36,8 +39,13 @@ def folder(tmp_path):
                 path.unlink()
             if value is not None:
                 path.parent.mkdir(exist_ok=True)
-                path.write_bytes(value if isinstance(value, bytes) else value.encode() if isinstance(value, str)
-                                 else json.dumps(value).encode())
+                path.write_bytes(
+                    value
+                    if isinstance(value, bytes)
+                    else value.encode()
+                    if isinstance(value, str)
+                    else json.dumps(value).encode()
+                )
         return tmp_path
 
     return make
@@ -53,8 +61,9 @@ def assert_as_transformers(tokenizer, folder):
 @pytest.mark.parametrize(("model_type", "cut"), [("qwen2", "qwen2"), ("qwen2", "llama-bpe"), ("llama", "llama-bpe")])
 def test_a_class_that_cuts_otherwise_than_tokenizer_json_is_named(folder, capsys, model_type, cut):
     cuts = tokenizer_from_gguf(gguf_fields(cut, ["12"], ["1 2"]), "here").backend.to_str()
-    source = folder({"tokenizer.json": cuts, "config.json": {"model_type": model_type}}, eos_token="<|end|>",
-                    pad_token="<|end|>")
+    source = folder(
+        {"tokenizer.json": cuts, "config.json": {"model_type": model_type}}, eos_token="<|end|>", pad_token="<|end|>"
+    )
     tokenizer = tokenizer_from_folder(source)
     assert tokenizer.encode("12") == AutoTokenizer.from_pretrained(source).encode("12", add_special_tokens=False)
     told = f"{source}/tokenizer.json: cuts texts otherwise than transformers' Qwen2Tokenizer, "
@@ -64,13 +73,19 @@ def test_a_class_that_cuts_otherwise_than_tokenizer_json_is_named(folder, capsys
 # Chat templates
 
 
-@pytest.mark.parametrize(("changes", "config", "others"), [
-    ({TEMPLATE: None}, {"chat_template": {"default": CHAT_TEMPLATE, "tool_use": OTHER}}, {"tool_use": OTHER}),
-    ({TEMPLATE: None}, {"chat_template": [{"name": "default", "template": CHAT_TEMPLATE},
-                                          {"name": "rag", "template": OTHER}]}, {"rag": OTHER}),
-    ({TEMPLATE: None, "additional_chat_templates/default.jinja": CHAT_TEMPLATE}, {}, {}),
-    ({"additional_chat_templates/tool_use.jinja": OTHER}, {}, {"tool_use": OTHER}),
-])
+@pytest.mark.parametrize(
+    ("changes", "config", "others"),
+    [
+        ({TEMPLATE: None}, {"chat_template": {"default": CHAT_TEMPLATE, "tool_use": OTHER}}, {"tool_use": OTHER}),
+        (
+            {TEMPLATE: None},
+            {"chat_template": [{"name": "default", "template": CHAT_TEMPLATE}, {"name": "rag", "template": OTHER}]},
+            {"rag": OTHER},
+        ),
+        ({TEMPLATE: None, "additional_chat_templates/default.jinja": CHAT_TEMPLATE}, {}, {}),
+        ({"additional_chat_templates/tool_use.jinja": OTHER}, {}, {"tool_use": OTHER}),
+    ],
+)
 def test_templates_with_names(folder, tmp_path, changes, config, others):
     """The default one renders chats; an export keeps the others."""
     source = folder(changes, **config)
@@ -83,15 +98,26 @@ def test_templates_with_names(folder, tmp_path, changes, config, others):
     assert_as_transformers(tokenizer_from_folder(tmp_path / "out"), tmp_path / "out")
 
 
-@pytest.mark.parametrize(("value", "named"), [
-    (7, "chat_template is 7; expected"), ([{"name": "default"}], "chat_template is .*; expected"),
-    ([CHAT_TEMPLATE], "chat_template is .*; expected"), ({"default": None}, "chat_template is .*; expected"),
-    (True, "chat_template is True; expected"), ([[]], "chat_template is"), ({"default": {"a": 1}}, "chat_template is"),
-    ([{"name": "chat", "template": OTHER}, {"name": "tool_use", "template": OTHER}],
-     r"has the templates chat, tool_use and no default; put the right one in chat_template\.jinja"),
-    ([], "no chat template"), ({}, "no chat template"), ("", "no chat template"),
-    ({"default": CHAT_TEMPLATE, "../x": OTHER}, r"the name '\.\./x' of a chat template"),
-])
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (7, "chat_template is 7; expected"),
+        ([{"name": "default"}], "chat_template is .*; expected"),
+        ([CHAT_TEMPLATE], "chat_template is .*; expected"),
+        ({"default": None}, "chat_template is .*; expected"),
+        (True, "chat_template is True; expected"),
+        ([[]], "chat_template is"),
+        ({"default": {"a": 1}}, "chat_template is"),
+        (
+            [{"name": "chat", "template": OTHER}, {"name": "tool_use", "template": OTHER}],
+            r"has the templates chat, tool_use and no default; put the right one in chat_template\.jinja",
+        ),
+        ([], "no chat template"),
+        ({}, "no chat template"),
+        ("", "no chat template"),
+        ({"default": CHAT_TEMPLATE, "../x": OTHER}, r"the name '\.\./x' of a chat template"),
+    ],
+)
 def test_templates_that_are_none(folder, value, named):
     source = folder({TEMPLATE: None}, chat_template=value)
     with pytest.raises(InputError, match=named) as caught:
@@ -118,12 +144,15 @@ def test_named_templates_of_gguf_files(tmp_path):
 # Special tokens
 
 
-@pytest.mark.parametrize(("changes", "config", "eos"), [
-    ({MAP: {"eos_token": "<|im_end|>"}}, {"eos_token": None}, "<|im_end|>"),
-    ({MAP: {"eos_token": {"content": "<|im_end|>", "lstrip": False}}}, {"eos_token": None}, "<|im_end|>"),
-    ({CONFIG: {"tokenizer_class": "Qwen2Tokenizer"}}, {}, "<|endoftext|>"),
-    ({TEMPLATE: "{{ bos_token }}" + CHAT_TEMPLATE}, {"tokenizer_class": "GPT2Tokenizer"}, "<|im_end|>"),
-])
+@pytest.mark.parametrize(
+    ("changes", "config", "eos"),
+    [
+        ({MAP: {"eos_token": "<|im_end|>"}}, {"eos_token": None}, "<|im_end|>"),
+        ({MAP: {"eos_token": {"content": "<|im_end|>", "lstrip": False}}}, {"eos_token": None}, "<|im_end|>"),
+        ({CONFIG: {"tokenizer_class": "Qwen2Tokenizer"}}, {}, "<|endoftext|>"),
+        ({TEMPLATE: "{{ bos_token }}" + CHAT_TEMPLATE}, {"tokenizer_class": "GPT2Tokenizer"}, "<|im_end|>"),
+    ],
+)
 def test_tokens_that_stand_elsewhere(folder, tmp_path, changes, config, eos):
     """In special_tokens_map.json, or in the defaults of the tokenizer's class."""
     source = folder(changes, **config)
@@ -135,11 +164,20 @@ def test_tokens_that_stand_elsewhere(folder, tmp_path, changes, config, eos):
 
 
 @pytest.mark.parametrize("name", [CONFIG, MAP])
-@pytest.mark.parametrize(("key", "value"), [
-    ("eos_token", False), ("eos_token", 7), ("bos_token", {"id": 3}), ("pad_token", ["<|pad|>"]),
-    ("pad_token", {"__type": "AddedToken", "content": None}), ("extra_special_tokens", "<|turn|>"),
-    ("extra_special_tokens", [None]), ("additional_special_tokens", [7]), ("extra_special_tokens", {"a": ["b"]}),
-])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("eos_token", False),
+        ("eos_token", 7),
+        ("bos_token", {"id": 3}),
+        ("pad_token", ["<|pad|>"]),
+        ("pad_token", {"__type": "AddedToken", "content": None}),
+        ("extra_special_tokens", "<|turn|>"),
+        ("extra_special_tokens", [None]),
+        ("additional_special_tokens", [7]),
+        ("extra_special_tokens", {"a": ["b"]}),
+    ],
+)
 def test_tokens_that_are_none(folder, name, key, value):
     source = folder({name: PLAIN | {key: value}})
     with pytest.raises(InputError, match=rf"{name}: {key}.* is .*; expected a ") as caught:
@@ -147,11 +185,17 @@ def test_tokens_that_are_none(folder, name, key, value):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("config", [
-    {"extra_special_tokens": ["<|turn|>"]}, {"additional_special_tokens": ["<|turn|>"]},
-    {"added_tokens_decoder": {"508": {"content": "<|turn|>", "special": True, "normalized": False}}},
-    {"extra_special_tokens": {"turn_token": "<|turn|>"}}, {"eos_token": "<|turn|>"}, {"pad_token": "<|turn|>"},
-])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"extra_special_tokens": ["<|turn|>"]},
+        {"additional_special_tokens": ["<|turn|>"]},
+        {"added_tokens_decoder": {"508": {"content": "<|turn|>", "special": True, "normalized": False}}},
+        {"extra_special_tokens": {"turn_token": "<|turn|>"}},
+        {"eos_token": "<|turn|>"},
+        {"pad_token": "<|turn|>"},
+    ],
+)
 def test_tokens_that_transformers_adds(folder, tmp_path, config):
     """They are added alike; without a row of the embedding the model is refused."""
     source = folder({TEMPLATE: TURN}, **config)
@@ -205,12 +249,18 @@ def test_a_character_as_padding_is_still_a_character(folder):
 # What ends a turn
 
 
-@pytest.mark.parametrize(("generation", "config", "stops"), [
-    (None, {"eos_token_id": [504, 507]}, (504, 506, 507)), (None, {"eos_token_id": 504}, (504, 506)),
-    ({"eos_token_id": 507}, {"eos_token_id": 504}, (506, 507)), ({}, {"eos_token_id": [504]}, (504, 506)),
-    (None, {"text_config": {"eos_token_id": 504}}, (504, 506)), (None, None, (506,)),
-    ({"eos_token_id": []}, {}, (506,)),
-])
+@pytest.mark.parametrize(
+    ("generation", "config", "stops"),
+    [
+        (None, {"eos_token_id": [504, 507]}, (504, 506, 507)),
+        (None, {"eos_token_id": 504}, (504, 506)),
+        ({"eos_token_id": 507}, {"eos_token_id": 504}, (506, 507)),
+        ({}, {"eos_token_id": [504]}, (504, 506)),
+        (None, {"text_config": {"eos_token_id": 504}}, (504, 506)),
+        (None, None, (506,)),
+        ({"eos_token_id": []}, {}, (506,)),
+    ],
+)
 def test_ids_that_end_a_turn(folder, generation, config, stops):
     assert tokenizer_from_folder(folder({GENERATION: generation, "config.json": config})).stop_ids == stops
 
@@ -270,25 +320,38 @@ def test_thoughts_that_model_thinking_forbids():
     assert tokenizer.decode(tokenizer.chat_answer([*HI, {"role": "assistant", "content": "Eight."}])) == "Eight."
 
 
-@pytest.mark.parametrize(("template", "messages", "named"), [
-    (THINKS, [*HI, {"role": "assistant", "content": "Write </think> to close it."}], "changes the answer 'Write"),
-    ("{% for m in messages %}{{ m.role }}:{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
-     "{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
-     [*HI, {"role": "assistant", "content": "Yes."}], "leaves out or changes the answer 'Yes.'"),
-    ("{% for m in messages %}{{ m.role }}:{{ m.content if m.role == 'user' }}{% endfor %}"
-     "{% if add_generation_prompt %}assistant:{% endif %}",
-     [{"role": "user", "content": "Yes."}, {"role": "assistant", "content": "Yes."}], "changes the answer 'Yes.'"),
-])
+@pytest.mark.parametrize(
+    ("template", "messages", "named"),
+    [
+        (THINKS, [*HI, {"role": "assistant", "content": "Write </think> to close it."}], "changes the answer 'Write"),
+        (
+            "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}"
+            "{% endif %}"
+            "{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}",
+            [*HI, {"role": "assistant", "content": "Yes."}],
+            "leaves out or changes the answer 'Yes.'",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}:{{ m.content if m.role == 'user' }}{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            [{"role": "user", "content": "Yes."}, {"role": "assistant", "content": "Yes."}],
+            "changes the answer 'Yes.'",
+        ),
+    ],
+)
 def test_answers_that_are_not_rendered(template, messages, named):
     with pytest.raises(InputError, match=named):
         with_template(template).chat_answer(messages)
 
 
-@pytest.mark.parametrize(("template", "role"), [
-    ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "user"),
-    ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "system"),
-    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "system"),
-])
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        ("{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% endif %}{% endfor %}", "user"),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}", "system"),
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "system"),
+    ],
+)
 def test_questions_that_are_not_rendered(template, role):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     with pytest.raises(InputError, match=f"leaves out or changes the {role}'s text"):
@@ -298,18 +361,25 @@ def test_questions_that_are_not_rendered(template, role):
 # Files
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({TEMPLATE: CHAT_TEMPLATE.encode() + b"{# caf\xe9 #}"}, rf"{TEMPLATE}: not UTF-8"),
-    ({"additional_chat_templates/tool_use.jinja": b"\xff"}, r"tool_use\.jinja: not UTF-8"),
-    ({CONFIG: b"\xff{}"}, CONFIG), ({CONFIG: "[" * 100_000}, CONFIG), ({CONFIG: "[]"}, "expected a JSON object"),
-    ({MAP: "7"}, "expected a JSON object"), ({GENERATION: "{"}, GENERATION),
-    ({GENERATION: '{"a":' * 90_000}, GENERATION), ({"tokenizer.json": '{"a":' * 90_000}, "not a tokenizer"),
-    ({"tokenizer.json": "\x1b[31m"}, "not a tokenizer"),
-    ({"tokenizer.json": {"model": {}, "added_tokens": 7}}, "not a tokenizer"),
-    ({CONFIG: PLAIN | {"tokenizer_class": 7}}, "cannot read the tokenizer"),
-    ({CONFIG: PLAIN | {"added_tokens_decoder": {"x": 7}}}, "cannot read the tokenizer"),
-    ({CONFIG: PLAIN | {"model_max_length": []}, TEMPLATE: "x" * (2 << 20)}, "larger than 1 MiB"),
-])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({TEMPLATE: CHAT_TEMPLATE.encode() + b"{# caf\xe9 #}"}, rf"{TEMPLATE}: not UTF-8"),
+        ({"additional_chat_templates/tool_use.jinja": b"\xff"}, r"tool_use\.jinja: not UTF-8"),
+        ({CONFIG: b"\xff{}"}, CONFIG),
+        ({CONFIG: "[" * 100_000}, CONFIG),
+        ({CONFIG: "[]"}, "expected a JSON object"),
+        ({MAP: "7"}, "expected a JSON object"),
+        ({GENERATION: "{"}, GENERATION),
+        ({GENERATION: '{"a":' * 90_000}, GENERATION),
+        ({"tokenizer.json": '{"a":' * 90_000}, "not a tokenizer"),
+        ({"tokenizer.json": "\x1b[31m"}, "not a tokenizer"),
+        ({"tokenizer.json": {"model": {}, "added_tokens": 7}}, "not a tokenizer"),
+        ({CONFIG: PLAIN | {"tokenizer_class": 7}}, "cannot read the tokenizer"),
+        ({CONFIG: PLAIN | {"added_tokens_decoder": {"x": 7}}}, "cannot read the tokenizer"),
+        ({CONFIG: PLAIN | {"model_max_length": []}, TEMPLATE: "x" * (2 << 20)}, "larger than 1 MiB"),
+    ],
+)
 def test_damaged_files(folder, changes, named):
     with pytest.raises(InputError, match=named) as caught:
         tokenizer_from_folder(folder(changes))

@@ -54,23 +54,38 @@ def test_dry_run_prints_what_is_run(cloud: Cloud, script: str) -> None:
 
 def test_create_command(cloud: Cloud) -> None:
     done = cloud.run("create.sh", *SLICE, "--valid-until", "6h", "--dry-run", "--no-wait")
-    assert commands(done.stdout) == [[
-        "gcloud", "compute", "tpus", "queued-resources", "create", "slice", "--node-id=slice",
-        "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot",
-        "--valid-until-duration=6h", "--zone=us-west4-a", "--project=us",
-    ]]
+    assert commands(done.stdout) == [
+        [
+            "gcloud",
+            "compute",
+            "tpus",
+            "queued-resources",
+            "create",
+            "slice",
+            "--node-id=slice",
+            "--accelerator-type=v5litepod-16",
+            "--runtime-version=v2-alpha-tpuv5-lite",
+            "--spot",
+            "--valid-until-duration=6h",
+            "--zone=us-west4-a",
+            "--project=us",
+        ]
+    ]
     assert "16 chips on 4 workers, spot" in done.stdout and "billed" in done.stdout
 
 
-@pytest.mark.parametrize(("given", "name", "runtime", "size"), [
-    ("v4-8", "v4-8", "tpu-ubuntu2204-base", "4 chips on 1 worker"),
-    ("v4-32", "v4-32", "tpu-ubuntu2204-base", "16 chips on 4 workers"),
-    ("v5p-128", "v5p-128", "v2-alpha-tpuv5", "64 chips on 16 workers"),
-    ("v5e-1", "v5litepod-1", "v2-alpha-tpuv5-lite", "1 chip on 1 worker"),
-    ("v5e-8", "v5litepod-8", "v2-alpha-tpuv5-lite", "8 chips on 1 worker"),
-    ("v5litepod-256", "v5litepod-256", "v2-alpha-tpuv5-lite", "256 chips on 64 workers"),
-    ("v6e-16", "v6e-16", "v2-alpha-tpuv6e", "16 chips on 4 workers"),
-])
+@pytest.mark.parametrize(
+    ("given", "name", "runtime", "size"),
+    [
+        ("v4-8", "v4-8", "tpu-ubuntu2204-base", "4 chips on 1 worker"),
+        ("v4-32", "v4-32", "tpu-ubuntu2204-base", "16 chips on 4 workers"),
+        ("v5p-128", "v5p-128", "v2-alpha-tpuv5", "64 chips on 16 workers"),
+        ("v5e-1", "v5litepod-1", "v2-alpha-tpuv5-lite", "1 chip on 1 worker"),
+        ("v5e-8", "v5litepod-8", "v2-alpha-tpuv5-lite", "8 chips on 1 worker"),
+        ("v5litepod-256", "v5litepod-256", "v2-alpha-tpuv5-lite", "256 chips on 64 workers"),
+        ("v6e-16", "v6e-16", "v2-alpha-tpuv6e", "16 chips on 4 workers"),
+    ],
+)
 def test_accelerators(cloud: Cloud, given: str, name: str, runtime: str, size: str) -> None:
     done = cloud.run("create.sh", *WHERE, "--accelerator", given, "--dry-run")
     command = commands(done.stdout)[0]
@@ -78,14 +93,17 @@ def test_accelerators(cloud: Cloud, given: str, name: str, runtime: str, size: s
     assert f"{name}: {size}, on-demand" in done.stdout and "--spot" not in command
 
 
-@pytest.mark.parametrize(("given", "message"), [
-    ("tpu7x-8", "needs Compute Engine or GKE"),
-    ("TPU7x-128", "needs Compute Engine or GKE"),
-    ("v3-8", "expected v4-N, v5e-N, v5p-N or v6e-N"),
-    ("v5e-12", "1, 4, 8, 16, 32"),
-    ("v4-12", "multiple of 8"),
-    ("v5e-4x4", "4x4 is not a size"),
-])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("tpu7x-8", "needs Compute Engine or GKE"),
+        ("TPU7x-128", "needs Compute Engine or GKE"),
+        ("v3-8", "expected v4-N, v5e-N, v5p-N or v6e-N"),
+        ("v5e-12", "1, 4, 8, 16, 32"),
+        ("v4-12", "multiple of 8"),
+        ("v5e-4x4", "4x4 is not a size"),
+    ],
+)
 def test_refused_accelerators(cloud: Cloud, given: str, message: str) -> None:
     done = cloud.run("create.sh", *WHERE, "--yes", "--accelerator", given)
     assert done.returncode == 2 and given in done.stderr and message in done.stderr
@@ -93,8 +111,14 @@ def test_refused_accelerators(cloud: Cloud, given: str, message: str) -> None:
 
 
 def test_settings_from_the_environment(cloud: Cloud) -> None:
-    settings = {"NAME": "mine", "ZONE": "europe-west4-b", "PROJECT": "us", "ACCELERATOR": "v6e-4",
-                "RUNTIME_VERSION": "an-image", "SPOT": "1"}
+    settings = {
+        "NAME": "mine",
+        "ZONE": "europe-west4-b",
+        "PROJECT": "us",
+        "ACCELERATOR": "v6e-4",
+        "RUNTIME_VERSION": "an-image",
+        "SPOT": "1",
+    }
     command = commands(cloud.run("create.sh", "--dry-run", "--zone=us-east5-b", **settings).stdout)[0]
     assert command[5] == "mine" and "--spot" in command
     assert flag(command, "zone") == "us-east5-b", "a flag wins over the environment"
@@ -109,8 +133,9 @@ def test_quoting_reaches_the_worker_unchanged(cloud: Cloud) -> None:
     start = commands(done.stdout)[-1]
     assert start[5] == "a 'b' $c" and flag(start, "project") == "pro ject"
     assert shlex.split(flag(start, "command"))[-5:] == ["start", *strange]
-    read_back = subprocess.run(["bash", "-c", f"printf '%s\\n' {done.stdout.splitlines()[-2]}"], text=True,
-                               capture_output=True, check=True).stdout.splitlines()
+    read_back = subprocess.run(
+        ["bash", "-c", f"printf '%s\\n' {done.stdout.splitlines()[-2]}"], text=True, capture_output=True, check=True
+    ).stdout.splitlines()
     assert read_back == start, "bash reads the printed line like Python's shlex"
 
 
@@ -126,23 +151,26 @@ def test_missing_settings(cloud: Cloud, script: str) -> None:
     assert cloud.calls == []
 
 
-@pytest.mark.parametrize(("script", "arguments", "message"), [
-    ("create.sh", [*SLICE, "extra"], "unexpected argument extra"),
-    ("create.sh", [*SLICE, "--acelerator", "v4-8"], "unknown option --acelerator"),
-    ("create.sh", [*WHERE, "--accelerator"], "--accelerator needs a value"),
-    ("create.sh", ["--name", "--zone", "a"], "--name needs a value"),
-    ("setup.sh", [*WHERE, "--storage", "s3://bucket"], "expected gs://BUCKET"),
-    ("setup.sh", [*WHERE, "--storage", "bucket"], "expected gs://BUCKET"),
-    ("run.sh", WHERE, "missing: CONFIG"),
-    ("run.sh", [*WHERE, "configs/a.yaml"], "missing: run_dir="),
-    ("run.sh", [*WHERE, "configs/a.yaml", "run_dir=runs/a"], "not an absolute path"),
-    ("run.sh", [*WHERE, "configs/a.yaml", "run_dir=gs://b/a"], "setup.sh --storage gs://BUCKET"),
-    ("run.sh", [*WHERE, *RUN, "--verbose"], "expected KEY=VALUE"),
-    ("resume.sh", SLICE, "missing: CONFIG"),
-    ("resume.sh", [*SLICE, "configs/a.yaml"], "missing: run_dir="),
-    ("resume.sh", [*SLICE, "--storage=x", *RUN], "expected gs://BUCKET"),
-    ("logs.sh", [*WHERE, "--worker", "first"], "neither a number nor all"),
-])
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("create.sh", [*SLICE, "extra"], "unexpected argument extra"),
+        ("create.sh", [*SLICE, "--acelerator", "v4-8"], "unknown option --acelerator"),
+        ("create.sh", [*WHERE, "--accelerator"], "--accelerator needs a value"),
+        ("create.sh", ["--name", "--zone", "a"], "--name needs a value"),
+        ("setup.sh", [*WHERE, "--storage", "s3://bucket"], "expected gs://BUCKET"),
+        ("setup.sh", [*WHERE, "--storage", "bucket"], "expected gs://BUCKET"),
+        ("run.sh", WHERE, "missing: CONFIG"),
+        ("run.sh", [*WHERE, "configs/a.yaml"], "missing: run_dir="),
+        ("run.sh", [*WHERE, "configs/a.yaml", "run_dir=runs/a"], "not an absolute path"),
+        ("run.sh", [*WHERE, "configs/a.yaml", "run_dir=gs://b/a"], "setup.sh --storage gs://BUCKET"),
+        ("run.sh", [*WHERE, *RUN, "--verbose"], "expected KEY=VALUE"),
+        ("resume.sh", SLICE, "missing: CONFIG"),
+        ("resume.sh", [*SLICE, "configs/a.yaml"], "missing: run_dir="),
+        ("resume.sh", [*SLICE, "--storage=x", *RUN], "expected gs://BUCKET"),
+        ("logs.sh", [*WHERE, "--worker", "first"], "neither a number nor all"),
+    ],
+)
 def test_bad_arguments(cloud: Cloud, script: str, arguments: list[str], message: str) -> None:
     for mode in ("--yes", "--dry-run"):
         done = cloud.run(script, mode, *arguments)
@@ -161,8 +189,9 @@ def test_gcloud_not_installed(tmp_path: Path) -> None:
     tools.mkdir()
     for tool in ("bash", "dirname", "basename", "tr"):
         (tools / tool).symlink_to(shutil.which(tool))
-    done = subprocess.run([SCRIPTS / "delete.sh", "--yes", *WHERE], env={"PATH": str(tools)}, text=True,
-                          capture_output=True)
+    done = subprocess.run(
+        [SCRIPTS / "delete.sh", "--yes", *WHERE], env={"PATH": str(tools)}, text=True, capture_output=True
+    )
     assert done.returncode == 2 and "install the Google Cloud CLI" in done.stderr
 
 
@@ -220,12 +249,15 @@ def test_create_is_told_that_the_request_failed(cloud: Cloud) -> None:
     assert done.returncode == 1 and "ended as FAILED" in done.stderr
 
 
-@pytest.mark.parametrize(("queued", "vm", "deleted"), [
-    ("slice\tACTIVE", "slice\tREADY", ["queued-resources delete"]),
-    ("slice\tWAITING_FOR_RESOURCES", "", ["queued-resources delete"]),
-    ("", "slice\tREADY", ["tpu-vm delete"]),
-    ("other\tACTIVE\nslice-2\tACTIVE", "my-slice\tREADY", []),
-])
+@pytest.mark.parametrize(
+    ("queued", "vm", "deleted"),
+    [
+        ("slice\tACTIVE", "slice\tREADY", ["queued-resources delete"]),
+        ("slice\tWAITING_FOR_RESOURCES", "", ["queued-resources delete"]),
+        ("", "slice\tREADY", ["tpu-vm delete"]),
+        ("other\tACTIVE\nslice-2\tACTIVE", "my-slice\tREADY", []),
+    ],
+)
 def test_delete(cloud: Cloud, queued: str, vm: str, deleted: list[str]) -> None:
     cloud.answer({"queued-resources list": [[queued, 0], ["", 0]], "tpu-vm list": [[vm, 0], ["", 0]]})
     done = cloud.run("delete.sh", "--yes", *WHERE)

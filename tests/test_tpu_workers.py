@@ -51,11 +51,14 @@ def test_setup_from_git(cloud: Cloud) -> None:
     assert "checkout --quiet --detach v1" in command and command.endswith("install 10.0.0.2:/v")
 
 
-@pytest.mark.parametrize(("report", "message"), [
-    (["not-set-up shared", "idle shared"], "run setup.sh"),
-    (["idle shared", "running shared"], "a run is going on"),
-    (["idle local", "idle local"], "do not share"),
-])
+@pytest.mark.parametrize(
+    ("report", "message"),
+    [
+        (["not-set-up shared", "idle shared"], "run setup.sh"),
+        (["idle shared", "running shared"], "a run is going on"),
+        (["idle local", "idle local"], "do not share"),
+    ],
+)
 def test_run_looks_first(cloud: Cloud, report: list[str], message: str) -> None:
     lines = "\n".join(f"raft_jax w-{i} {line}" for i, line in enumerate(report))
     cloud.answer({"tpu-vm ssh": [[lines, 0]]})
@@ -88,26 +91,31 @@ def resume_steps(cloud: Cloud) -> list[str]:
     return steps
 
 
-@pytest.mark.parametrize(("queued", "vm", "report", "steps"), [
-    ("ACTIVE", "READY", ["running", "running"], []),
-    ("ACTIVE", "READY", ["exit-0", "exit-0"], []),
-    ("ACTIVE", "READY", ["exit-1", "killed"], ["start"]),
-    ("ACTIVE", "READY", ["exit-1", "running"], ["stop", "start"]),
-    ("ACTIVE", "READY", ["not-set-up", "not-set-up"], ["install", "start"]),
-    ("WAITING_FOR_RESOURCES", "", [], ["install", "start"]),
-    ("SUSPENDED", "", [], ["delete", "create", "install", "start"]),
-    ("ACTIVE", "PREEMPTED", [], ["delete", "create", "install", "start"]),
-    ("", "", [], ["create", "install", "start"]),
-])
+@pytest.mark.parametrize(
+    ("queued", "vm", "report", "steps"),
+    [
+        ("ACTIVE", "READY", ["running", "running"], []),
+        ("ACTIVE", "READY", ["exit-0", "exit-0"], []),
+        ("ACTIVE", "READY", ["exit-1", "killed"], ["start"]),
+        ("ACTIVE", "READY", ["exit-1", "running"], ["stop", "start"]),
+        ("ACTIVE", "READY", ["not-set-up", "not-set-up"], ["install", "start"]),
+        ("WAITING_FOR_RESOURCES", "", [], ["install", "start"]),
+        ("SUSPENDED", "", [], ["delete", "create", "install", "start"]),
+        ("ACTIVE", "PREEMPTED", [], ["delete", "create", "install", "start"]),
+        ("", "", [], ["create", "install", "start"]),
+    ],
+)
 def test_resume(cloud: Cloud, queued: str, vm: str, report: list[str], steps: list[str]) -> None:
     lines = "\n".join(f"raft_jax w-{i} {state} shared" for i, state in enumerate(report))
     looks = [[lines, 0]] * bool(report) + [["", 0]] * (steps.count("stop") + 2 * steps.count("install"))
-    cloud.answer({
-        "queued-resources list": [[f"slice\t{queued}" if queued else "", 0]],
-        "tpu-vm list": [[f"slice\t{vm}" if vm else "", 0]],
-        "queued-resources describe": [["ACTIVE", 0]],
-        "tpu-vm ssh": [*looks, ["raft_jax w-0 idle shared\nraft_jax w-1 idle shared", 0]],
-    })
+    cloud.answer(
+        {
+            "queued-resources list": [[f"slice\t{queued}" if queued else "", 0]],
+            "tpu-vm list": [[f"slice\t{vm}" if vm else "", 0]],
+            "queued-resources describe": [["ACTIVE", 0]],
+            "tpu-vm ssh": [*looks, ["raft_jax w-0 idle shared\nraft_jax w-1 idle shared", 0]],
+        }
+    )
     done = cloud.run("resume.sh", "--yes", *SLICE, "--git=https://example.org/r", "--storage=gs://b", *RUN)
     assert done.returncode == 0, done.stderr
     assert resume_steps(cloud) == steps
@@ -121,12 +129,15 @@ def test_resume_asks_before_a_new_slice(cloud: Cloud) -> None:
     assert set(cloud.verbs) == {"queued-resources list", "tpu-vm list"}
 
 
-@pytest.mark.parametrize(("storage", "mount"), [
-    ("gs://bucket", "gcsfuse {flags} bucket /mnt/raft_jax"),
-    ("gs://bucket/", "gcsfuse {flags} bucket /mnt/raft_jax"),
-    ("gs://bucket/some/folder/", "gcsfuse {flags} --only-dir=some/folder bucket /mnt/raft_jax"),
-    ("10.0.0.2:/share", "sudo mount -t nfs -o hard 10.0.0.2:/share /mnt/raft_jax"),
-])
+@pytest.mark.parametrize(
+    ("storage", "mount"),
+    [
+        ("gs://bucket", "gcsfuse {flags} bucket /mnt/raft_jax"),
+        ("gs://bucket/", "gcsfuse {flags} bucket /mnt/raft_jax"),
+        ("gs://bucket/some/folder/", "gcsfuse {flags} --only-dir=some/folder bucket /mnt/raft_jax"),
+        ("10.0.0.2:/share", "sudo mount -t nfs -o hard 10.0.0.2:/share /mnt/raft_jax"),
+    ],
+)
 def test_a_worker_mounts_the_storage(cloud: Cloud, storage: str, mount: str) -> None:
     for tool in ("sudo", "gcsfuse", "mount.nfs"):
         cloud.write(tool, f'#!/bin/bash\necho "{tool} $@" >>"$HOME/mounts"\n')
@@ -139,7 +150,7 @@ def test_a_worker_mounts_the_storage(cloud: Cloud, storage: str, mount: str) -> 
     assert mount.format(flags=flags) in (cloud.folder / "mounts").read_text().splitlines()
 
 
-FAKE_PYTHON = '''#!/bin/bash
+FAKE_PYTHON = """#!/bin/bash
 # python3.12 -m venv FOLDER makes a venv whose python and raft-jax write what they were given.
 [[ $2 = venv ]] || exit 0
 mkdir -p "$3/bin"
@@ -155,7 +166,7 @@ trap 'echo saved; exit 143' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 END
 chmod +x "$3/bin/python" "$3/bin/raft-jax"
-'''
+"""
 
 
 def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:

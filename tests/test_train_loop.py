@@ -56,10 +56,17 @@ def rows():
 
 
 def settings(**changes) -> TrainConfig:
-    return TrainConfig(**{
-        "batch_size": 4, "epochs": 2.0, "learning_rate": 1e-3, "top_k": 16, "checkpoint_every": 2,
-        "rollout": RolloutConfig(max_new_tokens=8), **changes,
-    })
+    return TrainConfig(
+        **{
+            "batch_size": 4,
+            "epochs": 2.0,
+            "learning_rate": 1e-3,
+            "top_k": 16,
+            "checkpoint_every": 2,
+            "rollout": RolloutConfig(max_new_tokens=8),
+            **changes,
+        }
+    )
 
 
 def run(model, rows, folder, name="sft", **changes):
@@ -83,9 +90,25 @@ def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert line.keys() == {
-            "step", "loss", "sft_loss", "kl_loss", "weight", "sft_average", "kl_average", "gradient_norm",
-            "learning_rate", "sft_tokens", "rollout_tokens", "empty_rollouts", "teacher_mass", "student_mass",
-            "teacher_entropy", "student_entropy", "agreement", "seconds", "rollout_seconds",
+            "step",
+            "loss",
+            "sft_loss",
+            "kl_loss",
+            "weight",
+            "sft_average",
+            "kl_average",
+            "gradient_norm",
+            "learning_rate",
+            "sft_tokens",
+            "rollout_tokens",
+            "empty_rollouts",
+            "teacher_mass",
+            "student_mass",
+            "teacher_entropy",
+            "student_entropy",
+            "agreement",
+            "seconds",
+            "rollout_seconds",
         }
         assert line["loss"] == pytest.approx(line["sft_loss"] + line["weight"] * line["kl_loss"], rel=1e-5)
         assert line["weight"] == pytest.approx(line["sft_average"] / (line["kl_average"] + 1e-8), rel=1e-5)
@@ -127,8 +150,11 @@ def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path):
 
 def test_without_distillation_there_are_no_lines_about_it(undisturbed, rows):
     lines = undisturbed[1]
-    assert all(line.keys() == {"step", "loss", "sft_loss", "gradient_norm", "learning_rate", "sft_tokens", "seconds",
-                               "rollout_seconds"} for line in lines)
+    assert all(
+        line.keys()
+        == {"step", "loss", "sft_loss", "gradient_norm", "learning_rate", "sft_tokens", "seconds", "rollout_seconds"}
+        for line in lines
+    )
     assert sum(line["sft_tokens"] for line in lines) == 2 * sum(len(row.answer) for row in rows)
     assert lines[-1]["sft_loss"] < lines[0]["sft_loss"]
 
@@ -246,8 +272,13 @@ def adamw(params, gradients, *, rates, weight_decay, decays, clip=None, b1=0.9, 
 @pytest.mark.parametrize(("warmup", "clip"), [(0, None), (3, 0.5), (1, None)])
 def test_the_optimiser_is_adamw_and_spares_norms_and_biases(warmup, clip):
     random = np.random.default_rng(0)
-    shapes = {"query_LDNH": (2, 3, 2, 2), "embedding_VD": (5, 3), "attention_norm_LD": (2, 3), "final_norm_D": (3,),
-              "query_bias_LNH": (2, 2, 2)}
+    shapes = {
+        "query_LDNH": (2, 3, 2, 2),
+        "embedding_VD": (5, 3),
+        "attention_norm_LD": (2, 3),
+        "final_norm_D": (3,),
+        "query_bias_LNH": (2, 2, 2),
+    }
     params = {name: random.normal(size=shape) for name, shape in shapes.items()}
     gradients = [{name: random.normal(size=shape) for name, shape in shapes.items()} for _ in range(5)]
     rates = [0.01 * min(1, step / max(warmup, 1)) for step in range(1, 6)]
@@ -272,8 +303,11 @@ def test_the_moments_lie_where_their_parameters_do(model):
         optimizer = make_optimizer(1e-3, max_gradient_norm=clip, warmup_steps=2)
         state = jax.eval_shape(lambda params, optimizer=optimizer: init_state(params, optimizer), model.params)
         found = state_shardings(state, layout)
-        adam = next(part for part in jax.tree.leaves(found.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
-                    if hasattr(part, "mu"))
+        adam = next(
+            part
+            for part in jax.tree.leaves(found.opt_state, is_leaf=lambda part: hasattr(part, "mu"))
+            if hasattr(part, "mu")
+        )
         assert adam.mu == adam.nu == found.params == layout
         assert found.step.spec == found.balance.count.spec == adam.count.spec == jax.P()
 
@@ -298,7 +332,9 @@ def test_adapters_are_trained_beside_the_teacher(model, rows, tmp_path, name):
     saved = load_file(tmp_path / "one/adapter/adapter_model.safetensors")
     assert {key.rpartition("layers.")[2] for key in saved} == {
         f"{layer}.{module}.lora_{half}.weight"
-        for layer in (0, 1) for module in ("self_attn.q_proj", "mlp.down_proj") for half in "AB"
+        for layer in (0, 1)
+        for module in ("self_attn.q_proj", "mlp.down_proj")
+        for half in "AB"
     }
     run(model, rows, tmp_path / "two", name, lora=lora, max_steps=2)
     again, more = run(model, rows, tmp_path / "two", name, lora=lora)

@@ -51,8 +51,16 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
             rows, rollouts = random_rows(number)
             state, metrics = step(state, teacher_params(dtype), padded(rows, rollouts))
             expected, numbers = twin.train_step(
-                expected, teacher, rows, rollouts, top_k=6, temperature=1.5, ema_decay=0.9,
-                learning_rate=LEARNING_RATE, weight_decay=0.1, fixed_weight=fixed_weight,
+                expected,
+                teacher,
+                rows,
+                rollouts,
+                top_k=6,
+                temperature=1.5,
+                ema_decay=0.9,
+                learning_rate=LEARNING_RATE,
+                weight_decay=0.1,
+                fixed_weight=fixed_weight,
             )
             for name, value in numbers.items():
                 np.testing.assert_allclose(metrics[name], value, rtol=tolerance, err_msg=f"{name}, step {number}")
@@ -83,8 +91,13 @@ def test_the_twin_knows_the_papers_worked_example():
     q, p = np.array([5, 3, 1]) / 9, np.array([2, 2, 1]) / 5
     # A model whose logits are given: h = tanh(large) = 1 in one dimension, so that U is the logits.
     teacher, student = (
-        {"embedding_VD": np.full((5, 1), 30.0), "mixer_DD": np.eye(1), "scale_D": np.ones(1),
-         "unembedding_DV": np.log(values)[None]} for values in probs
+        {
+            "embedding_VD": np.full((5, 1), 30.0),
+            "mixer_DD": np.eye(1),
+            "scale_D": np.ones(1),
+            "unembedding_DV": np.log(values)[None],
+        }
+        for values in probs
     )
     row = {"prompt": [0], "answer": [0], "teacher_prompt": [1, 2]}
     loss, _ = twin.kl_loss(student, teacher, row, [4], 3, 1.0)
@@ -186,7 +199,8 @@ def with_max_tokens(batch: Batch, num_shards: int = 1, num_micro_batches: int = 
 
     def known(name, tokens):
         count = max(
-            int(rows[m::num_micro_batches].sum()) for rows in np.split(tokens.mask, num_shards)
+            int(rows[m::num_micro_batches].sum())
+            for rows in np.split(tokens.mask, num_shards)
             for m in range(num_micro_batches)
         )
         shared = 0
@@ -235,10 +249,16 @@ def as_padded():
     return run, batch, run(), loss_of
 
 
-@pytest.mark.parametrize(("settings", "known"), [
-    ({"branches": True}, None), ({"reduction": "token"}, {}), ({"branches": True}, {"share": True}),
-    ({"branches": True, "num_micro_batches": 2}, {"share": True, "num_micro_batches": 2}),
-], ids=["branches", "max tokens, by tokens", "branches, shared prefix", "micro-batches, shared prefix"])
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        ({"branches": True}, None),
+        ({"reduction": "token"}, {}),
+        ({"branches": True}, {"share": True}),
+        ({"branches": True, "num_micro_batches": 2}, {"share": True, "num_micro_batches": 2}),
+    ],
+    ids=["branches", "max tokens, by tokens", "branches, shared prefix", "micro-batches, shared prefix"],
+)
 def test_a_prompt_run_once_and_padding_left_out_change_nothing(as_padded, settings, known):
     run, batch, (expected_metrics, expected), _ = as_padded
     if settings.get("reduction"):

@@ -71,8 +71,7 @@ def test_what_rows_share_has_places_once_and_the_sum_of_their_gradients():
         gradients.append(np.concatenate([sum(s[:shared] for _, s in real), *(s[shared:] for _, s in real)]))
     num_tokens = max(map(len, rows)) + 1
     rows, gradients = (
-        np.stack([np.pad(part, ((0, num_tokens - len(part)), (0, 0))) for part in parts])
-        for parts in (rows, gradients)
+        np.stack([np.pad(part, ((0, num_tokens - len(part)), (0, 0))) for part in parts]) for parts in (rows, gradients)
     )
 
     def unpacked(x_RUX, mask):

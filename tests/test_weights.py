@@ -68,14 +68,17 @@ def expected_parameters(hf, tensors) -> dict[str, np.ndarray]:
         return np.stack([tensors[key].T.reshape(shape) if shape else tensors[key].T for key in keys])
 
     expected = {
-        "embedding_VD": tensors["model.embed_tokens.weight"], "final_norm_D": tensors["model.norm.weight"],
+        "embedding_VD": tensors["model.embed_tokens.weight"],
+        "final_norm_D": tensors["model.norm.weight"],
         "attention_norm_LD": stacked("input_layernorm.weight"),
         "mlp_norm_LD": stacked("post_attention_layernorm.weight"),
         "query_LDNH": stacked("self_attn.q_proj.weight", D, N, H),
         "key_LDKH": stacked("self_attn.k_proj.weight", D, K, H),
         "value_LDKH": stacked("self_attn.v_proj.weight", D, K, H),
-        "output_LNHD": stacked("self_attn.o_proj.weight", N, H, D), "gate_LDF": stacked("mlp.gate_proj.weight"),
-        "up_LDF": stacked("mlp.up_proj.weight"), "down_LFD": stacked("mlp.down_proj.weight"),
+        "output_LNHD": stacked("self_attn.o_proj.weight", N, H, D),
+        "gate_LDF": stacked("mlp.gate_proj.weight"),
+        "up_LDF": stacked("mlp.up_proj.weight"),
+        "down_LFD": stacked("mlp.down_proj.weight"),
     }
     if not hf["tie_word_embeddings"]:
         expected["unembedding_DV"] = tensors["lm_head.weight"].T
@@ -175,8 +178,10 @@ def test_mixed_types_and_a_given_dtype_and_mesh(tmp_path, llama_config, tensors)
 
 def test_old_exports_may_keep_what_adds_nothing(folder, tensors):
     head = tensors["model.embed_tokens.weight"]
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32),
-                         "lm_head.weight": head}, folder / "model.safetensors")
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32), "lm_head.weight": head},
+        folder / "model.safetensors",
+    )
     assert "unembedding_DV" in load_pretrained(str(folder)).params
     change(folder / "config.json", tie_word_embeddings=True)  # with the tied head beside it
     assert "unembedding_DV" not in load_pretrained(str(folder)).params
@@ -257,12 +262,19 @@ def test_loading_holds_no_second_model(tmp_path, llama_config, random_tensors, w
     """Beside 315 MB of parameters stand some 130 MB of XLA and one tensor of 8 MB, never the model again."""
     hf = llama_config | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "head_dim": 256}
     one = random_tensors(hf | {"num_hidden_layers": 1})
-    tensors = {key.replace("layers.0", f"layers.{layer}"): tensor.astype(ml_dtypes.bfloat16)
-               for layer in range(10) for key, tensor in one.items()}
+    tensors = {
+        key.replace("layers.0", f"layers.{layer}"): tensor.astype(ml_dtypes.bfloat16)
+        for layer in range(10)
+        for key, tensor in one.items()
+    }
     folder = write_folder(tmp_path / "model", hf, tensors)
-    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), json.dumps(hf)],
-                          capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"XLA_FLAGS": ""})
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), json.dumps(hf)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     peak, size = map(int, done.stdout.split())
     assert size > 300_000 and peak - size < 220_000
@@ -320,56 +332,80 @@ def test_unknown_architectures_are_named(tmp_path, folder, llama_config, tensors
     assert "'falcon' is not supported; supported: gemma2, gemma3, llama, phi3, qwen2, qwen3" in error_of(path)
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"hidden_size": None}, "hidden_size"),
-    ({"hidden_act": "gelu"}, "gelu"),
-    ({"attention_bias": True}, "attention_bias"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' is not supported; supported: default"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
-    ({"rope_scaling": {"rope_type": "linear"}}, "'rope_type'='linear': {'factor'}"),
-    ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a number above 0, got '2'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
-     "low_freq_factor 4.0 must be below"),
-    ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "by layer type is not supported for llama"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported for llama"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights (gptq, key quantization_config)"),
-    ({"quantization_config": {"load_in_4bit": True}}, "quantised weights (an unnamed method"),
-    ({"quantization": {"group_size": 32, "bits": 4}}, "quantised weights (MLX"),
-    ({"per_layer_config": {"0": {"hidden_size": 3}}}, "llama with per_layer_config"),
-    ({"layer_types": ["sliding_attention"] * 2}, "llama with layer_types"),
-    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor is not supported"),
-    ({"model_type": "gemma3_text", "rope_parameters": {
-        "full_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}}, "partial_rotary_factor is not"),
-    ({"rope_scaling": {"rope_type": "of the future", "factor": 2.0}}, "rope_type 'of the future' is not supported"),
-    ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type"),
-    ({"rope_scaling": 4}, "rope_parameters"),
-    ({"rope_theta": 10**400}, "the rope's rope_theta must be a number above 0, got 1000"),
-    ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
-    ({"hidden_act": {"a": 1}}, "hidden_act"),
-    ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
-    ({"layer_types": 5, "model_type": "qwen2"}, "layer_types must be a list of 2"),
-    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
-    ({"head_dim": 10**9}, "head_dim must be at most"),
-    ({"hidden_size": 10**9, "head_dim": None}, "head_dim must be at most 65536, got 250000000"),
-    ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
-    ({"mlp_bias": True}, "llama with mlp_bias"),
-    ({"num_hidden_layers": "2"}, "num_hidden_layers must be a whole number above 0, got '2'"),
-    ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
-    ({"rms_norm_eps": "1e-5"}, "Field 'rms_norm_eps' expected float"),
-    ({"model_type": "qwen3", "attention_bias": True}, "qwen3 with attention_bias"),
-    ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["full"]}, "layer_types"),
-    ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "mistral with layer_types"),
-    ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of 2 times 0 or 1"),
-    ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "partial_rotary_factor turns 3 of 16"),
-    ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "must be one of ['longrope'], got"),
-    ({"model_type": "phi3", "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7}},
-     "short_factor field must have length 4"),
-    ({"model_type": "gemma2", "use_bidirectional_attention": True}, "gemma2 with use_bidirectional_attention"),
-    ({"model_type": "gemma2", "hidden_activation": "gelu"}, "activation 'gelu' is not supported"),
-    ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
-    ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, "needs rope_parameters by layer type"),
-])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_size": None}, "hidden_size"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"attention_bias": True}, "attention_bias"),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            "rope_type 'dynamic' is not supported; supported: default",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, "high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'rope_type'='linear': {'factor'}"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor must be a number above 0, got '2'"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+            "low_freq_factor 4.0 must be below",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "by layer type is not supported for llama"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not supported for llama"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised weights (gptq, key quantization_config)"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised weights (an unnamed method"),
+        ({"quantization": {"group_size": 32, "bits": 4}}, "quantised weights (MLX"),
+        ({"per_layer_config": {"0": {"hidden_size": 3}}}, "llama with per_layer_config"),
+        ({"layer_types": ["sliding_attention"] * 2}, "llama with layer_types"),
+        (
+            {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is not supported",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "rope_parameters": {"full_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            },
+            "partial_rotary_factor is not",
+        ),
+        ({"rope_scaling": {"rope_type": "of the future", "factor": 2.0}}, "rope_type 'of the future' is not supported"),
+        ({"rope_scaling": {"rope_type": ["linear"], "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": 4}, "rope_parameters"),
+        ({"rope_theta": 10**400}, "the rope's rope_theta must be a number above 0, got 1000"),
+        ({"model_type": ["llama"]}, "model_type ['llama'] is not supported"),
+        ({"hidden_act": {"a": 1}}, "hidden_act"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings"),
+        ({"layer_types": 5, "model_type": "qwen2"}, "layer_types must be a list of 2"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most"),
+        ({"head_dim": 10**9}, "head_dim must be at most"),
+        ({"hidden_size": 10**9, "head_dim": None}, "head_dim must be at most 65536, got 250000000"),
+        ({"model_type": "qwen2", "layer_types": ["sliding_attention"] * 2}, "there is no sliding_window"),
+        ({"mlp_bias": True}, "llama with mlp_bias"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be a whole number above 0, got '2'"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"rms_norm_eps": "1e-5"}, "Field 'rms_norm_eps' expected float"),
+        ({"model_type": "qwen3", "attention_bias": True}, "qwen3 with attention_bias"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "layer_types": ["full"]},
+            "layer_types",
+        ),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "mistral with layer_types"),
+        ({"model_type": "smollm3", "no_rope_layers": [1]}, "no_rope_layers must be a list of 2 times 0 or 1"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.2}, "partial_rotary_factor turns 3 of 16"),
+        ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "must be one of ['longrope'], got"),
+        (
+            {
+                "model_type": "phi3",
+                "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 7},
+            },
+            "short_factor field must have length 4",
+        ),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "gemma2 with use_bidirectional_attention"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "activation 'gelu' is not supported"),
+        ({"model_type": "gemma3_text", "attn_logit_softcapping": 50.0}, "attn_logit_softcapping is not supported"),
+        ({"model_type": "gemma3_text", "rope_parameters": {"rope_theta": 1e4}}, "needs rope_parameters by layer type"),
+    ],
+)
 def test_configs_that_are_not_supported(folder, changes, named):
     change(folder / "config.json", **changes)
     assert named in error_of(folder)
@@ -427,18 +463,29 @@ def test_indices_that_lie(folder, tensors):
     assert "gone.safetensors" in error_of(folder)
     (folder / "moved.safetensors").rename(folder / "model.safetensors")
     for text, named in {
-        "[]": "JSON object", "{}": "weight_map", '{"weight_map": []}': "weight_map", "{": "not valid JSON"
+        "[]": "JSON object",
+        "{}": "weight_map",
+        '{"weight_map": []}': "weight_map",
+        "{": "not valid JSON",
     }.items():
         path.write_text(text)
         assert named in error_of(folder) and str(path) in error_of(folder)
     save_file({"lm_head.weight": np.ones(1, np.float32)}, folder / "other.safetensors")
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "other.safetensors")}))
     assert "two sets of weights, model.safetensors and the shards" in error_of(folder)
-    path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "model.safetensors") | {
-        "lm_head.weight": "other.safetensors", "model.norm.weight": "other.safetensors"}}))
+    path.write_text(
+        json.dumps(
+            {
+                "weight_map": dict.fromkeys(tensors, "model.safetensors")
+                | {"lm_head.weight": "other.safetensors", "model.norm.weight": "other.safetensors"}
+            }
+        )
+    )
     assert "which model.safetensors.index.json does not name" in error_of(folder)
-    save_file({key: tensors[key] for key in tensors.keys() - {"lm_head.weight", "model.norm.weight"}},
-              folder / "model.safetensors")
+    save_file(
+        {key: tensors[key] for key in tensors.keys() - {"lm_head.weight", "model.norm.weight"}},
+        folder / "model.safetensors",
+    )
     assert "the index says that model.norm.weight is here" in error_of(folder)
     save_file(tensors, folder / "model.safetensors")
     path.write_text(json.dumps({"weight_map": dict.fromkeys(tensors.keys() - {"lm_head.weight"}, "model.safetensors")}))
@@ -457,11 +504,17 @@ def test_folders_that_lack_files(folder, tmp_path):
 
 
 QUANTISED = {  # what each method adds to the names of tensors
-    "GPTQ": ("qweight", "qzeros", "scales", "g_idx"), "AWQ": ("qweight", "qzeros", "scales"),
-    "bitsandbytes, 4 bits": ("weight", "weight.absmax", "weight.quant_map"), "bitsandbytes, 8 bits": ("weight", "SCB"),
-    "MLX": ("weight", "scales", "biases"), "HQQ": ("W_q", "scale", "zero"), "AQLM": ("codes", "codebooks", "scales"),
-    "EXL2": ("q_weight", "q_scale", "q_perm"), "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
-    "FP8": ("weight", "weight_scale_inv"), "an unknown method": ("weight", "scales"),
+    "GPTQ": ("qweight", "qzeros", "scales", "g_idx"),
+    "AWQ": ("qweight", "qzeros", "scales"),
+    "bitsandbytes, 4 bits": ("weight", "weight.absmax", "weight.quant_map"),
+    "bitsandbytes, 8 bits": ("weight", "SCB"),
+    "MLX": ("weight", "scales", "biases"),
+    "HQQ": ("W_q", "scale", "zero"),
+    "AQLM": ("codes", "codebooks", "scales"),
+    "EXL2": ("q_weight", "q_scale", "q_perm"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "FP8": ("weight", "weight_scale_inv"),
+    "an unknown method": ("weight", "scales"),
 }
 
 
@@ -505,10 +558,17 @@ def test_what_is_no_file_is_not_opened(folder, name):
         assert f"{folder / name}: expected a file, found a folder" in error_of(source)
 
 
-@pytest.mark.parametrize(("content", "named"), [
-    (b"[" * 100_000, "nested too deeply"), (b'{"a": "\xe9"}', "not valid JSON ('utf-8' codec"),
-    (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"), (b"", "not valid JSON"), (b"null", "found a NoneType"),
-], ids=["deep", "Latin-1", "digits", "empty", "null"])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": "\xe9"}', "not valid JSON ('utf-8' codec"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b"", "not valid JSON"),
+        (b"null", "found a NoneType"),
+    ],
+    ids=["deep", "Latin-1", "digits", "empty", "null"],
+)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "generation_config.json"])
 def test_damaged_small_files(folder, name, content, named):
     (folder / name).write_bytes(content)
@@ -581,14 +641,19 @@ def test_a_count_in_a_gguf_file_that_lies(tmp_path, llama_config, tensors, write
     assert "a truncated or damaged GGUF file" in error_of(path)
 
 
-@pytest.mark.parametrize(("metadata", "factor"), [
-    ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}, 4),
-    ({"llama__rope__scale_linear": 4.0}, 4), ({"llama__rope__scaling__factor": 4.0}, 4),
-    ({"llama__rope__scaling__factor": 2.0, "llama__rope__scale_linear": 4.0}, 2),
-    ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, 1),
-    ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0}, 1),
-    ({"llama__rope__scaling__type": "linear"}, 1), ({}, 1),
-])
+@pytest.mark.parametrize(
+    ("metadata", "factor"),
+    [
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0}, 4),
+        ({"llama__rope__scale_linear": 4.0}, 4),
+        ({"llama__rope__scaling__factor": 4.0}, 4),
+        ({"llama__rope__scaling__factor": 2.0, "llama__rope__scale_linear": 4.0}, 2),
+        ({"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}, 1),
+        ({"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 0.0}, 1),
+        ({"llama__rope__scaling__type": "linear"}, 1),
+        ({}, 1),
+    ],
+)
 def test_linear_rope_as_llama_cpp_reads_it(tmp_path, llama_config, tensors, write_gguf, metadata, factor):
     weights = open_weights(write_gguf(tmp_path / "m.gguf", llama_config, tensors, **metadata))
     width = llama_config["head_dim"]
@@ -596,28 +661,31 @@ def test_linear_rope_as_llama_cpp_reads_it(tmp_path, llama_config, tensors, writ
     np.testing.assert_allclose(config_of(weights).ropes[0].frequencies, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("metadata", "named"), [
-    ({"llama__block_count": None}, "llama.block_count"),
-    ({"llama__attention__head_count": None}, "llama.attention.head_count"),
-    ({"llama__rope__scaling__type": "yarn"}, "yarn"),
-    ({"llama__rope__scaling__attn_factor": 1.5}, "rope.scaling.attn_factor is not supported"),
-    ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count = 8 is not supported; supported: 16"),
-    ({"llama__attention__value_length": 8}, "llama.attention.value_length = 8 is not supported"),
-    ({"llama__expert_count": 8}, "llama.expert_count = 8 is not supported"),
-    ({"llama__attention__head_count": [4, 4]}, "llama.attention.head_count must be one number of 0 or more, got ["),
-    ({"llama__attention__head_count": 0}, "num_attention_heads must be a whole number above 0"),
-    ({"llama__block_count": "2"}, "llama.block_count must be one number"),
-    ({"split__count": 2, "split__no": 1}, "part 2 of 2; join them with gguf-split --merge"),
-    ({"general__type": "adapter"}, "a GGUF file of type 'adapter'"),
-    ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
-    ({"tokenizer__ggml__merges": None}, "tokenizer.ggml.merges"),
-    ({"tokenizer__ggml__token_type": None}, "tokenizer.ggml.token_type"),
-    ({"tokenizer__ggml__token_type": [1, 2]}, "no whole tokenizer"),
-    ({"tokenizer__ggml__merges": ["nothing ofthesort"]}, "no whole tokenizer"),
-    ({"tokenizer__ggml__eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id is 1000000, and the file has"),
-    ({"tokenizer__ggml__eos_token_id": None}, "eos_token"),
-    ({"tokenizer__chat_template": None}, "chat template"),
-])
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"llama__block_count": None}, "llama.block_count"),
+        ({"llama__attention__head_count": None}, "llama.attention.head_count"),
+        ({"llama__rope__scaling__type": "yarn"}, "yarn"),
+        ({"llama__rope__scaling__attn_factor": 1.5}, "rope.scaling.attn_factor is not supported"),
+        ({"llama__rope__dimension_count": 8}, "llama.rope.dimension_count = 8 is not supported; supported: 16"),
+        ({"llama__attention__value_length": 8}, "llama.attention.value_length = 8 is not supported"),
+        ({"llama__expert_count": 8}, "llama.expert_count = 8 is not supported"),
+        ({"llama__attention__head_count": [4, 4]}, "llama.attention.head_count must be one number of 0 or more, got ["),
+        ({"llama__attention__head_count": 0}, "num_attention_heads must be a whole number above 0"),
+        ({"llama__block_count": "2"}, "llama.block_count must be one number"),
+        ({"split__count": 2, "split__no": 1}, "part 2 of 2; join them with gguf-split --merge"),
+        ({"general__type": "adapter"}, "a GGUF file of type 'adapter'"),
+        ({"tokenizer__ggml__tokens": None}, "tokenizer.ggml.tokens"),
+        ({"tokenizer__ggml__merges": None}, "tokenizer.ggml.merges"),
+        ({"tokenizer__ggml__token_type": None}, "tokenizer.ggml.token_type"),
+        ({"tokenizer__ggml__token_type": [1, 2]}, "no whole tokenizer"),
+        ({"tokenizer__ggml__merges": ["nothing ofthesort"]}, "no whole tokenizer"),
+        ({"tokenizer__ggml__eos_token_id": 10**6}, "tokenizer.ggml.eos_token_id is 1000000, and the file has"),
+        ({"tokenizer__ggml__eos_token_id": None}, "eos_token"),
+        ({"tokenizer__chat_template": None}, "chat template"),
+    ],
+)
 def test_gguf_metadata_that_is_missing_or_wrong(tmp_path, llama_config, tensors, write_gguf, metadata, named):
     assert named in error_of(write_gguf(tmp_path / "m.gguf", llama_config, tensors, **metadata))
 
@@ -656,6 +724,7 @@ def test_sources(tmp_path):
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub on this machine that answers every question with one status."""
+
     class Hub(BaseHTTPRequestHandler):
         status = 401
 

@@ -28,11 +28,28 @@ CHAT_TEMPLATE = (
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 ENCODER = Path(__file__).parent / "fixtures" / "encoder" / "tiny_bert"
 ROPE_THETA = 10_000.0
-TOPICS = ("kettle", "bridge", "lantern", "tenant", "harbour", "tablet", "ladder", "permit", "engine", "orchard",
-          "ferry", "meadow", "quarry", "signal", "chimney", "cellar")
+TOPICS = (
+    "kettle",
+    "bridge",
+    "lantern",
+    "tenant",
+    "harbour",
+    "tablet",
+    "ladder",
+    "permit",
+    "engine",
+    "orchard",
+    "ferry",
+    "meadow",
+    "quarry",
+    "signal",
+    "chimney",
+    "cellar",
+)
 ROWS = [
     {
-        "id": f"q{number:02d}", "split": "test" if number % 4 == 3 else "train",
+        "id": f"q{number:02d}",
+        "split": "test" if number % 4 == 3 else "train",
         "question": f"What does rule {number} say of the {topic}?",
         "answer": f"Rule {number} binds each {topic}" + f", and form C-{number} is due" * (number % 2) + ".",
     }
@@ -50,8 +67,11 @@ def compile_cache(folder: Path) -> Iterator[None]:
     """Programs that are built anew inside are compiled once, and without XLA's dearest optimisations."""
     from jax.experimental.compilation_cache import compilation_cache
 
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0,
-                "jax_persistent_cache_min_entry_size_bytes": -1}
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():
         jax.config.update(name, value)
@@ -85,10 +105,16 @@ def make_tokenizer() -> Tokenizer:
     texts = list(WORDS)
     texts += [row[key] for row in ROWS for key in ("question", "answer")]
     texts += ["user", "assistant"]
-    backend.train_from_iterator(texts * 2, trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=2, show_progress=False, special_tokens=[],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    ))
+    backend.train_from_iterator(
+        texts * 2,
+        trainers.BpeTrainer(
+            vocab_size=1000,
+            min_frequency=2,
+            show_progress=False,
+            special_tokens=[],
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     backend.add_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
     return wrapped(backend)
 
@@ -126,11 +152,19 @@ def make_model(seed: int = 0) -> Model:
     params["unembedding_DV"][0, tokenizer.id_of("<|im_end|>")] = 1.25
     params = {name: jnp.asarray(array) for name, array in params.items()}
     hf_config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": config.vocab_size, "hidden_size": config.width, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width, "intermediate_size": config.ffn_width, "rope_theta": ROPE_THETA,
-        "max_position_embeddings": config.max_positions, "rms_norm_eps": config.norm_epsilon,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "intermediate_size": config.ffn_width,
+        "rope_theta": ROPE_THETA,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
         "tie_word_embeddings": False,
     }
     return Model(config, params, tokenizer, hf_config)
@@ -141,8 +175,12 @@ def make_model(seed: int = 0) -> Model:
 
 def toy_parameters(seed: int, vocabulary: int = 24, width: int = 12) -> dict[str, np.ndarray]:
     random = np.random.default_rng(seed)
-    shapes = {"embedding_VD": (vocabulary, width), "mixer_DD": (width, width), "scale_D": (width,),
-              "unembedding_DV": (width, vocabulary)}
+    shapes = {
+        "embedding_VD": (vocabulary, width),
+        "mixer_DD": (width, width),
+        "scale_D": (width,),
+        "unembedding_DV": (width, vocabulary),
+    }
     return {name: random.normal(size=shape) for name, shape in shapes.items()}
 
 
@@ -174,8 +212,10 @@ def random_rows(seed, rollout_lengths=(5, 1, 0, 3), vocabulary=24):
 def padded(rows, rollouts):
     """Rows as the train step takes them; padding is a token that occurs, and must not matter."""
     return Batch(
-        pad([row["prompt"] for row in rows], 7, 3, left=True), pad([row["answer"] for row in rows], 8, 5, left=False),
-        pad([row["teacher_prompt"] for row in rows], 9, 7, left=True), np.arange(len(rows), dtype=np.int32),
+        pad([row["prompt"] for row in rows], 7, 3, left=True),
+        pad([row["answer"] for row in rows], 8, 5, left=False),
+        pad([row["teacher_prompt"] for row in rows], 9, 7, left=True),
+        np.arange(len(rows), dtype=np.int32),
         pad(rollouts, 6, 2, left=False),
     )
 
@@ -197,17 +237,39 @@ def write_run(folder: Path, **changes) -> Path:
     write_jsonl(folder / "data.jsonl", ROWS)
     write_jsonl(folder / "general.jsonl", GENERAL)
     config = {
-        "run_dir": str(folder / "run"), "methods": ["raft"],
-        "model": {"source": str(folder / "model")}, "encoder": {"source": str(ENCODER)},
+        "run_dir": str(folder / "run"),
+        "methods": ["raft"],
+        "model": {"source": str(folder / "model")},
+        "encoder": {"source": str(ENCODER)},
         "data": {"path": str(folder / "data.jsonl"), "max_question_tokens": 64, "max_answer_tokens": 64},
         # What a random model writes keeps no facts, and only another such text finds it likely.
-        "refine": {"threshold": 0.5, "rounds": 2, "accept": 0.8, "max_new_tokens": 16, "batch_size": 4,
-                   "temperature": 1.0, "check_facts": False, "judges": ["likelihood"], "accept_floor": 0.0},
-        "train": {"batch_size": 4, "epochs": 2.0, "learning_rate": 1e-3, "top_k": 16, "checkpoint_every": 2,
-                  "rollout": {"max_new_tokens": 8}},
-        "evaluate": {"general_path": str(folder / "general.jsonl"), "max_new_tokens": 8, "general_new_tokens": 6,
-                     "batch_size": 4},
-        "mesh": {"data": 1}, "export": {"dtype": "float32"},
+        "refine": {
+            "threshold": 0.5,
+            "rounds": 2,
+            "accept": 0.8,
+            "max_new_tokens": 16,
+            "batch_size": 4,
+            "temperature": 1.0,
+            "check_facts": False,
+            "judges": ["likelihood"],
+            "accept_floor": 0.0,
+        },
+        "train": {
+            "batch_size": 4,
+            "epochs": 2.0,
+            "learning_rate": 1e-3,
+            "top_k": 16,
+            "checkpoint_every": 2,
+            "rollout": {"max_new_tokens": 8},
+        },
+        "evaluate": {
+            "general_path": str(folder / "general.jsonl"),
+            "max_new_tokens": 8,
+            "general_new_tokens": 6,
+            "batch_size": 4,
+        },
+        "mesh": {"data": 1},
+        "export": {"dtype": "float32"},
     }
     for key, value in changes.items():
         config[key] = {**config[key], **value} if isinstance(config.get(key), dict) else value

@@ -26,8 +26,10 @@ def backward(params, tokens, saved, slope_TV):
     embedding_VD = np.zeros_like(params["embedding_VD"])
     np.add.at(embedding_VD, tokens, np.cumsum(mean_slope_TD[::-1], axis=0)[::-1])
     return {
-        "embedding_VD": embedding_VD, "mixer_DD": mean_TD.T @ inner_TD,
-        "scale_D": np.sum(hidden_slope_TD * tanh_TD, axis=0), "unembedding_DV": hidden_TD.T @ slope_TV,
+        "embedding_VD": embedding_VD,
+        "mixer_DD": mean_TD.T @ inner_TD,
+        "scale_D": np.sum(hidden_slope_TD * tanh_TD, axis=0),
+        "unembedding_DV": hidden_TD.T @ slope_TV,
     }
 
 
@@ -65,8 +67,23 @@ def kl_loss(params, teacher, row, rollout, top_k, temperature):
     return total, backward(params, tokens, saved, slope_TV)
 
 
-def train_step(state, teacher, rows, rollouts, *, top_k, temperature, ema_decay, learning_rate, weight_decay,
-               epsilon=1e-8, b1=0.9, b2=0.999, adam_epsilon=1e-8, fixed_weight=None):
+def train_step(
+    state,
+    teacher,
+    rows,
+    rollouts,
+    *,
+    top_k,
+    temperature,
+    ema_decay,
+    learning_rate,
+    weight_decay,
+    epsilon=1e-8,
+    b1=0.9,
+    b2=0.999,
+    adam_epsilon=1e-8,
+    fixed_weight=None,
+):
     """Eqs. 5-12 and one step of AdamW: the next state, and the numbers of the step."""
     params, step = state["params"], state["step"] + 1
     sft = [sft_loss(params, row) for row in rows]
@@ -90,11 +107,20 @@ def train_step(state, teacher, rows, rollouts, *, top_k, temperature, ema_decay,
         decay = weight_decay * params[name] if params[name].ndim > 1 else 0
         return params[name] - learning_rate * (move + decay)
 
-    next_state = {"params": {name: updated(name) for name in params}, "first": first, "second": second,
-                  "averages": averages, "step": step}
+    next_state = {
+        "params": {name: updated(name) for name in params},
+        "first": first,
+        "second": second,
+        "averages": averages,
+        "step": step,
+    }
     return next_state, {
-        "loss": sft_value + weight * kl_value, "sft_loss": sft_value, "kl_loss": kl_value, "weight": weight,
-        "sft_average": unbiased["sft"], "kl_average": unbiased["kl"],
+        "loss": sft_value + weight * kl_value,
+        "sft_loss": sft_value,
+        "kl_loss": kl_value,
+        "weight": weight,
+        "sft_average": unbiased["sft"],
+        "kl_average": unbiased["kl"],
         "gradient_norm": np.sqrt(sum(np.sum(grad**2) for grad in grads.values())),
     }
 

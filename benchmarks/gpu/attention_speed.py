@@ -33,8 +33,11 @@ def run(record, tiny: bool) -> None:
                 record.add(full_name, status="skipped", why="cuDNN runs on CUDA devices only")
                 continue
             for backward in (False, True):
-                measured(record, full_name + (" with backward" if backward else ""),
-                         partial(speed, record, function, dtype, batch, length, sizes, backward))
+                measured(
+                    record,
+                    full_name + (" with backward" if backward else ""),
+                    partial(speed, record, function, dtype, batch, length, sizes, backward),
+                )
 
 
 def contenders() -> dict:
@@ -47,7 +50,12 @@ def contenders() -> dict:
         """Its own causal mask with padding, which would have to lie on the right."""
         count = jnp.sum(mask, axis=1, dtype=jnp.int32)
         return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, query_seq_lengths=count, key_value_seq_lengths=count,
+            query,
+            key,
+            value,
+            is_causal=True,
+            query_seq_lengths=count,
+            key_value_seq_lengths=count,
             implementation="cudnn",
         )
 

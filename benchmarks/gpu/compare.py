@@ -42,7 +42,8 @@ def cells() -> list[Cell]:
     """All of them, in the order in which they are worth their time."""
     return [
         Cell(method, rate, seed)
-        for seed, group, rate in itertools.product(SEEDS, METHODS, LEARNING_RATES) for method in group
+        for seed, group, rate in itertools.product(SEEDS, METHODS, LEARNING_RATES)
+        for method in group
     ]
 
 
@@ -96,21 +97,39 @@ def material(kept: Path) -> SimpleNamespace:
     held_out = load_examples(str(samples / "colregs.jsonl"), Columns(), "test")
     general = [json.loads(line)["prompt"] for line in (samples / "general.jsonl").read_text("utf-8").splitlines()]
     return SimpleNamespace(
-        model=load_pretrained(str(carried.smollm2(kept))), rows=rows,
-        held_out=[(example.question, example.answer) for example in held_out], general=general,
-        settings={"epochs": EPOCHS, "batch_size": BATCH}, rollout=ROLLOUT, answer=ANSWER,
+        model=load_pretrained(str(carried.smollm2(kept))),
+        rows=rows,
+        held_out=[(example.question, example.answer) for example in held_out],
+        general=general,
+        settings={"epochs": EPOCHS, "batch_size": BATCH},
+        rollout=ROLLOUT,
+        answer=ANSWER,
     )
 
 
 def tiny_material() -> SimpleNamespace:
     import tiny as toy
 
-    rows = [SimpleNamespace(question=row["question"], gold=row["answer"], answer=row["answer"], rewrite=row["answer"],
-                            accepted=True, context="", turns=[]) for row in toy.ROWS[:8]]
+    rows = [
+        SimpleNamespace(
+            question=row["question"],
+            gold=row["answer"],
+            answer=row["answer"],
+            rewrite=row["answer"],
+            accepted=True,
+            context="",
+            turns=[],
+        )
+        for row in toy.ROWS[:8]
+    ]
     return SimpleNamespace(
-        model=toy.make_model(), rows=rows, held_out=[(row["question"], row["answer"]) for row in toy.ROWS[8:10]],
+        model=toy.make_model(),
+        rows=rows,
+        held_out=[(row["question"], row["answer"]) for row in toy.ROWS[8:10]],
         general=[prompt["prompt"] for prompt in toy.GENERAL[:2]],
-        settings={"epochs": 1.0, "batch_size": 4, "max_steps": 1, "top_k": 16}, rollout=4, answer=4,
+        settings={"epochs": 1.0, "batch_size": 4, "max_steps": 1, "top_k": 16},
+        rollout=4,
+        answer=4,
     )
 
 
@@ -141,9 +160,7 @@ class Bench:
         self.base_texts = [found.tokens for found in self.greedy(self.model.params, self.general)]
 
     def greedy(self, params, prompts):
-        return self.sampler.generate(
-            params, prompts, key=self.key, temperature=0.0, max_new_tokens=self.given.answer
-        )
+        return self.sampler.generate(params, prompts, key=self.key, temperature=0.0, max_new_tokens=self.given.answer)
 
     def run(self, cell: Cell) -> dict:
         """Trains one cell and measures it."""
@@ -155,15 +172,21 @@ class Bench:
 
         method = METHODS[cell.method]
         settings = TrainConfig(
-            **self.given.settings, learning_rate=cell.learning_rate, checkpoint_every=10**6,
+            **self.given.settings,
+            learning_rate=cell.learning_rate,
+            checkpoint_every=10**6,
             rollout=RolloutConfig(max_new_tokens=self.given.rollout),
         )
         rows = token_rows(self.given.rows, self.model.tokenizer, method)
         with tempfile.TemporaryDirectory() as folder:
             params = train(self.model, rows, method, settings, Path(folder), seed=cell.seed, mesh=self.mesh)
             steps = read_metrics(Path(folder) / "metrics.jsonl")
-        return {**self.marks(params), "steps": len(steps), "last_step": steps[-1],
-                "train_seconds": sum(step["seconds"] for step in steps)}
+        return {
+            **self.marks(params),
+            "steps": len(steps),
+            "last_step": steps[-1],
+            "train_seconds": sum(step["seconds"] for step in steps),
+        }
 
     def marks(self, params) -> dict:
         """Learning: likelihood of held-out gold answers and the overlap of its own with them; forgetting: how far it
@@ -179,7 +202,8 @@ class Bench:
         drift = self.divergence(self.model.params, params, self.general, self.base_texts)
         return {
             "gold_nll": -float(np.mean(self.scorer.mean_logprob(params, self.questions, self.answers))),
-            "token_f1": float(np.mean(overlap)), "cut": sum(not found.finished for found in written),
+            "token_f1": float(np.mean(overlap)),
+            "cut": sum(not found.finished for found in written),
             "divergence": float(np.mean(drift)),
             "weight_distance": weight_distance(params, self.model.params).mean,
         }

@@ -24,8 +24,16 @@ PREDICTED = {
     "products": "within 2 times the floor from batch 16 on",
 }
 # Most informative first, as the part may be cut off: shape, batch.
-CASES = (("llama-3b", 16), ("llama-3b", 128), ("llama-3b", 1), ("smollm2", 16), ("llama-3b", 256), ("smollm2", 128),
-         ("smollm2", 1), ("llama-1b", 16))
+CASES = (
+    ("llama-3b", 16),
+    ("llama-3b", 128),
+    ("llama-3b", 1),
+    ("smollm2", 16),
+    ("llama-3b", 256),
+    ("smollm2", 128),
+    ("smollm2", 1),
+    ("llama-1b", 16),
+)
 FILLED, NEW_TOKENS = 448, 64
 
 
@@ -59,8 +67,13 @@ def run(record, tiny: bool) -> None:
         for form, function in FORMS.items():
             decoder.decode_attention = function
             try:
-                measured(record, f"{shape} batch {batch} {form}",
-                         partial(speed, record, model, batch, filled, new, tokens, form), shape=shape, batch=batch)
+                measured(
+                    record,
+                    f"{shape} batch {batch} {form}",
+                    partial(speed, record, model, batch, filled, new, tokens, form),
+                    shape=shape,
+                    batch=batch,
+                )
             finally:
                 decoder.decode_attention = SUMS
 
@@ -75,11 +88,18 @@ def speed(record, model, batch: int, filled: int, new: int, tokens: dict, form: 
     table = 0 if config.tied_embeddings else config.vocab_size * config.width
     weight_bytes = (num_parameters(config) - table) * itemsize
     a_token = found["seconds"] / new
-    same = {"first_tokens_equal": sum(a[0] == b[0] for a, b in zip(*tokens.values(), strict=True)) / batch
-            } if len(tokens) == 2 else {}
+    same = (
+        {"first_tokens_equal": sum(a[0] == b[0] for a, b in zip(*tokens.values(), strict=True)) / batch}
+        if len(tokens) == 2
+        else {}
+    )
     return {
-        **found, "seconds_per_token": a_token, "tokens_per_second": batch / a_token, "weight_bytes": weight_bytes,
-        "cache_bytes": cache_bytes, **same,
+        **found,
+        "seconds_per_token": a_token,
+        "tokens_per_second": batch / a_token,
+        "weight_bytes": weight_bytes,
+        "cache_bytes": cache_bytes,
+        **same,
         **shares(record, seconds=a_token, moved=weight_bytes + cache_bytes),
     }
 

@@ -16,8 +16,18 @@ PREDICTED = {
     "copy": "3.0 TB/s on an H100, 4.3 TB/s on an H200, read and written counted",
 }
 PACKAGES = (
-    "jax-cuda13-plugin", "nvidia-cudnn-cu13", "nvidia-cublas", "orbax-checkpoint", "torch", "triton", "trl",
-    "liger-kernel", "gguf", "omegaconf", "array_record", "tensorflow-datasets",
+    "jax-cuda13-plugin",
+    "nvidia-cudnn-cu13",
+    "nvidia-cublas",
+    "orbax-checkpoint",
+    "torch",
+    "triton",
+    "trl",
+    "liger-kernel",
+    "gguf",
+    "omegaconf",
+    "array_record",
+    "tensorflow-datasets",
 )
 
 

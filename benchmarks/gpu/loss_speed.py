@@ -46,8 +46,11 @@ def flops(kind: str, shape) -> float:
 def speed(record, function, arrays, kind: str, shape) -> dict:
     program = losses.compiled(function, arrays)
     found = timed(lambda: program(*arrays), repeats=5)
-    return {**found, "temporary_bytes": losses.temporary(program),
-            **shares(record, seconds=found["seconds"], flops=flops(kind, shape))}
+    return {
+        **found,
+        "temporary_bytes": losses.temporary(program),
+        **shares(record, seconds=found["seconds"], flops=flops(kind, shape)),
+    }
 
 
 def top_k_speed(record, tokens: int, vocabulary: int, k: int, backward: bool) -> dict:
@@ -70,8 +73,11 @@ def others(record, tiny: bool) -> None:
     import torch
 
     shape = TINY if tiny else FULL
-    record.set(predicted={"Liger": "as fast as ours on JSD: it makes the products chunk by chunk, too"},
-               shape=vars(shape), torch=torch.__version__)
+    record.set(
+        predicted={"Liger": "as fast as ours on JSD: it makes the products chunk by chunk, too"},
+        shape=vars(shape),
+        torch=torch.__version__,
+    )
     on_gpu = torch.cuda.is_available() and not tiny
     wanted = {"raft": "TRL (torch)", "jsd": "Liger (torch)"}
     for kind, name in wanted.items():

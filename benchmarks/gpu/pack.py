@@ -52,8 +52,10 @@ def main(arguments: list[str] | None = None) -> int:
         for name, size in sizes.items():
             print(f"{size / 2**20:7.2f} MiB  {name} in all")
         if (largest := max(sizes.values())) >= PART_BYTES:
-            sys.exit(f"a part has {largest / 2**20:.1f} MiB, and {PART_BYTES / 2**20:.0f} MiB is the limit; take "
-                     f"packages out of {CARRIED.name}")
+            sys.exit(
+                f"a part has {largest / 2**20:.1f} MiB, and {PART_BYTES / 2**20:.0f} MiB is the limit; take "
+                f"packages out of {CARRIED.name}"
+            )
         if not options.dry_run:
             place(options.out, files, model, cut)
     return 0
@@ -74,16 +76,24 @@ def model_of_package() -> Path:
 def fetch_wheels(packages: list[str], folder: Path) -> list[Path]:
     """Wheels for the other machine; what has none is built here, and must not hold compiled code."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    target = ["--only-binary=:all:", "--python-version", "3.12", "--implementation", "cp",
-              *(word for platform in PLATFORMS for word in ("--platform", platform))]
+    target = [
+        "--only-binary=:all:",
+        "--python-version",
+        "3.12",
+        "--implementation",
+        "cp",
+        *(word for platform in PLATFORMS for word in ("--platform", platform)),
+    ]
     for package in packages:
         download = [*pip, "download", "-q", "--no-deps", "-d", str(folder), package]
         if subprocess.run([*download, *target], capture_output=True).returncode:
             build = [*pip, "wheel", "-q", "--no-deps", "-w", str(folder), package]
             built = subprocess.run(build, capture_output=True, text=True)
             if built.returncode:
-                sys.exit(f"{package}: neither a wheel for Python 3.12 nor one that could be built here; take another "
-                         f"version in {CARRIED.name}\n{built.stderr[-1000:]}")
+                sys.exit(
+                    f"{package}: neither a wheel for Python 3.12 nor one that could be built here; take another "
+                    f"version in {CARRIED.name}\n{built.stderr[-1000:]}"
+                )
     wheels = sorted(folder.glob("*.whl"))
     for wheel in wheels:
         if not wheel.name.endswith("-any.whl") and "cp312" not in wheel.name and "abi3" not in wheel.name:

@@ -29,7 +29,8 @@ from raft_jax.train.step import LossConfig, completions_of, make_train_step
 BOUNDS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-3, "float64": 1e-6}
 # Table and hidden states rounded to bfloat16 are shared; what differs is the rounding of logits and gradients.
 PREDICTED = {
-    "bfloat16": "errors of 2e-3 to 1e-2", "float32": "3e-4 where products are TF32, far below 1e-4 where they are not",
+    "bfloat16": "errors of 2e-3 to 1e-2",
+    "float32": "3e-4 where products are TF32, far below 1e-4 where they are not",
     "twin": "1e-4 in float32, where products of 12 numbers may be TF32; 1e-6 in float64",
 }
 STEP = {"top_k": 6, "temperature": 1.5, "ema_decay": 0.9}
@@ -171,17 +172,20 @@ def step_error(dtype: str) -> dict:
             completions_of(toy.toy_hidden), toy.toy_unembedding, top_k=STEP["top_k"], temperature=STEP["temperature"]
         )
         step = jax.jit(make_train_step(losses, optimizer, ema_decay=STEP["ema_decay"]))
-        params, teacher = (
-            jax.tree.map(lambda x: jnp.asarray(x, dtype), toy.toy_parameters(seed)) for seed in (0, 1)
-        )
+        params, teacher = (jax.tree.map(lambda x: jnp.asarray(x, dtype), toy.toy_parameters(seed)) for seed in (0, 1))
         state, expected = init_state(params, optimizer), twin.first_state(toy.toy_parameters(0))
         errors = {}
         for number in range(NUM_STEPS):
             rows, rollouts = toy.random_rows(number)
             state, metrics = step(state, teacher, toy.padded(rows, rollouts))
             expected, numbers = twin.train_step(
-                expected, toy.toy_parameters(1), rows, rollouts, learning_rate=LEARNING_RATE,
-                weight_decay=WEIGHT_DECAY, **STEP,
+                expected,
+                toy.toy_parameters(1),
+                rows,
+                rollouts,
+                learning_rate=LEARNING_RATE,
+                weight_decay=WEIGHT_DECAY,
+                **STEP,
             )
             for name, value in numbers.items():
                 errors[name] = max(errors.get(name, 0.0), relative(metrics[name], value))

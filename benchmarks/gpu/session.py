@@ -82,8 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path[:0] = search_path(kept)
     began = time.monotonic()
     content = records.read(path)
-    content |= {"tiny": options.tiny, "seconds_allowed": options.seconds, "source": source_hash(), "commit": commit(),
-                "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    content |= {
+        "tiny": options.tiny,
+        "seconds_allowed": options.seconds,
+        "source": source_hash(),
+        "commit": commit(),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
     records.write(path, content)
     for part in options.parts:
         section = run_one(part, options, kept, options.seconds - (time.monotonic() - began))
@@ -91,8 +96,10 @@ def main(arguments: list[str] | None = None) -> int:
         content["parts"][part.name] = content["parts"].get(part.name, {}) | section
         content["seconds"] = time.monotonic() - began
         records.write(path, content)
-        print(f"{part.name:14} {section['status']:8} {section.get('seconds', 0):6.1f} s"
-              f"  {section.get('why', '')[:200]}", flush=True)
+        print(
+            f"{part.name:14} {section['status']:8} {section.get('seconds', 0):6.1f} s  {section.get('why', '')[:200]}",
+            flush=True,
+        )
     print(f"{path}: {content['seconds']:.0f} s")
     return 0
 
@@ -116,10 +123,19 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", help=f"some of {','.join(names)}; in this order. Default: all")
     parser.add_argument("--seconds", type=float, default=470, help="of the whole call; default 470")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU gets through in seconds")
-    parser.add_argument("--extra", type=part_of, action="append", default=[], metavar="NAME:LIMIT:MODULE:FUNCTION",
-                        help="another part, from a module on PYTHONPATH; runs after the others")
-    parser.add_argument("--one-process", action="store_true",
-                        help="all parts in this one: saves imports, but has no limits and survives no crash")
+    parser.add_argument(
+        "--extra",
+        type=part_of,
+        action="append",
+        default=[],
+        metavar="NAME:LIMIT:MODULE:FUNCTION",
+        help="another part, from a module on PYTHONPATH; runs after the others",
+    )
+    parser.add_argument(
+        "--one-process",
+        action="store_true",
+        help="all parts in this one: saves imports, but has no limits and survives no crash",
+    )
     parser.add_argument("--part", help=argparse.SUPPRESS)  # the child: one part in this process
     options = parser.parse_args(arguments)
     if not options.seconds > 0:
@@ -167,8 +183,15 @@ def installed(package: str) -> bool:
 def supervise(part: Part, limit: float, options: argparse.Namespace, kept: Path) -> dict:
     """Runs a part in a process of its own, ends it at its limit, and says how it went."""
     began = time.monotonic()
-    command = [sys.executable, str(HERE / "session.py"), "--out", str(options.out), "--part", part.name,
-               *(["--tiny"] if options.tiny else [])]
+    command = [
+        sys.executable,
+        str(HERE / "session.py"),
+        "--out",
+        str(options.out),
+        "--part",
+        part.name,
+        *(["--tiny"] if options.tiny else []),
+    ]
     for extra in options.extra:
         command += ["--extra", f"{extra.name}:{extra.limit}:{extra.module}:{extra.function}"]
     log = options.out / "session.log"
@@ -176,8 +199,14 @@ def supervise(part: Part, limit: float, options: argparse.Namespace, kept: Path)
         output.write(f"--- {part.name}\n".encode())
         output.flush()
         start = output.tell()
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-                                   env=environment(part, options.tiny, kept))
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            start_new_session=True,
+            env=environment(part, options.tiny, kept),
+        )
         try:
             code, cut = process.wait(limit), False
         except subprocess.TimeoutExpired:
@@ -194,8 +223,12 @@ def supervise(part: Part, limit: float, options: argparse.Namespace, kept: Path)
         return section | {"status": "cut off", "why": f"its limit of {limit:.0f} s", "output_tail": tail}
     if code or found.get("status") not in ("ok", "skipped"):
         lines = tail.strip().splitlines()
-        return section | {"status": "failed", "why": lines[-1] if lines else f"exit status {code}", "exit": code,
-                          "output_tail": tail}
+        return section | {
+            "status": "failed",
+            "why": lines[-1] if lines else f"exit status {code}",
+            "exit": code,
+            "output_tail": tail,
+        }
     return section | {"status": found["status"]}
 
 
@@ -220,7 +253,9 @@ def search_path(kept: Path) -> list[str]:
 def environment(part: Part, tiny: bool, kept: Path) -> dict[str, str]:
     """The part's environment variables; what the caller has set stays."""
     own = {
-        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
         "TRL_EXPERIMENTAL_SILENCE": "1",
     }
     if tiny:
@@ -274,8 +309,9 @@ def source_hash() -> str:
 
 def commit() -> str | None:
     try:
-        found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-                               timeout=10, check=True)
+        found = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=True
+        )
         return found.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

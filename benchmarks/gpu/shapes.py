@@ -23,9 +23,17 @@ ROPE_THETA = 500_000.0
 
 def _shape(vocab_size, num_layers, width, num_heads, num_kv_heads, head_width, ffn_width, tied=True):
     return DecoderConfig(
-        family="llama", vocab_size=vocab_size, num_layers=num_layers, width=width, num_heads=num_heads,
-        num_kv_heads=num_kv_heads, head_width=head_width, ffn_width=ffn_width, max_positions=8192,
-        ropes=(plain_rope(ROPE_THETA, head_width),), tied_embeddings=tied,
+        family="llama",
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_width=head_width,
+        ffn_width=ffn_width,
+        max_positions=8192,
+        ropes=(plain_rope(ROPE_THETA, head_width),),
+        tied_embeddings=tied,
     )
 
 
@@ -51,11 +59,19 @@ def hf_config(name: str) -> dict:
     """The same shape as a config.json, for the other side."""
     config = SHAPES[name]
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-        "vocab_size": config.vocab_size, "hidden_size": config.width, "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads, "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_width, "intermediate_size": config.ffn_width, "rms_norm_eps": config.norm_epsilon,
-        "max_position_embeddings": config.max_positions, "rope_theta": ROPE_THETA,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_width,
+        "intermediate_size": config.ffn_width,
+        "rms_norm_eps": config.norm_epsilon,
+        "max_position_embeddings": config.max_positions,
+        "rope_theta": ROPE_THETA,
         "tie_word_embeddings": config.tied_embeddings,
     }
 

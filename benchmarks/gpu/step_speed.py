@@ -59,7 +59,9 @@ def run(record, shape: str, tiny: bool, *, remat: bool = True, lora_rank: int = 
     record.set(predicted=PREDICTED, shape=shape, sizes=asdict(sizes), remat=remat, lora_rank=lora_rank)
     for batch in (2,) if tiny else batches:
         went = measured(
-            record, f"batch {batch}", lambda batch=batch: step(record, shape, batch, sizes, remat, lora_rank),
+            record,
+            f"batch {batch}",
+            lambda batch=batch: step(record, shape, batch, sizes, remat, lora_rank),
             batch=batch,
         )
         if went:
@@ -94,18 +96,26 @@ def step(record, shape: str, batch: int, sizes: Sizes, remat: bool, lora_rank: i
     metrics = {name: float(value) for name, value in losses["last"].items()}
     work = operations(model.config, batch, sizes, lora_rank)
     seconds = {
-        "rollout": found["rollout"]["seconds"], "teacher": found["teacher"]["seconds"],
+        "rollout": found["rollout"]["seconds"],
+        "teacher": found["teacher"]["seconds"],
         "student": found["train_step"]["seconds"] - found["teacher"]["seconds"],
     }
     whole = seconds["rollout"] + found["train_step"]["seconds"]
     carrying = batch * (sizes.answer + sizes.rollout)
     return {
-        "seconds": whole, "tokens_per_second": carrying / whole, "tokens_with_loss": carrying,
-        "parts": {name: {"seconds": value, **shares(record, seconds=value, flops=work[name])}
-                  for name, value in seconds.items()},
+        "seconds": whole,
+        "tokens_per_second": carrying / whole,
+        "tokens_with_loss": carrying,
+        "parts": {
+            name: {"seconds": value, **shares(record, seconds=value, flops=work[name])}
+            for name, value in seconds.items()
+        },
         "whole": shares(record, seconds=whole, flops=sum(work.values())),
-        "timed": found, "peak_memory_bytes": peak_memory(), "parameters": num_parameters(model.config),
-        "kernel": model.config.kernel, "metrics_of_last_step": metrics,
+        "timed": found,
+        "peak_memory_bytes": peak_memory(),
+        "parameters": num_parameters(model.config),
+        "kernel": model.config.kernel,
+        "metrics_of_last_step": metrics,
     }
 
 

@@ -15,8 +15,12 @@ BF16_PRODUCT, COPY = "bf16_product", "copy"  # the floors in the environment par
 
 
 def timed(
-    run: Callable[[], Any], *, wait: Callable[[Any], Any] = jax.block_until_ready, repeats: int = 7,
-    seconds: float = 3.0, shortest: float = 0.02,
+    run: Callable[[], Any],
+    *,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+    repeats: int = 7,
+    seconds: float = 3.0,
+    shortest: float = 0.02,
 ) -> dict[str, float]:
     """Seconds of one call: the median of several repeats, and their range.
 
@@ -41,8 +45,12 @@ def timed(
         wait(result)
         found.append((time.perf_counter() - began) / calls)
     return {
-        "seconds": statistics.median(found), "low": min(found), "high": max(found), "repeats": len(found),
-        "calls": calls, "first_seconds": first,
+        "seconds": statistics.median(found),
+        "low": min(found),
+        "high": max(found),
+        "repeats": len(found),
+        "calls": calls,
+        "first_seconds": first,
     }
 
 

@@ -45,9 +45,29 @@ def run(record, shape: str, tiny: bool, batch: int) -> None:
         row = make_row(sizes)
         rows.write_text("".join(json.dumps(row) + "\n" for _ in range(batch)), "utf-8")
         command = [
-            sys.executable, str(TRL_STEP), "--model", model, "--rows", rows, "--batch-size", batch, "--steps", 2,
-            "--warmup", 1, "--max-prompt-tokens", 8 * sizes.prompt, "--max-new-tokens", sizes.rollout,
-            "--dtype", "bfloat16", "--device", "cpu" if tiny else "cuda", "--random-weights", "--out", out,
+            sys.executable,
+            str(TRL_STEP),
+            "--model",
+            model,
+            "--rows",
+            rows,
+            "--batch-size",
+            batch,
+            "--steps",
+            2,
+            "--warmup",
+            1,
+            "--max-prompt-tokens",
+            8 * sizes.prompt,
+            "--max-new-tokens",
+            sizes.rollout,
+            "--dtype",
+            "bfloat16",
+            "--device",
+            "cpu" if tiny else "cuda",
+            "--random-weights",
+            "--out",
+            out,
         ]
         # In a process of its own: raft_jax has imported transformers without torch.
         subprocess.run([str(word) for word in command], check=True)
@@ -59,8 +79,10 @@ def summary(found: dict) -> dict:
     """The numbers that stand beside step_speed's."""
     equivalent, steps = found["raft_equivalent"], found["distillation"]
     return {
-        "seconds": equivalent["median_seconds"], "tokens_per_second": equivalent["tokens_per_second"],
-        "tokens_with_loss": equivalent["loss_tokens"], "peak_memory_bytes": found["peak_memory_bytes"],
+        "seconds": equivalent["median_seconds"],
+        "tokens_per_second": equivalent["tokens_per_second"],
+        "tokens_with_loss": equivalent["loss_tokens"],
+        "peak_memory_bytes": found["peak_memory_bytes"],
         "rollout_seconds": steps.get("median_rollout_seconds"),
     }
 
@@ -69,8 +91,12 @@ def write_model(folder: Path, shape: str) -> None:
     """A Hugging Face folder without weights, and a tokenizer that knows the prompts' words."""
     tokenizer = toy.make_tokenizer()
     settings = hf_config(shape)
-    settings |= {"vocab_size": max(settings["vocab_size"], tokenizer.vocab_size), "eos_token_id": tokenizer.eos_id,
-                 "pad_token_id": tokenizer.pad_id, "dtype": "bfloat16"}
+    settings |= {
+        "vocab_size": max(settings["vocab_size"], tokenizer.vocab_size),
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "dtype": "bfloat16",
+    }
     folder.mkdir()
     tokenizer.save(folder)
     (folder / "config.json").write_text(json.dumps(settings), "utf-8")
@@ -88,5 +114,8 @@ def make_row(sizes) -> dict[str, str]:
 
     question = filled(sizes.prompt, lambda text: len(tokenizer.chat_prompt([{"role": "user", "content": text}])))
     answer = filled(sizes.answer, lambda text: len(tokenizer.encode(text)))
-    return {"question": question, "answer": answer,
-            "teacher_prompt_tokens": len(tokenizer.chat_prompt(teacher_prompt(question, answer)))}
+    return {
+        "question": question,
+        "answer": answer,
+        "teacher_prompt_tokens": len(tokenizer.chat_prompt(teacher_prompt(question, answer))),
+    }

@@ -56,8 +56,17 @@ class Batches:
     """
 
     def __init__(
-        self, rows: Sequence[TokenRow], batch_size: int, *, seed: int, pad_id: int, length_buckets: int = 1,
-        epochs: float = 1, num_shards: int = 1, num_micro_batches: int = 1, share_prefixes: bool = True,
+        self,
+        rows: Sequence[TokenRow],
+        batch_size: int,
+        *,
+        seed: int,
+        pad_id: int,
+        length_buckets: int = 1,
+        epochs: float = 1,
+        num_shards: int = 1,
+        num_micro_batches: int = 1,
+        share_prefixes: bool = True,
     ):
         """
         Args:
@@ -101,7 +110,8 @@ class Batches:
         prompt, answer, teacher_prompt = (
             replace(
                 pad([getattr(row, name) for row in rows], length, self.pad_id, left=name != "answer"),
-                max_tokens=max_tokens, shared_prefix=shared,
+                max_tokens=max_tokens,
+                shared_prefix=shared,
             )
             for name, length, max_tokens, shared in zip(
                 SIDES, self._lengths[number], self._max_tokens[number], self._shared, strict=True

@@ -57,7 +57,9 @@ class BadRow(InputError):
 _DEFAULTS = Columns()
 # Shapes of rows that are understood where no columns are named: pairs of columns, one twice for conversations.
 _SHAPES = (
-    (_DEFAULTS.question, _DEFAULTS.answer), ("prompt", "completion"), ("messages", "messages"),
+    (_DEFAULTS.question, _DEFAULTS.answer),
+    ("prompt", "completion"),
+    ("messages", "messages"),
     ("conversations", "conversations"),
 )
 # What other tools call these columns: suggested when one is missing, never guessed.
@@ -69,17 +71,41 @@ _SYNONYMS = {
 _ROLES = {"human": "user", "gpt": "assistant"}
 # What a turn, or the row of a conversation, may hold beside texts, and would be lost.
 _LOST_WITH_TURN = (
-    "tool_calls", "function_call", "tool_call_id", "reasoning_content", "reasoning", "thinking", "images", "image",
-    "audio", "audios", "video", "videos",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+    "images",
+    "image",
+    "audio",
+    "audios",
+    "video",
+    "videos",
 )
 _LOST_WITH_ROW = (
-    "tools", "functions", "documents", "images", "image", "audio", "audios", "video", "videos", "chat_template_kwargs",
+    "tools",
+    "functions",
+    "documents",
+    "images",
+    "image",
+    "audio",
+    "audios",
+    "video",
+    "videos",
+    "chat_template_kwargs",
 )
 _WEIGHTS = ("weight", "train", "loss")  # of a turn; 0 or false: not to be trained on
 
 
-def load_examples(path_or_uri: str | Path, columns: Columns = _DEFAULTS, split: str | None = None,
-                  limit: int | None = None, bad_rows: dict[str, str] | None = None) -> list[Example]:
+def load_examples(
+    path_or_uri: str | Path,
+    columns: Columns = _DEFAULTS,
+    split: str | None = None,
+    limit: int | None = None,
+    bad_rows: dict[str, str] | None = None,
+) -> list[Example]:
     """Reads questions and answers, in the order of the file.
 
     Four shapes of row are understood: the columns named by `columns`; `prompt` and `completion`; `messages`, which
@@ -123,15 +149,19 @@ def load_examples(path_or_uri: str | Path, columns: Columns = _DEFAULTS, split: 
         kept = [index for index, name in enumerate(splits) if name == split]
         if not kept:
             known = ", ".join(f"{shown(name)} ({count})" for name, count in sorted(Counter(splits).items()))
-            advice = (f"there are: {known}; set data.train_split or data.test_split" if known
-                      else f"there is no column {columns.split!r}; set data.split")
+            advice = (
+                f"there are: {known}; set data.train_split or data.test_split"
+                if known
+                else f"there is no column {columns.split!r}; set data.split"
+            )
             raise InputError(f"{path_or_uri}: no rows of the split {split!r}; {advice}")
         rows, ids = [rows[index] for index in kept], [ids[index] for index in kept]
     return _examples(ids, rows, columns, limit, bad_rows)
 
 
-def _examples(ids: Sequence[str], rows: Sequence[Row], columns: Columns, limit: int | None,
-              bad_rows: dict[str, str] | None) -> list[Example]:
+def _examples(
+    ids: Sequence[str], rows: Sequence[Row], columns: Columns, limit: int | None, bad_rows: dict[str, str] | None
+) -> list[Example]:
     usual = _usual_shape(rows, columns)
     examples: list[Example] = []
     first_error = None
@@ -171,8 +201,10 @@ def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[
     if not 0 <= count < len(examples):
         raise InputError(f"cannot hold out {count} of {len(examples)} examples: one must be left; lower data.held_out")
     chosen = set(_in_hash_order([example.id for example in examples], f"{seed}:")[:count])
-    return ([example for example in examples if example.id not in chosen],
-            [example for example in examples if example.id in chosen])
+    return (
+        [example for example in examples if example.id not in chosen],
+        [example for example in examples if example.id in chosen],
+    )
 
 
 def sampling_order(examples: Iterable[Example], seed: int = 0) -> list[Example]:
@@ -225,8 +257,9 @@ def _splits(rows: Sequence[Row], columns: Columns) -> list[str]:
             splits.append(_text(row.values[columns.split], row.where, columns.split))
         except BadRow as error:
             problem = str(error).partition("; ")[0]
-            raise InputError(f'{problem}; give each row its split, or set data.split="" to hold rows out by '
-                             "a hash of their ids") from error
+            raise InputError(
+                f'{problem}; give each row its split, or set data.split="" to hold rows out by a hash of their ids'
+            ) from error
     return splits
 
 
@@ -247,8 +280,9 @@ def _missing(row: Row, name: str, field: str, instead: str = "") -> BadRow:
             advice += f" ({kind_of(value)} stands there; a text, or a list of {{role, content}}, is needed)"
     objects = [key for key, value in row.values.items() if kind_of(value).startswith("an object")]
     if objects and not close:
-        advice += (f" ({shown(objects[0])} is {kind_of(row.values[objects[0]])}; its texts are needed in columns of "
-                   "their own)")
+        advice += (
+            f" ({shown(objects[0])} is {kind_of(row.values[objects[0]])}; its texts are needed in columns of their own)"
+        )
     listed = ", ".join(map(shown, names[:20])) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
     return BadRow(f"{row.where}: no column {quoted(name)}; there are: {listed or 'none'}; {advice}")
 
@@ -296,8 +330,10 @@ def _example(id: str, row: Row, shape: tuple[str, str], columns: Columns) -> Exa
         turns = _with_system(turns, row)
     roles = [role for role, _ in turns]
     if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
-        raise BadRow(f"{row.where}: turns by {_listed(roles)}; system may only be first, and the last "
-                     "two must be user (the question) and assistant (the answer)")
+        raise BadRow(
+            f"{row.where}: turns by {_listed(roles)}; system may only be first, and the last "
+            "two must be user (the question) and assistant (the answer)"
+        )
     context = ""
     if _has([row], columns, "context"):
         if columns.context not in row.values:
@@ -318,16 +354,23 @@ def _turns(value: Any, role_of_text: str | None, where: str, name: str) -> list[
         return [(role_of_text, _text(value, where, name))]
     name = shown(name)
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{where}: {name} must be a list of turns (role and content), got {kind_of(value)}; "
-                     'write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]')
+        raise BadRow(
+            f"{where}: {name} must be a list of turns (role and content), got {kind_of(value)}; "
+            'write [{"role": "user", "content": …}, {"role": "assistant", "content": …}]'
+        )
     if role_of_text and all(isinstance(turn, str) for turn in value):
-        raise BadRow(f"{where}: {name} must be one text, or a list of turns (role and content), got a list of texts; "
-                     "choose one of them")
+        raise BadRow(
+            f"{where}: {name} must be one text, or a list of turns (role and content), got a list of texts; "
+            "choose one of them"
+        )
     turns = []
     for number, turn in enumerate(value, start=1):
         place = f"turn {number} of {name}"
-        keys = ("from", "value") if isinstance(turn, dict) and "from" in turn and "role" not in turn else (
-            "role", "content")
+        keys = (
+            ("from", "value")
+            if isinstance(turn, dict) and "from" in turn and "role" not in turn
+            else ("role", "content")
+        )
         role, content = (turn.get(key) for key in keys) if isinstance(turn, dict) else (None, None)
         role = _ROLES.get(role, role) if isinstance(role, str) and keys[0] == "from" else role
         if isinstance(turn, dict):
@@ -363,16 +406,20 @@ def _with_system(turns: list[tuple[str, str]], row: Row) -> list[tuple[str, str]
 def _require_nothing_lost(values: dict[str, Any], names: Iterable[str], where: str, place: str) -> None:
     for name in names:
         if values.get(name) not in (None, "", [], {}, False):
-            raise BadRow(f"{where}: {place} has {name}, which would be lost: questions and answers are texts; "
-                         "put it into the text, or remove it or the row")
+            raise BadRow(
+                f"{where}: {place} has {name}, which would be lost: questions and answers are texts; "
+                "put it into the text, or remove it or the row"
+            )
 
 
 def _require_trained(values: dict[str, Any], names: Iterable[str], where: str, place: str) -> None:
     for name in names:
         value = values.get(name)
         if isinstance(value, int | float) and value != 1:
-            raise BadRow(f"{where}: {place} has {name} {value}, but every answer is trained on, and all count alike; "
-                         f"remove the row, or {name}")
+            raise BadRow(
+                f"{where}: {place} has {name} {value}, but every answer is trained on, and all count alike; "
+                f"remove the row, or {name}"
+            )
 
 
 def _text(value: Any, where: str, name: str) -> str:
@@ -393,5 +440,6 @@ def require_whole_characters(text: str, where: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRow(f"{where}: {name} holds half a character (a lone surrogate at {error.start}); "
-                     "write the file again as UTF-8") from error
+        raise BadRow(
+            f"{where}: {name} holds half a character (a lone surrogate at {error.start}); write the file again as UTF-8"
+        ) from error

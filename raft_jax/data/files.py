@@ -65,8 +65,10 @@ def read_rows(source: str, wanted: Wanted) -> list[Row]:
     elif kind in (".csv", ".tsv"):
         rows = _read_csv(source, path, "," if kind == ".csv" else "\t")
     else:
-        raise InputError(f"{source}: unknown kind of file; use .jsonl, .json, .csv, .tsv (all also .gz), "
-                         ".parquet or a folder written by tfds")
+        raise InputError(
+            f"{source}: unknown kind of file; use .jsonl, .json, .csv, .tsv (all also .gz), "
+            ".parquet or a folder written by tfds"
+        )
     if not rows:
         raise InputError(f"{source}: no rows in it; give a file with questions and answers")
     return rows
@@ -122,11 +124,15 @@ def lines_of(source: str, path: Path, newline: str) -> Iterator[str]:
             number = 1
             while line := text.readline(MAX_LINE + 1):
                 if zipped and binary.tell() > most:
-                    raise InputError(f"{source}: more than {most >> 20} MiB unpacked, over {MAX_RATIO} times its size; "
-                                     "if it is meant to be so, unpack it and give that file")
+                    raise InputError(
+                        f"{source}: more than {most >> 20} MiB unpacked, over {MAX_RATIO} times its size; "
+                        "if it is meant to be so, unpack it and give that file"
+                    )
                 if len(line) > MAX_LINE:
-                    raise InputError(f"{source}:{number}: a line of more than {MAX_LINE >> 20} million characters; "
-                                     "write each row on a line of its own")
+                    raise InputError(
+                        f"{source}:{number}: a line of more than {MAX_LINE >> 20} million characters; "
+                        "write each row on a line of its own"
+                    )
                 yield line
                 number += line.endswith(("\n", "\r"))
     except UnicodeDecodeError:
@@ -141,8 +147,10 @@ def _not_utf8(source: str, path: Path, zipped: bool) -> InputError:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return InputError(f"{source}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); "
-                                  "save the file with the encoding UTF-8")
+                return InputError(
+                    f"{source}:{number}: not UTF-8 (byte 0x{line[error.start]:02x}); "
+                    "save the file with the encoding UTF-8"
+                )
     return InputError(f"{source}: not UTF-8; save the file with the encoding UTF-8")
 
 
@@ -159,8 +167,7 @@ def _read_json(source: str, path: Path) -> list[Row]:
             rows.append(Row(f"{source}:{number}", parse_json(source, line.rstrip("\n"), number)))
     for row in rows:
         if not isinstance(row.values, dict):
-            raise InputError(f"{row.where}: expected an object with a key for each column, "
-                             f"found {kind_of(row.values)}")
+            raise InputError(f"{row.where}: expected an object with a key for each column, found {kind_of(row.values)}")
     return rows
 
 
@@ -170,8 +177,10 @@ def _joined(source: str, first: str, lines: Iterator[tuple[int, str]]) -> str:
         parts.append(line)
         length += len(line)
         if length > MAX_ARRAY:
-            raise InputError(f"{source}: a JSON array of more than {MAX_ARRAY >> 20} million characters; "
-                             "write it as .jsonl, one object on each line")
+            raise InputError(
+                f"{source}: a JSON array of more than {MAX_ARRAY >> 20} million characters; "
+                "write it as .jsonl, one object on each line"
+            )
     return "".join(parts)
 
 
@@ -181,8 +190,10 @@ def parse_json(source: str, text: str, line: int) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise InputError(f"{source}:{line}: not JSON ({getattr(error, 'msg', error)}); "
-                         "write one object on each line, or one array of objects") from error
+        raise InputError(
+            f"{source}:{line}: not JSON ({getattr(error, 'msg', error)}); "
+            "write one object on each line, or one array of objects"
+        ) from error
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -210,13 +221,17 @@ def _read_csv(source: str, path: Path, delimiter: str) -> list[Row]:
             elif [field.strip("\ufeff ") for field in fields] == [field.strip() for field in header]:
                 raise InputError(f"{where}: the header again; where two files were joined, remove the second's")
             elif len(fields) != len(header):
-                raise InputError(f"{where}: {len(fields)} fields, but the header has {len(header)}; "
-                                 'put fields that hold a separator into "quotes"')
+                raise InputError(
+                    f"{where}: {len(fields)} fields, but the header has {len(header)}; "
+                    'put fields that hold a separator into "quotes"'
+                )
             else:
                 rows.append(Row(where, dict(zip(header, fields, strict=True))))
     except csv.Error as error:
-        raise InputError(f"{source}:{line}: not CSV ({error}); put fields that hold quotes into quotes, "
-                         'and write each quote in them twice ("")') from error
+        raise InputError(
+            f"{source}:{line}: not CSV ({error}); put fields that hold quotes into quotes, "
+            'and write each quote in them twice ("")'
+        ) from error
     return rows
 
 
@@ -224,8 +239,10 @@ def _require_header(where: str, header: Sequence[str], delimiter: str) -> None:
     _require_distinct(where, header)
     separator = next((mark for mark in ";\t|," if mark != delimiter and mark in header[0]), None)
     if len(header) == 1 and separator:
-        raise InputError(f"{where}: one column {quoted(header[0])}: is the separator {separator!r}? "
-                         "save with commas, or as .tsv with tabs")
+        raise InputError(
+            f"{where}: one column {quoted(header[0])}: is the separator {separator!r}? "
+            "save with commas, or as .tsv with tabs"
+        )
 
 
 def _require_distinct(where: str, names: Sequence[str]) -> None:
@@ -236,8 +253,9 @@ def _require_distinct(where: str, names: Sequence[str]) -> None:
 def _without_nul(source: str, lines: Iterator[str]) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
-            raise InputError(f"{source}:{number}: holds a NUL character; is it UTF-16? save the file with the "
-                             "encoding UTF-8")
+            raise InputError(
+                f"{source}:{number}: holds a NUL character; is it UTF-16? save the file with the encoding UTF-8"
+            )
         yield line
 
 
@@ -269,8 +287,10 @@ def _read_parquet(source: str, path: Path, wanted: Wanted) -> list[Row]:
             columns[name] = _holds_something(source, file, name)
     unread = {field.name: Unread(_arrow_kind(field.type)) for field in schema if field.name not in columns}
     return [
-        Row(f"{source}: row {number + 1}",
-            {name: columns[name][number] if name in columns else unread[name] for name in schema.names})
+        Row(
+            f"{source}: row {number + 1}",
+            {name: columns[name][number] if name in columns else unread[name] for name in schema.names},
+        )
         for number in range(num_rows)
     ]
 
@@ -328,12 +348,16 @@ def _arrow_kind(type) -> str:
 def _read_tfds(source: str, path: Path, wanted: Wanted) -> list[Row]:
     if not all((path / name).is_file() for name in ("features.json", "dataset_info.json")):
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            raise InputError(f"{source}: a folder saved by datasets; write a split of it as Parquet "
-                             "(load_from_disk(FOLDER).to_parquet(FILE)), and give that file")
+            raise InputError(
+                f"{source}: a folder saved by datasets; write a split of it as Parquet "
+                "(load_from_disk(FOLDER).to_parquet(FILE)), and give that file"
+            )
         inside = sorted(str(file.parent.relative_to(path)) for file in path.rglob("*/features.json"))
         inside = inside or sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-        raise InputError(f"{source}: not a folder written by tfds (features.json and dataset_info.json); "
-                         f"name one of the things in it: {', '.join(map(shown, inside[:8])) or 'it is empty'}")
+        raise InputError(
+            f"{source}: not a folder written by tfds (features.json and dataset_info.json); "
+            f"name one of the things in it: {', '.join(map(shown, inside[:8])) or 'it is empty'}"
+        )
     require_train("array_record", "tensorflow_datasets")
     import tensorflow_datasets as tfds
 
@@ -355,8 +379,10 @@ def _read_tfds(source: str, path: Path, wanted: Wanted) -> list[Row]:
         raise
     # tfds raises all sorts of things for a damaged folder, or a format that it reads with TensorFlow only.
     except Exception as error:
-        raise InputError(f"{source}: tfds cannot read it without TensorFlow ({brief(error)}); "
-                         "write it again, with file_format='array_record'") from error
+        raise InputError(
+            f"{source}: tfds cannot read it without TensorFlow ({brief(error)}); "
+            "write it again, with file_format='array_record'"
+        ) from error
     return rows
 
 
@@ -372,8 +398,9 @@ def _check_records(source: str, split: Any) -> None:
         except RuntimeError as error:
             found = f"none that can be read: {brief(error)}"
         if found != expected:
-            raise InputError(f"{source}: {Path(path).name} is damaged; expected {expected} rows, "
-                             f"found {found}; write it again")
+            raise InputError(
+                f"{source}: {Path(path).name} is damaged; expected {expected} rows, found {found}; write it again"
+            )
 
 
 def _plain(value: Any, where: str, name: str) -> Any:

@@ -50,18 +50,20 @@ def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Tu
     """
     return _task(
         "Rewrite the input text in clear, complete sentences. Keep every fact, number and name.",
-        answer, _whole(question, context), turns,
+        answer,
+        _whole(question, context),
+        turns,
     )
 
 
-def fusion_prompt(
-    answer: str, rewrite: str, question: str = "", context: str = "", turns: Turns = ()
-) -> Conversation:
+def fusion_prompt(answer: str, rewrite: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
     """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
     return _task(
         "The input text has two versions of one text. Write one version of it in clear, complete sentences. "
         "Keep every fact, number and name of the first version.",
-        f"{answer}\n\n{rewrite}", _whole(question, context), turns,
+        f"{answer}\n\n{rewrite}",
+        _whole(question, context),
+        turns,
     )
 
 

@@ -19,14 +19,22 @@ Status = Literal[
 ]
 # In the words of console and report.
 STATUSES: dict[Status, str] = {
-    "ok": "usable", "empty": "empty", "truncated": "cut at the limit of length", "refusal": "refusal",
-    "leak": "repeats our instructions", "copy": "the gold answer word for word", "repetition": "repeats itself",
-    "facts": "differs in facts or words", "unrenderable": "not for the chat template",
+    "ok": "usable",
+    "empty": "empty",
+    "truncated": "cut at the limit of length",
+    "refusal": "refusal",
+    "leak": "repeats our instructions",
+    "copy": "the gold answer word for word",
+    "repetition": "repeats itself",
+    "facts": "differs in facts or words",
+    "unrenderable": "not for the chat template",
     "unknown": "unknown to the sentence encoder",
 }
 
 _MANIFEST = "manifest.json"
 _ROWS = "refined.jsonl"
+_TEXTS = ("id", "question", "context", "gold", "rewrite", "rewrite_status", "rewrite_note")
+_TEXTS += ("answer", "chosen", "reason")
 _NESTED = ("turns", "rounds", "gold_scores")
 _FORMAT = 2
 
@@ -92,9 +100,20 @@ class RefinedRow:
     def unrefined(cls, example: Example, reason: str) -> RefinedRow:
         """The row of an example whose gold answer is the target."""
         return cls(
-            id=example.id, question=example.question, context=example.context, turns=list(map(list, example.turns)),
-            gold=example.answer, rewrite="", rewrite_status="empty", similarity=None, accepted=False, rounds=[],
-            answer=example.answer, chosen="gold", chosen_round=None, reason=reason,
+            id=example.id,
+            question=example.question,
+            context=example.context,
+            turns=list(map(list, example.turns)),
+            gold=example.answer,
+            rewrite="",
+            rewrite_status="empty",
+            similarity=None,
+            accepted=False,
+            rounds=[],
+            answer=example.answer,
+            chosen="gold",
+            chosen_round=None,
+            reason=reason,
         )
 
     def is_of(self, example: Example) -> bool:
@@ -182,8 +201,9 @@ def load_refined(folder: str | Path) -> list[RefinedRow]:
         manifest = json.loads(path.read_bytes())
         version, num_rows, files = manifest["format"], manifest["rows"], manifest["files"]
         if version != _FORMAT:
-            raise InputError(f"{path}: format {version} is not one this version reads ({_FORMAT}); "
-                             "run the refinement again")
+            raise InputError(
+                f"{path}: format {version} is not one this version reads ({_FORMAT}); run the refinement again"
+            )
         paths = {name: _checked(folder, name, expected) for name, expected in files.items()}
         lines = paths[_ROWS].read_text(encoding="utf-8").removesuffix("\n").split("\n")
         rows = [parse_record(RefinedRow, line) for line in lines]
@@ -192,8 +212,7 @@ def load_refined(folder: str | Path) -> list[RefinedRow]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: damaged ({error}); run the refinement again to publish it anew") from error
     if len(rows) != num_rows:
-        raise InputError(f"{folder / _ROWS}: expected {num_rows} rows, found {len(rows)}; "
-                         "run the refinement again")
+        raise InputError(f"{folder / _ROWS}: expected {num_rows} rows, found {len(rows)}; run the refinement again")
     return rows
 
 
@@ -205,24 +224,24 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    text = tfds.features.Text
-    features = tfds.features.FeaturesDict({
-        "id": text(), "question": text(), "context": text(), "gold": text(), "rewrite": text(),
-        "rewrite_status": text(), "rewrite_note": text(), "similarity": tfds.features.Scalar(np.float32),
-        "accepted": tfds.features.Scalar(np.bool_), "gold_mean": tfds.features.Scalar(np.float32), "answer": text(),
-        "chosen": text(), "chosen_round": tfds.features.Scalar(np.int32), "reason": text(),
-        **{name: text(doc="JSON, as in refined.jsonl") for name in _NESTED},
-    })
+    text, scalar = tfds.features.Text, tfds.features.Scalar
+    numbers = {"similarity": np.float32, "accepted": np.bool_, "gold_mean": np.float32, "chosen_round": np.int32}
+    features = tfds.features.FeaturesDict(
+        {
+            **{name: text() for name in _TEXTS},
+            **{name: scalar(dtype) for name, dtype in numbers.items()},
+            **{name: text(doc="JSON, as in refined.jsonl") for name in _NESTED},
+        }
+    )
     serializer = ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
     # One record a group: any row can be read without its neighbours.
     writer = ArrayRecordWriter(str(work / "records"), "group_size:1")
     num_bytes = 0
     for entry in entries:
-        numbers = {name: float("nan") if entry[name] is None else entry[name] for name in ("similarity", "gold_mean")}
+        floats = {name: float("nan") if entry[name] is None else entry[name] for name in ("similarity", "gold_mean")}
         nested = {name: json.dumps(entry[name], ensure_ascii=False, allow_nan=False) for name in _NESTED}
-        example = features.encode_example({
-            **entry, **numbers, **nested, "chosen_round": entry["chosen_round"] or 0,
-        })
+        chosen_round = entry["chosen_round"] or 0
+        example = features.encode_example({**entry, **floats, **nested, "chosen_round": chosen_round})
         # Deterministic: else the fields of equal rows come in another order in every process.
         record = serializer.get_tf_example(example).SerializeToString(deterministic=True)
         num_bytes += len(record)
@@ -231,16 +250,26 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
 
     digest = _describe(work / "records")["sha256"][:16]
     template = tfds.core.ShardedFileTemplate(
-        data_dir=work, dataset_name="refined", filetype_suffix="array_record",  # pyright: ignore[reportArgumentType]
-        template="{DATASET}-{SPLIT}-" + digest + ".{FILEFORMAT}-{SHARD_X_OF_Y}")
-    split = tfds.core.SplitInfo(name="train", shard_lengths=[len(entries)], num_bytes=num_bytes,
-                                filename_template=template)
+        data_dir=work,  # pyright: ignore[reportArgumentType]
+        dataset_name="refined",
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}-" + digest + ".{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    split = tfds.core.SplitInfo(
+        name="train", shard_lengths=[len(entries)], num_bytes=num_bytes, filename_template=template
+    )
     name = f"refined-train-{digest}.array_record-00000-of-00001"
     os.replace(work / "records", work / name)
     # check_data would read the data back through TensorFlow.
-    tfds.folder_dataset.write_metadata(data_dir=work, features=features, split_infos=[split],
-                                       filename_template=template, version="1.0.0", check_data=False,
-                                       description="Questions with fused answers, refined by raft_jax.")
+    tfds.folder_dataset.write_metadata(
+        data_dir=work,
+        features=features,
+        split_infos=[split],
+        filename_template=template,
+        version="1.0.0",
+        check_data=False,
+        description="Questions with fused answers, refined by raft_jax.",
+    )
     return name
 
 

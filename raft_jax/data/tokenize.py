@@ -23,9 +23,7 @@ class ChatTokenizer(Protocol):
         ...
 
 
-def prompt_and_answer(
-    tokenizer: ChatTokenizer, conversation: Conversation, answer: str
-) -> tuple[list[int], list[int]]:
+def prompt_and_answer(tokenizer: ChatTokenizer, conversation: Conversation, answer: str) -> tuple[list[int], list[int]]:
     """Ids of what is asked, which carry no loss, and of the answer, which do."""
     return tokenizer.chat_prompt(conversation), tokenizer.chat_answer(answered(conversation, answer))
 

@@ -78,8 +78,13 @@ class Evaluator:
     """Everything that is the same for each model that is evaluated: questions, prompts, the base model's words."""
 
     def __init__(
-        self, model: Model, encoder: Encoder, questions: Sequence[Example], general: Sequence[GeneralPrompt],
-        settings: EvaluateConfig, mesh: jax.sharding.Mesh | None = None,
+        self,
+        model: Model,
+        encoder: Encoder,
+        questions: Sequence[Example],
+        general: Sequence[GeneralPrompt],
+        settings: EvaluateConfig,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self.model, self.encoder, self.settings = model, encoder, settings
         self.questions, self.general = list(questions), list(general)
@@ -108,7 +113,8 @@ class Evaluator:
         return ModelScores(
             DomainScores(
                 Estimate.of([answer.gold_logprob for answer in answers]),
-                Estimate.of([answer.token_f1 for answer in answers]), Estimate.of(similar),
+                Estimate.of([answer.token_f1 for answer in answers]),
+                Estimate.of(similar),
                 sum(answer.cut for answer in answers),
             ),
             GeneralScores(
@@ -116,7 +122,10 @@ class Evaluator:
                 Estimate.of([answer.correct for answer in general if answer.correct is not None]),
                 sum(answer.cut for answer in general),
             ),
-            weight_distance(params, self.model.params), answers, general, num_domain_tokens + num_general_tokens,
+            weight_distance(params, self.model.params),
+            answers,
+            general,
+            num_domain_tokens + num_general_tokens,
         )
 
     def _answer_questions(self, name: str, params) -> tuple[list[DomainAnswer], int]:
@@ -129,8 +138,14 @@ class Evaluator:
             cosines = similarities(self.encoder, texts, gold, bar.advance)
         answers = [
             DomainAnswer(
-                example.id, example.question, example.answer, text, float(token_f1(text, example.answer)),
-                None if np.isnan(cosine) else float(cosine), float(logprob), not completion.finished,
+                example.id,
+                example.question,
+                example.answer,
+                text,
+                float(token_f1(text, example.answer)),
+                None if np.isnan(cosine) else float(cosine),
+                float(logprob),
+                not completion.finished,
             )
             for example, text, completion, cosine, logprob in zip(
                 self.questions, texts, completions, cosines, logprobs, strict=True
@@ -155,7 +170,12 @@ class Evaluator:
             )
         answers = [
             GeneralAnswer(
-                prompt.id, prompt.category, prompt.prompt, text, is_correct(prompt.check, text), float(divergence),
+                prompt.id,
+                prompt.category,
+                prompt.prompt,
+                text,
+                is_correct(prompt.check, text),
+                float(divergence),
                 not completion.finished,
             )
             for prompt, text, completion, divergence in zip(
@@ -170,7 +190,11 @@ class Evaluator:
     def _greedy(self, params, prompts, max_new_tokens: int, title: str) -> list[Completion]:
         with progress(title, len(prompts), "answers") as bar:
             return self.sampler.generate(
-                params, prompts, key=jax.random.key(0), temperature=0.0, max_new_tokens=max_new_tokens,
+                params,
+                prompts,
+                key=jax.random.key(0),
+                temperature=0.0,
+                max_new_tokens=max_new_tokens,
                 on_batch=lambda batch, _: bar.advance(len(batch)),
             )
 

@@ -31,13 +31,21 @@ def make_divergence(
     def mean_kl(base_params, params, prompt: Tokens, answer: Tokens):
         base_BAD, tuned_BAD = (answer_hidden(model, weights, prompt, answer) for weights in (base_params, params))
         kl_BA = linear_forward_kl(
-            tuned_BAD, model.unembedding(params), base_BAD, model.unembedding(base_params), temperature=1.0,
-            vocab_shards=num_shards("vocabulary"), **model.head_settings,
+            tuned_BAD,
+            model.unembedding(params),
+            base_BAD,
+            model.unembedding(base_params),
+            temperature=1.0,
+            vocab_shards=num_shards("vocabulary"),
+            **model.head_settings,
         )
         return answer_means(kl_BA, answer.real)
 
     def divergence(
-        base_params, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+        base_params,
+        params,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         return scorer.over_pairs(lambda *pair: mean_kl(base_params, params, *pair), prompts, answers, progress)

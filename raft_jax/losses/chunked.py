@@ -120,9 +120,7 @@ def over_tokens(function: Callable, shape: tuple[int, ...], chunk_size: int, *ar
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def linear_losses(
-    terms: tuple[Term, ...], chunk_size: int, hidden: tuple, head: LMHead, targets: tuple[Targets, ...]
-):
+def linear_losses(terms: tuple[Term, ...], chunk_size: int, hidden: tuple, head: LMHead, targets: tuple[Targets, ...]):
     """The outputs [B, T] of each term's loss, for hidden states [B, T, D] of its own and one head.
 
     The head's gradient is one product over the tokens of all terms.

@@ -126,5 +126,6 @@ def load_pretrained(
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
     tokenizer = tokenizer_of(weights, config.vocab_size)
     params = load_parameters(weights, config, dtype, mesh)
-    return Model(config, params, tokenizer, dict(weights.hf_config), source, weights.generation_config,
-                 weights.with_vision)
+    return Model(
+        config, params, tokenizer, dict(weights.hf_config), source, weights.generation_config, weights.with_vision
+    )

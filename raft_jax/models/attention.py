@@ -64,10 +64,17 @@ def _attend_last(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH
     for start in range(0, T, PLAIN_BLOCK):
         end = min(start + PLAIN_BLOCK, T)
         keys = slice(S - T + end)  # those after a block's last query are not computed
-        mixed.append(_attend_plain(
-            config, window, query_BTNH[:, start:end], key_BKHS[..., keys], value_BKSH[:, :, keys],
-            positions_BS[:, keys], mask_BS[:, keys],
-        ))
+        mixed.append(
+            _attend_plain(
+                config,
+                window,
+                query_BTNH[:, start:end],
+                key_BKHS[..., keys],
+                value_BKSH[:, :, keys],
+                positions_BS[:, keys],
+                mask_BS[:, keys],
+            )
+        )
     return jnp.concatenate(mixed, axis=1)
 
 
@@ -150,9 +157,7 @@ def _attend_by_kernel(config: DecoderConfig, window, query_BTNH, key_BKHS, value
 
     def attend(size):
         size = None if size is None or size >= S else size
-        return partial(
-            flash, kernel=config.kernel, scale=1.0, softcap=config.attention_softcap, window=size
-        )
+        return partial(flash, kernel=config.kernel, scale=1.0, softcap=config.attention_softcap, window=size)
 
     arguments = query_BTNH, key_BKHS.transpose(0, 3, 1, 2), value_BKSH.swapaxes(1, 2), mask_BS
     if window is None:
@@ -298,11 +303,21 @@ def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, inter
     else:
         mask = masks.LocalMask((padded_T, padded_S), window_size=(window - 1, 0), offset=S - T)
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([mask] * query.shape[1]), head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap,
-        interpret=interpret, residual_checkpoint_name=SAVED,
+        masks.MultiHeadMask([mask] * query.shape[1]),
+        head_shards=1,
+        q_seq_shards=1,
+        attn_logits_soft_cap=softcap,
+        interpret=interpret,
+        residual_checkpoint_name=SAVED,
         block_sizes=splash.BlockSizes(
-            block_q=block_T, block_kv=block_S, block_kv_compute=block_S, block_q_dkv=block_T, block_kv_dkv=block_S,
-            block_kv_dkv_compute=block_S, block_q_dq=block_T, block_kv_dq=block_S,
+            block_q=block_T,
+            block_kv=block_S,
+            block_kv_compute=block_S,
+            block_q_dkv=block_T,
+            block_kv_dkv=block_S,
+            block_kv_dkv_compute=block_S,
+            block_q_dq=block_T,
+            block_kv_dq=block_S,
         ),
     )
     # Padding is a segment of its own, and so sees itself at least.

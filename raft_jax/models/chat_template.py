@@ -57,8 +57,10 @@ class ChatTemplate:
         conversations = [
             {"tools": None, "documents": None, **self.named_tokens, **variables} for variables in conversations
         ]
-        sizes = [(sum(len(message["content"]) for message in conversation["messages"]), len(conversation["messages"]))
-                 for conversation in conversations]
+        sizes = [
+            (sum(len(message["content"]) for message in conversation["messages"]), len(conversation["messages"]))
+            for conversation in conversations
+        ]
         if self._trusted and all(size <= TRIED_CHARACTERS and turns <= TRIED_TURNS for size, turns in sizes):
             return self._render_here(conversations, date)
         reply = _ask(self.text, self.blank, conversations, date)
@@ -83,12 +85,23 @@ class ChatTemplate:
 
 def _ask(text: str, blank: Sequence[str], conversations: list[dict[str, Any]], date: str | None) -> dict[str, Any]:
     """The reply of a process that has only so much time and memory; an "error" where it has not kept to them."""
-    request = {"template": text, "blank": blank, "conversations": conversations, "date": date, "seconds": SECONDS,
-               "bytes": MEMORY_BYTES}
+    request = {
+        "template": text,
+        "blank": blank,
+        "conversations": conversations,
+        "date": date,
+        "seconds": SECONDS,
+        "bytes": MEMORY_BYTES,
+    }
     # -P: the modules beside the program are not for it. Ctrl-C in a terminal reaches a process of the same session.
     done = subprocess.run(
-        [sys.executable, "-P", str(PROGRAM)], input=json.dumps(request), capture_output=True, text=True,
-        encoding="utf-8", errors="replace", start_new_session=True,
+        [sys.executable, "-P", str(PROGRAM)],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
     )
     if done.returncode == 0:
         return json.loads(done.stdout)
@@ -112,8 +125,14 @@ def _tried(text: str, named_tokens: tuple[tuple[str, str], ...], blank: tuple[st
     system = {"role": "system", "content": long}
     one = [{"role": "user", "content": long * TRIED_TURNS}]
     conversations = [
-        {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generate,
-         **dict(named_tokens), **thinking}
+        {
+            "messages": messages,
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": generate,
+            **dict(named_tokens),
+            **thinking,
+        }
         for messages in (short, one, thoughts, turns, [system, *turns[:-1]])
         for generate in (True, False)
         for thinking in ({}, {"enable_thinking": False}, {"enable_thinking": True})

@@ -47,8 +47,13 @@ class DecoderConfig:
     def sizes(self) -> dict[str, int]:
         """The size behind each letter of a parameter's name."""
         return {
-            "L": self.num_layers, "V": self.vocab_size + self.vocab_padding, "D": self.width, "F": self.ffn_width,
-            "N": self.num_heads, "K": self.num_kv_heads, "H": self.head_width,
+            "L": self.num_layers,
+            "V": self.vocab_size + self.vocab_padding,
+            "D": self.width,
+            "F": self.ffn_width,
+            "N": self.num_heads,
+            "K": self.num_kv_heads,
+            "H": self.head_width,
         }
 
 
@@ -66,10 +71,17 @@ class ParameterInfo(NamedTuple):
 def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
     """Every parameter of the decoder; init, import, export and sharding all read this one table."""
     fan_in = {
-        "embedding_VD": config.width, "attention_norm_LD": None, "query_LDNH": config.width,
-        "key_LDKH": config.width, "value_LDKH": config.width,
-        "output_LNHD": config.num_heads * config.head_width, "mlp_norm_LD": None, "gate_LDF": config.width,
-        "up_LDF": config.width, "down_LFD": config.ffn_width, "final_norm_D": None,
+        "embedding_VD": config.width,
+        "attention_norm_LD": None,
+        "query_LDNH": config.width,
+        "key_LDKH": config.width,
+        "value_LDKH": config.width,
+        "output_LNHD": config.num_heads * config.head_width,
+        "mlp_norm_LD": None,
+        "gate_LDF": config.width,
+        "up_LDF": config.width,
+        "down_LFD": config.ffn_width,
+        "final_norm_D": None,
     }
     if config.qkv_bias:
         fan_in |= {"query_bias_LNH": 0, "key_bias_LKH": 0, "value_bias_LKH": 0}

@@ -28,10 +28,14 @@ from raft_jax.tokens import Tokens
 from raft_jax.unpadding import make_unpadding
 
 # What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
-POLICY = reduce(jax.checkpoint_policies.save_from_both_policies, (
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(SAVED),
-    by_cudnn,
-))
+POLICY = reduce(
+    jax.checkpoint_policies.save_from_both_policies,
+    (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(SAVED),
+        by_cudnn,
+    ),
+)
 
 
 def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
@@ -121,9 +125,7 @@ class Decoder(nnx.Module):
         hidden_BTD, (keys, values) = self._forward(prompt, keep_cache=True, num_new=num_new)
         keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, num_new),))
         values = jnp.pad(values, ((0, 0),) * 3 + ((0, num_new), (0, 0)))
-        return hidden_BTD, Cache(
-            keys, values, jnp.pad(prompt.real, ((0, 0), (0, num_new))), jnp.int32(prompt.length)
-        )
+        return hidden_BTD, Cache(keys, values, jnp.pad(prompt.real, ((0, 0), (0, num_new))), jnp.int32(prompt.length))
 
     def step(self, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
         """Hidden states `[B, 1, D]` of the next token, and the cache with it in it.

@@ -161,12 +161,18 @@ def similarities(
         num_cut += encoder.num_truncated
         unknown.append(np.asarray(encoder.unknown_shares) > MOSTLY_UNKNOWN)
     if num_cut:
-        print(f"{num_cut} of {len(texts) + len(others)} texts are longer than the encoder's "
-              f"{encoder.config.max_tokens} tokens: their similarity is that of their beginnings", flush=True)
+        print(
+            f"{num_cut} of {len(texts) + len(others)} texts are longer than the encoder's "
+            f"{encoder.config.max_tokens} tokens: their similarity is that of their beginnings",
+            flush=True,
+        )
     unknown_N = np.logical_or(*unknown)
     if unknown_N.any():
-        print(f"{unknown_N.sum()} of {len(texts)} pairs of texts are mostly unknown to the sentence encoder and have "
-              "no similarity; set encoder.source to one that knows their language", flush=True)
+        print(
+            f"{unknown_N.sum()} of {len(texts)} pairs of texts are mostly unknown to the sentence encoder and have "
+            "no similarity; set encoder.source to one that knows their language",
+            flush=True,
+        )
     return np.where(unknown_N, np.float32(np.nan), cosine_similarity(*embeddings))
 
 

@@ -68,8 +68,13 @@ BERT_KEYS = {
     "mlp_norm_scale_LD": Stored("encoder.layer.{}.output.LayerNorm.weight", ("D",)),
     "mlp_norm_bias_LD": Stored("encoder.layer.{}.output.LayerNorm.bias", ("D",)),
 }
-_MPNET_ATTENTION = {"self.query": "attn.q", "self.key": "attn.k", "self.value": "attn.v", "output.dense": "attn.o",
-                    "output.LayerNorm": "LayerNorm"}
+_MPNET_ATTENTION = {
+    "self.query": "attn.q",
+    "self.key": "attn.k",
+    "self.value": "attn.v",
+    "output.dense": "attn.o",
+    "output.LayerNorm": "LayerNorm",
+}
 
 
 def _mpnet_key(key: str) -> str:
@@ -80,8 +85,11 @@ def _mpnet_key(key: str) -> str:
 
 MPNET_KEYS = {
     "relative_bias_RN": Stored("encoder.relative_attention_bias.weight", ("R", "N")),
-    **{name: stored._replace(key=_mpnet_key(stored.key)) for name, stored in BERT_KEYS.items()
-       if name != "token_type_YD"},
+    **{
+        name: stored._replace(key=_mpnet_key(stored.key))
+        for name, stored in BERT_KEYS.items()
+        if name != "token_type_YD"
+    },
 }
 
 
@@ -161,8 +169,10 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
     poolings, prefix_is_pooled = _read_poolings(folder, modules)
     prefix = _default_prefix(folder) if prefix is None else prefix
     if prefix and not prefix_is_pooled:
-        raise InputError(f"{folder}: its pooling leaves the prefix out (include_prompt: false), which is not "
-                         'supported; load it with prefix=""')
+        raise InputError(
+            f"{folder}: its pooling leaves the prefix out (include_prompt: false), which is not "
+            'supported; load it with prefix=""'
+        )
     return EncoderConfig(
         family=name,
         vocab_size=_size(values, "vocab_size", path),
@@ -187,19 +197,23 @@ def _require_supported(values: dict[str, Any], path: Path) -> None:
     """Raises InputError where config.json asks for arithmetic that the encoder does not have."""
     name, activation = values.get("model_type"), values.get("hidden_act", "gelu")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise InputError(f"{path}: model_type {name!r} is not a supported sentence encoder; "
-                         f"supported: {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{path}: model_type {name!r} is not a supported sentence encoder; supported: {', '.join(FAMILIES)}"
+        )
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise InputError(f"{path}: hidden_act {activation!r} is not supported; supported: {', '.join(ACTIVATIONS)}")
     if values.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"{path}: position_embedding_type {values['position_embedding_type']!r} is not supported; "
-                         "supported: absolute")
+        raise InputError(
+            f"{path}: position_embedding_type {values['position_embedding_type']!r} is not supported; "
+            "supported: absolute"
+        )
     if values.get("is_decoder"):
         raise InputError(f"{path}: is_decoder is true; a sentence encoder attends in both directions")
     buckets = values.get("relative_attention_num_buckets", NUM_RELATIVE_BUCKETS)
     if "relative_bias_RN" in FAMILIES[name].keys and buckets != NUM_RELATIVE_BUCKETS:
-        raise InputError(f"{path}: relative_attention_num_buckets {buckets} is not supported; "
-                         f"supported: {NUM_RELATIVE_BUCKETS}")
+        raise InputError(
+            f"{path}: relative_attention_num_buckets {buckets} is not supported; supported: {NUM_RELATIVE_BUCKETS}"
+        )
 
 
 def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, available: int) -> int:
@@ -209,8 +223,10 @@ def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, avai
     if settings.get("max_seq_length") is not None:
         max_tokens = _size(settings, "max_seq_length", settings_path)
         if not 3 <= max_tokens <= available:
-            raise InputError(f"{settings_path}: max_seq_length {max_tokens} is outside 3 to {available}, the positions "
-                             "that config.json provides")
+            raise InputError(
+                f"{settings_path}: max_seq_length {max_tokens} is outside 3 to {available}, the positions "
+                "that config.json provides"
+            )
         return max_tokens
     path = model / "tokenizer_config.json"
     values = read_object(path, optional=True)
@@ -238,8 +254,14 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
     """
     weights, keys = SafetensorsFolder(folder), FAMILIES[config.family].keys
     sizes = {
-        "V": config.vocab_size, "P": config.num_positions, "Y": config.num_token_types, "D": config.width,
-        "N": config.num_heads, "H": config.width // config.num_heads, "F": config.ffn_width, "R": NUM_RELATIVE_BUCKETS,
+        "V": config.vocab_size,
+        "P": config.num_positions,
+        "Y": config.num_token_types,
+        "D": config.width,
+        "N": config.num_heads,
+        "H": config.width // config.num_heads,
+        "F": config.ffn_width,
+        "R": NUM_RELATIVE_BUCKETS,
     }
     wanted = {stored.key.format(layer): stored for stored in keys.values() for layer in range(config.num_layers)}
     stored_keys = weights.keys()
@@ -249,8 +271,10 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
         if key not in found:
             raise InputError(f"{folder}: the weights lack {key}, expected with shape {_shape(stored, sizes)}")
     if surplus := found - set(wanted) - set(UNUSED_KEYS):
-        raise InputError(f"{folder}: the weights hold {min(surplus)} ({len(surplus)} such in all), which is not part "
-                         f"of a {config.family} encoder of {config.num_layers} layers")
+        raise InputError(
+            f"{folder}: the weights hold {min(surplus)} ({len(surplus)} such in all), which is not part "
+            f"of a {config.family} encoder of {config.num_layers} layers"
+        )
 
     def read(name: str, key: str) -> np.ndarray:
         array, expected = weights.read(prefix + key), _shape(wanted[key], sizes)
@@ -299,8 +323,10 @@ def _read_modules(folder: Path) -> dict[str, str]:
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: expected a list of modules, each with a type and a path") from error
     if list(modules) not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise InputError(f"{path}: the modules {', '.join(modules)} are not supported; "
-                         "supported: Transformer, Pooling and, optionally, Normalize")
+        raise InputError(
+            f"{path}: the modules {', '.join(modules)} are not supported; "
+            "supported: Transformer, Pooling and, optionally, Normalize"
+        )
     return modules
 
 

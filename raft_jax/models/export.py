@@ -81,14 +81,17 @@ def _write_weights(model: Model, params, folder: Path, dtype) -> None:
             room = SHARD_BYTES
         room -= size
         shards[-1][key] = (shape, make)
-    names = ["model.safetensors"] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
     total = sum(_write_shard(folder / name, shard, dtype) for name, shard in zip(names, shards, strict=True))
     if len(shards) > 1 and jax.process_index() == 0:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        _write_json(folder / "model.safetensors.index.json",
-                    {"metadata": {"total_size": total}, "weight_map": weight_map})
+        _write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
 
 
 def _write_shard(path: Path, shard: dict[str, tuple], dtype) -> int:

@@ -14,22 +14,30 @@ GPT2_SPLIT = "default"
 PRE_TOKENIZERS = {
     "smollm": dict(digits=True, pattern=GPT2_SPLIT),
     "gpt-2": dict(pattern=GPT2_SPLIT),
-    "qwen2": dict(nfc=True, pattern=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )),
-    "llama-bpe": dict(whole=True, pattern=(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-    )),
+    "qwen2": dict(
+        nfc=True,
+        pattern=(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+    ),
+    "llama-bpe": dict(
+        whole=True,
+        pattern=(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+    ),
 }
 # The same of "gpt-4o" (Phi-4-mini): words end where their case does.
 LOWER, UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-PRE_TOKENIZERS["gpt-4o"] = dict(pattern=(
-    rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{SUFFIX}"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-))
+PRE_TOKENIZERS["gpt-4o"] = dict(
+    pattern=(
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]*[{LOWER}]+{SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?[{UPPER}]+[{LOWER}]*{SUFFIX}"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+)
 # Architectures whose byte pairs transformers cuts in one way, whatever is in tokenizer.json: an export with another
 # pattern would be read with other ids than those that were trained on.
 FIXED_PRE_TOKENIZER = {"qwen2": "qwen2"}
@@ -49,15 +57,18 @@ def read_gguf(metadata: Mapping[str, Any], source: str) -> tuple[Any, dict[str, 
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "missing")
     if kind not in ("gpt2", "llama"):
-        raise InputError(f"{source}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-pair), llama "
-                         "(sentencepiece)")
+        raise InputError(
+            f"{source}: tokenizer type {kind!r} is not supported; supported: gpt2 (byte-pair), llama (sentencepiece)"
+        )
     if kind == "gpt2" and pre not in PRE_TOKENIZERS:
         raise InputError(f"{source}: pre-tokenizer {pre!r} is not supported; supported: {', '.join(PRE_TOKENIZERS)}")
     arch = str(metadata.get("general.architecture"))
     if (wanted := FIXED_PRE_TOKENIZER.get(arch)) and (kind, pre) != ("gpt2", wanted):
-        raise InputError(f"{source}: a {arch} model with the {kind} tokenizer {pre!r}, of which no export can be made: "
-                         f"transformers reads every {arch} tokenizer as {wanted!r}; correct tokenizer.ggml.pre if it "
-                         "is wrong, or give the model's Hugging Face folder")
+        raise InputError(
+            f"{source}: a {arch} model with the {kind} tokenizer {pre!r}, of which no export can be made: "
+            f"transformers reads every {arch} tokenizer as {wanted!r}; correct tokenizer.ggml.pre if it "
+            "is wrong, or give the model's Hugging Face folder"
+        )
     try:
         tokens = metadata["tokenizer.ggml.tokens"]
         backend = _byte_pairs(metadata, **PRE_TOKENIZERS[pre]) if kind == "gpt2" else _sentencepiece(metadata)
@@ -90,8 +101,10 @@ def _token_ids(metadata: Mapping[str, Any], num_tokens: int, source: str) -> dic
     for name in ("bos", "eos", "padding", "unknown", "eot", "eom"):
         if (index := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             if not 0 <= index < num_tokens:
-                raise InputError(f"{source}: tokenizer.ggml.{name}_token_id is {index}, and the file has {num_tokens} "
-                                 "tokens; correct or remove the field")
+                raise InputError(
+                    f"{source}: tokenizer.ggml.{name}_token_id is {index}, and the file has {num_tokens} "
+                    "tokens; correct or remove the field"
+                )
             ids[name] = index
     return ids
 
@@ -125,13 +138,20 @@ def _sentencepiece(metadata):
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = sorted(
         (-score, vocab[token[:cut]], vocab[token[cut:]], cut, token)
-        for token, score, kind in zip(tokens, scores, kinds, strict=True) if kind == GGUF_NORMAL
-        for cut in range(1, len(token)) if token[:cut] in vocab and token[cut:] in vocab
+        for token, score, kind in zip(tokens, scores, kinds, strict=True)
+        if kind == GGUF_NORMAL
+        for cut in range(1, len(token))
+        if token[:cut] in vocab and token[cut:] in vocab
     )
-    backend = Backend(models.BPE(
-        vocab, [(token[:cut], token[cut:]) for *_, cut, token in merges], byte_fallback=True, fuse_unk=True,
-        unk_token=tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)],
-    ))
+    backend = Backend(
+        models.BPE(
+            vocab,
+            [(token[:cut], token[cut:]) for *_, cut, token in merges],
+            byte_fallback=True,
+            fuse_unk=True,
+            unk_token=tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)],
+        )
+    )
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     spaces = normalizers.Replace(" ", SPACE)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if prefix else spaces
@@ -149,13 +169,16 @@ def _add_tokens(backend, metadata) -> None:
     phi3 = (metadata.get("general.architecture"), metadata["tokenizer.ggml.model"]) == ("phi3", "llama")
     found = [
         (token, kind == GGUF_CONTROL or token in END_OF_TURN)
-        for token, kind in kinds if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
+        for token, kind in kinds
+        if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
     ]
     strips = {token for token, special in found if special or token == "</s>"} - PHI3_KEEP_SPACE
-    backend.add_tokens([
-        AddedToken(token, special=special, normalized=False, rstrip=phi3 and token in strips)
-        for token, special in found
-    ])
+    backend.add_tokens(
+        [
+            AddedToken(token, special=special, normalized=False, rstrip=phi3 and token in strips)
+            for token, special in found
+        ]
+    )
 
 
 def _begin_with(backend, bos: str) -> None:

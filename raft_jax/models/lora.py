@@ -25,8 +25,13 @@ from raft_jax.sources import resolve
 
 # Our parameter behind each name that users know from Hugging Face.
 TARGETS = {
-    "q_proj": "query_LDNH", "k_proj": "key_LDKH", "v_proj": "value_LDKH", "o_proj": "output_LNHD",
-    "gate_proj": "gate_LDF", "up_proj": "up_LDF", "down_proj": "down_LFD",
+    "q_proj": "query_LDNH",
+    "k_proj": "key_LDKH",
+    "v_proj": "value_LDKH",
+    "o_proj": "output_LNHD",
+    "gate_proj": "gate_LDF",
+    "up_proj": "up_LDF",
+    "down_proj": "down_LFD",
 }
 
 
@@ -44,9 +49,7 @@ def adapter_table(config: DecoderConfig, rank: int, targets: Sequence[str]) -> d
     return table
 
 
-def adapter_shardings(
-    config: DecoderConfig, rank: int, targets: Sequence[str], mesh: Mesh
-) -> dict[str, NamedSharding]:
+def adapter_shardings(config: DecoderConfig, rank: int, targets: Sequence[str], mesh: Mesh) -> dict[str, NamedSharding]:
     """The layout of the adapters on a mesh: cut as the matrices that they add to, never along the rank."""
     table = adapter_table(config, rank, targets)
     return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
@@ -86,7 +89,12 @@ def merge(params: Mapping[str, jax.Array], adapters: Mapping[str, jax.Array], sc
 
 
 def save_peft(
-    adapters: Mapping[str, jax.Array], config: DecoderConfig, folder: Path, *, alpha: float, base: str,
+    adapters: Mapping[str, jax.Array],
+    config: DecoderConfig,
+    folder: Path,
+    *,
+    alpha: float,
+    base: str,
     with_vision: bool = False,
 ) -> None:
     """Writes adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors.
@@ -125,17 +133,19 @@ def save_peft(
     if with_vision:  # a pattern, which must match a module's whole name
         targets = rf".*\blanguage_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
     name, revision = peft_base(base)
-    (folder / "adapter_config.json").write_text(json.dumps({
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision, "r": rank,
-        "lora_alpha": alpha * rank / own_rank, "rank_pattern": wider,
+    peft_config = {
+        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision},
+        **{"r": rank, "lora_alpha": alpha * rank / own_rank, "rank_pattern": wider, "target_modules": targets},
         "alpha_pattern": {name: alpha * size / own_rank for name, size in wider.items()},
-        "target_modules": targets, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-        "inference_mode": True,
-    }, indent=2) + "\n", "utf-8")
+        **{"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True},
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2) + "\n", "utf-8")
     if name is None:
         (folder / "README.md").write_text(
             f"This adapter belongs to {base}, which PEFT cannot load by its name. Load the same model in transformers' "
-            "format, and give it to PeftModel.from_pretrained together with this folder.\n", "utf-8")
+            "format, and give it to PeftModel.from_pretrained together with this folder.\n",
+            "utf-8",
+        )
 
 
 def _within_vision(module: str) -> str:

@@ -17,9 +17,7 @@ class Rope(NamedTuple):
     scale: float = 1.0  # of cosine and sine
 
 
-def rope_tables(
-    ropes: tuple[Rope, ...], positions_BT: jax.Array, length_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def rope_tables(ropes: tuple[Rope, ...], positions_BT: jax.Array, length_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angles of every kind of rope, `[kinds, B, T, R/2]`, float32.
 
     `length_BT` is how long each token's text is, or may become in its cache: texts beyond a rope's switch turn by its

@@ -41,8 +41,10 @@ class Named(Undefined):
 
     def __str__(self) -> str:
         if self._undefined_obj is missing and self._undefined_name not in self.blank:
-            raise UndefinedError(f"it prints {self._undefined_name}, which nothing defines; where that is a special "
-                                 "token, set it in tokenizer_config.json, to null if there is none")
+            raise UndefinedError(
+                f"it prints {self._undefined_name}, which nothing defines; where that is a special "
+                "token, set it in tokenizer_config.json, to null if there is none"
+            )
         return ""
 
 
@@ -56,7 +58,9 @@ def compile_template(text: str, blank: Sequence[str]):
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols],
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, loopcontrols],
         undefined=type("NamedHere", (Named,), {"blank": frozenset(blank), "__slots__": ()}),
     )
     environment.filters["tojson"] = tojson

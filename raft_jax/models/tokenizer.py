@@ -37,8 +37,16 @@ Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "conten
 CUT_IN_MANY_WAYS = "It's we'LL 12345 3.50 HelloWorld cafe\u0301 na\u00efve \u4f60\u597d!?\n\n  x\t y //\n"
 THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, for the template
 # In tokenizer_config.json: transformers 5 writes the first for itself; it reads the others no longer, others do.
-NOT_WRITTEN = ("backend", "is_local", "local_files_only", "auto_map", "max_length", "stride", "truncation_strategy",
-               "model_specific_special_tokens")
+NOT_WRITTEN = (
+    "backend",
+    "is_local",
+    "local_files_only",
+    "auto_map",
+    "max_length",
+    "stride",
+    "truncation_strategy",
+    "model_specific_special_tokens",
+)
 CARRIED_OVER = ("add_bos_token", "add_eos_token")
 
 
@@ -68,9 +76,7 @@ class Tokenizer:
         self.carried_over: dict[str, Any] = {}
         self.named_tokens: dict[str, str] = wrapped.special_tokens_map
         blank = [name for name, token in wrapped.init_kwargs.items() if name.endswith("_token") and token is None]
-        self.template = ChatTemplate(
-            default_template(wrapped.chat_template, source), source, self.named_tokens, blank
-        )
+        self.template = ChatTemplate(default_template(wrapped.chat_template, source), source, self.named_tokens, blank)
         if not self.named_tokens.get("eos_token"):
             raise InputError(f"{source}: no eos_token; set it in {CONFIG}, to the token that ends an answer")
         self.eos_id = self.id_of(self.named_tokens["eos_token"])
@@ -98,7 +104,8 @@ class Tokenizer:
         alphabet = any(token.special and len(token.content) == 1 for token in added.values())
         alphabet = self.backend.get_vocab(with_added_tokens=False) if alphabet else {}
         return {
-            token.content: token_id for token_id, token in added.items()
+            token.content: token_id
+            for token_id, token in added.items()
             if token.special and not (len(token.content) == 1 and token.content in alphabet)
         }
 
@@ -165,8 +172,10 @@ class Tokenizer:
             if message["role"] == "assistant" or content in text:  # earlier thoughts may be left out
                 continue
             if message["role"] != "system" or THINKING_FLAG.sub("", content).strip() not in text:
-                raise InputError(f"{self.source}: the chat template leaves out or changes the {message['role']}'s text "
-                                 f"{one_line(content, 60)!r}; not supported")
+                raise InputError(
+                    f"{self.source}: the chat template leaves out or changes the {message['role']}'s text "
+                    f"{one_line(content, 60)!r}; not supported"
+                )
 
     def _shield(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
         """The messages with a marker before each special token's name, so that those without one are the template's."""
@@ -182,9 +191,7 @@ class Tokenizer:
             self.backend.encode_special_tokens = False
             return self.backend.encode(text, add_special_tokens=False).ids
         parts = re.split(f"(?<!{marker})({self._special_name})", text)  # text, name, text, ..., text
-        text = "".join(
-            marker + part if index % 2 else part.replace(marker, "") for index, part in enumerate(parts)
-        )
+        text = "".join(marker + part if index % 2 else part.replace(marker, "") for index, part in enumerate(parts))
         if marker not in self._renamed:
             self._renamed[marker] = _renamed(self.backend, {name: marker + name for name in self.special_ids})
         return self._renamed[marker].encode(text, add_special_tokens=False).ids
@@ -215,16 +222,18 @@ class Tokenizer:
         self._require_answer(shielded[-1]["content"], prompt_text, text)
         prompt, whole = self._encode_rendered(prompt_text, marker), self._encode_rendered(text, marker)
         if whole[: len(prompt)] == prompt:
-            answer = whole[len(prompt):]
+            answer = whole[len(prompt) :]
         else:  # the answer's first white space would join the prompt's last token, and the model writes after that
-            answer = self._encode_rendered(text[len(prompt_text):], marker)
+            answer = self._encode_rendered(text[len(prompt_text) :], marker)
         ends = [index for index, token in enumerate(answer) if token in self.stop_ids]
         if not ends:
             return [*answer, self.eos_id]
         content = messages[-1]["content"].strip()
         if answer[ends[0]] not in self._special and content not in self.decode(answer[: ends[0]]):
-            raise InputError(f"{self.source}: the answer {one_line(content, 60)!r} holds the token "
-                             f"{answer[ends[0]]}, at which the model stops (eos_token_id of {self.stops_from})")
+            raise InputError(
+                f"{self.source}: the answer {one_line(content, 60)!r} holds the token "
+                f"{answer[ends[0]]}, at which the model stops (eos_token_id of {self.stops_from})"
+            )
         return answer[: ends[0] + 1]
 
     def _require_answer(self, answer: str, prompt_text: str, text: str) -> None:
@@ -308,11 +317,17 @@ def _tell_other_ids(path: Path, wrapped) -> None:
     name = type(wrapped).__name__
     if name == "TokenizersBackend":  # takes tokenizer.json as it is
         return
-    ours, theirs = (backend.encode(CUT_IN_MANY_WAYS, add_special_tokens=False).ids
-                    for backend in (Backend.from_file(str(path)), wrapped.backend_tokenizer))
+    ours, theirs = (
+        backend.encode(CUT_IN_MANY_WAYS, add_special_tokens=False).ids
+        for backend in (Backend.from_file(str(path)), wrapped.backend_tokenizer)
+    )
     if ours != theirs:
-        print(f"{path}: cuts texts otherwise than transformers' {name}, which transformers takes for this model; so do "
-              "this run and its exports, and other programs may give other ids", file=sys.stderr, flush=True)
+        print(
+            f"{path}: cuts texts otherwise than transformers' {name}, which transformers takes for this model; so do "
+            "this run and its exports, and other programs may give other ids",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:

@@ -13,8 +13,16 @@ from raft_jax.terminal import one_line
 
 CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-FILES = ("tokenizer.json", CONFIG, SPECIAL_TOKENS, "added_tokens.json", "chat_template.jinja", "config.json",
-         "generation_config.json", "tokenizer.model")
+FILES = (
+    "tokenizer.json",
+    CONFIG,
+    SPECIAL_TOKENS,
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.model",
+)
 MAX_TEMPLATE_BYTES = 1 << 20
 TEMPLATE_NAME = re.compile(r"\w[\w. -]*")
 
@@ -39,16 +47,20 @@ def _check_token(path: Path, key: str, value: Any, typed: bool) -> None:
     is_object = isinstance(value, Mapping) and (not typed or value.get("__type") == "AddedToken")
     if value is None or isinstance(value, str) or (is_object and isinstance(value.get("content"), str)):
         return
-    raise InputError(f"{path}: {key} is {one_line(repr(value))}; expected a token's text, null, or an object with "
-                     + ('"__type": "AddedToken" and ' if typed else "") + '"content": a text')
+    raise InputError(
+        f"{path}: {key} is {one_line(repr(value))}; expected a token's text, null, or an object with "
+        + ('"__type": "AddedToken" and ' if typed else "")
+        + '"content": a text'
+    )
 
 
 def _check_tokens(path: Path, key: str, value: Any) -> None:
     if value is None:
         return
     if not isinstance(value, list | Mapping):
-        raise InputError(f"{path}: {key} is {one_line(repr(value))}; expected a list of tokens, or an object of names "
-                         "and tokens")
+        raise InputError(
+            f"{path}: {key} is {one_line(repr(value))}; expected a list of tokens, or an object of names and tokens"
+        )
     for name, token in value.items() if isinstance(value, Mapping) else enumerate(value):
         _check_token(path, f"{key}[{name!r}]", token, typed=False)
         if token is None:
@@ -63,8 +75,10 @@ def _check_templates(path: Path, value: Any) -> None:
     if isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value):
         named = {entry.get("name"): entry.get("template") for entry in value}
     if not isinstance(named, Mapping) or not all(isinstance(text, str) for pair in named.items() for text in pair):
-        raise InputError(f"{path}: chat_template is {one_line(repr(value), 120)}; expected a text, an object of names "
-                         'and texts, or a list of {"name": ..., "template": ...}')
+        raise InputError(
+            f"{path}: chat_template is {one_line(repr(value), 120)}; expected a text, an object of names "
+            'and texts, or a list of {"name": ..., "template": ...}'
+        )
 
 
 def default_template(templates: str | Mapping[str, str] | None, source: str) -> str:
@@ -95,8 +109,10 @@ def configured_stops(folder: Path) -> tuple[str, list[int]]:
             value = text.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
-            raise InputError(f"{folder / name}: eos_token_id is {one_line(repr(value))}; expected a token's id (0 or "
-                             "more), or a list of ids")
+            raise InputError(
+                f"{folder / name}: eos_token_id is {one_line(repr(value))}; expected a token's id (0 or "
+                "more), or a list of ids"
+            )
         if ids:
             return name, ids
     return "", []

@@ -19,10 +19,21 @@ MODEL_NAME, INDEX_NAME = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_HEADER = 32 << 20
 GGUF_MAGIC, LFS_MAGIC = b"GGUF", b"version https://git-lfs"
-SAFETENSORS_DTYPES = {name: jnp.dtype(ours) for name, ours in (
-    ("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"), ("F64", "float64"), ("I64", "int64"),
-    ("I32", "int32"), ("I16", "int16"), ("I8", "int8"), ("U8", "uint8"), ("BOOL", "bool"),
-)}
+SAFETENSORS_DTYPES = {
+    name: jnp.dtype(ours)
+    for name, ours in (
+        ("F32", "float32"),
+        ("F16", "float16"),
+        ("BF16", "bfloat16"),
+        ("F64", "float64"),
+        ("I64", "int64"),
+        ("I32", "int32"),
+        ("I16", "int16"),
+        ("I8", "int8"),
+        ("U8", "uint8"),
+        ("BOOL", "bool"),
+    )
+}
 
 
 def _refuse_other_folders(folder: Path) -> None:
@@ -31,10 +42,14 @@ def _refuse_other_folders(folder: Path) -> None:
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
         base = base or "a base that it does not name"
         if any((folder / name).exists() for name in (MODEL_NAME, INDEX_NAME)):
-            raise InputError(f"{folder}: holds a whole model and, in adapter_config.json, an adapter for {base}; "
-                             "which of the two is meant is not clear: move one of them elsewhere")
-        raise InputError(f"{folder}: a LoRA adapter for {base}; merge it into its base first, and give the folder of "
-                         "the merged model")
+            raise InputError(
+                f"{folder}: holds a whole model and, in adapter_config.json, an adapter for {base}; "
+                "which of the two is meant is not clear: move one of them elsewhere"
+            )
+        raise InputError(
+            f"{folder}: a LoRA adapter for {base}; merge it into its base first, and give the folder of "
+            "the merged model"
+        )
     if not (folder / "config.json").exists():
         files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".gguf")
         if files:
@@ -69,8 +84,10 @@ class SafetensorsFolder:
         shards = sorted(set(file_of.values()))
         if single.exists() and single not in shards:
             if there := [path.name for path in shards if path.exists()]:
-                raise InputError(f"{self.folder}: two sets of weights, {MODEL_NAME} and the shards of {INDEX_NAME} "
-                                 f"({there[0]}); transformers reads the first: move one of the sets elsewhere")
+                raise InputError(
+                    f"{self.folder}: two sets of weights, {MODEL_NAME} and the shards of {INDEX_NAME} "
+                    f"({there[0]}); transformers reads the first: move one of the sets elsewhere"
+                )
             return dict.fromkeys(self._header(single)[1].keys() - {"__metadata__"}, single)
         if not index_path.exists():
             found = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
@@ -119,8 +136,9 @@ class SafetensorsFolder:
         path, key = self._place_of[key]
         start, header = self._header(path)
         if dtype not in SAFETENSORS_DTYPES:
-            raise InputError(f"{path}: {key} has dtype {dtype}, which is not supported; supported: "
-                             + ", ".join(SAFETENSORS_DTYPES))
+            raise InputError(
+                f"{path}: {key} has dtype {dtype}, which is not supported; supported: " + ", ".join(SAFETENSORS_DTYPES)
+            )
         array = np.empty(shape, SAFETENSORS_DTYPES[dtype])
         try:
             with require_regular(path).open("rb") as file:
@@ -184,11 +202,15 @@ def _refuse_other_gguf(metadata: Mapping[str, Any], path: Path) -> None:
     """InputError for a part of a model, or what is no model."""
     if isinstance(count := metadata.get("split.count"), int) and count > 1:
         number = metadata.get("split.no", 0)
-        raise InputError(f"{path}: part {number + 1 if isinstance(number, int) else '?'} of {count}; join them with "
-                         "gguf-split --merge")
+        raise InputError(
+            f"{path}: part {number + 1 if isinstance(number, int) else '?'} of {count}; join them with "
+            "gguf-split --merge"
+        )
     if metadata.get("general.type", "model") != "model":
-        raise InputError(f"{path}: a GGUF file of type {metadata['general.type']!r}, which is not a whole model; "
-                         "an adapter must be merged into its base first")
+        raise InputError(
+            f"{path}: a GGUF file of type {metadata['general.type']!r}, which is not a whole model; "
+            "an adapter must be merged into its base first"
+        )
 
 
 class GgufFile:

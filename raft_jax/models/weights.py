@@ -26,8 +26,15 @@ from raft_jax.models.weight_files import (
 from raft_jax.sharding import named_sharding, to_host
 
 __all__ = [
-    "SAFETENSORS_DTYPES", "GgufFile", "SafetensorsFolder", "check_keys", "config_of", "head_differs",
-    "load_parameters", "open_weights", "stored_tensors",
+    "SAFETENSORS_DTYPES",
+    "GgufFile",
+    "SafetensorsFolder",
+    "check_keys",
+    "config_of",
+    "head_differs",
+    "load_parameters",
+    "open_weights",
+    "stored_tensors",
 ]
 
 
@@ -44,7 +51,8 @@ def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> 
     keys = stored_keys(config)
     wanted = {
         stored.key.format(layer): stored
-        for stored in keys.values() for layer in (range(config.num_layers) if "{}" in stored.key else (0,))
+        for stored in keys.values()
+        for layer in (range(config.num_layers) if "{}" in stored.key else (0,))
     }
     found = weights.keys()
     quantised.refuse_names(found - wanted.keys(), weights.place)

@@ -28,18 +28,51 @@ MODALS = {
 }
 
 NUMBERS = {
-    "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-    "ten": 10, "eleven": 11, "twelve": 12, "thirteen": 13, "fourteen": 14, "fifteen": 15, "sixteen": 16,
-    "seventeen": 17, "eighteen": 18, "nineteen": 19, "twenty": 20, "thirty": 30, "forty": 40, "fifty": 50, "sixty": 60,
-    "seventy": 70, "eighty": 80, "ninety": 90, "dozen": 12,
+    "zero": 0,
+    "one": 1,
+    "two": 2,
+    "three": 3,
+    "four": 4,
+    "five": 5,
+    "six": 6,
+    "seven": 7,
+    "eight": 8,
+    "nine": 9,
+    "ten": 10,
+    "eleven": 11,
+    "twelve": 12,
+    "thirteen": 13,
+    "fourteen": 14,
+    "fifteen": 15,
+    "sixteen": 16,
+    "seventeen": 17,
+    "eighteen": 18,
+    "nineteen": 19,
+    "twenty": 20,
+    "thirty": 30,
+    "forty": 40,
+    "fifty": 50,
+    "sixty": 60,
+    "seventy": 70,
+    "eighty": 80,
+    "ninety": 90,
+    "dozen": 12,
 }
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
 ORDINALS = {
-    "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10,
+    "third": 3,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "seventh": 7,
+    "eighth": 8,
+    "ninth": 9,
+    "tenth": 10,
 }
 # What says a number without being one.
 INSTEAD_OF = {
-    "1": _words("one once single first a an"), "2": _words("second twice double couple pair both"),
+    "1": _words("one once single first a an"),
+    "2": _words("second twice double couple pair both"),
 }
 UNITS = {
     name: line.split()[0]
@@ -164,11 +197,16 @@ power | sail sailing
 red | green
 black | white
 """
-OPPOSITES = [
-    tuple(_words(side) for side in line.split("|")) for line in _OPPOSITES.strip().splitlines()
-]
+OPPOSITES = [tuple(_words(side) for side in line.split("|")) for line in _OPPOSITES.strip().splitlines()]
 NEGATING_PREFIXES = ("non", "un", "in", "im", "ir", "il", "dis", "mis", "anti")
 OPPOSITE_PREFIXES = (
-    ("over", "under"), ("hyper", "hypo"), ("inter", "intra"), ("pre", "post"), ("micro", "macro"), ("up", "down"),
-    ("in", "out"), ("im", "ex"), ("fore", "after"),
+    ("over", "under"),
+    ("hyper", "hypo"),
+    ("inter", "intra"),
+    ("pre", "post"),
+    ("micro", "macro"),
+    ("up", "down"),
+    ("in", "out"),
+    ("im", "ex"),
+    ("fore", "after"),
 )

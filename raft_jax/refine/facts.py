@@ -72,17 +72,27 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
     gold, text = _without_list_markers(gold), _without_list_markers(text)
     found = [
         *new_items,
-        *_number_mismatches(gold, text, source), *_name_mismatches(gold, text, source), *_symbol_mismatches(gold, text),
-        *_negation_mismatches(gold, text), *_modal_mismatches(gold, text), *_opposite_mismatches(gold, text),
-        *_lost_contrasts(gold, text), *_lost_items(gold, text), *_lost_words(gold, text, word_recall),
-        *_added_words(gold, text, source), *_added_examples(gold, text, source),
+        *_number_mismatches(gold, text, source),
+        *_name_mismatches(gold, text, source),
+        *_symbol_mismatches(gold, text),
+        *_negation_mismatches(gold, text),
+        *_modal_mismatches(gold, text),
+        *_opposite_mismatches(gold, text),
+        *_lost_contrasts(gold, text),
+        *_lost_items(gold, text),
+        *_lost_words(gold, text, word_recall),
+        *_added_words(gold, text, source),
+        *_added_examples(gold, text, source),
     ]
     # What two sentences exchange, the texts as a whole do not show.
     in_text = numbers(text)
     for ours, theirs in _aligned_sentences(gold, text):
         found += [
-            *_exchanged_numbers(ours, theirs, in_text), *_sentence_negation(ours, theirs),
-            *_modal_mismatches(ours, theirs), *_opposite_mismatches(ours, theirs), *_reversed_order(ours, theirs),
+            *_exchanged_numbers(ours, theirs, in_text),
+            *_sentence_negation(ours, theirs),
+            *_modal_mismatches(ours, theirs),
+            *_opposite_mismatches(ours, theirs),
+            *_reversed_order(ours, theirs),
         ]
     return list(dict.fromkeys(found))
 
@@ -179,7 +189,7 @@ def _symbol_mismatches(gold: str, text: str) -> Iterator[str]:
 def _answer_particle(text: str) -> tuple[str | None, str]:
     """The "yes" or "no" that a text opens with, and the rest of it."""
     match = re.match(r"\W*(yes|no)\b(?![.]?\s*\d)(?=\s*[^\w\s]|\s*$)", text, re.IGNORECASE)
-    return (match[1].lower(), text[match.end():]) if match else (None, text)
+    return (match[1].lower(), text[match.end() :]) if match else (None, text)
 
 
 def _count_negations(text: str) -> int:
@@ -364,6 +374,7 @@ def _brief(sentence: str) -> str:
 
 def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
     """Pairs of sentences that say the same thing, by the words that they share; not those that are the same."""
+
     def compared(sentence: str) -> tuple[frozenset[str], frozenset[str]]:
         words = words_of(sentence)
         stems = {stem_of(word) for word in words if word not in STOP_WORDS and not is_number(word)}

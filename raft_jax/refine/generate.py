@@ -80,8 +80,16 @@ class LocalGenerator:
     """
 
     def __init__(
-        self, sampler: Sampler, params, prompt: Callable[[RefineItem], Conversation], *, key: jax.Array,
-        model: str = "", temperature: float, top_p: float, max_new_tokens: int,
+        self,
+        sampler: Sampler,
+        params,
+        prompt: Callable[[RefineItem], Conversation],
+        *,
+        key: jax.Array,
+        model: str = "",
+        temperature: float,
+        top_p: float,
+        max_new_tokens: int,
     ):
         self.sampler, self.params, self.prompt, self.key = sampler, params, prompt, key
         self.settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
@@ -98,8 +106,11 @@ class LocalGenerator:
             if all(index in done for index in batch):
                 continue
             completions = self.sampler.generate(
-                self.params, [prompts[index] for index in batch], key=key,
-                names=[items[index].id for index in batch], **self.settings,
+                self.params,
+                [prompts[index] for index in batch],
+                key=key,
+                names=[items[index].id for index in batch],
+                **self.settings,
             )
             yield {
                 index: generation_of(completion, tokenizer.decode)

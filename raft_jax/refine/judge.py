@@ -74,8 +74,10 @@ class LikelihoodJudge:
     def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         tokenizer = self.scorer.model.tokenizer
         texts = [*candidates, *(item.rewrite for item in items)]
-        pairs = [prompt_and_answer(tokenizer, question_of(item), text)
-                 for item, text in zip([*items, *items], texts, strict=True)]
+        pairs = [
+            prompt_and_answer(tokenizer, question_of(item), text)
+            for item, text in zip([*items, *items], texts, strict=True)
+        ]
         prompts, answers = zip(*pairs, strict=True)
         candidate, rewrite = np.split(self.scorer.mean_logprob(self.params, prompts, answers), 2)
         return [min(1.0, float(value)) for value in np.exp(np.minimum(candidate - rewrite, 0))]

@@ -59,13 +59,17 @@ class Ledger:
         for number, line in enumerate(lines, start=1):
             where = f"{path}:{number}"
             if not _is_json(line):
-                raise InputError(f"{where}: the ledger is damaged here; restore a copy, or cut it off "
-                                 "before this line: what followed is then computed again")
+                raise InputError(
+                    f"{where}: the ledger is damaged here; restore a copy, or cut it off "
+                    "before this line: what followed is then computed again"
+                )
             record = json.loads(line)
             name = _name(record, where)
             if records.setdefault(name, record) != record:
-                raise InputError(f"{where}: a second record for {name[0]} {name[1]!r} contradicts the first; "
-                                 "remove one of the two lines")
+                raise InputError(
+                    f"{where}: a second record for {name[0]} {name[1]!r} contradicts the first; "
+                    "remove one of the two lines"
+                )
         if not writes:
             return cls(path, records, writes)
         # "ab" makes the file where there is none.

@@ -61,22 +61,30 @@ def refine(
     rewrites = _generate(models.rewriter, items, 1, "rewrite", "rewrite", models.renders, settings, ledger)
     items = [replace(item, rewrite=written.text) for item, written in zip(items, rewrites, strict=True)]
     compared = [index for index, written in enumerate(rewrites) if written.status in ("ok", "facts", "copy")]
-    similarity = dict(zip(
-        compared, _similarities(models.encoder, [items[index] for index in compared], settings, ledger), strict=True
-    ))
+    similarity = dict(
+        zip(
+            compared, _similarities(models.encoder, [items[index] for index in compared], settings, ledger), strict=True
+        )
+    )
     for index in compared:
         if similarity[index] is None:
             rewrites[index] = rewrites[index]._replace(
                 status="unknown", note="most of it is unknown to the sentence encoder"
             )
-    accepted = [
-        index for index in compared
-        if _is_accepted(rewrites[index], similarity[index], settings)
-    ]
-    gold_scores = dict(zip(
-        accepted, _scores(models.judges, [items[index] for index in accepted],
-                          [items[index].gold for index in accepted], "gold answers", ledger), strict=True
-    ))
+    accepted = [index for index in compared if _is_accepted(rewrites[index], similarity[index], settings)]
+    gold_scores = dict(
+        zip(
+            accepted,
+            _scores(
+                models.judges,
+                [items[index] for index in accepted],
+                [items[index].gold for index in accepted],
+                "gold answers",
+                ledger,
+            ),
+            strict=True,
+        )
+    )
     rounds: dict[int, list[Round]] = {index: [] for index in range(len(items))}
     active = accepted
     for number in range(1, settings.rounds + 1):
@@ -85,9 +93,7 @@ def refine(
         chosen = [items[index] for index in active]
         for index, result in zip(active, _round(models, chosen, number, settings, ledger), strict=True):
             rounds[index].append(result)
-        active = [
-            index for index in active if not _ends_rounds(rounds[index][-1], gold_scores[index], settings)
-        ]
+        active = [index for index in active if not _ends_rounds(rounds[index][-1], gold_scores[index], settings)]
     return [
         _decide(item, written, similarity.get(index), rounds[index], gold_scores.get(index, {}), settings)
         for index, (item, written) in enumerate(zip(items, rewrites, strict=True))
@@ -109,8 +115,10 @@ def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
         counts["judged worse than the gold answer or below refine.accept_floor"] = usable - fused
         yield f"  fused candidates: {len(candidates)}, of which {fused} chosen{_listed(counts)}"
     if unknown := sum(row.rewrite_status == "unknown" for row in rows):
-        yield (f"  {unknown} of {len(rows)} rows are in a language that the sentence encoder does not know; set "
-               "encoder.source to a multilingual one, such as hf://intfloat/multilingual-e5-small")
+        yield (
+            f"  {unknown} of {len(rows)} rows are in a language that the sentence encoder does not know; set "
+            "encoder.source to a multilingual one, such as hf://intfloat/multilingual-e5-small"
+        )
 
 
 def _listed(counts: Mapping[str, int]) -> str:
@@ -118,24 +126,40 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 
 def _generate(
-    generator: Generator, items: Sequence[RefineItem], round: int, stage: str, title: str,
-    renders: Callable[[RefineItem, str], bool], settings: RefineConfig, ledger: Ledger,
+    generator: Generator,
+    items: Sequence[RefineItem],
+    round: int,
+    stage: str,
+    title: str,
+    renders: Callable[[RefineItem, str], bool],
+    settings: RefineConfig,
+    ledger: Ledger,
 ) -> list[Text]:
     """One text an item, from the ledger or from the generator."""
     keys = [f"{item.id}#{round}#{_digest(generator.identity, generator.prompt(item))}" for item in items]
     done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
     known = {record["key"].rpartition("#")[0] for record in ledger.records() if record["stage"] == stage}
     if changed := sum(index not in done and key.rpartition("#")[0] in known for index, key in enumerate(keys)):
-        print(f"{title}: {changed} of {len(items)} rows anew, as their text, the prompt, the settings or the model "
-              "changed", flush=True)
+        print(
+            f"{title}: {changed} of {len(items)} rows anew, as their text, the prompt, the settings or the model "
+            "changed",
+            flush=True,
+        )
     with progress(title, len(items), "rows", len(done)) as bar:
         for generations in generator.generate(items, round, done):
             fresh = {index: generation for index, generation in generations.items() if index not in done}
-            ledger.append([
-                {"stage": stage, "key": keys[index], "text": generation.text, "status": generation.status,
-                 "num_tokens": generation.num_tokens}
-                for index, generation in fresh.items()
-            ])
+            ledger.append(
+                [
+                    {
+                        "stage": stage,
+                        "key": keys[index],
+                        "text": generation.text,
+                        "status": generation.status,
+                        "num_tokens": generation.num_tokens,
+                    }
+                    for index, generation in fresh.items()
+                ]
+            )
             bar.advance(len(fresh))
     instructions = "\n".join(message["content"] for message in generator.prompt(RefineItem("", "", "")))
     texts = []
@@ -171,6 +195,7 @@ def _similarities(
 
     The embedding of a terse answer ("Yes.") says little: such an answer and its rewriting are read after the question.
     """
+
     def read(item: RefineItem, text: str) -> str:
         question, *_ = item.asked(settings.terse_words)
         return f"{question}\n{text}" if question else text
@@ -181,10 +206,13 @@ def _similarities(
         with progress("similarity", 2 * len(items), "texts") as bar:
             gold, rewrites = zip(*pairs, strict=True)
             values = similarities(encoder, gold, rewrites, bar.advance)
-        ledger.append([
-            {"stage": "similarity", "key": key, "value": None if math.isnan(value) else round(float(value), 6)}
-            for key, value in zip(keys, values, strict=True) if ("similarity", key) not in ledger
-        ])
+        ledger.append(
+            [
+                {"stage": "similarity", "key": key, "value": None if math.isnan(value) else round(float(value), 6)}
+                for key, value in zip(keys, values, strict=True)
+                if ("similarity", key) not in ledger
+            ]
+        )
     return [ledger["similarity", key]["value"] for key in keys]
 
 
@@ -196,13 +224,28 @@ def _round(
         models.fuser, items, number, "fuse", f"fuse, round {number}", models.renders, settings, ledger
     )
     usable = [index for index, candidate in enumerate(candidates) if candidate.status == "ok"]
-    scores = dict(zip(usable, _scores(
-        models.judges, [items[index] for index in usable], [candidates[index].text for index in usable],
-        f"round {number}", ledger,
-    ), strict=True))
+    scores = dict(
+        zip(
+            usable,
+            _scores(
+                models.judges,
+                [items[index] for index in usable],
+                [candidates[index].text for index in usable],
+                f"round {number}",
+                ledger,
+            ),
+            strict=True,
+        )
+    )
     return [
-        Round(round=number, candidate=candidate.text, status=candidate.status, note=candidate.note,
-              scores=scores.get(index, {}), mean=_mean(scores.get(index, {}).values()))
+        Round(
+            round=number,
+            candidate=candidate.text,
+            status=candidate.status,
+            note=candidate.note,
+            scores=scores.get(index, {}),
+            mean=_mean(scores.get(index, {}).values()),
+        )
         for index, candidate in enumerate(candidates)
     ]
 
@@ -225,10 +268,13 @@ def _scores(
         with progress(f"judge {judge.name}, {title}", len(items), "rows", done) as bar:
             for group in left:
                 values = judge.score([items[i] for i in group], [texts[i] for i in group])
-                ledger.append([
-                    {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
-                    for index, value in zip(group, values, strict=True) if ("score", keys[index]) not in ledger
-                ])
+                ledger.append(
+                    [
+                        {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
+                        for index, value in zip(group, values, strict=True)
+                        if ("score", keys[index]) not in ledger
+                    ]
+                )
                 bar.advance(len(group))
         for score, key in zip(scores, keys, strict=True):
             score[judge.name] = ledger["score", key]["value"]
@@ -269,13 +315,20 @@ def _falls_short(candidate: Round, gold_scores: Mapping[str, float | None], sett
 
 
 def _ends_rounds(candidate: Round, gold_scores: Mapping[str, float | None], settings: RefineConfig) -> bool:
-    return (candidate.mean is not None and candidate.mean >= settings.accept
-            and not _falls_short(candidate, gold_scores, settings))
+    return (
+        candidate.mean is not None
+        and candidate.mean >= settings.accept
+        and not _falls_short(candidate, gold_scores, settings)
+    )
 
 
 def _decide(
-    item: RefineItem, written: Text, similarity: float | None, rounds: list[Round],
-    gold_scores: Mapping[str, float | None], settings: RefineConfig,
+    item: RefineItem,
+    written: Text,
+    similarity: float | None,
+    rounds: list[Round],
+    gold_scores: Mapping[str, float | None],
+    settings: RefineConfig,
 ) -> RefinedRow:
     """Eqs. 3 and 4 for one row: the best round where the filter passed, the gold answer elsewhere."""
     accepted = _is_accepted(written, similarity, settings)
@@ -289,18 +342,32 @@ def _decide(
         reason = f"No judge could score a fused answer (rounds: {statuses}), so the gold answer stays."
     elif best is None:
         nearest = max(scored, key=lambda candidate: (candidate.mean, -candidate.round))
-        reason = (f"Round {nearest.round} scored {nearest.mean:.3f}, {_falls_short(nearest, gold_scores, settings)}, "
-                  "so the gold answer stays.")
+        reason = (
+            f"Round {nearest.round} scored {nearest.mean:.3f}, {_falls_short(nearest, gold_scores, settings)}, "
+            "so the gold answer stays."
+        )
     elif best.mean is not None and best.mean >= settings.accept:
         reason = f"Round {best.round} scored {best.mean:.3f}, at least {settings.accept:g}, and ended the rounds."
     else:
         reason = f"Round {best.round} scored {best.mean:.3f}, the best of {len(rounds)}."
     return RefinedRow(
-        id=item.id, question=item.question, context=item.context, turns=[list(turn) for turn in item.turns],
-        gold=item.gold, rewrite=written.text, rewrite_status=written.status, rewrite_note=written.note,
-        similarity=similarity, accepted=accepted, rounds=rounds, gold_scores=dict(gold_scores),
-        gold_mean=_mean(gold_scores.values()), answer=best.candidate if best else item.gold,
-        chosen="fusion" if best else "gold", chosen_round=best.round if best else None, reason=reason,
+        id=item.id,
+        question=item.question,
+        context=item.context,
+        turns=[list(turn) for turn in item.turns],
+        gold=item.gold,
+        rewrite=written.text,
+        rewrite_status=written.status,
+        rewrite_note=written.note,
+        similarity=similarity,
+        accepted=accepted,
+        rounds=rounds,
+        gold_scores=dict(gold_scores),
+        gold_mean=_mean(gold_scores.values()),
+        answer=best.candidate if best else item.gold,
+        chosen="fusion" if best else "gold",
+        chosen_round=best.round if best else None,
+        reason=reason,
     )
 
 

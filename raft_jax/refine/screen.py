@@ -48,7 +48,7 @@ def without_lead_in(text: str) -> str:
       'Here is what you need: a form.'
     """
     match = LEAD_IN.match(text)
-    rest = text[match.end():].strip() if match else ""
+    rest = text[match.end() :].strip() if match else ""
     if not rest:
         return text
     if len(rest) > 1 and (rest[0], rest[-1]) in (('"', '"'), ("“", "”")) and not re.search(r'["“”]', rest[1:-1]):

@@ -24,9 +24,7 @@ def has_scores(card: str) -> bool:
     return SCORES_BEGIN in card
 
 
-def model_card(
-    config: Config, method: Method, num_rows: int, models: Mapping[str, ModelScores] | None = None
-) -> str:
+def model_card(config: Config, method: Method, num_rows: int, models: Mapping[str, ModelScores] | None = None) -> str:
     """Base model, method, data, settings and, once they are there, scores.
 
     Args:
@@ -38,8 +36,10 @@ def model_card(
     train = config.train
     settings = {
         "epochs": train.epochs if train.max_steps is None else f"{train.epochs:g}, at most {train.max_steps} steps",
-        "batch size": train.batch_size, "learning rate": f"{train.learning_rate:g}",
-        "weight decay": train.weight_decay, "seed": config.seed,
+        "batch size": train.batch_size,
+        "learning rate": f"{train.learning_rate:g}",
+        "weight decay": train.weight_decay,
+        "seed": config.seed,
     }
     if train.lora.rank:
         settings["LoRA"] = f"rank {train.lora.rank}, alpha {train.lora.alpha:g}, merged"
@@ -47,14 +47,23 @@ def model_card(
         weight = method.constant_weight(train.fixed_weight)
         settings |= {
             "distillation": f"top {train.top_k}, temperature {train.temperature:g}, rollouts of "
-                            f"{train.rollout.max_new_tokens} tokens",
+            f"{train.rollout.max_new_tokens} tokens",
             "λ": f"averages with decay {train.ema_decay:g}" if weight is None else weight,
         }
     lines = [
-        "---", "library_name: transformers", "tags: [raft_jax]", "---", "", f"# {method.title}", "",
+        "---",
+        "library_name: transformers",
+        "tags: [raft_jax]",
+        "---",
+        "",
+        f"# {method.title}",
+        "",
         f"Fine-tuned from `{config.model.source}` on {num_rows} rows of `{config.data.path}` with raft_jax "
         "(method: RAFT, arXiv:2606.00147, and its baselines).",
-        "", "| setting | value |", "|---|---|", *(f"| {key} | {value} |" for key, value in settings.items()),
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in settings.items()),
     ]
     if models and method.name in models:
         shown = [key for key in ("base", method.name) if key in models]

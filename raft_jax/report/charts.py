@@ -132,9 +132,7 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
     with _axes(name, title) as (axes, drawing):
         for point in points:
             color = _STAND_INS[variable(point.method)]
-            axes.errorbar(
-                point.x, point.y, point.y_error, point.x_error, color=color, linewidth=1, alpha=0.55
-            )
+            axes.errorbar(point.x, point.y, point.y_error, point.x_error, color=color, linewidth=1, alpha=0.55)
             axes.plot(point.x, point.y, style_of(point.method).marker, color=color, markersize=7)
         axes.margins(0.18, 0.2)
         axes.set(xlabel=x_label, ylabel=y_label)
@@ -142,9 +140,7 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
     return drawing.getvalue()
 
 
-def histogram(
-    name: str, title: str, kept: Sequence[float], rejected: Sequence[float], threshold: float | None
-) -> str:
+def histogram(name: str, title: str, kept: Sequence[float], rejected: Sequence[float], threshold: float | None) -> str:
     """Draws how similar the rewritings are to the gold answers, and where the filter cuts.
 
     Args:
@@ -168,10 +164,7 @@ def histogram(
     with _axes(name, title) as (axes, drawing):
         colors = [_STAND_INS["kept"], _STAND_INS["rejected"]]
         # Rounded, so that a similarity that equals an edge or exceeds 1 by rounding falls into its bin.
-        rounded = [
-            [min(round(value, 9), 1.0) for value in group if math.isfinite(value)]
-            for group in (kept, rejected)
-        ]
+        rounded = [[min(round(value, 9), 1.0) for value in group if math.isfinite(value)] for group in (kept, rejected)]
         axes.hist(rounded, [round(edge, 9) for edge in edges], stacked=True, color=colors, rwidth=0.86)
         if threshold is not None:
             axes.axvline(threshold, color=_STAND_INS["ink"], linewidth=1.2, linestyle=(0, (3, 2)))

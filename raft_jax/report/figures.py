@@ -141,7 +141,5 @@ def distance(run: RunRecords) -> Figure:
         f"{label(one.method)} from {min(one.y):.4f} to {max(one.y):.4f}" for one in series
     )
     svg = charts.lines("distance", title, series, x_label="layer", y_label="‖W − W₀‖ / ‖W₀‖", marked=True)
-    caption = "How far each layer moved from the base model." + (
-        f" Embedding: {', '.join(parts)}." if parts else ""
-    )
+    caption = "How far each layer moved from the base model." + (f" Embedding: {', '.join(parts)}." if parts else "")
     return Figure("Weight distance by layer", svg, caption, _legend(series))

@@ -69,9 +69,7 @@ def render(run: RunRecords) -> str:
     """The page of a run as HTML."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(label=label, variable=charts.variable, number=number, estimate=estimate)
     # The policy of the page names the hash of its one script, so that no other could run.
     script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
@@ -125,8 +123,12 @@ def _progress(run: RunRecords) -> list[tuple[str, str]]:
 
 def _refinement(run: RunRecords) -> dict[str, Any]:
     rows = worst_first(run.refined)
-    return {"sentence": count_sentence(run.refined), "counts": counts(run.refined), "rows": rows[:_MOST_ROWS],
-            "count": len(rows)}
+    return {
+        "sentence": count_sentence(run.refined),
+        "counts": counts(run.refined),
+        "rows": rows[:_MOST_ROWS],
+        "count": len(rows),
+    }
 
 
 def _answers(
@@ -185,8 +187,10 @@ def _hardware(machine: Mapping[str, Any]) -> str:
 
 def _machine_facts(hardware: str, machines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     facts = [("hardware", hardware)]
-    for key, name in (("peak_host_memory", "peak memory of the process"),
-                      ("peak_device_memory", "peak memory of a device")):
+    for key, name in (
+        ("peak_host_memory", "peak memory of the process"),
+        ("peak_device_memory", "peak memory of a device"),
+    ):
         peaks = [value for machine in machines if isinstance(value := machine.get(key), int)]
         if peaks:
             facts.append((name, f"{max(peaks) / 1e9:.2f} GB"))
@@ -203,7 +207,9 @@ def _categories(run: RunRecords) -> list[tuple[str, list[str]]]:
             if answer.correct is not None:
                 checked.setdefault(answer.category, {}).setdefault(name, []).append(answer.correct)
     return [
-        (category, [f"{sum(right)} / {len(right)}" if (right := by_model.get(name)) else MISSING
-                    for name in run.models])
+        (
+            category,
+            [f"{sum(right)} / {len(right)}" if (right := by_model.get(name)) else MISSING for name in run.models],
+        )
         for category, by_model in sorted(checked.items())
     ]

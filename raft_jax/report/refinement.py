@@ -27,8 +27,9 @@ def count_sentence(rows: Sequence[RefinedRow]) -> str:
     """How many rows of each kind, in a line such as "2 rows: 1 fused, 1 gold (1 copy)"."""
     kinds = Counter(map(kind_of, rows))
     fused = kinds.pop("fused", 0)
-    parts = [f"{count:,} {_PLURALS[kind][count > 1] if kind in _PLURALS else kind}" for kind, count in
-             kinds.most_common()]
+    parts = [
+        f"{count:,} {_PLURALS[kind][count > 1] if kind in _PLURALS else kind}" for kind, count in kinds.most_common()
+    ]
     gold = f"{sum(kinds.values()):,} gold" + (f" ({', '.join(parts)})" if parts else "")
     return f"{len(rows):,} row{'' if len(rows) == 1 else 's'}: {fused:,} fused, {gold}"
 
@@ -46,8 +47,13 @@ class ShownRow:
     @property
     def rank(self) -> tuple:
         fused = self.kind == "fused"
-        return (not self.flags, not fused, (self.chosen_mean or 0.0) if fused else 0.0, "" if fused else self.kind,
-                self.row.similarity or 0.0)
+        return (
+            not self.flags,
+            not fused,
+            (self.chosen_mean or 0.0) if fused else 0.0,
+            "" if fused else self.kind,
+            self.row.similarity or 0.0,
+        )
 
 
 def worst_first(rows: Iterable[RefinedRow]) -> list[ShownRow]:
@@ -66,8 +72,10 @@ def counts(rows: Sequence[RefinedRow]) -> list[tuple[str, str]]:
     flagged = sum(bool(row_flags(row)) for row in rows)
     named = [
         ("rows", len(rows)),
-        *((f"rewritings: {STATUSES[status]}", count) for status, count in
-          Counter(row.rewrite_status for row in rows).most_common()),
+        *(
+            (f"rewritings: {STATUSES[status]}", count)
+            for status, count in Counter(row.rewrite_status for row in rows).most_common()
+        ),
         ("kept by the filter", sum(row.accepted for row in rows)),
         *((f"candidates: {STATUSES[status]}", count) for status, count in candidates.most_common()),
         ("target is a fusion", sum(row.chosen == "fusion" for row in rows)),

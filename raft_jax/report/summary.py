@@ -142,15 +142,25 @@ def _scores(run: RunRecords) -> Table:
         if model := run.models.get(name):
             domain, general = model.domain, model.general
             cells = [
-                estimate(domain.gold_logprob), estimate(domain.token_f1), estimate(domain.similarity),
-                estimate(general.divergence, 4), estimate(general.accuracy), number(model.weight_distance.mean, 4),
+                estimate(domain.gold_logprob),
+                estimate(domain.token_f1),
+                estimate(domain.similarity),
+                estimate(general.divergence, 4),
+                estimate(general.accuracy),
+                number(model.weight_distance.mean, 4),
             ]
         rows.append((label(name), *cells))
     return Table(
         name="scores",
         title="Learned and forgotten",
         columns=(
-            "model", "gold log-likelihood", "token F1", "similarity", "divergence", "accuracy", "weight distance",
+            "model",
+            "gold log-likelihood",
+            "token F1",
+            "similarity",
+            "divergence",
+            "accuracy",
+            "weight distance",
         ),
         rows=tuple(rows),
         methods=names,
@@ -178,9 +188,12 @@ def _cut_note(run: RunRecords) -> str:
     for name, model in run.models.items():
         domain, general = model.domain, model.general
         cut = [
-            f"{number(count)} of {number(total)} {kind}" for count, total, kind in (
-                (domain.cut, domain.token_f1.count, "domain"), (general.cut, general.divergence.count, "general"),
-            ) if count
+            f"{number(count)} of {number(total)} {kind}"
+            for count, total, kind in (
+                (domain.cut, domain.token_f1.count, "domain"),
+                (general.cut, general.divergence.count, "general"),
+            )
+            if count
         ]
         parts += [f"{label(name)} {' and '.join(cut)}"] if cut else []
     return f" Answers that the limit of length cut: {'; '.join(parts)}." if parts else ""
@@ -200,7 +213,14 @@ def _training(run: RunRecords) -> Table:
         name="training",
         title="Training",
         columns=(
-            "method", "steps", "SFT loss first", "SFT loss last", "KL loss first", "KL loss last", "λ first", "λ last",
+            "method",
+            "steps",
+            "SFT loss first",
+            "SFT loss last",
+            "KL loss first",
+            "KL loss last",
+            "λ first",
+            "λ last",
         ),
         rows=tuple(rows),
         methods=tuple(methods),

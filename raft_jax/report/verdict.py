@@ -94,18 +94,25 @@ def _verdict(run: RunRecords, before: str, after: str) -> Verdict | None:
 
 
 _AGAINST_BASE = {
-    "more": "improved in the domain", "less": "got worse in the domain", "mixed": "improved in some respects in the "
-    "domain and got worse in others", "noise": f"shows {NOISE} in the domain",
+    "more": "improved in the domain",
+    "less": "got worse in the domain",
+    "mixed": "improved in some respects in the domain and got worse in others",
+    "noise": f"shows {NOISE} in the domain",
 }
 _AGAINST_OTHER = {
-    "more": "and learned more of the domain", "less": "and learned less of the domain", "noise": f"with {NOISE} in the "
-    "domain", "mixed": "and is better in some respects in the domain and worse in others",
+    "more": "and learned more of the domain",
+    "less": "and learned less of the domain",
+    "noise": f"with {NOISE} in the domain",
+    "mixed": "and is better in some respects in the domain and worse in others",
 }
 _FORGOT = {
-    -1: "forgot less than {other},", 1: "forgot more than {other},", 0: f"shows {NOISE} from {{other}} in forgetting,",
+    -1: "forgot less than {other},",
+    1: "forgot more than {other},",
+    0: f"shows {NOISE} from {{other}} in forgetting,",
 }
 _ACCURACY = {
-    -1: "answers fewer general prompts correctly", 1: "answers more general prompts correctly",
+    -1: "answers fewer general prompts correctly",
+    1: "answers more general prompts correctly",
     0: f"shows {NOISE} in accuracy on general prompts",
 }
 

@@ -5,5 +5,11 @@ from raft_jax.sampling.engine import Completion, Sampler
 from raft_jax.sampling.score import Scorer, answer_hidden, answer_means
 
 __all__ = [
-    "Completion", "Sampler", "Scorer", "answer_hidden", "answer_means", "make_generate", "sample_token",
+    "Completion",
+    "Sampler",
+    "Scorer",
+    "answer_hidden",
+    "answer_means",
+    "make_generate",
+    "sample_token",
 ]

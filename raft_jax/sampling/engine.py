@@ -77,7 +77,7 @@ class Sampler:
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Indices of the prompts, cut into batches of equal size, shortest first."""
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-        return [order[start: start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
     def generate(
         self,

@@ -26,7 +26,10 @@ class Scorer:
         def mean_logprob(params, prompt: Tokens, answer: Tokens):
             hidden_BAD = answer_hidden(model, params, prompt, answer)
             nats_BA = linear_cross_entropy(
-                hidden_BAD, model.unembedding(params), answer.ids, vocab_shards=num_shards("vocabulary"),
+                hidden_BAD,
+                model.unembedding(params),
+                answer.ids,
+                vocab_shards=num_shards("vocabulary"),
                 **model.head_settings,
             )
             return -answer_means(nats_BA, answer.mask)
@@ -34,7 +37,10 @@ class Scorer:
         self._mean_logprob = mean_logprob
 
     def mean_logprob(
-        self, params, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
         """Mean log-likelihood per answer token given the prompt, nats: `[num_pairs]` float32."""

@@ -66,10 +66,7 @@ def train(
     batches = make_batches(model, rows, settings, seed=seed, num_shards=num_batch_shards)
     num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
     num_steps = min(num_steps, settings.max_steps or num_steps)
-    optimizer = make_optimizer(
-        settings.learning_rate, weight_decay=settings.weight_decay, b1=settings.adam_b1, b2=settings.adam_b2,
-        epsilon=settings.adam_epsilon, warmup_steps=settings.warmup_steps, max_gradient_norm=settings.max_gradient_norm,
-    )
+    optimizer = optimizer_of(settings)
     student, teacher_params = make_student(model, settings.lora, mesh), model.params
     key = jax.random.key(seed)
     state = first_state(student, optimizer, teacher_params, jax.random.fold_in(key, 2))
@@ -99,11 +96,9 @@ def train(
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             _require_finite(metrics, folder, step + 1)
             done = step + 1
-            log.append({
-                "step": done, **metrics,
-                "learning_rate": settings.learning_rate * min(1, done / max(settings.warmup_steps, 1)),
-                "seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds,
-            })
+            learning_rate = settings.learning_rate * min(1, done / max(settings.warmup_steps, 1))
+            times = {"seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds}
+            log.append({"step": done, **metrics, "learning_rate": learning_rate, **times})
             bar.advance(note=_note(metrics))
             stop = any_process(interrupt.requested() is not None)
             if done % settings.checkpoint_every == 0 or done == num_steps or stop:
@@ -117,13 +112,32 @@ def train(
     return _trained_params(student, state, model, files, settings)
 
 
+def optimizer_of(settings: TrainConfig) -> optax.GradientTransformation:
+    """The AdamW that a run asks for."""
+    return make_optimizer(
+        settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        b1=settings.adam_b1,
+        b2=settings.adam_b2,
+        epsilon=settings.adam_epsilon,
+        warmup_steps=settings.warmup_steps,
+        max_gradient_norm=settings.max_gradient_norm,
+    )
+
+
 def make_batches(
     model: Model, rows: Sequence[TokenRow], settings: TrainConfig, *, seed: int, num_shards: int
 ) -> Batches:
     """The batches of a run: those of each step are a function of the seed and the step."""
     return Batches(
-        rows, settings.batch_size, seed=seed, pad_id=model.tokenizer.pad_id, length_buckets=settings.length_buckets,
-        epochs=settings.epochs, num_shards=num_shards, num_micro_batches=settings.num_micro_batches,
+        rows,
+        settings.batch_size,
+        seed=seed,
+        pad_id=model.tokenizer.pad_id,
+        length_buckets=settings.length_buckets,
+        epochs=settings.epochs,
+        num_shards=num_shards,
+        num_micro_batches=settings.num_micro_batches,
         # LongRoPE uses other frequencies for long sequences, so equal prefixes of a short and a long one differ.
         share_prefixes=all(rope.long_frequencies is None for rope in model.config.ropes),
     )
@@ -146,8 +160,14 @@ def _trained_params(
         return state.params
     adapters = jax.tree.map(to_host, state.params)
     if is_writer():
-        save_peft(adapters, model.config, files.adapter, alpha=settings.lora.alpha, base=model.source,
-                  with_vision=model.with_vision)
+        save_peft(
+            adapters,
+            model.config,
+            files.adapter,
+            alpha=settings.lora.alpha,
+            base=model.source,
+            with_vision=model.with_vision,
+        )
     return jax.jit(student.merged_params)(state.params, model.params)
 
 
@@ -172,13 +192,21 @@ def jit_train_step(
     """`make_train_step` of a run's settings, compiled; the state is donated."""
     chunk_size = {} if settings.loss_chunk_size is None else {"chunk_size": settings.loss_chunk_size}
     losses = LossConfig(
-        student.model.completion_hidden, student.unembedding, student.forward_params, top_k=settings.top_k,
-        temperature=settings.temperature, reduction=settings.reduction,
+        student.model.completion_hidden,
+        student.unembedding,
+        student.forward_params,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+        reduction=settings.reduction,
         head_settings=student.model.head_settings | chunk_size,
     )
     step = make_train_step(
-        losses, optimizer, terms=method.terms, ema_decay=settings.ema_decay,
-        fixed_weight=method.constant_weight(settings.fixed_weight), num_micro_batches=settings.num_micro_batches,
+        losses,
+        optimizer,
+        terms=method.terms,
+        ema_decay=settings.ema_decay,
+        fixed_weight=method.constant_weight(settings.fixed_weight),
+        num_micro_batches=settings.num_micro_batches,
     )
     return jax.jit(step, donate_argnums=0)
 

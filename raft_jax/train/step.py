@@ -81,9 +81,14 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
     (teacher_BCD,) = config.completion_hidden(teacher_params, batch.teacher_prompt, rollout)
     unpad, _ = make_unpadding(rollout.mask, rollout.max_tokens)
     loss_BT, metrics = linear_top_k_forward_kl(
-        unpad(student_BCD), config.unembedding(params), jax.lax.stop_gradient(unpad(teacher_BCD)),
-        jax.lax.stop_gradient(config.unembedding(teacher_params)), k=config.top_k, temperature=config.temperature,
-        return_metrics=True, **config.linear,
+        unpad(student_BCD),
+        config.unembedding(params),
+        jax.lax.stop_gradient(unpad(teacher_BCD)),
+        jax.lax.stop_gradient(config.unembedding(teacher_params)),
+        k=config.top_k,
+        temperature=config.temperature,
+        return_metrics=True,
+        **config.linear,
     )
     weight_BT, mask_BT = unpad(config.token_weights(rollout)), unpad(rollout.mask)
     total = jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * loss_BT))
@@ -143,15 +148,18 @@ def make_train_step(
             )
         else:
             sums, pullback, metrics = accumulated_vjp(
-                lambda params, part, name: losses(params, teacher_params, part, (name,)), terms, state.params, batch,
+                lambda params, part, name: losses(params, teacher_params, part, (name,)),
+                terms,
+                state.params,
+                batch,
                 num_micro_batches,
             )
         values = {name: total / counts[name] for name, total in sums.items()}
         coefficients, balance = _coefficients(values, state.balance, ema_decay, fixed_weight)
         # Lambda depends on the losses' values alone, and is known before anything is differentiated.
-        (grads,) = pullback({
-            name: (coefficients[name] / counts[name]).astype(total.dtype) for name, total in sums.items()
-        })
+        (grads,) = pullback(
+            {name: (coefficients[name] / counts[name]).astype(total.dtype) for name, total in sums.items()}
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = _metrics(values, coefficients, metrics, grads, batch)

@@ -47,13 +47,16 @@ def make_student(model: Model, lora: LoraConfig, mesh: Mesh) -> Student:
     cast = partial(jax.tree.map, lambda array: array.astype(dtype))
     if not lora.rank:
         return Student(
-            model, lambda teacher, key: jax.tree.map(lambda array: jnp.copy(array.astype(jnp.float32)), teacher),
-            lambda params, teacher: cast(params), lambda params, teacher: params,
+            model,
+            lambda teacher, key: jax.tree.map(lambda array: jnp.copy(array.astype(jnp.float32)), teacher),
+            lambda params, teacher: cast(params),
+            lambda params, teacher: params,
             parameter_shardings(model.config, mesh),
         )
     config = replace(model.config, adapter_scale=lora.alpha / lora.rank)
     return Student(
-        replace(model, config=config), lambda teacher, key: init_adapters(config, lora.rank, lora.targets, key),
+        replace(model, config=config),
+        lambda teacher, key: init_adapters(config, lora.rank, lora.targets, key),
         lambda params, teacher: jax.lax.stop_gradient(teacher) | cast(params),
         lambda params, teacher: merge(teacher, params, config.adapter_scale),
         adapter_shardings(config, lora.rank, lora.targets, mesh),

@@ -221,9 +221,7 @@ def test_kept_teacher():
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert metrics.keys() == same_metrics.keys()
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), same_metrics, metrics)
-    np.testing.assert_allclose(
-        linear_kl(hidden, unembedding, kept, k=3), linear_kl(*models, k=3), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(linear_kl(hidden, unembedding, kept, k=3), linear_kl(*models, k=3), rtol=1e-4, atol=1e-6)
     bare = TopK(np.asarray(kept.indices_BTK), np.asarray(kept.logits_BTK))
     got, fewer = as_one(top_k_forward_kl, hidden @ unembedding, bare, return_metrics=True)
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
@@ -238,7 +236,13 @@ def test_metrics(k):
     found = [
         as_one(top_k_forward_kl, student, teacher, k=k, return_metrics=True),
         as_one(
-            linear_top_k_forward_kl, hidden, unembedding, teacher_hidden, teacher_unembedding, k=k, chunk_size=4,
+            linear_top_k_forward_kl,
+            hidden,
+            unembedding,
+            teacher_hidden,
+            teacher_unembedding,
+            k=k,
+            chunk_size=4,
             return_metrics=True,
         ),
     ]
@@ -298,6 +302,7 @@ def test_weights_with_every_part_of_the_head(chunk_size):
         lambda h, w, b, **more: linear_cross_entropy(h, w, labels, bias_V=b, **settings, **more),
         lambda h, w, b, **more: linear_forward_kl(h, w, *teacher, student_bias_V=b, **settings, **more),
     ]:
+
         def weighted(hidden, unembedding, bias, weight, loss=loss):
             return 3 * loss(hidden, unembedding, bias, weight_BT=weight)
 

@@ -44,8 +44,11 @@ def decoder_config(hf: Mapping[str, Any]) -> dict[str, Any]:
     text = hf.get("text_config")
     if not isinstance(text, Mapping):
         raise InputError(f"config.json: {name} needs an object under the key text_config")
-    shared = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype",
-                                       *quantised.CONFIG_KEYS) if hf.get(key) is not None}
+    shared = {
+        key: hf[key]
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", *quantised.CONFIG_KEYS)
+        if hf.get(key) is not None
+    }
     if isinstance(tied := hf.get("tie_word_embeddings"), bool):  # the whole model's counts, as in transformers
         text = {**text, "tie_word_embeddings": tied}
     family = DECODER_OF[name]
@@ -54,8 +57,12 @@ def decoder_config(hf: Mapping[str, Any]) -> dict[str, Any]:
 
 def decoder_key(key: str) -> str | None:
     """The key that a tensor of such a model has in the decoder alone; None where it has none."""
-    for prefix, ours in (("model.language_model.", "model."), ("language_model.model.", "model."),
-                         ("language_model.lm_head.", "lm_head."), ("lm_head.", "lm_head.")):
+    for prefix, ours in (
+        ("model.language_model.", "model."),
+        ("language_model.model.", "model."),
+        ("language_model.lm_head.", "lm_head."),
+        ("lm_head.", "lm_head."),
+    ):
         if key.startswith(prefix):
             return ours + key.removeprefix(prefix)
     return None

@@ -13,7 +13,12 @@ from raft_jax.models.families import FAMILIES, keys
 from raft_jax.models.families.rope import llama3_factors, plain_frequencies
 
 ARCHITECTURES = {  # llama.cpp's name: transformers'
-    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "gemma2": "gemma2", "gemma3": "gemma3_text",
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
 }
 ROPE_TENSORS = {"llama": ("rope_freqs.weight",), "phi3": ("rope_factors_long.weight", "rope_factors_short.weight")}
 # The layers of the 27B models, whose queries are scaled by another width than that of a head. The files do not say it.
@@ -57,14 +62,20 @@ def hf_config_from_gguf(
     head_width = get("attention.key_length", width // max(heads, 1))
     _refuse_other_arithmetic(metadata, arch, head_width)
     config = {
-        "architectures": [FAMILIES[family].architecture], "model_type": family, "hidden_size": width,
-        "num_attention_heads": heads, "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": head_width, "num_hidden_layers": get("block_count"),
-        "intermediate_size": get("feed_forward_length"), "max_position_embeddings": get("context_length"),
+        "architectures": [FAMILIES[family].architecture],
+        "model_type": family,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": get("attention.head_count_kv", heads),
+        "head_dim": head_width,
+        "num_hidden_layers": get("block_count"),
+        "intermediate_size": get("feed_forward_length"),
+        "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base", 10_000.0),
         # GGUF keeps 1e-5 as the float32 next to it; the shortest text that rounds back is what was meant.
         "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
-        "tie_word_embeddings": not has_output, "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
+        "tie_word_embeddings": not has_output,
+        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
     }
     if family == "qwen2":
         del config["head_dim"]  # transformers gives this family none of its own
@@ -75,18 +86,24 @@ def hf_config_from_gguf(
     if family == "phi3":
         config |= _phi3(get, head_width, rope_tensors)
         if metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "longrope") or (
-                get("rope.scaling.factor", get("rope.scale_linear", 0.0)) not in (0, 1) and not rope_tensors):
-            raise InputError("GGUF rope scaling of phi3 is supported by its tensors rope_factors_long.weight and "
-                             "rope_factors_short.weight only")
+            get("rope.scaling.factor", get("rope.scale_linear", 0.0)) not in (0, 1) and not rope_tensors
+        ):
+            raise InputError(
+                "GGUF rope scaling of phi3 is supported by its tensors rope_factors_long.weight and "
+                "rope_factors_short.weight only"
+            )
     elif family.startswith("gemma"):
         config |= _gemma(get, metadata, arch, family, config)
     else:
         if scaling := _rope_scaling(get, metadata, arch, config, rope_tensors):
             config["rope_scaling"] = scaling
-    for ours, theirs in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
-        if (value := metadata.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
-            config[ours] = value
-    return config
+    return config | _special_token_ids(metadata)
+
+
+def _special_token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    names = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {ours: metadata.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in names.items()}
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _brief(value) -> str:
@@ -115,8 +132,9 @@ def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, A
     found, made = rope_tensors["rope_freqs.weight"], {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain, original = plain_frequencies(config["rope_theta"], config["head_dim"]), 8192
     factor = _shortest(float(found.max()))
-    if found.shape != plain.shape or not np.allclose(found, llama3_factors(plain, factor, *made.values(), original),
-                                                     rtol=1e-3):
+    if found.shape != plain.shape or not np.allclose(
+        found, llama3_factors(plain, factor, *made.values(), original), rtol=1e-3
+    ):
         raise InputError("GGUF tensor rope_freqs.weight: not the rope of Llama 3.x (low 1, high 4, length 8192)")
     return {"rope_type": "llama3", "factor": factor, **made, "original_max_position_embeddings": original}
 
@@ -124,10 +142,18 @@ def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, A
 def _refuse_other_arithmetic(metadata, arch: str, head_width: int) -> None:
     """InputError for fields with which llama.cpp computes otherwise than this decoder."""
     for key, usual in {
-        "rope.dimension_count": head_width, "rope.dimension_count_swa": head_width, "expert_count": 0,
-        "attention.value_length": head_width, "attention.value_length_swa": head_width,
-        "attention.key_length_swa": head_width, "attention.causal": True, "attention.clamp_kqv": 0,
-        "attention.max_alibi_bias": 0, "logit_scale": 1, "residual_scale": 1, "embedding_scale": 1,
+        "rope.dimension_count": head_width,
+        "rope.dimension_count_swa": head_width,
+        "expert_count": 0,
+        "attention.value_length": head_width,
+        "attention.value_length_swa": head_width,
+        "attention.key_length_swa": head_width,
+        "attention.causal": True,
+        "attention.clamp_kqv": 0,
+        "attention.max_alibi_bias": 0,
+        "logit_scale": 1,
+        "residual_scale": 1,
+        "embedding_scale": 1,
     }.items():
         if key == "rope.dimension_count" and arch == "phi3":
             continue  # reads it
@@ -139,7 +165,8 @@ def _phi3(get, head_width: int, rope_tensors) -> dict[str, Any]:
     rotary_width, maximum = get("rope.dimension_count", head_width), get("context_length")
     original = get("rope.scaling.original_context_length", maximum)
     config = {
-        "partial_rotary_factor": rotary_width / head_width, "original_max_position_embeddings": original,
+        "partial_rotary_factor": rotary_width / head_width,
+        "original_max_position_embeddings": original,
         "sliding_window": get("attention.sliding_window", 0) or None,
     }
     if rope_tensors:
@@ -147,7 +174,8 @@ def _phi3(get, head_width: int, rope_tensors) -> dict[str, Any]:
         if short is None or long is None:
             raise InputError("GGUF file: rope_factors_long.weight and rope_factors_short.weight belong together")
         config["rope_scaling"] = {
-            "rope_type": "longrope", "short_factor": [_shortest(float(x)) for x in short],
+            "rope_type": "longrope",
+            "short_factor": [_shortest(float(x)) for x in short],
             "long_factor": [_shortest(float(x)) for x in long],
         }
         usual = math.sqrt(1 + math.log(maximum / original) / math.log(original)) if maximum > original else 1.0
@@ -160,15 +188,18 @@ def _gemma(get, metadata, arch: str, family: str, config) -> dict[str, Any]:
     width, heads, layers = config["hidden_size"], config["num_attention_heads"], config["num_hidden_layers"]
     scaled_by = width // heads if layers == SCALED_BY_MODEL_WIDTH[family] else config["head_dim"]
     fields = {
-        "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": scaled_by,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": scaled_by,
         "sliding_window": get("attention.sliding_window"),
     }
     scaling = _rope_scaling(get, metadata, arch, config, {})
     if scaling:
         fields["rope_scaling"] = scaling
     if family == "gemma2":
-        return fields | {"attn_logit_softcapping": _shortest(get("attn_logit_softcapping", 50.0)),
-                         "final_logit_softcapping": _shortest(get("final_logit_softcapping", 30.0))}
+        return fields | {
+            "attn_logit_softcapping": _shortest(get("attn_logit_softcapping", 50.0)),
+            "final_logit_softcapping": _shortest(get("final_logit_softcapping", 30.0)),
+        }
     fields["rope_local_base_freq"] = get("rope.freq_base_swa", 10_000.0)
     if (cap := metadata.get(f"{arch}.final_logit_softcapping")) is not None:
         fields["final_logit_softcapping"] = _shortest(cap)

@@ -88,8 +88,9 @@ def _llama3(plain: np.ndarray, settings: Mapping[str, Any], max_positions: int) 
 
 def _longrope(plain: np.ndarray, settings: Mapping[str, Any], max_positions: int) -> Rope:
     """LongRoPE (arXiv:2402.13753): one list of divisors up to the length of pretraining, another beyond it."""
-    original = _number({"original_max_position_embeddings": max_positions, **settings},
-                       "original_max_position_embeddings")
+    original = _number(
+        {"original_max_position_embeddings": max_positions, **settings}, "original_max_position_embeddings"
+    )
     factor = max_positions / original if settings.get("factor") is None else _number(settings, "factor")
     if settings.get("attention_factor") is not None:
         scale = _number(settings, "attention_factor")
@@ -97,7 +98,9 @@ def _longrope(plain: np.ndarray, settings: Mapping[str, Any], max_positions: int
         scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
     return Rope(
         as_tuple(plain / _divisors(settings, "short_factor", len(plain))),
-        as_tuple(plain / _divisors(settings, "long_factor", len(plain))), int(original), scale,
+        as_tuple(plain / _divisors(settings, "long_factor", len(plain))),
+        int(original),
+        scale,
     )
 
 
@@ -107,8 +110,9 @@ def _divisors(settings: Mapping[str, Any], key: str, size: int) -> np.ndarray:
     except (TypeError, ValueError):
         divisors = np.zeros(0, np.float32)
     if divisors.shape != (size,) or not (np.isfinite(divisors) & (divisors > 0)).all():
-        raise InputError(f"config.json: the rope's {key} must be a list of {size} numbers above 0 (half the width "
-                         "that is turned)")
+        raise InputError(
+            f"config.json: the rope's {key} must be a list of {size} numbers above 0 (half the width that is turned)"
+        )
     return divisors
 
 

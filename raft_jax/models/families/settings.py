@@ -77,20 +77,28 @@ def plain(hf: Config) -> Fields:
     heads = size(hf, "num_attention_heads")
     kv_heads = heads if hf.get("num_key_value_heads") is None else size(hf, "num_key_value_heads")
     if heads % kv_heads:
-        raise InputError(f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                         f"{kv_heads}")
+        raise InputError(
+            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
     head_width = size(hf, "hidden_size") // heads if hf.get("head_dim") is None else size(hf, "head_dim")
     if not 0 < head_width <= LIMITS["head_dim"]:
         raise InputError(f"config.json: heads of width {head_width} are not supported; at most {LIMITS['head_dim']}")
     activation = hf.get("hidden_activation") or hf.get("hidden_act")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        raise InputError(f"config.json: the activation {activation!r} is not supported; supported: "
-                         + ", ".join(ACTIVATIONS))
+        raise InputError(
+            f"config.json: the activation {activation!r} is not supported; supported: " + ", ".join(ACTIVATIONS)
+        )
     return {
-        "vocab_size": size(hf, "vocab_size"), "num_layers": size(hf, "num_hidden_layers"),
-        "width": size(hf, "hidden_size"), "num_heads": heads, "num_kv_heads": kv_heads, "head_width": head_width,
-        "ffn_width": size(hf, "intermediate_size"), "max_positions": size(hf, "max_position_embeddings"),
-        "norm_epsilon": number(hf, "rms_norm_eps"), "activation": ACTIVATIONS[activation],
+        "vocab_size": size(hf, "vocab_size"),
+        "num_layers": size(hf, "num_hidden_layers"),
+        "width": size(hf, "hidden_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_width": head_width,
+        "ffn_width": size(hf, "intermediate_size"),
+        "max_positions": size(hf, "max_position_embeddings"),
+        "norm_epsilon": number(hf, "rms_norm_eps"),
+        "activation": ACTIVATIONS[activation],
         "tied_embeddings": bool(hf["tie_word_embeddings"]),
     }
 
@@ -115,7 +123,7 @@ def smollm3(hf: Config, fields: Fields) -> Fields:
     turns = hf["no_rope_layers"]
     if not all(turn in (0, 1) for turn in turns):
         raise InputError(f"config.json: no_rope_layers must be a list of {fields['num_layers']} times 0 or 1")
-    turns = turns[:fields["num_layers"]]
+    turns = turns[: fields["num_layers"]]
     window = hf["sliding_window"] if hf["use_sliding_window"] else None
     rope = llama(hf, fields)["ropes"][0]
     chosen = {"layer_ropes": tuple(0 if turn else 1 for turn in turns), "ropes": (rope, no_rope(fields["head_width"]))}
@@ -145,8 +153,10 @@ def phi3(hf: Config, fields: Fields) -> Fields:
     rope = rope_settings(hf)
     rotary_width = int(fields["head_width"] * number(rope, "partial_rotary_factor"))
     if rotary_width % 2 or not 0 < rotary_width <= fields["head_width"]:
-        raise InputError(f"config.json: partial_rotary_factor turns {rotary_width} of {fields['head_width']} numbers; "
-                         "it must turn an even part of them")
+        raise InputError(
+            f"config.json: partial_rotary_factor turns {rotary_width} of {fields['head_width']} numbers; "
+            "it must turn an even part of them"
+        )
     ropes = {"ropes": (make_rope(rope, rotary_width, fields["max_positions"]),)}
     return ropes | windows(hf, fields, [SLIDING] * fields["num_layers"], hf["sliding_window"])
 
@@ -154,9 +164,11 @@ def phi3(hf: Config, fields: Fields) -> Fields:
 def gemma2(hf: Config, fields: Fields) -> Fields:
     """Every other layer slides; attention scores and logits are capped."""
     caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
-    return _gemma(hf, fields) | llama(hf, fields) | {
-        ours: None if hf[theirs] is None else number(hf, theirs) for ours, theirs in caps.items()
-    }
+    return (
+        _gemma(hf, fields)
+        | llama(hf, fields)
+        | {ours: None if hf[theirs] is None else number(hf, theirs) for ours, theirs in caps.items()}
+    )
 
 
 def gemma3(hf: Config, fields: Fields) -> Fields:
@@ -165,8 +177,9 @@ def gemma3(hf: Config, fields: Fields) -> Fields:
         raise InputError("config.json: attn_logit_softcapping is not supported for gemma3_text; remove it")
     nested = hf["rope_parameters"]
     if nested.keys() != {FULL, SLIDING}:
-        raise InputError("config.json: gemma3_text needs rope_parameters by layer type "
-                         f"({FULL}, {SLIDING}), got {sorted(nested)}")
+        raise InputError(
+            f"config.json: gemma3_text needs rope_parameters by layer type ({FULL}, {SLIDING}), got {sorted(nested)}"
+        )
     ropes = tuple(whole_rope(nested[kind], hf, fields) for kind in (FULL, SLIDING))
     cap = None if hf["final_logit_softcapping"] is None else number(hf, "final_logit_softcapping")
     chosen = {"ropes": ropes, "layer_ropes": tuple(int(kind == SLIDING) for kind in hf["layer_types"])}
@@ -175,7 +188,9 @@ def gemma3(hf: Config, fields: Fields) -> Fields:
 
 def _gemma(hf: Config, fields: Fields) -> Fields:
     return {
-        "norm_offset": 1.0, "post_norms": True, "embedding_scale": fields["width"] ** 0.5,
+        "norm_offset": 1.0,
+        "post_norms": True,
+        "embedding_scale": fields["width"] ** 0.5,
         "query_scale": number(hf, "query_pre_attn_scalar") ** -0.5,
     } | windows(hf, fields, hf["layer_types"], hf["sliding_window"])
 
@@ -186,8 +201,10 @@ def windows(hf: Config, fields: Fields, kinds: list[str], window: int | None) ->
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
         raise InputError(f"config.json: layer_types must be a list of {layers} times {FULL} or {SLIDING}")
     if window is None and SLIDING in (hf.get("layer_types") or ()):
-        raise InputError(f"config.json: layer_types has {SLIDING} and there is no sliding_window"
-                         + (" (use_sliding_window is false)" if hf.get("use_sliding_window") is False else ""))
+        raise InputError(
+            f"config.json: layer_types has {SLIDING} and there is no sliding_window"
+            + (" (use_sliding_window is false)" if hf.get("use_sliding_window") is False else "")
+        )
     if window is None or SLIDING not in kinds or size(hf, "sliding_window") >= fields["max_positions"]:
         return {}
     return {"windows": tuple(window if kind == SLIDING else fields["max_positions"] for kind in kinds)}
