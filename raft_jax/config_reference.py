@@ -17,7 +17,7 @@ HEAD = """\
 # Configuration
 
 Every key of a config, written by `python -m raft_jax.config_reference > docs/configuration.md` from
-`raft_jax/config.py`; `tests/test_docs.py` fails where this page is out of date.
+`raft_jax/config.py`; `tests/test_documentation.py` fails where this page is out of date.
 
 A config is a YAML file; on the command line `key.path=value` replaces what it says, as in
 `raft-jax run configs/own-data.yaml train.learning_rate=1e-5 methods=[sft,raft]`. Keys that are not given have the
