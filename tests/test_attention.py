@@ -1,4 +1,4 @@
-"""The attention, plain and by kernels, against a float64 NumPy twin; splash runs in Pallas's interpreter."""
+"""The attention, plain and by kernels, against a float64 NumPy reference; splash runs in Pallas's interpreter."""
 
 import re
 from collections import Counter
@@ -36,7 +36,7 @@ def arrays(T, S, seed=0, packed=False):
     return query, key, value, mask_BS, slope
 
 
-def twin(query, key, value, mask_BS, scale, softcap, window):
+def reference(query, key, value, mask_BS, scale, softcap, window):
     """One query and one head after the other, in float64."""
     T, S = query.shape[1], key.shape[1]
     mixed = np.zeros(query.shape)
@@ -66,7 +66,7 @@ CASES = {  # T, S, soft-cap, window, packed
 
 
 def compare_with_the_twin(run, given, mask_BS, slope, *settings):
-    """Values, and the gradient of each argument along a direction, by finite differences of the twin."""
+    """Values, and the gradient of each argument along a direction, by finite differences of the reference."""
     real = mask_BS[:, mask_BS.shape[1] - given[0].shape[1] :] != 0
     slope = slope * real[..., None, None]
 
@@ -76,7 +76,7 @@ def compare_with_the_twin(run, given, mask_BS, slope, *settings):
 
     (found, whole), grads = jax.jit(jax.value_and_grad(weighed, (0, 1, 2), has_aux=True))(*given)
     whole = np.asarray(whole)
-    expected = twin(*given, mask_BS, *settings)
+    expected = reference(*given, mask_BS, *settings)
     np.testing.assert_allclose(whole[real], expected[real], atol=2e-5)
     np.testing.assert_allclose(found, np.sum(expected * slope), rtol=1e-4, atol=1e-3)
     assert np.isfinite(whole).all()
@@ -85,7 +85,7 @@ def compare_with_the_twin(run, given, mask_BS, slope, *settings):
         moved = []
         for step in (1e-5, -1e-5):
             arguments = [x + step * direction if i == place else x for i, x in enumerate(given)]
-            moved.append(np.sum(slope * twin(*arguments, mask_BS, *settings)))
+            moved.append(np.sum(slope * reference(*arguments, mask_BS, *settings)))
         expected_slope = (moved[0] - moved[1]) / 2e-5
         np.testing.assert_allclose(np.sum(np.asarray(grad) * direction), expected_slope, rtol=1e-3, atol=1e-3)
 
@@ -130,7 +130,7 @@ def test_a_fork_longer_than_a_block_is_two_texts():
     places = np.arange(P + A + C)
     for branch in places < P + A, (places < P) | (places >= P + A):
         whole = np.ones((B, branch.sum()), bool)
-        expected = twin(query[:, branch], key[:, branch], value[:, branch], whole, 0.3, None, None)
+        expected = reference(query[:, branch], key[:, branch], value[:, branch], whole, 0.3, None, None)
         np.testing.assert_allclose(found[:, branch], expected, atol=2e-5)
 
 
@@ -170,7 +170,7 @@ def test_cudnn_is_asked_for_the_same(case, odd, monkeypatch):
     *given, mask_BS, _ = arrays(T, S, packed=packed)
     found = np.asarray(as_one(attention.flash, *given, mask_BS, kernel="cudnn", scale=0.3, window=window))
     real = mask_BS[:, S - T :] != 0
-    np.testing.assert_allclose(found[real], twin(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
+    np.testing.assert_allclose(found[real], reference(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
     assert np.isfinite(found).all()
 
 

@@ -1,4 +1,4 @@
-"""The decoder against a float64 NumPy twin and against itself.
+"""The decoder against a float64 NumPy reference and against itself.
 
 Comparisons with transformers on torch are in test_export.py and test_smollm2.py.
 """
@@ -92,7 +92,7 @@ def model(request):
     return Compiled(CONFIGS[request.param])
 
 
-def twin(config: DecoderConfig, params, tokens_T, first_position=0) -> np.ndarray:
+def reference(config: DecoderConfig, params, tokens_T, first_position=0) -> np.ndarray:
     """Logits `[T, V]` of one row, a token and a head at a time, in float64."""
     p = {name: np.asarray(array, np.float64) for name, array in params.items()}
 
@@ -148,12 +148,12 @@ def test_logits_are_those_of_the_twin(model):
     logits_BTV = model.logits(TOKENS)
     assert logits_BTV.dtype == np.float32
     for logits_TV, tokens_T in zip(logits_BTV, TOKENS, strict=True):
-        np.testing.assert_allclose(logits_TV, twin(model.config, model.params, tokens_T), atol=1e-4)
+        np.testing.assert_allclose(logits_TV, reference(model.config, model.params, tokens_T), atol=1e-4)
 
 
 def test_given_positions_are_taken(model):
     found = model.logits(TOKENS, first_position=30)[0]
-    np.testing.assert_allclose(found, twin(model.config, model.params, TOKENS[0], 30), atol=1e-4)
+    np.testing.assert_allclose(found, reference(model.config, model.params, TOKENS[0], 30), atol=1e-4)
 
 
 def pad_rows(lengths, left):
@@ -171,7 +171,7 @@ def test_padding_changes_nothing(model, left):
     padded = model.logits(tokens, mask)
     assert np.isfinite(padded).all()
     for row, size in enumerate(lengths):
-        expected = twin(model.config, model.params, TOKENS[row, :size])
+        expected = reference(model.config, model.params, TOKENS[row, :size])
         np.testing.assert_allclose(padded[row][mask[row]], expected, atol=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_a_fork_is_two_texts_after_one_prompt(model):
     for row, first in enumerate(firsts):
         places = np.arange(13)
         for branch in (places < 4 + first) & mask[row], ((places < 4) | (places >= 9)) & mask[row]:
-            expected = twin(model.config, model.params, texts[row, branch])
+            expected = reference(model.config, model.params, texts[row, branch])
             np.testing.assert_allclose(found[row, branch], expected, atol=1e-4)
 
 
@@ -201,7 +201,7 @@ def test_packed_texts_do_not_see_each_other(model):
     unpadded = model.head(model.hidden(model.params, Tokens(tokens, mask, 11)))
     np.testing.assert_allclose(unpadded[mask != 0], found[mask != 0], atol=1e-5)
     for start, end in texts:
-        expected = twin(model.config, model.params, tokens[0, start:end])
+        expected = reference(model.config, model.params, tokens[0, start:end])
         np.testing.assert_allclose(found[0, start:end], expected, atol=1e-4)
 
 
@@ -244,7 +244,7 @@ def test_a_masked_step_is_not_seen_later(model):
     hidden_B1D, _ = model.step(model.params, TOKENS[:, 7:8], np.ones((3, 1), bool), cache)
     for row, skipped in enumerate((True, False, True)):
         text = np.delete(TOKENS[row, :8], 6) if skipped else TOKENS[row, :8]
-        expected = twin(model.config, model.params, text)[-1]
+        expected = reference(model.config, model.params, text)[-1]
         np.testing.assert_allclose(model.head(hidden_B1D[row, 0]), expected, atol=1e-4)
 
 

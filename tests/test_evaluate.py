@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_reference
 import pytest
 import tiny
-import twin
 
 from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example
@@ -95,7 +95,10 @@ def test_divergence_is_the_full_kl_over_the_answers():
     expected = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         places = slice(len(prompt) - 1, -1)
-        p, q = (twin.softmax(twin.forward(params, np.array(prompt + answer))[0][places]) for params in (base, tuned))
+        p, q = (
+            numpy_reference.softmax(numpy_reference.forward(params, np.array(prompt + answer))[0][places])
+            for params in (base, tuned)
+        )
         expected.append(np.mean(np.sum(p * np.log(p / q), axis=-1)))
     np.testing.assert_allclose(found, expected, rtol=2e-5)
     assert not make_divergence(TOY, batch_size=4)(as_arrays(base), as_arrays(base), PROMPTS, ANSWERS).any()
@@ -105,7 +108,7 @@ def test_the_gold_answers_likelihood_is_per_token():
     params = tiny.toy_parameters(0)
     found = Scorer(TOY, batch_size=3).mean_logprob(as_arrays(params), PROMPTS, ANSWERS)
     expected = [
-        -twin.sft_loss(params, {"prompt": prompt, "answer": answer})[0]
+        -numpy_reference.sft_loss(params, {"prompt": prompt, "answer": answer})[0]
         for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
     ]
     np.testing.assert_allclose(found, expected, rtol=2e-5)

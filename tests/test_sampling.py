@@ -41,7 +41,7 @@ def prompts(model):
     return [model.tokenizer.chat_prompt([{"role": "user", "content": text}]) for text in texts]
 
 
-def twin(logits_V, uniform, temperature, top_p=1.0) -> tuple[int, float]:
+def reference(logits_V, uniform, temperature, top_p=1.0) -> tuple[int, float]:
     """The token of one draw in float64, and how far the draw lies from where it would be another."""
     logits_V = np.asarray(logits_V, np.float64) / temperature
     probs = np.exp(logits_V - logits_V.max())
@@ -67,7 +67,7 @@ def test_draws_are_those_of_the_twin(size, temperature, top_p):
     uniform = random.random(64).astype(np.float32)
     found = np.asarray(draw(logits, uniform, jnp.float32(temperature), top_p))
     for row in range(64):
-        token, distance = twin(logits[row], uniform[row], temperature, top_p)
+        token, distance = reference(logits[row], uniform[row], temperature, top_p)
         assert found[row] == token or distance < 1e-6, (row, distance)
     assert found.dtype == np.int32
 
@@ -203,7 +203,7 @@ def test_many_lengths_make_few_programs(model):
 
 
 def test_draws_follow_each_rows_own_random_numbers(model, sampler, prompts):
-    """Every sampled token is the twin's for the full forward's logits and the row's number at that place."""
+    """Every sampled token is the reference's for the full forward's logits and the row's number at that place."""
     completions = sampler.generate(model.params, prompts[:4], key=KEY, temperature=1.3, top_p=0.9, max_new_tokens=14)
     apply = jax.jit(model.apply)
     for index, (prompt, completion) in enumerate(zip(prompts[:4], completions, strict=True)):
@@ -213,7 +213,7 @@ def test_draws_follow_each_rows_own_random_numbers(model, sampler, prompts):
         logits_TV = np.asarray(apply(model.params, tokens))[0]
         for place, token in enumerate(completion.tokens):
             uniform = float(jax.random.uniform(jax.random.fold_in(row_key, place)))
-            expected, distance = twin(logits_TV[len(prompt) - 1 + place], uniform, 1.3, 0.9)
+            expected, distance = reference(logits_TV[len(prompt) - 1 + place], uniform, 1.3, 0.9)
             assert token == expected or distance < 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The train step against its NumPy twin, in micro-batches, and with what is computed once or left out."""
+"""The train step against its NumPy reference, in micro-batches, and with what is computed once or left out."""
 
 import operator
 from dataclasses import replace
@@ -6,10 +6,10 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpy_reference
 import optax
 import pytest
 import tiny
-import twin
 from quick import quick_jit
 from tiny import padded, random_rows
 
@@ -46,11 +46,11 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
     dtype, tolerance = (np.float64, 1e-6) if wide else (np.float32, 1e-4)
     with jax.enable_x64(wide):
         step, state = build(dtype, fixed_weight=fixed_weight)
-        expected, teacher = twin.first_state(tiny.toy_parameters(0)), tiny.toy_parameters(1)
+        expected, teacher = numpy_reference.first_state(tiny.toy_parameters(0)), tiny.toy_parameters(1)
         for number in range(5):
             rows, rollouts = random_rows(number)
             state, metrics = step(state, teacher_params(dtype), padded(rows, rollouts))
-            expected, numbers = twin.train_step(
+            expected, numbers = numpy_reference.train_step(
                 expected,
                 teacher,
                 rows,
@@ -78,7 +78,10 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
 def test_the_twins_gradients_are_those_of_its_losses():
     params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
     (row, *_), (rollout, *_) = random_rows(0)
-    for loss in (lambda p: twin.sft_loss(p, row), lambda p: twin.kl_loss(p, teacher, row, rollout, 6, 1.5)):
+    for loss in (
+        lambda p: numpy_reference.sft_loss(p, row),
+        lambda p: numpy_reference.kl_loss(p, teacher, row, rollout, 6, 1.5),
+    ):
         grads = loss(params)[1]
         for name, grad in grads.items():
             direction = np.random.default_rng(2).normal(size=grad.shape)
@@ -100,7 +103,7 @@ def test_the_twin_knows_the_papers_worked_example():
         for values in probs
     )
     row = {"prompt": [0], "answer": [0], "teacher_prompt": [1, 2]}
-    loss, _ = twin.kl_loss(student, teacher, row, [4], 3, 1.0)
+    loss, _ = numpy_reference.kl_loss(student, teacher, row, [4], 3, 1.0)
     np.testing.assert_allclose(loss, np.sum(q * np.log(q / p)), rtol=1e-12)
 
 
@@ -127,8 +130,11 @@ def test_token_reduction_weighs_every_token_the_same():
     step, state = build(reduction="token")
     metrics = step(state, teacher_params(), padded(rows, rollouts))[1]
     params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
-    sft = [(twin.sft_loss(params, row)[0], len(row["answer"])) for row in rows]
-    kl = [(twin.kl_loss(params, teacher, row, z, 6, 1.5)[0], len(z)) for row, z in zip(rows, rollouts, strict=True)]
+    sft = [(numpy_reference.sft_loss(params, row)[0], len(row["answer"])) for row in rows]
+    kl = [
+        (numpy_reference.kl_loss(params, teacher, row, z, 6, 1.5)[0], len(z))
+        for row, z in zip(rows, rollouts, strict=True)
+    ]
     for name, losses in (("sft_loss", sft), ("kl_loss", kl)):
         values, lengths = zip(*losses, strict=True)
         np.testing.assert_allclose(metrics[name], np.average(values, weights=lengths), rtol=1e-5)
@@ -166,7 +172,7 @@ def test_without_distillation_nothing_of_it_is_measured():
     rows, rollouts = random_rows(0)
     state, metrics = step(state, None, padded(rows, rollouts)._replace(rollout=None))
     assert metrics.keys() == {"loss", "sft_loss", "sft_tokens", "gradient_norm"}
-    expected = np.mean([twin.sft_loss(tiny.toy_parameters(0), row)[0] for row in rows])
+    expected = np.mean([numpy_reference.sft_loss(tiny.toy_parameters(0), row)[0] for row in rows])
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     assert state.balance.count == 0
 

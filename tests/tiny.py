@@ -170,7 +170,7 @@ def make_model(seed: int = 0) -> Model:
     return Model(config, params, tokenizer, hf_config)
 
 
-# The model of twin.py in JAX, for whatever takes any model at all.
+# The model of numpy_reference.py in JAX, for whatever takes any model at all.
 
 
 def toy_parameters(seed: int, vocabulary: int = 24, width: int = 12) -> dict[str, np.ndarray]:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import losses
 import numpy as np
+import numpy_reference
 import tiny as toy
-import twin
 from shapes import random_model
 from timing import measured
 
@@ -31,7 +31,7 @@ BOUNDS = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 2e-3, "float64": 1e-6}
 PREDICTED = {
     "bfloat16": "errors of 2e-3 to 1e-2",
     "float32": "3e-4 where products are TF32, far below 1e-4 where they are not",
-    "twin": "1e-4 in float32, where products of 12 numbers may be TF32; 1e-6 in float64",
+    "reference": "1e-4 in float32, where products of 12 numbers may be TF32; 1e-6 in float64",
 }
 STEP = {"top_k": 6, "temperature": 1.5, "ema_decay": 0.9}
 LEARNING_RATE, WEIGHT_DECAY, NUM_STEPS = 0.01, 0.1, 5
@@ -158,8 +158,8 @@ def decoding_error(name: str, dtype: str) -> dict:
 
 
 def train_step(record, tiny: bool) -> None:
-    """Five steps of Eqs. 5-12 and AdamW against NumPy in float64 (tests/twin.py), gradients by hand."""
-    record.set(predicted=PREDICTED["twin"])
+    """Five steps of Eqs. 5-12 and AdamW against NumPy in float64 (tests/numpy_reference.py), gradients by hand."""
+    record.set(predicted=PREDICTED["reference"])
     for dtype in ("float32", "float64"):
         measured(record, f"train step {dtype}", partial(step_error, dtype))
     finish(record, record.part)
@@ -173,12 +173,12 @@ def step_error(dtype: str) -> dict:
         )
         step = jax.jit(make_train_step(losses, optimizer, ema_decay=STEP["ema_decay"]))
         params, teacher = (jax.tree.map(lambda x: jnp.asarray(x, dtype), toy.toy_parameters(seed)) for seed in (0, 1))
-        state, expected = init_state(params, optimizer), twin.first_state(toy.toy_parameters(0))
+        state, expected = init_state(params, optimizer), numpy_reference.first_state(toy.toy_parameters(0))
         errors = {}
         for number in range(NUM_STEPS):
             rows, rollouts = toy.random_rows(number)
             state, metrics = step(state, teacher, toy.padded(rows, rollouts))
-            expected, numbers = twin.train_step(
+            expected, numbers = numpy_reference.train_step(
                 expected,
                 toy.toy_parameters(1),
                 rows,

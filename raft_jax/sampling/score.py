@@ -25,14 +25,14 @@ class Scorer:
         @jax.jit
         def mean_logprob(params, prompt: Tokens, answer: Tokens):
             hidden_BAD = answer_hidden(model, params, prompt, answer)
-            nats_BA = linear_cross_entropy(
+            nll_BA = linear_cross_entropy(
                 hidden_BAD,
                 model.unembedding(params),
                 answer.ids,
                 vocab_shards=num_shards("vocabulary"),
                 **model.head_settings,
             )
-            return -answer_means(nats_BA, answer.mask)
+            return -answer_means(nll_BA, answer.mask)
 
         self._mean_logprob = mean_logprob
 
