@@ -1,4 +1,4 @@
-"""`batch_at(step)`: tokenised rows in fixed shapes, a pure function of the step on any number of hosts."""
+"""Tokenised rows as batches of fixed shapes: `Batches.at` is a pure function of the step on any number of hosts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIDES = ("prompt", "answer", "teacher_prompt")
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One example as ids: what the student sees, what it should say, and what the teacher sees."""
+    """One example as token ids: the student's prompt, the answer to train on, and the teacher's prompt."""
 
     prompt: list[int]
     answer: list[int]
@@ -29,7 +29,7 @@ class TokenRow:
 
 
 def pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool) -> Tokens:
-    """Rows padded to `length` on one side, as arrays of NumPy.
+    """Pads rows to `length` on one side and returns them as NumPy arrays.
 
     Example:
       >>> tokens = pad([[5, 6], [7]], 3, 0, left=True)
@@ -42,17 +42,17 @@ def pad(rows: Sequence[Sequence[int]], length: int, pad_id: int, *, left: bool) 
             raise ValueError(f"row {index} has {len(row)} tokens, and the length is {length}")
         columns = slice(length - len(row), None) if left else slice(0, len(row))
         ids[index, columns], mask[index, columns] = row, True
-    return Tokens(ids, mask)  # pyright: ignore[reportArgumentType]  # of NumPy until it is put on devices
+    return Tokens(ids, mask)  # pyright: ignore[reportArgumentType]  # NumPy until put on devices
 
 
 class Batches:
     """Shuffled epochs over rows, in batches of one size.
 
-    Rows are sorted into `length_buckets` buckets of about equal size; a batch draws from one bucket and is padded to
-    its bucket's longest row, so the number of shapes is the number of buckets. In each epoch every row is in one batch,
-    except the remainder of `len(rows) / batch_size`. That remainder rotates through all rows, whatever their
-    lengths, so that after any number of epochs no row was used more than once more than another. The rows of a bucket
-    that do not fill a batch go to the next longer one.
+    Rows are sorted by length into `length_buckets` buckets of about equal size. A batch belongs to one bucket and is
+    padded to the bucket's longest row, so there are as many shapes as buckets. Rows that do not fill a batch in their
+    bucket move to the next longer one. In each epoch every row is in one batch, except for the remainder of
+    `len(rows) / batch_size`. This remainder rotates through all rows, regardless of length: after any number of epochs,
+    the numbers of times that two rows have been used differ by at most one.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class Batches:
     ):
         """
         Args:
-          epochs: of the whole run: `max_tokens` of a batch is enough for all batches of its bucket in these, so that a
-            bucket remains one program.
-          num_shards: into how many runs of rows the mesh cuts a batch.
-          num_micro_batches: M; rows m, m + M, ... are run together.
-          share_prefixes: whether what all prompts begin with may be computed once.
+          epochs: the number of epochs of the run. `max_tokens` is large enough for every batch of a bucket in these
+            epochs, so that each bucket compiles to one program.
+          num_shards: the number of shards, each of consecutive rows, that the mesh divides a batch into.
+          num_micro_batches: M; micro-batch m has the rows m, m + M, ...
+          share_prefixes: whether tokens that all prompts begin with may be computed once.
         """
         if len(rows) < batch_size:
             raise InputError(f"{len(rows)} rows do not fill one batch of {batch_size}; lower train.batch_size")
@@ -88,7 +88,7 @@ class Batches:
         self._buckets = [part.tolist() for part in np.array_split(order, length_buckets) if len(part)]
         self._lengths = []
         for number in range(len(self._buckets)):
-            # A bucket's batches may hold rows of every shorter one.
+            # A batch may also hold rows left over from any shorter bucket.
             members = [rows[index] for part in self._buckets[: number + 1] for index in part]
             self._lengths.append([_round_up(max(len(getattr(row, name)) for row in members)) for name in SIDES])
         self._epoch: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
@@ -121,8 +121,8 @@ class Batches:
         return Batch(prompt, answer, teacher_prompt, row_ids)  # pyright: ignore[reportArgumentType]
 
     def _most_tokens(self, num_epochs: int, num_shards: int, num_micro_batches: int) -> list[list[int]]:
-        """The most real tokens of prompt, answer and teacher prompt, on one shard in one micro-batch, of each bucket's
-        batches. What all rows begin with counts once."""
+        """For each bucket, the most real tokens of prompt, answer and teacher prompt that one shard has in one
+        micro-batch. A shared prefix counts once."""
         most = np.zeros((len(self._buckets), len(SIDES)), int)
         for epoch in range(num_epochs):
             for number, members in self._planned(epoch):
@@ -138,7 +138,7 @@ class Batches:
         return self._epoch[1]
 
     def _plan(self, epoch: int) -> list[tuple[int, list[int]]]:
-        """The batches of one epoch: the bucket whose shape each has, and its rows."""
+        """The batches of one epoch, each as (bucket that determines its shape, indices of its rows)."""
         random = np.random.default_rng([self.seed, epoch])
         num_rows = len(self.rows)
         num_unused = num_rows % self.batch_size
@@ -154,18 +154,18 @@ class Batches:
 
 
 def shared_prefix(rows: Sequence[list[int]]) -> int:
-    """With how many equal tokens all rows begin.
+    """The number of leading tokens that all rows have in common.
 
     Example:
       >>> shared_prefix([[1, 2, 3], [1, 2, 4, 5]])
       2
     """
-    lowest, highest = min(rows), max(rows)  # all others lie between them
+    lowest, highest = min(rows), max(rows)  # in lexicographic order, all other rows are between these
     return next((i for i, pair in enumerate(zip(lowest, highest, strict=False)) if pair[0] != pair[1]), len(lowest))
 
 
 def token_capacity(count: int, most: int) -> int:
-    """Room for `count` tokens in quarters of the most there can be: few sizes, few programs.
+    """Rounds `count` up to a multiple of a quarter of `most`, so that few sizes, and few programs, occur.
 
     Example:
       >>> token_capacity(130, most=256)

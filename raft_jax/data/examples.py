@@ -1,4 +1,4 @@
-"""Rows → questions and answers: which columns hold them, conversations, splits, what is held out."""
+"""Turns rows into questions and answers: names of columns, conversations, splits, held-out examples."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from raft_jax.errors import InputError
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what.
+    """The names of the columns.
 
-    `question` and `answer` may name one and the same column, if it holds conversations.
-    `id`, `split` and `context` may be absent under their default names; a name that was chosen must be there.
-    An empty name says that there is none: with `context=""` a column called context is not read.
+    `question` and `answer` may name the same column if it holds conversations.
+    Columns with the default names of `id`, `split` and `context` may be missing; a column with another name must exist.
+    An empty name means that there is no such column: with `context=""` a column called context is not read.
     """
 
     question: str = "question"
@@ -33,13 +33,13 @@ class Columns:
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its gold answer, and what came before it.
+    """One question with its gold answer and the turns before it.
 
     Attributes:
-      id: its name, unique in the data.
-      question: the last user turn, or the column of questions.
+      id: unique in the data.
+      question: the last user turn, or the value of the question column.
       answer: the gold answer.
-      context: the text that the question refers to, from the column of that name, "" if there is none.
+      context: the text that the question refers to, from the context column; "" if there is none.
       turns: the turns before the question as (role, content): the system turn, and earlier questions and answers.
     """
 
@@ -47,29 +47,29 @@ class Example:
     question: str
     answer: str
     context: str = ""
-    turns: tuple[tuple[str, str], ...] = ()  # (role, content) of what came before the question
+    turns: tuple[tuple[str, str], ...] = ()  # (role, content) of the turns before the question
 
 
 class BadRow(InputError):
-    """What is wrong with one row alone: without it, the others can be used."""
+    """An error in a single row: the other rows can be used without it."""
 
 
 _DEFAULTS = Columns()
-# Shapes of rows that are understood where no columns are named: pairs of columns, one twice for conversations.
+# Shapes of rows recognised by default, as (question column, answer column); for conversations both are one column.
 _SHAPES = (
     (_DEFAULTS.question, _DEFAULTS.answer),
     ("prompt", "completion"),
     ("messages", "messages"),
     ("conversations", "conversations"),
 )
-# What other tools call these columns: suggested when one is missing, never guessed.
+# Names of these columns in other tools: suggested in the error if a column is missing, never used without being set.
 _SYNONYMS = {
     "question": ("prompt", "instruction", "query", "input", "problem"),
     "answer": ("completion", "output", "response", "target", "solution", "chosen"),
 }
-# ShareGPT's names.
+# ShareGPT's names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
-# What a turn, or the row of a conversation, may hold beside texts, and would be lost.
+# Keys of a turn, or of the row of a conversation, that are errors: only texts are used, so their values would be lost.
 _LOST_WITH_TURN = (
     "tool_calls",
     "function_call",
@@ -96,7 +96,7 @@ _LOST_WITH_ROW = (
     "videos",
     "chat_template_kwargs",
 )
-_WEIGHTS = ("weight", "train", "loss")  # of a turn; 0 or false: not to be trained on
+_WEIGHTS = ("weight", "train", "loss")  # keys of a turn; 0 or false excludes it from training
 
 
 def load_examples(
@@ -108,30 +108,31 @@ def load_examples(
 ) -> list[Example]:
     """Reads questions and answers, in the order of the file.
 
-    Four shapes of row are understood: the columns named by `columns`; `prompt` and `completion`; `messages`, which
-    holds a conversation; ShareGPT's `conversations`. The first of which a row has the columns, with
-    something in them, is the row's.
+    By default, four shapes of row are recognised: `question` and `answer`; `prompt` and `completion`; `messages`, which
+    holds a conversation; ShareGPT's `conversations`. A row has the first shape whose columns exist in it and are not
+    all null. If `columns` names other columns for question and answer, only those are read.
 
     A question or an answer may be a list of chat turns, as role and content or as ShareGPT's from and value. The last
-    turn must be the assistant's and is the answer, the one before it the user's and is the question. What came
-    earlier goes into `turns`. Other roles, contents other than text, and turns with more than text in them are
-    refused.
+    turn must be the assistant's and is the answer; the turn before it must be the user's and is the question. Earlier
+    turns go into `turns`. Other roles, content that is not text, and turns with data besides text, such as tool calls,
+    are errors.
 
     Args:
       path_or_uri: a file (.jsonl, .json, .csv, .tsv, each also .gz; .parquet), a folder written by tfds (also
         as `tfds://FOLDER`), or `package://MODULE/PATH`.
       columns: the names of the columns.
       split: only rows of this split (the value of the split column, or a split of a tfds folder). None: all.
-      limit: at most so many examples.
-      bad_rows: where given, rows that cannot be used are left out, and put here: id → what is wrong. What is wrong with
-        ids, splits or the file itself is an error in any case.
+      limit: the largest number of examples. None: no limit.
+      bad_rows: if given, rows that cannot be used are left out and added here, as id → description of the error. Errors
+        in ids, in splits or in the file itself are raised in any case.
 
     Returns:
-      The examples. Where there is no id column, the id is the row's number in the file, from 000001.
-      Ids may be text or whole numbers. Ids and splits are checked in all rows, texts in those asked for.
+      The examples. Without an id column, the id is the row's number in the file, from 000001.
+      Ids may be text or whole numbers. Ids are checked in all rows, splits too if `split` is given. Texts are checked
+      in the rows of the split only, until `limit` is reached.
 
     Raises:
-      InputError: naming file and line, what is wrong, and what to do.
+      InputError: the message has file and line, the problem, and the remedy.
 
     Example:
       >>> import tempfile
@@ -181,17 +182,17 @@ def _examples(
 
 
 def split_counts(path_or_uri: str | Path, columns: Columns = _DEFAULTS) -> dict[str, int]:
-    """Counts the rows of each split; empty where there is no split column (then see `split_held_out`)."""
+    """Counts the rows of each split; empty if there is no split column (then see `split_held_out`)."""
     return dict(sorted(Counter(_splits(_read(path_or_uri, columns), columns)).items()))
 
 
 def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[list[Example], list[Example]]:
     """Holds `count` examples out, chosen by a hash of seed and id.
 
-    The order of the examples makes no difference, and adding one changes at most one place of the choice.
+    The choice does not depend on the order of the examples, and adding one replaces at most one held-out example.
 
     Returns:
-      (the others, at least one; the held-out ones), both in the order given.
+      (the remaining examples, at least one; the held-out examples), both in the order given.
 
     Example:
       >>> rest, held_out = split_held_out([Example(str(i), "q", "a") for i in range(8)], count=2)
@@ -208,9 +209,9 @@ def split_held_out(examples: list[Example], count: int, seed: int = 0) -> tuple[
 
 
 def sampling_order(examples: Iterable[Example], seed: int = 0) -> list[Example]:
-    """The examples by a hash of seed and id: the first n are a sample that adding one changes in at most one place.
+    """Sorts examples by a hash of seed and id: adding an example replaces at most one of the first n.
 
-    Independent of what `split_held_out` chooses with the same seed.
+    The order is independent of the choice of `split_held_out` with the same seed.
     """
     by_id = {example.id: example for example in examples}
     return [by_id[id] for id in _in_hash_order(by_id, f"{seed}:sample:")]
@@ -248,7 +249,7 @@ def _ids(rows: Sequence[Row], columns: Columns) -> list[str]:
 
 
 def _splits(rows: Sequence[Row], columns: Columns) -> list[str]:
-    """Returns each row's split, or nothing where there is no such column."""
+    """The split of each row; empty if there is no split column."""
     splits = []
     for row in rows if _has(rows, columns, "split") else ():
         if columns.split not in row.values:
@@ -288,13 +289,13 @@ def _missing(row: Row, name: str, field: str, instead: str = "") -> BadRow:
 
 
 def _shapes(columns: Columns) -> Sequence[tuple[str, str]]:
-    """The pairs of columns that a question and an answer may be in; one column twice is a whole conversation."""
+    """The pairs of columns that may hold question and answer; the same column twice holds conversations."""
     named = columns.question, columns.answer
     return _SHAPES if named == _SHAPES[0] else (named,)
 
 
 def _shape(row: Row, columns: Columns) -> tuple[str, str] | None:
-    """The first shape of which the row has the columns, unless they are null in it."""
+    """The first shape whose columns the row has, with at least one of them not null."""
     for shape in _shapes(columns):
         if all(name in row.values for name in shape) and any(row.values[name] is not None for name in shape):
             return shape
@@ -378,7 +379,7 @@ def _turns(value: Any, role_of_text: str | None, where: str, name: str) -> list[
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             got = _turn_in_words(turn, *keys)
             raise BadRow(f"{where}: {place} must have a role (system, user, assistant) and text as content, got {got}")
-        # A system turn may be empty: some templates have words of their own where there is none.
+        # An empty system turn is kept: without one, some chat templates insert a default text.
         turns.append((role, content if role == "system" and not content.strip() else _text(content, where, place)))
     _require_trained(value[-1], _WEIGHTS, where, f"the last turn of {name}")
     return turns
@@ -394,7 +395,7 @@ def _turn_in_words(turn: Any, role_key: str, content_key: str) -> str:
 
 
 def _with_system(turns: list[tuple[str, str]], row: Row) -> list[tuple[str, str]]:
-    """Some files of conversations have the system turn in a column of its own."""
+    """Adds the system turn that some files of conversations have in a column of its own."""
     system = row.values.get("system")
     if system in (None, "") or turns[0] == ("system", system):
         return turns
@@ -436,7 +437,7 @@ def _text(value: Any, where: str, name: str) -> str:
 
 
 def require_whole_characters(text: str, where: str, name: str) -> None:
-    """Raises BadRow for halves of characters, which no tokenizer takes."""
+    """Raises BadRow for lone surrogates (halves of characters), which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Files → rows: JSONL, JSON, CSV, TSV, Parquet and tfds folders, each read within bounds of memory."""
+"""Reads rows from JSONL, JSON, CSV, TSV and Parquet files and tfds folders, with limits on memory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from raft_jax.errors import InputError, require_train
 from raft_jax.files import hash_files, require_regular, unreadable
 from raft_jax.sources import resolve
 
-MAX_LINE = 2**26  # characters of one line: a longer one is not a row of text
-MAX_ARRAY = 2**30  # characters of a JSON array, which must be parsed as a whole
-# A .gz file may be this many times as large unpacked, or MIN_UNPACKED: text shrinks to a third or a tenth.
+MAX_LINE = 2**26  # characters in a line; a longer line is not a row of text
+MAX_ARRAY = 2**30  # characters in a JSON array, which must be parsed as a whole
+# A .gz file may unpack to MAX_RATIO times its size (text compresses to a third or a tenth), and always to MIN_UNPACKED
+# bytes.
 MAX_RATIO = 100
 MIN_UNPACKED = 2**26
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which columns are read from a file that can be read by columns.
+    """The columns to read from a file whose format stores columns separately.
 
     Attributes:
-      shapes: pairs of columns, in order of preference; later ones are read where the earlier hold null only.
-      others: read wherever they are.
-      noticed: of these it is only looked at whether they hold something, in files of conversations.
-      split: the column that a tfds folder's splits become.
+      shapes: pairs of columns in order of preference; a later pair is read only if the earlier ones are missing, or
+        null in some rows.
+      others: columns that are read if they exist.
+      noticed: columns of which only the presence of a value is read, and only in files of conversations.
+      split: the column that holds the name of a tfds folder's split.
     """
 
     shapes: Sequence[tuple[str, str]]
@@ -48,10 +50,10 @@ class Row(NamedTuple):
 
 
 def read_rows(source: str, wanted: Wanted) -> list[Row]:
-    """Reads a file's or a folder's rows, in their order.
+    """Reads the rows of a file or a folder, in their order.
 
     Raises:
-      InputError: it cannot be read, or there are no rows.
+      InputError: the source cannot be read, or has no rows.
     """
     path = locate(source)
     name = path.name.lower()
@@ -78,7 +80,7 @@ def locate(source: str) -> Path:
     """The file or folder of a data source.
 
     Raises:
-      InputError: nothing is there, or something that is neither.
+      InputError: it does not exist, is neither a file nor a folder, or is an hf:// address.
     """
     if source.startswith("hf://datasets/"):
         name = source.removeprefix("hf://datasets/").split("@")[0]
@@ -111,10 +113,10 @@ def fingerprint(path_or_uri: str | Path) -> str:
 
 
 def lines_of(source: str, path: Path, newline: str) -> Iterator[str]:
-    """The lines of a text file, packed or not, without a byte order mark.
+    """The lines of a text file, compressed with gzip or not, without a byte order mark.
 
     Args:
-      newline: as for `open`: "\\n" for lines that end in it, "" for those that end in "\\r" or "\\r\\n", too.
+      newline: as for `open`: with "\\n" only "\\n" ends a line, with "" also "\\r" and "\\r\\n".
     """
     zipped = path.name.lower().endswith(".gz")
     try:
@@ -185,7 +187,7 @@ def _joined(source: str, first: str, lines: Iterator[tuple[int, str]]) -> str:
 
 
 def parse_json(source: str, text: str, line: int) -> Any:
-    """One JSON value; raises InputError with file and line, also for an object that has one key twice."""
+    """Parses one JSON value; raises InputError with file and line, also if an object has the same key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -206,7 +208,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_csv(source: str, path: Path, delimiter: str) -> list[Row]:
-    # strict: a stray quote is an error, instead of text that loses its quotes or swallows the next rows.
+    # strict makes a stray quote an error; without it, the text would lose its quotes or extend over the next rows.
     csv.field_size_limit(MAX_LINE)
     reader = csv.reader(_without_nul(source, lines_of(source, path, "")), delimiter=delimiter, strict=True)
     header, rows, line = [], [], 1
@@ -298,7 +300,7 @@ def _read_parquet(source: str, path: Path, wanted: Wanted) -> list[Row]:
 def _column(source: str, file, name: str) -> list[Any]:
     try:
         values = file.read(columns=[name]).column(name)
-    except Exception as error:  # Arrow raises several kinds
+    except Exception as error:  # Arrow raises several types of exception
         raise InputError(f"{source}: column {quoted(name)} cannot be read ({brief(error)}); write it again") from error
     try:
         return values.to_pylist()
@@ -314,7 +316,7 @@ def _cell(value) -> Any:
 
 
 def _holds_something(source: str, file, name: str) -> list[bool]:
-    """Whether each row's value is more than null or an empty list, a few rows at a time: they may be large."""
+    """Whether each row has a value that is not null, "" or []; reads few rows at a time, since values may be large."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -377,7 +379,7 @@ def _read_tfds(source: str, path: Path, wanted: Wanted) -> list[Row]:
                 rows.append(Row(where, {wanted.split: name} | plain))
     except InputError:
         raise
-    # tfds raises all sorts of things for a damaged folder, or a format that it reads with TensorFlow only.
+    # tfds raises many types of exception for a damaged folder, or for a format that it reads with TensorFlow only.
     except Exception as error:
         raise InputError(
             f"{source}: tfds cannot read it without TensorFlow ({brief(error)}); "
@@ -387,7 +389,7 @@ def _read_tfds(source: str, path: Path, wanted: Wanted) -> list[Row]:
 
 
 def _check_records(source: str, split: Any) -> None:
-    # A truncated ArrayRecord file opens without complaint and reads as nothing.
+    # A truncated ArrayRecord file opens without an error and seems to have no records.
     from array_record.python.array_record_module import ArrayRecordReader
 
     for path, expected in zip(split.filepaths, split.shard_lengths, strict=True):
@@ -404,7 +406,7 @@ def _check_records(source: str, split: Any) -> None:
 
 
 def _plain(value: Any, where: str, name: str) -> Any:
-    """Arrays as lists, bytes as text, at any depth."""
+    """Converts arrays to lists and bytes to text, at any depth."""
     if isinstance(value, Mapping):
         return {key: _plain(item, where, name) for key, item in value.items()}
     value = value.tolist() if hasattr(value, "tolist") else value

@@ -1,4 +1,4 @@
-"""The prompts of the method, as conversations: the question, rewriting, fusion, and what the teacher sees."""
+"""The prompts of the method as conversations: question, rewriting, fusion, teacher."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Turns = Iterable[Sequence[str]]  # (role, content): the system turn and all turn
 
 
 class Question(Protocol):
-    """What has a question: an example, a refined row, an item of the refinement."""
+    """An object with a question: an example, a refined row, an item of the refinement."""
 
     @property
     def question(self) -> str: ...
@@ -23,7 +23,7 @@ class Question(Protocol):
 
 
 def question_prompt(question: str, context: str = "", turns: Turns = ()) -> Conversation:
-    """What the student sees: the turns before, then the question, after its context where it has one.
+    """The student's prompt: the earlier turns, then the question, preceded by its context if there is one.
 
     Example:
       >>> question_prompt("How long?", turns=[("system", "Be brief.")])
@@ -38,15 +38,16 @@ def question_of(row: Question) -> Conversation:
 
 
 def answered(conversation: Conversation, answer: str) -> Conversation:
-    """A conversation with the assistant's answer at its end."""
+    """The conversation followed by the assistant's answer."""
     return [*conversation, {"role": "assistant", "content": answer}]
 
 
 def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
-    """The model says the gold answer again in its own words (Eq. 1).
+    """Asks the model to rewrite the gold answer in its own words (Eq. 1).
 
-    The task is a system turn and the answer alone the user's: small models then lose the least and seldom repeat the
-    task (docs/refinement.md). The question is for terse answers, which cannot be spelled out without it.
+    The task is in the system turn and the user turn is the answer alone: small models then lose the least of the answer
+    and seldom repeat the task (docs/refinement.md). The question is given for terse answers, which cannot be expanded
+    to full sentences without it.
     """
     return _task(
         "Rewrite the input text in clear, complete sentences. Keep every fact, number and name.",
@@ -57,7 +58,7 @@ def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Tu
 
 
 def fusion_prompt(answer: str, rewrite: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
-    """Merges the gold answer, which has the facts, and the rewriting, which has the style, into one (Eq. 4)."""
+    """Asks the model to merge the gold answer, which has the facts, and the rewriting, which has the style (Eq. 4)."""
     return _task(
         "The input text has two versions of one text. Write one version of it in clear, complete sentences. "
         "Keep every fact, number and name of the first version.",
@@ -68,7 +69,7 @@ def fusion_prompt(answer: str, rewrite: str, question: str = "", context: str = 
 
 
 def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
-    """What the teacher sees (Eq. 7, App. H): the turns before, then background knowledge and the question in one."""
+    """The teacher's prompt (Eq. 7, App. H): the earlier turns, then background knowledge and question in one turn."""
     return _ask(
         f"Background reference knowledge:\n{answer}\n\n"
         "Answer the following question, using the background knowledge where it helps.\n"
@@ -78,7 +79,7 @@ def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns =
 
 
 def _whole(question: str, context: str) -> str:
-    """What is asked: a question may hang on what came before it."""
+    """The question, preceded by the context that it may refer to."""
     return f"{context}\n\n{question}" if context else question
 
 
@@ -88,7 +89,7 @@ def _ask(text: str, turns: Turns = ()) -> Conversation:
 
 
 def _task(task: str, text: str, asked: str, turns: Turns) -> Conversation:
-    """A task about a text, in the conversation that the question belongs to; its system turn comes first."""
+    """A task about a text, in the conversation of the question. The text of an existing system turn comes first."""
     own = [content for role, content in turns if role == "system"]
     others = [turn for turn in turns if turn[0] != "system"]
     about = [f"The text answers the question: {asked}"] if asked else []
@@ -98,7 +99,7 @@ def _task(task: str, text: str, asked: str, turns: Turns) -> Conversation:
 
 
 def without_system_turn(conversation: Conversation) -> Conversation:
-    """The same for a chat template that has no system turn: its text opens the first user's turn."""
+    """Moves the system text to the start of the first user turn, for chat templates without a system turn."""
     if conversation[0]["role"] != "system":
         return conversation
     system, first, *rest = conversation

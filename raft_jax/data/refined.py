@@ -1,4 +1,4 @@
-"""The fused data set on the disk: JSONL for people, ArrayRecord for tfds, and a manifest to trust them by."""
+"""The fused data set on disk: JSONL for people, ArrayRecord for tfds, and a manifest with the hash of each file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raft_jax.files import parse_record, sync
 Status = Literal[
     "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown"
 ]
-# In the words of console and report.
+# The wording in console and report.
 STATUSES: dict[Status, str] = {
     "ok": "usable",
     "empty": "empty",
@@ -41,7 +41,7 @@ _FORMAT = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round of answer fusion: a candidate, what is wrong with it if it is not "ok", and the judges' scores."""
+    """One round of answer fusion: a candidate, its status with a note if it is not "ok", and the judges' scores."""
 
     round: int
     candidate: str
@@ -53,29 +53,30 @@ class Round:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefinedRow:
-    """A question with its gold answer, the target made from it, and everything that led there.
+    """A question with its gold answer, the target to train on, and the full history of how the target was chosen.
 
     Attributes:
       id: the example's id.
-      question: x, as it was given.
-      context: what the question refers to, "" if nothing.
-      turns: [role, content] of what was said before the question.
-      gold: y, the answer as it was given.
+      question: x, as given.
+      context: the text that the question refers to; "" if there is none.
+      turns: [role, content] of the turns before the question.
+      gold: y, the answer as given.
       rewrite: the text of the self-conditioned rewriting (Eq. 1), "" if there is none.
-      rewrite_status: whether the rewriting is usable, or why not: "truncated" (cut at the limit), "leak" (it repeats
-        its instructions), "copy" (the gold answer word for word), "repetition" (it repeats itself), "facts" (it has
-        lost, added or reversed something), "unrenderable" (the chat template refuses or changes it), "unknown" (most
-        of it is unknown to the sentence encoder), "empty", "refusal".
-      rewrite_note: what is wrong with it, in words; "" if nothing.
-      similarity: cosine of the gold answer and the rewriting (Eq. 2); None where the rewriting is unusable.
+      rewrite_status: "ok" if the rewriting is usable, else why not: "truncated" (cut at the length limit), "leak" (it
+        repeats its instructions), "copy" (the gold answer word for word), "repetition" (it repeats itself), "facts" (it
+        has lost, added or reversed something), "unrenderable" (the chat template refuses or changes it), "unknown"
+        (most of it is unknown to the sentence encoder), "empty", "refusal".
+      rewrite_note: the problem in words; "" if there is none.
+      similarity: cosine of the gold answer and the rewriting (Eq. 2) for the statuses "ok", "facts" and "copy"; else
+        None.
       accepted: whether the rewriting passed the filter (Eq. 3).
-      rounds: the rounds of fusion in their order (Eq. 4); empty where there were none.
-      gold_scores: what the judges give the gold answer itself; empty where nothing was fused.
-      gold_mean: its mean; None where no judge answered.
+      rounds: the rounds of fusion in their order (Eq. 4); empty if there were none.
+      gold_scores: the judges' scores of the gold answer itself; empty if nothing was fused.
+      gold_mean: the mean of `gold_scores`; None if no judge gave a score.
       answer: ŷ, the target to train on.
-      chosen: where the answer comes from.
-      chosen_round: the winning round, counted from 1; None where the gold answer was kept.
-      reason: a sentence that says why.
+      chosen: the source of `answer`.
+      chosen_round: the round of the chosen candidate, counted from 1; None if the gold answer was kept.
+      reason: the reason for the choice, in a sentence.
     """
 
     id: str
@@ -98,7 +99,7 @@ class RefinedRow:
 
     @classmethod
     def unrefined(cls, example: Example, reason: str) -> RefinedRow:
-        """The row of an example whose gold answer is the target."""
+        """The row of an example that keeps its gold answer as target."""
         return cls(
             id=example.id,
             question=example.question,
@@ -117,32 +118,32 @@ class RefinedRow:
         )
 
     def is_of(self, example: Example) -> bool:
-        """Whether this row was made from an example: its id and all of its texts."""
+        """Whether this row was made from `example`: its id and all of its texts are equal."""
         turns = [tuple(turn) for turn in self.turns]
         ours = (self.id, self.question, self.context, turns, self.gold)
         return ours == (example.id, example.question, example.context, list(example.turns), example.answer)
 
 
 def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> None:
-    """Writes the data set, whole or not at all.
+    """Writes the data set atomically.
 
-    Beside `refined.jsonl`, the folder holds an ArrayRecord data set that
-    `tfds.builder_from_directory(folder).as_data_source("train")` reads without TensorFlow. There text is
-    bytes, a number that is None is NaN, a chosen_round of None is 0, and `turns`, `rounds` and `gold_scores` are JSON.
-    Other files in the folder are left alone. Equal rows and settings give equal bytes.
+    Besides `refined.jsonl`, the folder holds an ArrayRecord data set that
+    `tfds.builder_from_directory(folder).as_data_source("train")` reads without TensorFlow. In it, text is bytes, a
+    number that is None is NaN, a chosen_round of None is 0, and `turns`, `rounds` and `gold_scores` are JSON.
+    Other files in the folder are not changed. Equal rows and settings give equal bytes.
 
-    A kill at any moment leaves the version from before or the new one, never a mixture: every file is first
-    written under a hidden name that carries its hash; replacing the manifest, one rename, decides; only then
-    do the files take their names. tfds, which knows no manifest, switches with `dataset_info.json`, because
-    the name of the ArrayRecord file carries its hash too.
+    A process that is killed at any moment leaves the previous version or the new one, never a mixture: every file is
+    first written under a hidden name that contains its hash; renaming the manifest switches to the new version; only
+    then are the files renamed to their final names. tfds, which does not read the manifest, switches with
+    `dataset_info.json`, because the name of the ArrayRecord file contains its hash, too.
 
     Args:
       rows: the data set.
-      folder: where to.
-      settings: names what the rows were made with; `refined_with` gives it back.
+      folder: the folder to write to.
+      settings: identifies the settings that the rows were made with; `refined_with` returns it.
 
     Raises:
-      ValueError: there are no rows, two have one id, or a number is not finite.
+      ValueError: there are no rows, two rows have the same id, or a number is not finite.
     """
     if len({row.id for row in rows}) != len(rows) or not rows:
         raise ValueError(f"{folder}: a refined data set needs at least one row, and each its own id")
@@ -182,16 +183,16 @@ def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> N
 
 
 def refined_with(folder: str | Path) -> str:
-    """The `settings` that a data set was published with, which `load_refined` has found whole."""
+    """The `settings` that a data set was published with. Call `load_refined` first: it checks the files."""
     return json.loads((Path(folder) / _MANIFEST).read_bytes()).get("settings", "")
 
 
 def load_refined(folder: str | Path) -> list[RefinedRow]:
-    """Reads the data set back, after checking every file of it against the manifest.
+    """Reads the data set, after checking each of its files against the manifest.
 
     Raises:
-      InputError: there is no data set, or a file is missing or is not what was published.
-      OSError: a file cannot be read, which says nothing about what is in it.
+      InputError: there is no data set, or a file is missing or differs from the published one.
+      OSError: a file cannot be read; its content may be intact.
     """
     folder = Path(folder)
     path = folder / _MANIFEST
@@ -234,7 +235,7 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
         }
     )
     serializer = ExampleSerializer(features.get_serialized_info())  # pyright: ignore[reportArgumentType]
-    # One record a group: any row can be read without its neighbours.
+    # One record per group, so that any row can be read without its neighbours.
     writer = ArrayRecordWriter(str(work / "records"), "group_size:1")
     num_bytes = 0
     for entry in entries:
@@ -242,7 +243,7 @@ def _write_tfds(entries: list[dict], work: Path) -> str:
         nested = {name: json.dumps(entry[name], ensure_ascii=False, allow_nan=False) for name in _NESTED}
         chosen_round = entry["chosen_round"] or 0
         example = features.encode_example({**entry, **floats, **nested, "chosen_round": chosen_round})
-        # Deterministic: else the fields of equal rows come in another order in every process.
+        # Without deterministic=True, the order of the fields differs between processes.
         record = serializer.get_tf_example(example).SerializeToString(deterministic=True)
         num_bytes += len(record)
         writer.write(record)
@@ -283,7 +284,7 @@ def _pending(folder: Path, name: str, described: dict) -> Path:
 
 
 def _checked(folder: Path, name: str, expected: dict) -> Path:
-    """Returns where the published bytes of a file are: under its name, or still under the hidden one."""
+    """The path of a published file: its final name, or its hidden name if `publish` was killed before renaming it."""
     found = "no such file"
     for path in (folder / name, _pending(folder, name, expected)):
         if path.exists():

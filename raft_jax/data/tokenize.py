@@ -15,28 +15,28 @@ class ChatTokenizer(Protocol):
     """The part of a tokenizer that renders conversations, such as `raft_jax.models.Tokenizer`."""
 
     def chat_prompt(self, messages: Conversation) -> list[int]:
-        """Ids up to where the assistant's answer begins."""
+        """Ids up to the start of the assistant's answer."""
         ...
 
     def chat_answer(self, messages: Conversation) -> list[int]:
-        """Ids of the last message, the assistant's, with the end of its turn."""
+        """Ids of the last message, the assistant's, including the end of its turn."""
         ...
 
 
 def prompt_and_answer(tokenizer: ChatTokenizer, conversation: Conversation, answer: str) -> tuple[list[int], list[int]]:
-    """Ids of what is asked, which carry no loss, and of the answer, which do."""
+    """Ids of the prompt, which are not in the loss, and of the answer, which are."""
     return tokenizer.chat_prompt(conversation), tokenizer.chat_answer(answered(conversation, answer))
 
 
 def target_of(row: RefinedRow, method: Method) -> str:
-    """The answer that a method trains on: y, the accepted rewriting or y (Eq. 3), or the fused answer (Eq. 4)."""
+    """The answer that a method trains on: y, the rewriting if accepted and else y (Eq. 3), or the fused one (Eq. 4)."""
     if method.target == "rewrite":
         return row.rewrite if row.accepted else row.gold
     return row.answer if method.target == "fused" else row.gold
 
 
 def token_rows(rows: Sequence[RefinedRow], tokenizer: ChatTokenizer, method: Method) -> list[TokenRow]:
-    """The rows of a method as ids, numbered in their order."""
+    """The rows that a method trains on as token ids, numbered in their order."""
     tokenized = []
     for number, row in enumerate(rows):
         target, question = target_of(row, method), question_of(row)

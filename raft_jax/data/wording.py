@@ -1,4 +1,4 @@
-"""Names and values from files as they may stand in a message of one line."""
+"""Formats names and values from files for messages of one line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from raft_jax.terminal import one_line
 
 
 class Unread(NamedTuple):
-    """In place of a value that was not asked for."""
+    """A placeholder for a value that was not requested."""
 
     kind: str
 
 
 class Unreadable(NamedTuple):
-    """In place of a value that its library cannot give."""
+    """A placeholder for a value that its library cannot decode."""
 
     problem: str
 
 
 def shown(text: object) -> str:
-    """A name from a file as it may be printed: a terminal would obey control characters.
+    """A name from a file in printable form: a terminal would interpret control characters.
 
     Example:
       >>> shown("answer"), shown("an\\x1b[2Jswer")
@@ -31,7 +31,7 @@ def shown(text: object) -> str:
 
 
 def quoted(text: object) -> str:
-    """The same in quotes."""
+    """Like `shown`, but always in quotes."""
     return repr(_short(text))
 
 
@@ -46,7 +46,7 @@ def brief(error: Exception) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What stands in a row, in words."""
+    """The kind of a value, in words."""
     if isinstance(value, Unread):
         return value.kind
     if isinstance(value, Unreadable):

@@ -1,4 +1,4 @@
-"""Answers against what was expected: overlap with the gold answer, and answers that a program can check."""
+"""Scores of answers: overlap with the gold answer, and checks that a program can do."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-# A minus belongs to a number where no digit stands before it: 10-5 is 10 and 5.
+# A minus sign directly after a digit is not part of the number: 10-5 is 10 and 5.
 NUMBER = re.compile(r"(?:(?<!\d)[-−])?\d[\d,]*(?:\.\d+)?")
 
 
 def token_f1(answer: str, gold: str) -> float:
-    """Overlap of the words of two texts, articles, case and punctuation aside: 2PR / (P + R), as SQuAD counts it.
+    """F1 score of the words of two texts, 2PR / (P + R), ignoring articles, case and punctuation, as in SQuAD.
 
     Example:
       >>> round(token_f1("The vessel keeps clear.", "a vessel must keep clear"), 3)
@@ -33,11 +33,11 @@ def _words(text: str) -> list[str]:
 
 
 def is_correct(check: Mapping[str, Any] | None, answer: str) -> bool | None:
-    """Whether an answer passes its check; None where there is none.
+    """Whether an answer passes its check; None without a check.
 
-    Kinds: `contains_any` (one of the texts stands in the answer as whole words, case aside), `number` (a number of
-    the answer has this value), `regex` (found anywhere, case aside), `exact` (the answer is this, case, spaces and a
-    final full stop aside).
+    Kinds: `contains_any` (one of the texts is in the answer as whole words, ignoring case), `number` (a number in the
+    answer has this value), `regex` (it matches anywhere, ignoring case), `exact` (the answer equals this, ignoring
+    case, surrounding spaces and a final full stop).
 
     Example:
       >>> is_correct({"kind": "number", "value": 144}, "12 × 12 = 144.")
@@ -59,7 +59,7 @@ def is_correct(check: Mapping[str, Any] | None, answer: str) -> bool | None:
 
 
 def require_check(check: Mapping[str, Any]) -> None:
-    """Raises ValueError where `is_correct` could not use a check, so that it is known before a model is asked."""
+    """Raises ValueError if `is_correct` cannot use a check, so that the error comes before any model is run."""
     if not isinstance(check, Mapping) or check.keys() != {"kind", "value"}:
         raise ValueError("a check is null or has a kind and a value")
     kind, value = check["kind"], check["value"]

@@ -1,4 +1,4 @@
-"""One model's scores: what it knows of the domain, and what it kept of the rest."""
+"""Scores of a model on held-out questions of the domain and on general prompts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from raft_jax.terminal import one_line
 
 @dataclass(frozen=True)
 class GeneralPrompt:
-    """A prompt outside the domain; `check` says how a program knows a right answer, if it can."""
+    """A prompt outside the domain; `check` tells how a program recognises a correct answer, None if it cannot."""
 
     id: str
     category: str
@@ -48,7 +48,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
     """Reads a JSONL file of general prompts.
 
     Raises:
-      InputError: file and line of what is not a prompt.
+      InputError: a line is not a prompt or repeats an id (the message has file and line), or there are no prompts.
     """
     path = resolve(source)
     if not path.is_file():
@@ -75,7 +75,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
 
 
 class Evaluator:
-    """Everything that is the same for each model that is evaluated: questions, prompts, the base model's words."""
+    """Evaluates models; holds what all of them share: questions, prompts, the base model's answers."""
 
     def __init__(
         self,
@@ -106,7 +106,7 @@ class Evaluator:
         return self._base_continuations
 
     def evaluate(self, name: str, params) -> ModelScores:
-        """The scores of one model; see docs/evaluation.md for each."""
+        """The scores of one model, which docs/evaluation.md defines."""
         answers, num_domain_tokens = self._answer_questions(name, params)
         general, num_general_tokens = self._answer_general(name, params)
         similar = [answer.similarity for answer in answers if answer.similarity is not None]
@@ -129,7 +129,7 @@ class Evaluator:
         )
 
     def _answer_questions(self, name: str, params) -> tuple[list[DomainAnswer], int]:
-        """Greedy answers to the held-out questions with their scores, and how many tokens they have."""
+        """Greedy answers to the held-out questions with their scores, and their total number of tokens."""
         completions = self._greedy(params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions")
         texts, gold = self._texts(completions), [example.answer for example in self.questions]
         with progress(f"{name} reads gold answers", len(gold), "answers") as bar:
@@ -154,7 +154,7 @@ class Evaluator:
         return answers, _num_tokens(completions)
 
     def _answer_general(self, name: str, params) -> tuple[list[GeneralAnswer], int]:
-        """Greedy answers to the general prompts with their scores, and how many tokens they have.
+        """Greedy answers to the general prompts with their scores, and their total number of tokens.
 
         The divergence is measured on the base model's answers.
         """

@@ -1,4 +1,4 @@
-"""How far a tuned model has moved from the base model: in what it would say, and in its weights."""
+"""Distances between a tuned model and the base model: KL of the predictions, and distance of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def make_divergence(
 
     Returns:
       `divergence(base_params, params, prompts, answers, progress=None)` → `[num_answers]` float32, nats per token.
-      One program a shape, whatever the parameters.
+      One program per shape is compiled and used for all parameters.
     """
     scorer = Scorer(model, batch_size, mesh)
 
@@ -55,7 +55,7 @@ def make_divergence(
 
 @jax.jit
 def _squares(params, base_params):
-    """Sum of squares of the difference and of the base, of each layer where a parameter is stacked over layers."""
+    """Sums of squares of the difference and of the base, per layer for parameters that are stacked over layers."""
 
     def of(name):
         axes = tuple(range(1, params[name].ndim)) if _is_stacked(name) else None

@@ -1,4 +1,4 @@
-"""The English words that the checks of facts look for."""
+"""English word lists for the checks of generated texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Words that carry no meaning of their own.
+# Words without a meaning of their own.
 STOP_WORDS = _words("""
     a an the this that these those it its they them their theirs he him his she her hers you your yours we us our ours
     i me my mine who whom whose which what where when why how there here is are was were be been being am do does did
@@ -16,7 +16,7 @@ STOP_WORDS = _words("""
     more most other same own not no only while because since until through during before after up down out over under
     again further once well yes get gets got make makes made go goes use used using via per etc e.g i.e
 """)
-# Prepositions: what stands before and after them tells who does what to whom.
+# Prepositions: the words before and after them determine who does what to whom.
 PIVOTS = _words("to from of than before after over under into with for against behind in on at")
 
 NEGATIONS = _words("not no never none nobody nothing nowhere neither cannot without unable")
@@ -69,7 +69,7 @@ ORDINALS = {
     "ninth": 9,
     "tenth": 10,
 }
-# What says a number without being one.
+# Words that may express a number, but that `numbers` in `words` does not count.
 INSTEAD_OF = {
     "1": _words("one once single first a an"),
     "2": _words("second twice double couple pair both"),
@@ -106,7 +106,7 @@ UNITS = {
     for name in line.split()
 }
 
-# Each line: words of one side | words of the other. A word may stand in several lines.
+# Each line: words of one side | words of the opposite side. A word may be in several lines.
 _OPPOSITES = """
 more greater higher larger bigger above over exceeding exceeds | less fewer lower smaller below under beneath
 most maximum highest largest upper | least minimum lowest smallest

@@ -1,6 +1,6 @@
-"""What embeddings do not see: whether a text keeps the gold answer's numbers, names, negations, opposites and words.
+"""Checks that a text keeps the gold answer's numbers, names, negations, opposites and words.
 
-Two texts that differ by one "not", one number or two names in each other's place have nearly the same embedding, so
+Two texts that differ by one "not", by one number or by two exchanged names have nearly the same embedding, so
 the filter of Eq. 3 accepts them. These checks compare the words themselves. They err towards rejecting: a rejected
 rewriting costs one row its fused answer, an accepted wrong one trains the model on a falsehood. Numbers, names and
 words are compared in any language with spaces between its words; negations, modal verbs and opposites are English.
@@ -25,13 +25,13 @@ from raft_jax.refine.english import (
 )
 from raft_jax.refine.words import content_stems, is_number, numbers, numbers_with_units, stem_of, words_of
 
-SENTENCE_SLACK = 0.1  # so much lower than the recall of all words may that of a sentence be, of words side by side
-MIN_SENTENCE_SUPPORT = 0.5  # share of the content words of each sentence of a text that gold answer and question have
-MAX_NEW_WORDS = 0.4  # the share of a text's content words that neither has
-LONGER_THAN_YES = 3  # words: an answer of no more than a "yes" may be said without it
-SPELLED_OUT = 6  # content words that any text may add: a terse answer becomes a sentence
-SAME_SENTENCE = 0.6  # share of common content words from which two sentences are taken to say the same thing
-LONGEST_ITEM = 3  # content words of an item of a list within a sentence; longer ones are clauses
+SENTENCE_SLACK = 0.1  # how far the recall of a sentence may be below `word_recall`
+MIN_SENTENCE_SUPPORT = 0.5  # smallest share of a sentence's content words that are in gold answer or source
+MAX_NEW_WORDS = 0.4  # largest share of a text's content words that are in neither of the two
+LONGER_THAN_YES = 3  # words after a "yes"; with at most this many, the "yes" may be omitted
+SPELLED_OUT = 6  # new content words that any text may have, as a terse answer becomes a sentence
+SAME_SENTENCE = 0.6  # smallest Jaccard index of content words at which two sentences are compared
+LONGEST_ITEM = 3  # content words in an item of a list within a sentence; longer items are clauses
 
 _SENTENCE_END = re.compile(r"(?<=[.!?;])\s+|(?<=[a-z][.!?])(?=[A-Z])|\n+")
 _LIST_MARKER = re.compile(r"^\s*(?:[-*•·]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+", re.MULTILINE)
@@ -51,13 +51,13 @@ _MODAL_PHRASES = (
 
 
 def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8) -> list[str]:
-    """What `text` has lost, added or reversed of the gold answer; empty where nothing was found.
+    """Lists what `text` loses, adds or reverses compared with the gold answer; empty if there is nothing.
 
     Args:
-      gold: the answer that is true.
+      gold: the correct answer.
       text: a rewriting of it, or a fused candidate.
-      source: question, context and earlier turns: what a text may take numbers, names and words from.
-      word_recall: share of the gold answer's content words that the text must have.
+      source: question, context and earlier turns: `text` may have numbers, names and words from it.
+      word_recall: smallest share of the gold answer's content words that `text` must have.
 
     Returns:
       Short phrases, such as "the number 30 is missing".
@@ -84,7 +84,7 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
         *_added_words(gold, text, source),
         *_added_examples(gold, text, source),
     ]
-    # What two sentences exchange, the texts as a whole do not show.
+    # An exchange between two sentences does not show when whole texts are compared.
     in_text = numbers(text)
     for ours, theirs in _aligned_sentences(gold, text):
         found += [
@@ -98,7 +98,7 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
 
 
 def is_copy(gold: str, text: str) -> bool:
-    """Whether a text is the gold answer word for word, whatever its case, punctuation and spaces.
+    """Whether a text is the gold answer word for word, ignoring case, punctuation and spaces.
 
     Example:
       >>> is_copy("No. Rule 12.", "no, rule 12")
@@ -134,7 +134,7 @@ def _number_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
 
 
 def names(text: str) -> dict[str, str]:
-    """Names of a text by what is compared of them: capitalised words that open no sentence, and acronyms.
+    """The names in a text, keyed by `_name_key`: capitalised words that do not begin a sentence, and acronyms.
 
     Example:
       >>> sorted(names("Rule 13 binds every vessel, says the IMO to Alice.").values())
@@ -158,7 +158,7 @@ def names(text: str) -> dict[str, str]:
 
 
 def _name_key(name: str) -> str:
-    """A name without case, possessive and plural."""
+    """A name in lower case, without possessive and plural endings."""
     name = re.sub(r"['’]s?$", "", name.lower())
     return name[:-1] if len(name) > 3 and name.endswith("s") and not name.endswith("ss") else name
 
@@ -176,7 +176,7 @@ def _name_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
 
 
 def _symbol_mismatches(gold: str, text: str) -> Iterator[str]:
-    """Code, addresses and paths have to stay as they are."""
+    """Code, addresses and paths must be unchanged."""
     for token in dict.fromkeys(gold.split()):
         token = token.strip(".,;:!?()'\"“”‘’*")
         if _SYMBOLS.search(token) and not _NUMBER.fullmatch(token.strip("$€£%")) and token not in text:
@@ -187,7 +187,7 @@ def _symbol_mismatches(gold: str, text: str) -> Iterator[str]:
 
 
 def _answer_particle(text: str) -> tuple[str | None, str]:
-    """The "yes" or "no" that a text opens with, and the rest of it."""
+    """The "yes" or "no" that a text begins with, and the rest of the text."""
     match = re.match(r"\W*(yes|no)\b(?![.]?\s*\d)(?=\s*[^\w\s]|\s*$)", text, re.IGNORECASE)
     return (match[1].lower(), text[match.end() :]) if match else (None, text)
 
@@ -235,7 +235,7 @@ def _article(noun: str) -> str:
 
 
 def _opposite_mismatches(gold: str, text: str) -> Iterator[str]:
-    """A word that is rarer than in the gold answer where its opposite is more frequent."""
+    """Words that are rarer than in the gold answer while their opposites are more frequent."""
     wanted, found = Counter(words_of(gold)), Counter(words_of(text))
 
     def change(side) -> int:
@@ -256,8 +256,8 @@ def _opposite_mismatches(gold: str, text: str) -> Iterator[str]:
 
 
 def _lost_contrasts(gold: str, text: str) -> Iterator[str]:
-    """A word that stands beside its opposite in the gold answer, where only the opposite is left: of "active or
-    inactive duty" both are meant.
+    """Words that the gold answer has together with their opposites, if the text has only the opposites: "active or
+    inactive duty" means both.
 
     Example:
       >>> list(_lost_contrasts("Paid and unpaid leave count.", "Paid leave counts."))
@@ -270,7 +270,7 @@ def _lost_contrasts(gold: str, text: str) -> Iterator[str]:
 
 
 def _formed_opposites(word: str) -> set[str]:
-    """Opposites of a word by its form, whether or not there are such words.
+    """Opposites of a word formed with prefixes and suffixes, whether or not they are real words.
 
     Example:
       >>> sorted(_formed_opposites("underpaid")), sorted(_formed_opposites("harmful"))
@@ -294,7 +294,7 @@ def _changed(side, more: Counter, fewer: Counter) -> str:
 
 
 def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
-    """Content words that are gone: too many of the answer or of a sentence, or more than what could stand for them."""
+    """Missing content words: too many of the answer or of a sentence, or clearly more than there are new words."""
     present, wanted = set(content_stems(text)), list(dict.fromkeys(content_stems(gold)))
     lost, new = [stem for stem in wanted if stem not in present], present - set(wanted)
     allowed = (1 - word_recall) * len(wanted) + 1e-9
@@ -303,7 +303,8 @@ def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
         named = ", ".join(words[stem] for stem in lost[:3]) + (", …" if len(lost) > 3 else "")
         yield f"{len(lost)} of {len(wanted)} content words are missing ({named})"
         return
-    # A sentence is said where most of its words stand together; one that is cut in two stands in neighbours.
+    # A sentence counts as present if most of its words are in one sentence of the text, or, if it was split, in two
+    # neighbouring ones.
     parts = [set(content_stems(sentence)) for sentence in _SENTENCE_END.split(text)]
     parts += [one | other for one, other in pairwise(parts)]
     for sentence in _SENTENCE_END.split(gold):
@@ -313,7 +314,7 @@ def _lost_words(gold: str, text: str, word_recall: float) -> Iterator[str]:
 
 
 def _lost_items(gold: str, text: str) -> Iterator[str]:
-    """Items of a list within a sentence of which nothing is left, where others of the list are.
+    """Items of a list within a sentence of which no content word is left, if the text has other items of the list.
 
     Example:
       >>> list(_lost_items("Bring a pen, paper, and a map.", "You need to bring a pen and a map."))
@@ -341,7 +342,7 @@ def _added_words(gold: str, text: str, source: str) -> Iterator[str]:
 
 
 def _added_items(gold: str, text: str, source: str) -> Iterator[str]:
-    """Lines of a list of which nothing is known.
+    """Items of a list with one item per line that share no content word with gold answer or source.
 
     Example:
       >>> list(_added_items("For example:\\n- Plumbing", "For example:\\n- Plumbing\\n- Construction", ""))
@@ -355,7 +356,7 @@ def _added_items(gold: str, text: str, source: str) -> Iterator[str]:
 
 
 def _added_examples(gold: str, text: str, source: str) -> Iterator[str]:
-    """Examples and "and others" that nothing tells of: what follows is then made up."""
+    """Examples and "and others" that neither gold answer nor source has: what they introduce is made up."""
     known = f"{gold}\n{source}"
 
     def more(*patterns: re.Pattern) -> bool:
@@ -373,7 +374,7 @@ def _brief(sentence: str) -> str:
 
 
 def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
-    """Pairs of sentences that say the same thing, by the words that they share; not those that are the same."""
+    """Pairs of sentences (gold, text) that share most of their words; identical sentences are left out."""
 
     def compared(sentence: str) -> tuple[frozenset[str], frozenset[str]]:
         words = words_of(sentence)
@@ -394,7 +395,7 @@ def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
 
 
 def _exchanged_numbers(sentence: str, other: str, in_text: set[str]) -> Iterator[str]:
-    """A number that stands in another sentence than it should; one that is nowhere is missing from the whole text."""
+    """Numbers that moved to another sentence; `_number_mismatches` reports those missing from the whole text."""
     wanted, found = numbers(sentence), numbers(other)
     if (lost := (wanted - found) & in_text) and (new := found - wanted):
         yield f"{min(lost)} became {min(new)} in {_brief(other)!r}"
@@ -407,9 +408,9 @@ def _sentence_negation(sentence: str, other: str) -> Iterator[str]:
 
 
 def _reversed_order(sentence: str, other: str) -> Iterator[str]:
-    """Three words, each once in both sentences, in the opposite order: "A pays B" as "B pays A"."""
+    """Three or more words, each once in both sentences, in reverse order: "A pays B" becomes "B pays A"."""
     ours, theirs = words_of(sentence), words_of(other)
-    if "by" in theirs and "by" not in ours:  # a passive: what was done by whom is said the other way round
+    if "by" in theirs and "by" not in ours:  # a passive: the order is reversed, the meaning is the same
         return
 
     def places(words: list[str]) -> tuple[dict[str, int], list[str]]:
@@ -420,7 +421,7 @@ def _reversed_order(sentence: str, other: str) -> Iterator[str]:
     first, kept = places(ours)
     second, _ = places(theirs)
     common = sorted(first.keys() & second.keys(), key=first.__getitem__)
-    chains: list[list[str]] = []  # for each word the longest run of falling places that ends there
+    chains: list[list[str]] = []  # for each word the longest decreasing sequence of positions that ends there
     for index, stem in enumerate(common):
         before = [chains[i] for i in range(index) if second[common[i]] > second[stem]]
         chains.append([*max(before, key=len, default=[]), stem])

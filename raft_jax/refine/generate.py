@@ -1,4 +1,4 @@
-"""Who generates: the interface of rewriting and fusion, and the local model behind it (Eqs. 1 and 4)."""
+"""Generators of rewritings and fusions: the interface, and its implementation by a local model (Eqs. 1 and 4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raft_jax.sampling import Completion, Sampler
 
 @dataclass(frozen=True)
 class RefineItem:
-    """One row on its way through the refinement; `turns` are (role, content) of what came before the question."""
+    """One row during the refinement; `turns` are the turns before the question as (role, content)."""
 
     id: str
     question: str
@@ -27,13 +27,13 @@ class RefineItem:
     turns: tuple[tuple[str, str], ...] = ()
 
     def asked(self, terse_words: int) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-        """Question, context and turns for a prompt; the first two are empty but for a terse gold answer."""
+        """Question, context and turns for a prompt; question and context are empty unless the gold answer is terse."""
         terse = len(self.gold.split()) < terse_words
         return self.question if terse else "", self.context if terse else "", self.turns
 
     @property
     def source(self) -> str:
-        """Everything that was said before the answer."""
+        """All text before the answer: earlier turns, context and question."""
         return "\n".join([*(content for _, content in self.turns), self.context, self.question])
 
 
@@ -50,23 +50,23 @@ class Generator(Protocol):
     """Generates one text for each item: a rewriting, or the fusion of gold answer and rewriting.
 
     Attributes:
-      identity: names the model and its settings: texts of another identity are other texts.
+      identity: identifies the model and its settings; texts recorded under another identity are not reused.
     """
 
     identity: str
 
     def prompt(self, item: RefineItem) -> Conversation:
-        """What the model is asked; an empty item gives the instructions alone."""
+        """The prompt for an item; an empty item gives the instructions alone."""
         ...
 
     def generate(
         self, items: Sequence[RefineItem], round: int, done: Container[int]
     ) -> Iterator[dict[int, Generation]]:
-        """Yields finished texts by the item's index, as they come.
+        """Yields finished texts, keyed by the index of their item, as they become available.
 
         Args:
-          items: all items of the round, also those that are done.
-          round: counted from 1; another round gives other texts.
+          items: all items of the round, including those that are done.
+          round: counted from 1; each round gives other texts.
           done: indices that need not be generated again.
         """
         ...
@@ -75,8 +75,8 @@ class Generator(Protocol):
 class LocalGenerator:
     """Generates with a model on this machine.
 
-    Batches are cut from all items whatever is done, and each row has its own random numbers, so a run that was
-    killed in between gives the same texts as one that was not.
+    Batches are formed from all items, whether done or not, and each row has its own random numbers, so a run that was
+    killed and continued gives the same texts as an undisturbed one.
     """
 
     def __init__(
@@ -119,18 +119,18 @@ class LocalGenerator:
 
 
 def task_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Ids of a conversation; where the template has no system turn, with its text in the user's turn."""
+    """Ids of a conversation; if the chat template has no system turn, its text is put into the user turn."""
     try:
         rendered = tokenizer.render(conversation)
     except InputError:
         rendered = ""
-    if conversation[0]["content"].strip() not in rendered:  # refused, or dropped without a word
+    if conversation[0]["content"].strip() not in rendered:  # the template refuses or silently drops it
         conversation = without_system_turn(conversation)
     return tokenizer.chat_prompt(conversation)
 
 
 def generation_of(completion: Completion, decode: Callable[[Sequence[int]], str]) -> Generation:
-    """A completion as text, with what is wrong with it."""
+    """Decodes a completion and determines its status."""
     text = decode(completion.tokens).strip()
     if not completion.finished:
         status = "truncated"

@@ -1,4 +1,4 @@
-"""Who judges: the interface, and three judges that need nothing but this machine (App. C-D)."""
+"""Judges of fused answers: the interface, and three judges that run locally (App. C-D)."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from raft_jax.refine.generate import RefineItem
 from raft_jax.sampling import Scorer
 
 NUMBER = re.compile(r"\d+(?:[.,:/]\d+)*")
-# A name is a capitalised word that does not open a sentence, or an acronym anywhere.
+# A name is a capitalised word that does not begin a sentence, or an acronym anywhere.
 NAME = re.compile(r"(?<=[a-z,;:'’\"(\-] )[A-Z][\w'’-]+|\b[A-Z]{2,}\b")
 
 
 class Judge(Protocol):
-    """Scores candidates, each by itself.
+    """Scores candidates independently of each other.
 
     Attributes:
-      name: how records and report call it.
-      identity: names its model and settings: scores of another identity are other scores.
+      name: its name in records and report.
+      identity: identifies its model and settings; scores recorded under another identity are not reused.
     """
 
     name: str
     identity: str
 
     def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
-        """A number in [0, 1] for each candidate, higher is better; None where the judge has no answer."""
+        """A number in [0, 1] for each candidate, higher is better; None if the judge cannot score it."""
         ...
 
 
 class SimilarityJudge:
-    """How near the candidate's meaning is to the gold answer's: the cosine of Eq. 2, negative counts as 0."""
+    """Similarity in meaning of candidate and gold answer: the cosine of Eq. 2, with negative values set to 0."""
 
     name = "similarity"
 
@@ -50,7 +50,7 @@ class SimilarityJudge:
 
 
 class CoverageJudge:
-    """The share of the gold answer's numbers and names that the candidate has; None where it has none."""
+    """The share of the gold answer's numbers and names that the candidate has; None if the gold answer has none."""
 
     name = identity = "coverage"
 
@@ -59,11 +59,12 @@ class CoverageJudge:
 
 
 class LikelihoodJudge:
-    """How natural the candidate is to the base model: p(candidate | question) against p(rewriting | question).
+    """Likelihood of the candidate under the base model, relative to its own rewriting, given the question.
 
         min(1, exp(l(candidate) - l(rewriting))),    l = mean log-likelihood per token
 
-    A candidate as likely as what the model itself wrote scores 1; this is the gap that refinement is to close.
+    A candidate that is at least as likely as the model's own text scores 1. Refinement is to close the gap in
+    likelihood between gold answers and such text.
     """
 
     name = "likelihood"
@@ -84,7 +85,7 @@ class LikelihoodJudge:
 
 
 def coverage(gold: str, candidate: str) -> float | None:
-    """Share of the numbers and names of `gold` that `candidate` has.
+    """Share of the numbers and names of `gold` that `candidate` has; None if `gold` has none.
 
     Example:
       >>> coverage("Rule 13 binds every vessel, says the IMO.", "See rule 13.")
@@ -99,5 +100,5 @@ def coverage(gold: str, candidate: str) -> float | None:
 
 
 def _stem(word: str) -> str:
-    """A name without case and possessive."""
+    """A name in lower case, without possessive ending."""
     return re.sub(r"['’]s?$", "", word.lower())

@@ -1,4 +1,4 @@
-"""The append-only record of a refinement: whatever is in it need never be computed again."""
+"""The append-only record of a refinement: results in it are not computed again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ TYPES = {"text": str, "status": str, "num_tokens": int, "value": int | float | N
 
 
 class Ledger:
-    """A JSONL file of records `{"stage": …, "key": …, …}`, one for each finished piece of work.
+    """A JSONL file of records `{"stage": …, "key": …, …}`, one for each result.
 
-    A record is in the ledger when `append` has returned. A process killed in the middle of an append
-    leaves whole lines and at most one torn last line, which the next `open` cuts off. One process at a
-    time may have a ledger open.
+    Records are on disk when `append` returns. A process that is killed during an append leaves complete lines and at
+    most one incomplete last line, which the next `open` removes. Only one process at a time may have a ledger open for
+    writing.
 
     Example:
       >>> import tempfile
@@ -36,14 +36,14 @@ class Ledger:
 
     @classmethod
     def open(cls, path: str | Path, writes: bool = True) -> Ledger:
-        """Reads a ledger, or starts an empty one; the folder is made if need be.
+        """Reads a ledger, or creates an empty one; creates the folder if necessary.
 
-        With `writes` false, as for all but the first of several processes that do the same work, records are kept in
-        memory and the file stays as it is.
+        With `writes` false, as in all but the first of several processes that do the same work, records are kept in
+        memory and the file is not changed.
 
         Raises:
-          InputError: a line other than a torn last one is damaged, or contradicts an earlier one; or the file cannot be
-            read.
+          InputError: a line other than an incomplete last one is damaged or contradicts an earlier one, or the file
+            cannot be read.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class Ledger:
                 )
         if not writes:
             return cls(path, records, writes)
-        # "ab" makes the file where there is none.
+        # "ab" creates the file if there is none.
         with path.open("ab") as file:
             file.truncate(len(data) - torn)
             os.fsync(file.fileno())
@@ -80,10 +80,10 @@ class Ledger:
         return cls(path, records)
 
     def append(self, records: list[dict]) -> None:
-        """Adds records, on the disk when it returns; equal ones that are already there are passed over.
+        """Adds records, which are on disk when it returns; skips records that are already there.
 
         Raises:
-          ValueError: a record is malformed, or differs from one with its stage and key; then none is added.
+          ValueError: a record is malformed, or differs from one with the same stage and key; then none is added.
         """
         added: dict[tuple[str, str], dict] = {}
         lines = []
@@ -105,7 +105,7 @@ class Ledger:
 
     def _write(self, lines: list[str]) -> None:
         data = "".join(lines).encode()
-        # Unbuffered: a buffer would try again to write its rest when the file is closed after an error.
+        # Unbuffered: after an error, closing a buffered file would try to write the rest of the buffer again.
         with self._path.open("ab", buffering=0) as file:
             start = file.tell()
             try:
@@ -114,20 +114,20 @@ class Ledger:
                     written += file.write(data[written:])
                 os.fsync(file.fileno())
             except BaseException:
-                # Half a line left behind (a full disk) would be damage in the middle after the next append.
+                # A partial line, as a full disk leaves it, would be damage inside the file after the next append.
                 file.truncate(start)
                 raise
 
     def get(self, stage: str, key: str) -> dict | None:
-        """Returns the record of a stage and key, not to be changed, or None."""
+        """The record of a stage and key, or None. It must not be modified."""
         return self._records.get((stage, key))
 
     def __getitem__(self, name: tuple[str, str]) -> dict:
-        """The record of a stage and key, which is there."""
+        """The record of a stage and key, which must exist."""
         return self._records[name]
 
     def records(self) -> list[dict]:
-        """Returns all records in the order in which they were added, not to be changed."""
+        """All records in the order in which they were added. They must not be modified."""
         return list(self._records.values())
 
     def __contains__(self, name: tuple[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""Stage 1: questions and gold answers → the fused data set, every step of it recorded (Eqs. 1-4, App. C-D)."""
+"""Stage 1: makes the fused data set from questions and gold answers, recording every step (Eqs. 1-4, App. C-D)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from raft_jax.refine.judge import Judge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.screen import repeated_instructions, repetition, without_lead_in
 
-JUDGED_AT_ONCE = 256  # rows between two entries in the ledger
+JUDGED_AT_ONCE = 256  # rows that are scored between two writes to the ledger
 NAMED_MISMATCHES = 3
 
 
 class RefineModels(NamedTuple):
-    """Who does the work of the refinement; each is an interface, so a remote model can take any place.
+    """The models of the refinement; each is an interface, so any of them can be a remote model.
 
-    `renders` says whether a text can be trained on as the answer to an item: a chat template may refuse or change it.
+    `renders` tells whether a text can be trained on as the answer to an item: a chat template may refuse or change it.
     """
 
     rewriter: Generator
@@ -39,7 +39,7 @@ class RefineModels(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A written text as it is used, whether it can be, and if not, what is wrong with it."""
+    """A generated text after screening, its status, and a note on the problem if it is not "ok"."""
 
     text: str
     status: Status
@@ -49,13 +49,13 @@ class Text(NamedTuple):
 def refine(
     examples: Sequence[Example], models: RefineModels, settings: RefineConfig, ledger: Ledger
 ) -> list[RefinedRow]:
-    """Rewrites, filters, fuses and judges; whatever the ledger holds already is not done again.
+    """Rewrites, filters, fuses and judges; results that are in the ledger are reused.
 
-    Records are matched by all that they depend on (texts, prompts, settings, models): those of other data or of other
-    settings stay in the ledger and are not used.
+    A record is reused only if everything that it depends on (texts, prompts, settings, models) is the same. Records of
+    other data or other settings stay in the ledger and are not used.
 
     Returns:
-      One row an example, in their order, each with its full history.
+      One row per example, in the same order, each with its full history.
     """
     items = [RefineItem(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
     rewrites = _generate(models.rewriter, items, 1, "rewrite", "rewrite", models.renders, settings, ledger)
@@ -101,7 +101,7 @@ def refine(
 
 
 def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
-    """Lines that count what became of the rows."""
+    """Lines with the number of rows and candidates of each outcome."""
     fused = sum(row.chosen == "fusion" for row in rows)
     yield f"refined {len(rows)} rows: {fused} have a fused answer, {len(rows) - fused} keep the gold one"
     accepted = sum(row.accepted for row in rows)
@@ -135,7 +135,7 @@ def _generate(
     settings: RefineConfig,
     ledger: Ledger,
 ) -> list[Text]:
-    """One text an item, from the ledger or from the generator."""
+    """One text per item, from the ledger or from the generator."""
     keys = [f"{item.id}#{round}#{_digest(generator.identity, generator.prompt(item))}" for item in items]
     done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
     known = {record["key"].rpartition("#")[0] for record in ledger.records() if record["stage"] == stage}
@@ -172,7 +172,7 @@ def _generate(
 
 
 def screened(generation: dict, item: RefineItem, instructions: str, settings: RefineConfig) -> Text:
-    """What a written text is worth, before anything is compared by its meaning."""
+    """Screens a generated text by its words, before its meaning is compared with embeddings."""
     if generation["status"] != "ok":
         return Text(generation["text"], generation["status"])
     text = without_lead_in(generation["text"])
@@ -191,9 +191,10 @@ def screened(generation: dict, item: RefineItem, instructions: str, settings: Re
 def _similarities(
     encoder: Encoder, items: Sequence[RefineItem], settings: RefineConfig, ledger: Ledger
 ) -> list[float | None]:
-    """Eq. 2 for each item; None where the encoder does not know the words.
+    """Eq. 2 for each item; None if most of either text is unknown to the encoder.
 
-    The embedding of a terse answer ("Yes.") says little: such an answer and its rewriting are read after the question.
+    The embedding of a terse answer ("Yes.") says little about its meaning, so the question is put before such
+    an answer and before its rewriting.
     """
 
     def read(item: RefineItem, text: str) -> str:
@@ -219,7 +220,7 @@ def _similarities(
 def _round(
     models: RefineModels, items: Sequence[RefineItem], number: int, settings: RefineConfig, ledger: Ledger
 ) -> list[Round]:
-    """One round of fusion: a candidate for each item, and what each judge makes of it."""
+    """One round of fusion: a candidate for each item, with each judge's score."""
     candidates = _generate(
         models.fuser, items, number, "fuse", f"fuse, round {number}", models.renders, settings, ledger
     )
@@ -253,14 +254,15 @@ def _round(
 def _scores(
     judges: Sequence[Judge], items: Sequence[RefineItem], texts: Sequence[str], title: str, ledger: Ledger
 ) -> list[dict[str, float | None]]:
-    """What each judge makes of one text an item, from the ledger or from the judge."""
+    """Each judge's score of one text per item, from the ledger or from the judge."""
     scores: list[dict[str, float | None]] = [{} for _ in items]
     for judge in judges:
         keys = [
             f"{item.id}#{judge.name}#{_digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
             for item, text in zip(items, texts, strict=True)
         ]
-        # Groups are judged as a whole, also when some of one is in the ledger: a score may round by its neighbours.
+        # A group is always judged as a whole, even if some of its scores are in the ledger: the rounding of a score may
+        # depend on the other rows of the group.
         every = range(len(items))
         groups = [every[start : start + JUDGED_AT_ONCE] for start in range(0, len(items), JUDGED_AT_ONCE)]
         left = [group for group in groups if any(("score", keys[index]) not in ledger for index in group)]
@@ -282,28 +284,28 @@ def _scores(
 
 
 def _digest(*models) -> str:
-    """A name for all that a result depends on."""
+    """A hash of everything that a result depends on."""
     return hashlib.sha256(json.dumps(models, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """Mean over the judges that answered."""
+    """Mean over the judges that gave a score; None if none did."""
     answered = [value for value in values if value is not None]
     return round(sum(answered) / len(answered), 6) if answered else None
 
 
 def _gold_mean(candidate: Round, gold_scores: Mapping[str, float | None]) -> float | None:
-    """The gold answer's mean over the judges that scored the candidate, too."""
+    """The gold answer's mean over those judges that also scored the candidate."""
     return _mean(gold_scores.get(name) for name, value in candidate.scores.items() if value is not None)
 
 
 def _is_accepted(written: Text, similarity: float | None, settings: RefineConfig) -> bool:
-    """Eq. 3, for a rewriting that can be used."""
+    """Whether a rewriting is usable and passes the filter of Eq. 3."""
     return written.status == "ok" and similarity is not None and similarity >= settings.threshold
 
 
 def _falls_short(candidate: Round, gold_scores: Mapping[str, float | None], settings: RefineConfig) -> str:
-    """Why a scored candidate may not be chosen; empty where it may."""
+    """Why a candidate may not be chosen; "" if it may."""
     gold = _gold_mean(candidate, gold_scores)
     if candidate.mean is None:
         return "not scored"
@@ -330,7 +332,7 @@ def _decide(
     gold_scores: Mapping[str, float | None],
     settings: RefineConfig,
 ) -> RefinedRow:
-    """Eqs. 3 and 4 for one row: the best round where the filter passed, the gold answer elsewhere."""
+    """Eqs. 3 and 4 for one row: the best eligible round if the rewriting was accepted, else the gold answer."""
     accepted = _is_accepted(written, similarity, settings)
     scored = [candidate for candidate in rounds if candidate.mean is not None]
     eligible = [candidate for candidate in scored if not _falls_short(candidate, gold_scores, settings)]

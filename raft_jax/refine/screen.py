@@ -1,4 +1,4 @@
-"""Which written texts can be used at all: no refusals, no repeated instructions, no loops."""
+"""Screens generated texts for refusals, repeated instructions and repetition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REFUSAL = re.compile(
     r"as an ai\b)",
     re.IGNORECASE,
 )
-# "Here is the rewritten text:" and the like, before a text that stands by itself.
+# "Here is the rewritten text:" and the like, before a text that is complete without it.
 LEAD_IN = re.compile(
     r"^\W*(?:(?:sure|certainly|of course|okay|ok|absolutely)\b[^\n:]{0,100}[:!.]\s+)?"
     r"(?:(?:here(?:['’]s| is| are)|below is|the following is|this is)\b[^\n:]{0,60}"
@@ -23,7 +23,7 @@ LEAD_IN = re.compile(
     r"the (?:correct |right |short )?answer (?:to (?:this|the|your) question )?is)\s*:)\s*",
     re.IGNORECASE,
 )
-# What a text says that speaks of its task in place of the subject.
+# Phrases of texts that are about the task instead of the subject.
 TASK_WORDS = re.compile(
     r"\bre-?writ(?:e|es|ing|ten)\b|\bre-?phras(?:e|es|ed|ing)\b|\bparaphras(?:e|es|ed|ing)\b|\bmerg(?:e|es|ed|ing)\b|"
     r"\b(?:complete|full|clear) sentences?\b|\btexts? [12]\b|"
@@ -33,13 +33,13 @@ TASK_WORDS = re.compile(
     r"\bthe (?:user|assistant|prompt|instructions?)\b|^\W*(?:user|assistant|system)\s*:|<\|[^|]*\|>|\[/?INST\]|</?s>",
     re.IGNORECASE | re.MULTILINE,
 )
-RUN = 4  # words in a row that a text may not share with the instructions
+RUN = 4  # consecutive words that a text may not share with the instructions
 _ITEM = re.compile(r"\s*[-*•·]\s+\w")
 _LINE = re.compile(r"(?<=[.!?])\s+|\n+")
 
 
 def without_lead_in(text: str) -> str:
-    """The text behind a first line that only announces it, and without quotation marks around the whole.
+    """Removes a lead-in that only announces the text, and quotation marks around the text after it.
 
     Example:
       >>> without_lead_in("Here is the rewritten text:\\n\\n\\"The boat gives way.\\"")
@@ -57,12 +57,12 @@ def without_lead_in(text: str) -> str:
 
 
 def repeated_instructions(text: str, instructions: str, sources: str) -> str | None:
-    """Words of `text` that come from its prompt's instructions, or speak of the task; None where there are none.
+    """Words of `text` that come from its prompt's instructions or are about the task; None if there are none.
 
     Args:
-      text: what was written.
+      text: a generated text.
       instructions: the prompt without the row's own texts.
-      sources: the row's own texts: whatever they say, a text may say.
+      sources: the row's own texts; words from them are allowed.
 
     Example:
       >>> repeated_instructions("Keep every fact and number of it.", "Keep every fact and number.", "The fee is $5.")
@@ -76,7 +76,7 @@ def repeated_instructions(text: str, instructions: str, sources: str) -> str | N
 
 
 def shared_run(text: str, instructions: str, sources: str) -> str | None:
-    """Four words or more in a row that a text has from the instructions and not from the row's own texts."""
+    """Four or more consecutive words that are in the text and the instructions, but not in the row's own texts."""
     words, scaffold, own = words_of(text), _runs(words_of(instructions)), _runs(words_of(sources))
     for start in range(len(words) - RUN + 1):
         run = tuple(words[start : start + RUN])
@@ -89,9 +89,10 @@ def shared_run(text: str, instructions: str, sources: str) -> str | None:
 
 
 def repetition(text: str, gold: str) -> str | None:
-    """A sentence, or six words in a row, that a text says twice or more, and more often than the gold answer.
+    """A sentence, or six consecutive words, that a text has at least twice and more often than the gold answer.
 
-    Sentences that differ in words without meaning are the same, and of a list every line counts.
+    Sentences that differ in stop words only are the same. Items of a list count at any length, other sentences from
+    three words.
 
     Example:
       >>> repetition("Call the local office. Call your local office.", "Call the local office.")
@@ -112,7 +113,7 @@ def repetition(text: str, gold: str) -> str | None:
 
 
 def _meaning(sentence: str) -> str:
-    """A sentence without stop words, or with them where only one other word is left."""
+    """A sentence without stop words; the whole sentence if fewer than two other words are left."""
     words = words_of(sentence)
     meaning = [word for word in words if word not in STOP_WORDS]
     return " ".join(meaning if len(meaning) > 1 else words)

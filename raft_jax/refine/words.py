@@ -1,4 +1,4 @@
-"""Words, stems and numbers of a text, as the checks compare them."""
+"""Words, stems and numbers of a text, in the form that the checks compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from raft_jax.refine.english import NUMBERS, ORDINALS, SCALES, STOP_WORDS, UNITS
 
-STEM = 5  # letters of a word that are compared: "applying" and "application" have one stem
+STEM = 5  # number of letters of a word that are compared: "applying" and "application" have one stem
 
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W\d_]+)*")
 _CONTRACTION = re.compile(r"\w*n't$|'(?:ll|re|ve|d|m|s)$")
@@ -18,7 +18,7 @@ def words_of(text: str) -> list[str]:
 
 
 def stem_of(word: str) -> str:
-    """What is compared of a word: without possessive and plural, and its first letters."""
+    """The compared form of a word: its first `STEM` letters, after removing possessive and plural endings."""
     word = re.sub(r"'s?$", "", word.lower().replace("’", "'"))
     if len(word) > 4 and word.endswith("ies"):
         word = word[:-3] + "y"
@@ -28,7 +28,7 @@ def stem_of(word: str) -> str:
 
 
 def content_stems(text: str) -> list[str]:
-    """Stems of the words that carry meaning, in order; numbers and their units are compared apart."""
+    """Stems of the words that carry meaning, in order; numbers and their units are compared separately."""
     words = (_CONTRACTION.sub("", word) for word in words_of(text))
     return [stem_of(word) for word in words if word and not (word in STOP_WORDS or word in UNITS or is_number(word))]
 
@@ -38,7 +38,7 @@ def is_number(word: str) -> bool:
 
 
 def numbers(text: str) -> set[str]:
-    """The numbers of a text as digits, also those in words; not "one" and "second", which have other meanings.
+    """The numbers of a text as digits, including number words except "one" and "second", which have other meanings.
 
     Example:
       >>> sorted(numbers("twenty-five of 1,000 at 10:30, or two hundred and ten"))
@@ -48,7 +48,7 @@ def numbers(text: str) -> set[str]:
 
 
 def numbers_with_units(text: str) -> Iterator[tuple[str, str | None]]:
-    """Each number and the unit behind it (or the currency before it)."""
+    """Each number, and the unit after it or the currency before it; None without a unit."""
     tokens = re.findall(r"\d+(?:[.,:]\d+)*|[^\W\d_]+|[$€£%]", text.lower())
     index = 0
     while index < len(tokens):
@@ -63,7 +63,7 @@ def numbers_with_units(text: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _number_at(tokens: list[str], index: int) -> tuple[str | None, int]:
-    """The number that begins at a token, and the index behind it; None where none begins."""
+    """The number that begins at a token, and the index of the token after it; None if no number begins there."""
     token = tokens[index]
     if token[0].isdigit():
         return digits(token), index + 1
@@ -87,7 +87,7 @@ def _number_at(tokens: list[str], index: int) -> tuple[str | None, int]:
 
 
 def digits(token: str) -> str:
-    """One way to write a number: no thousands separators, no zeros before or behind."""
+    """The canonical form of a number: no thousands separators, leading zeros or trailing decimal zeros."""
     token = re.sub(r",(?=\d{3}(?:\D|$))", "", token)
     if re.fullmatch(r"\d+(?:\.\d+)?", token):
         whole, _, rest = token.partition(".")

@@ -1,4 +1,4 @@
-"""What a run came to: the table printed at its end, and one self-contained HTML page."""
+"""The results of a run: tables for the terminal, and one self-contained HTML page."""
 
 from raft_jax.errors import require_train
 from raft_jax.report.page import write_report

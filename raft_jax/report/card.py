@@ -25,13 +25,13 @@ def has_scores(card: str) -> bool:
 
 
 def model_card(config: Config, method: Method, num_rows: int, models: Mapping[str, ModelScores] | None = None) -> str:
-    """Base model, method, data, settings and, once they are there, scores.
+    """The text of a model card: base model, method, data, settings and, if available, scores.
 
     Args:
-      config: of the run.
-      method: that trained the model.
-      num_rows: rows that it was trained on.
-      models: scores of each evaluated model, "base" among them.
+      config: the configuration of the run.
+      method: the method that trained the model.
+      num_rows: the number of rows that it was trained on.
+      models: the scores of each evaluated model, including "base".
     """
     train = config.train
     settings = {

@@ -1,4 +1,4 @@
-"""Small charts as inline SVG, in CSS variables of the page, so that they follow its light or dark scheme."""
+"""Small charts as inline SVG. Their colours are CSS variables of the page, so they follow its light or dark scheme."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from raft_jax.report.folder import style_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# matplotlib wants colours, the page has variables: each is drawn in a stand-in that `_inline` replaces.
+# matplotlib needs colours and the page uses CSS variables: `_inline` replaces these placeholders by the variables.
 _SHADES = ("ink", "muted", "line", "kept", "rejected")
 MODELS = ("base", *METHODS, "other")
 _STAND_INS = {name: f"#0101{index:02x}" for index, name in enumerate(_SHADES + MODELS)}
-_SIZE = (5.4, 3.5)  # inches at 72 to the inch; the page scales it to the column, 0.9 times on a phone and 1.4 elsewhere
+_SIZE = (5.4, 3.5)  # inches at 72 dpi; the page scales it to the column, 0.9 times on a phone and 1.4 elsewhere
 _MOST_POINTS = 400
 
 
@@ -38,7 +38,7 @@ class Series:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The first and the last single value."""
+        """The first and the last value, not smoothed."""
         values = self.y if self.faint is None else self.faint
         return values[0], values[-1]
 
@@ -71,17 +71,17 @@ def lines(
     level: float | None = None,
     marked: bool = False,
 ) -> str:
-    """Draws one line a method.
+    """Draws one line per method.
 
     Args:
       name: unique in the page; prefixes the ids of the drawing.
-      title: what the chart shows, for those who do not see it.
+      title: what the chart shows, for screen readers.
       series: the lines; values that are not finite are left out.
       x_label: the horizontal axis.
       y_label: the vertical axis.
       log: a logarithmic vertical axis.
-      level: draws a horizontal line there.
-      marked: marks each point.
+      level: the height of a horizontal line; None: no line.
+      marked: whether each point gets a marker.
 
     Returns:
       An `<svg>` element, or "" where there is nothing finite to draw.
@@ -141,14 +141,14 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
 
 
 def histogram(name: str, title: str, kept: Sequence[float], rejected: Sequence[float], threshold: float | None) -> str:
-    """Draws how similar the rewritings are to the gold answers, and where the filter cuts.
+    """Draws the similarities of rewritings and gold answers, and the threshold of the filter.
 
     Args:
       name: unique in the page.
       title: what the chart shows.
       kept: cosine similarities of the accepted rewritings.
       rejected: those of the others.
-      threshold: the filter's threshold, where it is known.
+      threshold: the filter's threshold, if known.
 
     Returns:
       An `<svg>` element, or "" without values.
@@ -186,7 +186,7 @@ def histogram(name: str, title: str, kept: Sequence[float], rejected: Sequence[f
 
 @contextmanager
 def _axes(name: str, title: str) -> Iterator[tuple[Axes, io.StringIO]]:
-    """Gives axes to draw on and the text that holds the finished drawing once the block ends."""
+    """Yields axes to draw on, and a buffer that holds the finished SVG when the block has ended."""
     require_train("matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
@@ -213,7 +213,7 @@ def _axes(name: str, title: str) -> Iterator[tuple[Axes, io.StringIO]]:
 
 
 def _inline(svg: str, name: str, title: str) -> str:
-    """Makes matplotlib's stand-alone file an element of the page."""
+    """Turns matplotlib's stand-alone SVG file into an element of the page."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, count=1, flags=re.DOTALL)
     svg = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
@@ -228,7 +228,7 @@ def _inline(svg: str, name: str, title: str) -> str:
 
 
 def _thinned(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Averages neighbours until a line has at most `_MOST_POINTS`: more cannot be seen and only weighs."""
+    """Averages neighbouring points down to `_MOST_POINTS` or fewer: more are not visible and enlarge the page."""
     width = math.ceil(len(x) / _MOST_POINTS)
     if width <= 1:
         return list(x), list(y)
@@ -241,7 +241,7 @@ def _log_axis(axes: Axes) -> None:
 
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    # Less than a decade may show no power of ten, a few decades too few.
+    # A range of less than a decade may include no power of ten, and one of a few decades too few.
     if high / low > 10:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 100 else (1.0, 2.0, 5.0)))
     else:
@@ -251,7 +251,7 @@ def _log_axis(axes: Axes) -> None:
 
 
 def _place_labels(axes: Axes, points: Sequence[Point]) -> None:
-    """Puts each label beside its point where it covers neither a point nor an earlier label."""
+    """Puts each label next to its point, where it covers neither a point nor an earlier label."""
     axes.figure.canvas.draw()
     spots = [tuple(axes.transData.transform((point.x, point.y))) for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in spots]

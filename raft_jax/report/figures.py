@@ -14,7 +14,7 @@ from raft_jax.report.folder import RunRecords, label
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart with the words around it; where `svg` is empty, `absent` may say why."""
+    """A chart with heading, caption and legend; if `svg` is empty, `absent` may give the reason."""
 
     heading: str
     svg: str
@@ -97,7 +97,7 @@ def _legend(series: Sequence[charts.Series]) -> tuple[tuple[str, str], ...]:
 
 
 def moving_average(values: Sequence[float], decay: float = 0.9) -> list[float]:
-    """The bias-corrected average of Eq. 11; what is not finite leaves it as it was."""
+    """The bias-corrected exponential moving average of Eq. 11; values that are not finite do not change it."""
     averages, total, count = [], 0.0, 0
     for value in values:
         if math.isfinite(value):

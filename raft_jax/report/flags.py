@@ -1,4 +1,4 @@
-"""What a reader should look at twice in a text that a model wrote."""
+"""Flags on generated texts that a reader should check."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from raft_jax.refine.screen import repetition, shared_run
 
 
 def flags_of(text: str, *known: str) -> list[str]:
-    """Names what is wrong with a text: empty, in a loop, or repeating the instructions of refinement and teacher.
+    """Lists the problems of a text: it is empty, repeats itself, or repeats the instructions of refinement and teacher.
 
     Args:
-      text: what a model wrote.
-      known: question, context and gold answer, whose words a text may repeat.
+      text: a generated text.
+      known: question, context and gold answer; the text may repeat their words.
 
     Example:
       >>> flags_of("Keep clear. " * 20)
@@ -28,7 +28,7 @@ def flags_of(text: str, *known: str) -> list[str]:
 
 
 def row_flags(row: RefinedRow) -> list[str]:
-    """What is wrong with a refined row's target; gold answers are taken as they are."""
+    """The problems of a refined row's target; gold answers are not checked."""
     if row.chosen != "fusion":
         return []
     known = (row.question, row.context, row.gold, *(content for _, content in row.turns))
@@ -37,6 +37,6 @@ def row_flags(row: RefinedRow) -> list[str]:
 
 @cache
 def _instructions() -> str:
-    """Our own prompts, without what stands in their places."""
+    """The text of the method's prompts without question and answers."""
     prompts = (rewrite_prompt(""), rewrite_prompt("", "?"), fusion_prompt("", ""), teacher_prompt("", ""))
     return "\n".join(message["content"] for prompt in prompts for message in prompt)

@@ -1,4 +1,4 @@
-"""Reads a run folder in whatever state it is: finished, interrupted or just begun."""
+"""Reads a run folder in any state: finished, interrupted or just begun."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raft_jax.settings_text import parse_yaml
 
 @dataclass(frozen=True)
 class RunRecords:
-    """What one run folder holds; a part that is not there yet is empty."""
+    """The contents of a run folder; parts that do not exist yet are empty."""
 
     folder: RunFolder
     config: dict[str, Any] = field(default_factory=dict)
@@ -33,38 +33,38 @@ class RunRecords:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods that left metrics, a model or scores; RAFT after its baselines, then what is in no table."""
+        """The methods with metrics, an exported model or scores: the baselines, RAFT, then any not in `METHODS`."""
         order = [*(name for name in METHODS if name != "raft"), "raft"]
         found = {*self.metrics, *self.exported, *self.scores} - {"base"}
         return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
 
     @property
     def models(self) -> dict[str, ModelScores]:
-        """The scores of each evaluated model, the base model's first."""
+        """The scores of each evaluated model, with the base model first."""
         return {name: self.scores[name] for name in ("base", *self.methods) if name in self.scores}
 
 
 def style_of(name: str) -> Style:
-    """How the base model or a method is drawn."""
+    """The style in which charts draw the base model or a method."""
     return BASE if name == "base" else METHODS[name].style if name in METHODS else OTHER
 
 
 def label(name: str) -> str:
-    """The name of a model as people write it."""
+    """The display name of a model."""
     return name if style_of(name) is OTHER else style_of(name).label
 
 
 def read_run(run_dir: Path) -> RunRecords:
     """Reads everything that the report shows.
 
-    Metrics and timings that are damaged are left out and noted. A step that was logged twice, before and after a
+    Damaged lines of metrics and timings are left out and noted. A step that was logged twice, before and after a
     resume, counts once (the later line).
 
     Args:
       run_dir: a run folder.
 
     Raises:
-      InputError: no such folder, nothing of a run in it, or a damaged file that is written in one piece.
+      InputError: the folder does not exist or holds no run, or a file that is written as a whole is damaged.
     """
     folder = RunFolder(run_dir)
     if not folder.path.is_dir():

@@ -1,4 +1,4 @@
-"""Writes `report.html`: what a run did, learned and forgot, on one page that needs nothing but itself."""
+"""Writes `report.html`: one self-contained page on what a run did, learned and forgot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from raft_jax.scores import DomainAnswer, GeneralAnswer
 _FOLDER = Path(__file__).parent
 _MOST_ROWS = 300  # refined rows on the page, worst first
 _MOST_ANSWERS = 100
-# What a reader asks for first.
+# The most important settings, shown first.
 _FACTS = {
     "model": "model.source",
     "data": "data.path",
@@ -44,7 +44,7 @@ _FACTS = {
 
 
 def write_report(run_dir: Path) -> Path:
-    """Writes the report of a run from what its folder holds; a part that has not been run shows as such.
+    """Writes the report of a run from the contents of its folder; parts that have not been run are shown as such.
 
     Args:
       run_dir: a run folder.
@@ -59,7 +59,7 @@ def write_report(run_dir: Path) -> Path:
     page = render(run)
     path = run.folder.report_html
     temporary = path.with_suffix(".html.partial")
-    # Model output may hold half a surrogate pair, which UTF-8 cannot.
+    # Model output may have lone surrogates, which UTF-8 cannot encode.
     temporary.write_bytes(page.encode("utf-8", errors="replace"))
     os.replace(temporary, path)
     return path
@@ -71,7 +71,7 @@ def render(run: RunRecords) -> str:
 
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(label=label, variable=charts.variable, number=number, estimate=estimate)
-    # The policy of the page names the hash of its one script, so that no other could run.
+    # The page's content security policy allows only a script with this hash.
     script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = environment.get_template("page.html.jinja").render(
@@ -100,7 +100,7 @@ def render(run: RunRecords) -> str:
 
 
 def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The settings that a reader asks for first, as far as the config holds them."""
+    """The most important settings that the config has, as (name, value)."""
     settings = flat(config)
     found = [(fact, settings[key]) for fact, key in _FACTS.items() if settings.get(key) is not None]
     return [(fact, ", ".join(value) if isinstance(value, list) else str(value)) for fact, value in found]
@@ -134,9 +134,10 @@ def _refinement(run: RunRecords) -> dict[str, Any]:
 def _answers(
     answers: Mapping[str, Sequence[DomainAnswer]] | Mapping[str, Sequence[GeneralAnswer]], score: str
 ) -> dict[str, Any]:
-    """The models' answers to the same questions side by side, flagged; where a method lost most comes first.
+    """The models' answers to the same questions, with flags, in decreasing order of the largest loss of a method.
 
-    Lost: similarity to the gold answer against the base model's, or divergence from the base model.
+    The loss is the base model's similarity to the gold answer minus the method's, or the divergence from the
+    base model.
     """
     questions: dict[str, dict[str, Any]] = {}
     for name, given in answers.items():
@@ -156,7 +157,7 @@ def _answers(
 
 
 def _lost(scores: Mapping[str, float | None], higher_is_better: bool) -> float:
-    """The largest loss of any method against the base model; 0 where it cannot be told."""
+    """The largest loss of any method relative to the base model; 0 if scores are missing."""
     base = scores.get("base")
     others = [value for name, value in scores.items() if name != "base" and value is not None]
     if base is None or not others:
@@ -165,7 +166,7 @@ def _lost(scores: Mapping[str, float | None], higher_is_better: bool) -> float:
 
 
 def _machines(run: RunRecords) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What each stage ran on, and the most memory that it took; stages on the same machine together."""
+    """The machine that each stage ran on, and the peak memory; stages on the same machine are grouped."""
     stages: dict[str, list[str]] = {}
     machines: dict[str, list[Mapping[str, Any]]] = {}
     for timing in run.timings:
@@ -200,7 +201,7 @@ def _machine_facts(hardware: str, machines: Sequence[Mapping[str, Any]]) -> list
 
 
 def _categories(run: RunRecords) -> list[tuple[str, list[str]]]:
-    """Right answers of those that can be checked, by category and model."""
+    """Correct answers out of those that can be checked, by category and model."""
     checked: dict[str, dict[str, list[bool]]] = {}
     for name, model in run.models.items():
         for answer in model.general_answers:

@@ -1,4 +1,4 @@
-"""Refined rows in the order in which they deserve a look, and how many there are of each kind."""
+"""Refined rows in the order in which they should be inspected, and the number of rows of each kind."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from raft_jax.data.refined import STATUSES, RefinedRow
 from raft_jax.report.flags import row_flags
 
-# Why a row keeps its gold answer, where its rewriting could be used.
+# Reasons why a row with a usable rewriting keeps its gold answer.
 BELOW, NOT_BETTER = "below the threshold", "without a better fusion"
 _PLURALS = {"copy": ("copy", "copies"), "refusal": ("refusal", "refusals")}
 
 
 def kind_of(row: RefinedRow) -> str:
-    """Why a row has its target: "fused", the rewriting's status where that is not "ok", or why nothing was fused."""
+    """Why a row has its target: "fused", the rewriting's status if that is not "ok", or why nothing was fused."""
     if row.chosen == "fusion":
         return "fused"
     if row.rewrite_status != "ok":
@@ -24,7 +24,7 @@ def kind_of(row: RefinedRow) -> str:
 
 
 def count_sentence(rows: Sequence[RefinedRow]) -> str:
-    """How many rows of each kind, in a line such as "2 rows: 1 fused, 1 gold (1 copy)"."""
+    """The number of rows of each kind, in a line such as "2 rows: 1 fused, 1 gold (1 copy)"."""
     kinds = Counter(map(kind_of, rows))
     fused = kinds.pop("fused", 0)
     parts = [
@@ -36,7 +36,7 @@ def count_sentence(rows: Sequence[RefinedRow]) -> str:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """A refined row with its place in the data, its kind, what is wrong with it, and its fusion's mean score."""
+    """A refined row with its position in the data, its kind, its flags, and the mean score of its chosen fusion."""
 
     row: RefinedRow
     order: int
@@ -57,16 +57,16 @@ class ShownRow:
 
 
 def worst_first(rows: Iterable[RefinedRow]) -> list[ShownRow]:
-    """Rows with their kind and flags: flagged targets, then fusions from the lowest mean score on, then gold ones.
+    """Rows with kind and flags, ordered: flagged targets, then fusions by increasing mean score, then gold answers.
 
-    A gold target is never wrong by our doing, so these come last, by kind and similarity.
+    Gold answers come last, by kind and similarity, because refinement has not changed them.
     """
     shown = [ShownRow(row, order, kind_of(row), row_flags(row), _chosen_mean(row)) for order, row in enumerate(rows)]
     return sorted(shown, key=lambda row: row.rank)
 
 
 def counts(rows: Sequence[RefinedRow]) -> list[tuple[str, str]]:
-    """Figures of a refinement, named."""
+    """The counts of a refinement as (name, value)."""
     rounds = [row.rounds for row in rows if row.rounds]
     candidates = Counter(candidate.status for given in rounds for candidate in given)
     flagged = sum(bool(row_flags(row)) for row in rows)
@@ -89,6 +89,6 @@ def counts(rows: Sequence[RefinedRow]) -> list[tuple[str, str]]:
 
 
 def _chosen_mean(row: RefinedRow) -> float | None:
-    """The mean score of the fusion that was chosen."""
+    """The mean score of the chosen fusion."""
     means = [candidate.mean for candidate in row.rounds if candidate.round == row.chosen_round]
     return means[0] if means else None

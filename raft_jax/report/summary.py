@@ -1,4 +1,4 @@
-"""The numbers of a run as tables of text, for the terminal and for the page alike."""
+"""The numbers of a run as tables of text, for both the terminal and the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text; the first `text_columns` hold words, `methods` has each row's method."""
+    """A table of text; the first `text_columns` columns hold words, `methods` has the method of each row."""
 
     name: str
     title: str
@@ -35,23 +35,23 @@ def summary_tables(run: RunRecords | Path) -> list[Table]:
     """The scores, losses, stages and outputs of a run.
 
     Args:
-      run: a run, or the run folder.
+      run: the records of a run, or its folder.
 
     Returns:
       The tables "scores" (base and each method), "training" (each method), "stages" and "outputs".
-      What has not been run yet shows as a dash, or as a table without rows.
+      Values that do not exist yet are shown as a dash, or as a table without rows.
     """
     run = run if isinstance(run, RunRecords) else read_run(run)
     return [_scores(run), _training(run), _stages(run), _outputs(run)]
 
 
 def print_summary(run_dir: Path, console: Console, names: Collection[str] | None = None) -> None:
-    """Prints the tables of `summary_tables`, and before the scores the verdicts in short.
+    """Prints the tables of `summary_tables`, with the short verdicts before the scores.
 
     Args:
       run_dir: a run folder.
       console: where to print.
-      names: of the tables to print; default all.
+      names: the names of the tables to print; None: all.
     """
     from rich import box
     from rich.table import Table as RichTable
@@ -71,7 +71,7 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
         if table.name == "outputs":
             width = max(len(what) for what, _ in table.rows)
             for what, path in table.rows:
-                # A path is there to be copied, so it is never wrapped.
+                # Paths are not wrapped, so that they can be copied.
                 console.print(Text(_visible(f"{what:<{width}}  {path}")), soft_wrap=True)
             continue
         widths = _widths(table, console.width)
@@ -90,12 +90,12 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
 
 
 def _visible(text: str) -> str:
-    """A text without control characters, which a terminal would obey."""
+    """Replaces control characters, which a terminal would interpret."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
 
 def _print_stacked(table: Table, console: Console) -> None:
-    """A line a figure, for a terminal that is too narrow for the table: a number cut short would be another one."""
+    """Prints one number per line, if the terminal is too narrow for the table: a truncated number would be wrong."""
     from rich.text import Text
 
     named = range(table.text_columns, len(table.columns))
@@ -109,7 +109,7 @@ def _print_stacked(table: Table, console: Console) -> None:
 
 
 def _widths(table: Table, available: int) -> list[int]:
-    """Column widths: whole cells, or as wide as the longest word in as many columns as it takes to fit."""
+    """Column widths: the longest cell, or the longest word in as many columns as necessary to fit."""
     columns = list(zip(table.columns, *table.rows, strict=True))
     widths = [max(map(len, cells)) for cells in columns]
     narrow = [max(len(word) for cell in cells for word in cell.split() or [""]) for cells in columns]
@@ -127,7 +127,7 @@ def number(value: Any, digits: int = 3) -> str:
 
 
 def estimate(score: Estimate, digits: int = 3) -> str:
-    """A mean with its standard error; a dash where there is none."""
+    """A mean with its standard error; a dash if there is none."""
     if score.mean is None:
         return MISSING
     mean = number(float(score.mean), digits)
@@ -183,7 +183,7 @@ def _scores_note(run: RunRecords) -> str:
 
 
 def _cut_note(run: RunRecords) -> str:
-    """Whose answers the limits of length cut, and how many: half an answer has at most half the score."""
+    """The number of each model's answers that a length limit truncated: half an answer has at most half the score."""
     parts = []
     for name, model in run.models.items():
         domain, general = model.domain, model.general

@@ -9,13 +9,13 @@ from statistics import NormalDist, fmean, stdev
 from raft_jax.report.folder import RunRecords, label
 from raft_jax.scores import ModelScores
 
-FEWEST = 8  # with fewer questions an interval would promise more than it holds
+FEWEST = 8  # with fewer questions an interval would not be reliable
 NOISE, TOO_FEW = "no difference beyond noise", "too few to tell a difference"
 
 
 @dataclass(frozen=True)
 class Measure:
-    """A score of one answer, and how its differences are written."""
+    """A score of one answer, and the format of its differences."""
 
     part: str  # "answers" (held-out questions) or "general_answers"
     key: str
@@ -36,7 +36,7 @@ ACCURACY = Measure("general_answers", "correct", "accuracy", " percentage points
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of paired differences and its 95 % interval; without an interval where there are too few pairs."""
+    """Mean of paired differences and half the width of its 95 % interval; None with fewer than `FEWEST` pairs."""
 
     mean: float
     half_width: float | None
@@ -44,7 +44,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval leaves out 0, else 0."""
+        """1 or -1 if the interval excludes 0, else 0."""
         if self.half_width is None or abs(self.mean) <= self.half_width:
             return 0
         return 1 if self.mean > 0 else -1
@@ -63,7 +63,7 @@ class Verdict:
 def verdicts(run: RunRecords) -> list[Verdict]:
     """RAFT against each other method on the same questions, then each method against the base model.
 
-    Without those that are still to be evaluated; empty where the base model is.
+    Models that have not been evaluated are left out; empty if the base model has not been.
     """
     if "base" not in run.models:
         return []
@@ -118,7 +118,7 @@ _ACCURACY = {
 
 
 def paired(run: RunRecords, measure: Measure, before: str, after: str) -> Difference | None:
-    """Differences of a score between two models over the answers to the same questions; None where there are none."""
+    """The paired difference of a score between two models; None if they have no scored questions in common."""
     earlier, later = (_scores(run.models[name], measure) for name in (before, after))
     return difference([later[key] - earlier[key] for key in later if key in earlier], measure.scale)
 
@@ -140,7 +140,7 @@ def difference(values: list[float], scale: float = 1.0) -> Difference | None:
 
 
 def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t, by the expansion around the normal one; within 0.5 % from 7 degrees on."""
+    """The 97.5 % quantile of Student's t, expanded around the normal one; within 0.5 % from 7 degrees of freedom."""
     z = NormalDist().inv_cdf(0.975)
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
@@ -152,7 +152,7 @@ def _scores(model: ModelScores, measure: Measure) -> dict[str, float]:
 
 
 def _domain(found: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
-    """Each measure with its change; those that cannot be told from noise together at the end."""
+    """Each measure with its change; measures without a significant change are joined at the end."""
     clear = [_change(measure, change) for measure, change in found if change.sign]
     unclear = [f"{measure.name} {_interval(measure, change)}" for measure, change in found if not change.sign]
     few = all(change.half_width is None for _, change in found)
@@ -160,7 +160,7 @@ def _domain(found: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
 
 
 def _general(divergence: Difference, accuracy: Difference | None, against_base: bool) -> tuple[str, ...]:
-    """How far a model moved on general prompts, or which of two moved less; and what it answers correctly."""
+    """The changes in divergence and accuracy on general prompts, against the base model or another method."""
     parts = []
     for measure, change in ((DIVERGENCE, divergence), (ACCURACY, accuracy)):
         if change is None:
