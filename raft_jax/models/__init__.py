@@ -1,4 +1,4 @@
-"""Models in JAX: `load_pretrained` gives config, parameters, tokenizer and pure functions over them."""
+"""Models in JAX: `load_pretrained` returns a config, parameters, a tokenizer and pure functions of them."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class Model:
     """A decoder's config, its parameters and its tokenizer. The functions are pure: parameters come first.
 
     `params` is a plain dict of arrays, one per row of `parameter_table(config)`: the pytree that optax, Orbax and
-    `jax.grad` see. The NNX module is put around it inside each function.
+    `jax.grad` see. Each function wraps it in the NNX module.
     """
 
     config: DecoderConfig
     params: dict[str, jax.Array]
     tokenizer: Tokenizer = None  # pyright: ignore[reportAssignmentType]  # None where no text is rendered
     hf_config: dict[str, Any] | None = None
-    source: str = ""  # where it was loaded from
-    generation: dict[str, Any] | None = None  # its generation_config.json
-    with_vision: bool = False  # whether it is the decoder of a model with vision, which is left out
+    source: str = ""  # the source it was loaded from
+    generation: dict[str, Any] | None = None  # contents of generation_config.json
+    with_vision: bool = False  # the decoder of a vision-language model; the vision part is not loaded
 
     def hidden(self, params, tokens: Tokens, positions_BT=None, branches=None) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""
@@ -49,8 +49,8 @@ class Model:
     def completion_hidden(self, params, prompt: Tokens, *completions: Tokens) -> list[jax.Array]:
         """Hidden states from which each token of a completion is predicted, `[B, C, D]` for each completion.
 
-        One completion or two, each of which follows the prompt. The prompt is computed once for both. One alone is
-        rounded as the second of two is, so that a teacher whose weights are the student's gives the student's numbers.
+        Takes one or two completions. Each follows the prompt, which is computed once for both. A single completion is
+        rounded like the second of two, so that a teacher with the student's weights gives exactly the student's values.
         """
         first = completions[0].length if len(completions) == 2 else 0
         begin = prompt.length
@@ -59,11 +59,11 @@ class Model:
         return [hidden_BTD[:, begin - 1 : begin + first - 1], last_BCD][2 - len(completions) :]
 
     def prefill(self, params, prompt: Tokens, length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of prompts and a cache that begins with them; see Decoder.prefill."""
+        """Hidden states of prompts and a cache filled with them; see Decoder.prefill."""
         return Decoder(self.config, params).prefill(prompt, length)
 
     def step(self, params, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
-        """Hidden states of the next token and the grown cache; see Decoder.step."""
+        """Hidden states of the next token and the updated cache; see Decoder.step."""
         return Decoder(self.config, params).step(token_B1, mask_B1, cache, layers)
 
     def unstacked(self, params, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
@@ -71,26 +71,26 @@ class Model:
         return Decoder(self.config, params).unstacked(num_rows)
 
     def unembedding(self, params) -> jax.Array:
-        """`[D, V]`, with the padding of the vocabulary."""
+        """The unembedding `[D, V]`, including the padding of the vocabulary."""
         return Decoder(self.config, params).unembedding()
 
     def apply(self, params, tokens_BT, positions_BT=None, mask_BT=None) -> jax.Array:
-        """Logits `[B, T, V]`, float32. For evaluation of short texts: training never holds this array."""
+        """Logits `[B, T, V]`, float32. For evaluation of short texts: training never materialises this array."""
         return self.logits(self.hidden(params, Tokens(tokens_BT, mask_BT), positions_BT), self.unembedding(params))
 
     def logits(self, hidden_XD, unembedding_DV: jax.Array | Tiled) -> jax.Array:
-        """Logits `[..., V]`, float32, of hidden states `[..., D]`, capped where the family caps them."""
+        """Logits `[..., V]`, float32, of hidden states `[..., D]`, soft-capped if the family has a soft-cap."""
         logits_XV = product(hidden_XD, unembedding_DV, jnp.float32)
         return softcap(logits_XV[..., : self.config.vocab_size], self.config.logit_softcap)
 
     @property
     def head_settings(self) -> dict[str, Any]:
-        """What the losses over hidden states have to know of the unembedding: their `logit_softcap`, `vocab_size`."""
+        """Keyword arguments of the losses over hidden states: the model's `logit_softcap` and `vocab_size`."""
         return {"logit_softcap": self.config.logit_softcap, "vocab_size": self.config.vocab_size}
 
 
 def parameter_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
-    """The layout of the parameters on a mesh."""
+    """The sharding of each parameter on a mesh."""
     table = parameter_table(config)
     return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
 
@@ -103,13 +103,13 @@ def load_pretrained(
     Args:
       source: a Hugging Face folder, a `.gguf` file, `package://MODULE/PATH` or `hf://OWNER/NAME`.
       dtype: of the parameters and the activations.
-      mesh: where the parameters go; default the first device.
+      mesh: the mesh that holds the parameters; default: the first device.
       remat: recompute each layer in the backward pass (less memory, a quarter more work).
-      attention: "plain", "splash" (TPU), "cudnn" (GPU) or "auto", which takes what suits dtype and device.
+      attention: "plain", "splash" (TPU), "cudnn" (GPU) or "auto", which chooses by dtype and device.
 
     Raises:
-      InputError: an unknown attention, nothing there, an unsupported architecture or tokenizer, or weights that do not
-        fit the config.
+      InputError: an unknown attention, a missing source, an unsupported architecture or tokenizer, or weights that do
+        not match the config.
     """
     if attention not in ("auto", *KERNELS):
         raise InputError(f"attention {attention!r} is not known; use auto, {', '.join(KERNELS)}")
@@ -119,8 +119,8 @@ def load_pretrained(
     if config.tied_embeddings and head_differs(weights):
         config = replace(config, tied_embeddings=False)
         weights.hf_config["tie_word_embeddings"] = False
-    # The mesh's tensor axis must divide the key/value heads. So padded, parameters and checkpoints have the same shape
-    # on every mesh that the model fits.
+    # The mesh's tensor axis must divide the key/value heads. With the vocabulary padded to a multiple of them,
+    # parameters and checkpoints have the same shapes on every mesh that fits the model.
     padding = -config.vocab_size % config.num_kv_heads
     kernel = best_kernel(dtype, config.attention_softcap, config.head_width) if attention == "auto" else attention
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)

@@ -1,6 +1,7 @@
-"""Attention: the plain one, and kernels that never hold the scores: Pallas splash attention on TPU, cuDNN's on GPU.
+"""Attention: plain, and by kernels that never materialise the scores: Pallas splash attention on TPU, cuDNN on GPU.
 
-Letters: B batch, T time, S tokens that may be seen, N query heads, K key/value heads, G = N/K, H head width.
+Letters: B batch, T time, S key positions, N query heads, K key/value heads, G = N/K, H head width, M = G·T queries
+that share a key/value head.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from raft_jax.models.config import DecoderConfig
 from raft_jax.sharding import partition_spec
 
 KERNELS = ("plain", "splash", "cudnn")
-SAVED = "product"  # the checkpoint name of what is kept for the backward pass
-MASKED = -1e30  # finite, so that a row with no visible key (padding) gives numbers and not NaN
-BLOCK = 128  # splash attention's unit of query and key positions
+SAVED = "product"  # checkpoint name of values that are saved for the backward pass
+MASKED = -1e30  # finite, so that a query with no visible key (padding) gives finite numbers, not NaN
+BLOCK = 128  # splash attention: block lengths are multiples of this
 LARGEST_BLOCK = 512
-PLAIN_BLOCK = 128  # queries of the plain attention that share the keys they see
+PLAIN_BLOCK = 128  # plain attention: queries per block; keys after a block's last query are skipped
 
 
 def attend(
@@ -27,13 +28,13 @@ def attend(
 ) -> jax.Array:
     """Causal attention, `[B, T, N, H]`, over rows of one sequence, or of a prompt with two branches.
 
-    The prompt and each branch are products of their own, as they are in a pass over the prompt and the second branch
-    alone: both passes then round alike, and a student that equals its teacher differs from it by nothing.
+    The prompt and each branch use separate matrix products, as in a pass over the prompt and the second branch only.
+    Both passes then round alike, so a student that equals its teacher gives exactly the teacher's values.
 
     Args:
-      branches: (P, A): a prompt of P tokens, a branch of A, and a second branch that does not see the first. None: one
-        sequence.
-      window: how many tokens each token sees, itself among them; None: all before it.
+      branches: (P, A): a prompt of P tokens, a branch of A tokens, and a second branch that does not attend to the
+        first. None: one sequence.
+      window: the number of tokens that each token attends to, including itself; None: itself and all before it.
     """
     attend_last = partial(_attend_last, config, window)
     arrays = (key_BKHT, 3), (value_BKTH, 2), (positions_BT, 1), (mask_BT, 1)
@@ -56,14 +57,14 @@ def attend(
 
 
 def _attend_last(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
-    """Mixed values `[B, T, N, H]` of the last T of S tokens."""
+    """Attention output `[B, T, N, H]` of the last T of S tokens."""
     if config.kernel != "plain":
         return _attend_by_kernel(config, window, query_BTNH, key_BKHS, value_BKSH, mask_BS)
     T, S = query_BTNH.shape[1], mask_BS.shape[1]
     mixed = []
     for start in range(0, T, PLAIN_BLOCK):
         end = min(start + PLAIN_BLOCK, T)
-        keys = slice(S - T + end)  # those after a block's last query are not computed
+        keys = slice(S - T + end)  # skip keys after the block's last query
         mixed.append(
             _attend_plain(
                 config,
@@ -79,13 +80,13 @@ def _attend_last(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH
 
 
 def _attend_plain(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH, positions_BS, mask_BS) -> jax.Array:
-    """The same with all the scores."""
+    """Attention output as in `_attend_last`, with explicit scores."""
     B, T, N, H = query_BTNH.shape
     K, S = key_BKHS.shape[1], key_BKHS.shape[-1]
     visible_BTS = visible(T, S, None) & same_segment(mask_BS, T)
     if window is not None:
         visible_BTS &= positions_BS[:, S - T :, None] - positions_BS[:, None, :] < window
-    # The queries of a group of heads stand behind one another, so that every product is one of plain matrices.
+    # The queries of a group's heads are concatenated, so that every product is a plain matrix product.
     query_BKMH = _grouped(query_BTNH, K).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
     mixed_BKMH = _mix(config.attention_softcap, query_BKMH, key_BKHS, value_BKSH, visible_BTS)
     return mixed_BKMH.reshape(B, N, T, H).swapaxes(1, 2)
@@ -99,10 +100,10 @@ def _scores(cap, query_BKMH, key_BKHS, visible_BTS) -> jax.Array:
 
 
 def _mix(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS) -> jax.Array:
-    """softmax(scores) V; M are the T queries of every head of a group.
+    """softmax(scores) V.
 
-    The gradient is that of flash attention without its tiles: the backward pass computes the probabilities again from
-    their normalizer, and no product in it needs a transposed array of scores.
+    The gradient is that of flash attention without tiling: the backward pass recomputes the probabilities from the
+    saved normalizer, and none of its products needs a transposed array of scores.
     """
     return _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS)[0]
 
@@ -122,10 +123,10 @@ def _mix_forward(cap, query_BKMH, key_BKHS, value_BKSH, visible_BTS):
 
 
 def _pinned(x: jax.Array) -> jax.Array:
-    """x, float32, unchanged, where XLA on CPU cannot fuse it with what uses it; an optimization barrier does not hold.
+    """x (float32), unchanged. Keeps XLA on CPU from fusing x into its consumers; an optimization barrier does not.
 
-    Fused, a pass with a backward pass (the student) computes another exp than one without (the teacher), and Eq. 12
-    divides by the difference where both models are equal.
+    If fused, a program with a backward pass (the student) computes exp with other rounding than one without (the
+    teacher). Where both models are equal, Eq. 12 would divide by that difference.
     """
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=23)
 
@@ -152,7 +153,7 @@ _mix.defvjp(_mix_forward, _mix_backward)
 
 
 def _attend_by_kernel(config: DecoderConfig, window, query_BTNH, key_BKHS, value_BKSH, mask_BS) -> jax.Array:
-    """The same by a kernel, into which the window is compiled: one branch for each that the layers have."""
+    """Attention output as in `_attend_last`, by a kernel. A kernel's window is static: one switch branch per size."""
     S = mask_BS.shape[1]
 
     def attend(size):
@@ -170,9 +171,9 @@ def _attend_by_kernel(config: DecoderConfig, window, query_BTNH, key_BKHS, value
 def decode_attention(
     config: DecoderConfig, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS
 ) -> jax.Array:
-    """The same for one new token, which sees itself and the cache.
+    """Attention output `[B, 1, N, H]` of one new token, which attends to itself and to the cache.
 
-    Written as sums: XLA fuses them with reading the cache, where a product of matrices would first copy it.
+    Written as sums, which XLA fuses with the read of the cache; a matrix product would copy the cache first.
     """
     B, _, N, H = query_B1NH.shape
     query_BKGH1 = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0, ..., None].astype(jnp.float32)
@@ -187,19 +188,19 @@ def decode_attention(
 
 
 def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:
-    """Queries `[B, T, K, G, H]` beside the key head that each group shares."""
+    """Queries `[B, T, K, G, H]`, grouped by the key/value head that they share."""
     B, T, N, H = query_BTNH.shape
     return query_BTNH.reshape(B, T, num_kv_heads, N // num_kv_heads, H)
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """cap tanh(x / cap), which keeps what is small and bounds what is large; without a cap x itself."""
+    """cap tanh(x / cap): about x for small x, and bounded by ±cap. Without a cap: x."""
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def best_kernel(dtype, softcap: float | None, head_width: int) -> str:
-    """The kernel for the default backend; cuDNN's takes 16-bit floats and, on every GPU, heads up to 128 wide in
-    steps of 8, and has no soft-cap."""
+    """The kernel for the default backend. cuDNN's takes only 16-bit floats and has no soft-cap; the head widths that it
+    takes on every GPU are multiples of 8 up to 128."""
     backend = jax.default_backend()
     if backend == "tpu":
         return "splash"
@@ -219,16 +220,16 @@ def flash(
     window: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Mixed values of the last T of S tokens; each sees the real tokens of its segment up to itself.
+    """Attention output of the last T of S tokens; each attends to the real tokens of its segment up to itself.
 
     Args:
       query_BTNH, key_BSKH, value_BSKH: bfloat16 or float32; cuDNN takes 16-bit floats only.
-      mask_BS: bool, True on real tokens; or int32 segment ids, 0 at padding: a token sees its own segment only. The
-        output at padding is finite and has no meaning.
+      mask_BS: bool, True on real tokens; or int32 segment ids, 0 at padding: a token attends only to its own segment.
+        The output at padding is finite and has no meaning.
       kernel: "splash" or "cudnn".
-      scale: of the scores.
-      softcap: scores are softcap tanh(scores / softcap).
-      window: a token sees this many, itself among them. Default: all.
+      scale: factor of the scores.
+      softcap: scores become softcap tanh(scores / softcap). Not applied by cuDNN's kernel.
+      window: the number of tokens that a token attends to, including itself. Default: all.
       interpret: run the Pallas kernel without a TPU.
 
     Returns:
@@ -239,14 +240,14 @@ def flash(
     run = partial(_splash, softcap=softcap, window=window, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        # The compiler cannot cut a kernel: every device runs its own rows and heads.
+        # The compiler cannot partition a kernel, so each device runs it on its own rows and heads.
         heads, tokens = partition_spec(("batch", None, "heads", None)), partition_spec(("batch", None))
         run = jax.shard_map(run, in_specs=(heads, heads, heads, tokens), out_specs=heads, check_vma=False)
     return run(query_BTNH * jnp.asarray(scale, query_BTNH.dtype), key_BSKH, value_BSKH, mask_BS)
 
 
 def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
-    # Its backward pass takes even lengths only. Padding goes in front: the last query stays at the last key.
+    # cuDNN's backward pass takes even lengths only. Padding goes in front, so that the last query and key stay aligned.
     odd_T, odd_S = query_BTNH.shape[1] % 2, key_BSKH.shape[1] % 2
 
     def even(array, odd):
@@ -256,7 +257,7 @@ def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
     mask_BS = even(mask_BS, odd_S)
     T, S = query_BTNH.shape[1], key_BSKH.shape[1]
     visible_BTS = visible(T, S, window) & same_segment(mask_BS, T)
-    # A row of padding before its prompt sees nothing: it is given itself, so that its softmax has a term.
+    # Padding before a prompt has no visible key. Every token may attend to itself, so that no softmax is empty.
     visible_BTS |= jnp.eye(T, S, S - T, dtype=bool)
     mixed_BTNH = jax.nn.dot_product_attention(
         query_BTNH, key_BSKH, value_BSKH, mask=visible_BTS[:, None], scale=scale, implementation="cudnn"
@@ -265,12 +266,12 @@ def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
 
 
 def by_cudnn(primitive, *_, **__) -> bool:
-    """A checkpoint policy: what cuDNN's forward pass leaves for its backward pass, which has no name to keep it by."""
+    """A checkpoint policy that saves the residuals of cuDNN's forward pass, which have no checkpoint name."""
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
 def visible(T: int, S: int, window: int | None) -> jax.Array:
-    """Which of S tokens each of the last T may see [T, S]: none that come after it, none beyond the window."""
+    """Which of S tokens each of the last T may attend to, [T, S]: none after it and none outside the window."""
     seen_TS = jnp.tri(T, S, S - T, dtype=bool)
     return seen_TS if window is None else seen_TS & ~jnp.tri(T, S, S - T - window, dtype=bool)
 
@@ -281,7 +282,7 @@ def same_segment(mask_BS: jax.Array, T: int) -> jax.Array:
 
 
 def for_attention(key_BTKH: jax.Array, value_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys `[B, K, H, T]` and values `[B, K, T, H]`, as the cache holds them."""
+    """Keys `[B, K, H, T]` and values `[B, K, T, H]`, the layout of the cache."""
     return key_BTKH.transpose(0, 2, 3, 1), value_BTKH.swapaxes(1, 2)
 
 
@@ -291,7 +292,7 @@ def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, inter
 
     T, S = query_BTNH.shape[1], key_BSKH.shape[1]
     block_T, block_S = (min(LARGEST_BLOCK, -(-size // BLOCK) * BLOCK) for size in (T, S))
-    # Padding goes behind the last token, keys for every query: no softmax may be without a term.
+    # Padding goes after the last token, with a key for every padded query, so that no softmax is empty.
     padded_T = -(-T // block_T) * block_T
     padded_S = -(-(S + padded_T - T) // block_S) * block_S
     query, key, value = (
@@ -320,7 +321,7 @@ def _splash(query_BTNH, key_BSKH, value_BSKH, mask_BS, *, softcap, window, inter
             block_kv_dq=block_S,
         ),
     )
-    # Padding is a segment of its own, and so sees itself at least.
+    # Padding is a segment of its own, so it attends at least to itself.
     segment_BS = jnp.pad(mask_BS, ((0, 0), (0, padded_S - S))).astype(jnp.int32)
     query_segment_BT = jnp.pad(mask_BS[:, S - T :], ((0, 0), (0, padded_T - T))).astype(jnp.int32)
     mixed = jax.vmap(kernel)(query, key, value, splash.SegmentIds(query_segment_BT, segment_BS))

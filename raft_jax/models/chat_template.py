@@ -15,22 +15,22 @@ from raft_jax.errors import InputError
 from raft_jax.terminal import one_line
 
 PROGRAM = Path(__file__).with_name("template_process.py")
-SECONDS, MEMORY_BYTES = 2.0, 512 << 20  # of processor time and memory, in a process of its own
-# The longest conversation that a template is tried on, in characters and in turns.
+SECONDS, MEMORY_BYTES = 2.0, 512 << 20  # limits of CPU time and memory in a separate process
+# Size of the longest conversation that a template is tried on, in characters and in turns.
 TRIED_CHARACTERS, TRIED_TURNS = 100_000, 20
 
 
 class ChatTemplate:
-    """A chat template, which is a stranger's program.
+    """A chat template, which is untrusted code.
 
-    It is tried first, in a process with limits. Where it stays within them it renders here whatever is no longer than
-    what it was tried on; all else is rendered in such a process, a tenth of a second each.
+    It is first tried in a process with limits. If it stays within them, conversations no longer than the ones it was
+    tried on are rendered in this process. Everything else is rendered in a process with limits, 0.1 s each.
 
     Args:
-      text: in Jinja.
-      source: where it is from, for errors.
-      named_tokens: special tokens by the names that templates have for them.
-      blank: names that stand for nothing; to print another name that nothing defines is an error.
+      text: Jinja source.
+      source: origin of the template, for errors.
+      named_tokens: special tokens by their names in templates.
+      blank: names that are known to be empty; printing any other undefined name is an error.
 
     Raises:
       InputError: it does not compile.
@@ -48,11 +48,11 @@ class ChatTemplate:
         """The text of each conversation.
 
         Args:
-          conversations: the template's variables: messages, add_generation_prompt, further ones.
-          date: that today is, as YYYY-MM-DD; default the clock's.
+          conversations: the template's variables: messages, add_generation_prompt and others.
+          date: the template's current date, as YYYY-MM-DD; default: the clock's.
 
         Raises:
-          InputError: the template raises, prints an undefined name, or takes more time or memory than it may.
+          InputError: the template raises, prints an undefined name, or exceeds a limit of time or memory.
         """
         conversations = [
             {"tools": None, "documents": None, **self.named_tokens, **variables} for variables in conversations
@@ -84,7 +84,7 @@ class ChatTemplate:
 
 
 def _ask(text: str, blank: Sequence[str], conversations: list[dict[str, Any]], date: str | None) -> dict[str, Any]:
-    """The reply of a process that has only so much time and memory; an "error" where it has not kept to them."""
+    """The reply of a process with limits of time and memory; an "error" if it exceeds one."""
     request = {
         "template": text,
         "blank": blank,
@@ -93,7 +93,7 @@ def _ask(text: str, blank: Sequence[str], conversations: list[dict[str, Any]], d
         "seconds": SECONDS,
         "bytes": MEMORY_BYTES,
     }
-    # -P: the modules beside the program are not for it. Ctrl-C in a terminal reaches a process of the same session.
+    # -P keeps the program's folder out of sys.path. In a new session, Ctrl-C in a terminal does not reach it.
     done = subprocess.run(
         [sys.executable, "-P", str(PROGRAM)],
         input=json.dumps(request),
@@ -114,9 +114,9 @@ def _ask(text: str, blank: Sequence[str], conversations: list[dict[str, Any]], d
 
 @lru_cache
 def _tried(text: str, named_tokens: tuple[tuple[str, str], ...], blank: tuple[str, ...]) -> tuple[bool, str]:
-    """Whether a template compiles, and why it did not stay within the limits.
+    """Whether a template compiles, and which limit it exceeded ("" if none).
 
-    Refusals are none of its faults: some templates take no system message, or no answer at the end.
+    A conversation that it refuses is no fault: some templates take no system message, or no answer at the end.
     """
     long = "A line of text, 12:30.\n" * (TRIED_CHARACTERS // TRIED_TURNS // 23)
     turns = [{"role": role, "content": long} for role in ("user", "assistant")] * (TRIED_TURNS // 2)

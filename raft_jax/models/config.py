@@ -1,4 +1,4 @@
-"""What fixes a decoder: its config, and the table of its parameters that init, import, export and sharding read.
+"""A decoder's config, and the table of its parameters, which initialisation, import, export and sharding read.
 
 Letters as in raft_jax.models.decoder. A parameter's name ends in its dimensions.
 """
@@ -13,7 +13,7 @@ from raft_jax.models.rope import Rope
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """What fixes the shapes and the arithmetic of a decoder."""
+    """Everything that determines the shapes and the arithmetic of a decoder."""
 
     family: str
     vocab_size: int
@@ -25,27 +25,27 @@ class DecoderConfig:
     ffn_width: int
     max_positions: int
     ropes: tuple[Rope, ...]  # all of one width
-    layer_ropes: tuple[int, ...] | None = None  # which of them each layer has; None: the first
-    windows: tuple[int, ...] | None = None  # how many tokens each layer sees, itself among them; None: all
+    layer_ropes: tuple[int, ...] | None = None  # each layer's index into ropes; None: 0
+    windows: tuple[int, ...] | None = None  # per layer: tokens that a token attends to, itself included; None: all
     norm_epsilon: float = 1e-5
     norm_offset: float = 0.0  # norms multiply by offset + scale
-    post_norms: bool = False  # attention and feed-forward are normed behind, too
+    post_norms: bool = False  # the outputs of attention and feed-forward are normed, too
     qk_norm: bool = False  # queries and keys are normed within each head
-    activation: str = "silu"  # of raft_jax.models.layer.ACTIVATIONS
+    activation: str = "silu"  # a key of raft_jax.models.layer.ACTIVATIONS
     embedding_scale: float = 1.0
     query_scale: float | None = None  # None: H^-1/2
     attention_softcap: float | None = None  # scores become cap tanh(score / cap)
     logit_softcap: float | None = None
     tied_embeddings: bool = False
     qkv_bias: bool = False
-    vocab_padding: int = 0  # rows of the embedding beyond the vocabulary, so that it divides over a mesh
-    adapter_scale: float = 1.0  # of low-rank adapters, where the parameters have some
-    kernel: str = "plain"  # of raft_jax.models.attention
-    remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
+    vocab_padding: int = 0  # extra rows of the embedding, so that it divides over a mesh
+    adapter_scale: float = 1.0  # alpha / rank of low-rank adapters, if the parameters have any
+    kernel: str = "plain"  # one of raft_jax.models.attention.KERNELS
+    remat: bool = False  # save nothing inside a layer for the backward pass: less memory, a quarter more work
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size behind each letter of a parameter's name."""
+        """The size of each letter in a parameter's name."""
         return {
             "L": self.num_layers,
             "V": self.vocab_size + self.vocab_padding,
@@ -65,11 +65,11 @@ class ParameterInfo(NamedTuple):
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
-    fan_in: int | None  # None: a norm's scale, which begins as multiplying by one; 0: a bias, made of zeros
+    fan_in: int | None  # None: a norm's scale, initialised to multiply by one; 0: a bias, initialised to zero
 
 
 def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
-    """Every parameter of the decoder; init, import, export and sharding all read this one table."""
+    """Every parameter of the decoder; initialisation, import, export and sharding all read this table."""
     fan_in = {
         "embedding_VD": config.width,
         "attention_norm_LD": None,
@@ -95,7 +95,7 @@ def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
     for name, fan in fan_in.items():
         letters = name.rpartition("_")[2]
         shape = tuple(config.sizes[letter] for letter in letters)
-        # A vector is too small to be worth cutting.
+        # Norms and biases are too small to be worth sharding.
         axes = tuple(LOGICAL_AXES[letter] if fan else None for letter in letters)
         table[name] = ParameterInfo(shape, axes, fan)
     return table

@@ -1,10 +1,10 @@
-"""One decoder for every family: parameter table, forward pass, and the same pass with a cache.
+"""One decoder for every family: initialisation, forward pass, and decoding with a cache.
 
 Letters: B batch, T time, S cache length, D model width, N query heads, K key/value heads, G = N/K,
 H head width, F feed-forward, V vocabulary, L layers. A parameter's name ends in its dimensions.
 
-Families differ in numbers only, and layers too: each layer's window and kind of rotary positions are scanned along
-with its weights.
+Families differ only in numbers, and so do layers: each layer's window and rope index are scanned along with its
+weights.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from raft_jax.sharding import constrain
 from raft_jax.tokens import Tokens
 from raft_jax.unpadding import make_unpadding
 
-# What the backward pass finds where there is memory for it: products of matrices, and what layers keep by name.
+# Saved for the backward pass without remat: matrix products, values named SAVED, and cuDNN's residuals.
 POLICY = reduce(
     jax.checkpoint_policies.save_from_both_policies,
     (
@@ -39,7 +39,7 @@ POLICY = reduce(
 
 
 def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
-    """Random weights: normal with standard deviation fan_in^-1/2; norms are one, biases zero."""
+    """Random weights: normal with standard deviation fan_in^-1/2; norms multiply by one, biases are zero."""
 
     def init(name: str, info: ParameterInfo, key: jax.Array) -> jax.Array:
         if info.fan_in is None or info.fan_in == 0:
@@ -52,29 +52,30 @@ def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) ->
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen so far. All rows write at the same place, so prompts are left-padded."""
+    """Keys and values of the tokens so far. All rows write to the same slot, so prompts are left-padded."""
 
-    # Positions last: the scores of one new token are then a sum over rows of this, not columns.
+    # Keys have positions last, so that the scores of one new token are a sum over rows of the array, not columns.
     key_LBKHS: jax.Array | tuple[jax.Array, ...]
     value_LBKSH: jax.Array | tuple[jax.Array, ...]
-    mask_BS: jax.Array  # bool: a real token lies here
-    length: jax.Array  # int32 scalar: how many places are written
+    mask_BS: jax.Array  # bool: True at slots that hold a real token
+    length: jax.Array  # int32 scalar: number of slots written
 
     def unstacked(self) -> Cache:
-        """Keys and values as one array a layer, for layers that are run one by one."""
+        """Keys and values as one array per layer, for layers that are run one by one."""
         return self._replace(key_LBKHS=tuple(self.key_LBKHS), value_LBKSH=tuple(self.value_LBKSH))
 
 
 def positions_from_mask(mask_BT: jax.Array, branches: tuple[int, int] | None = None) -> jax.Array:
-    """Position of each real token within its segment, counted from 0; padding gets 0 before it, the last one after it.
+    """Position of each real token within its segment, counted from 0.
 
-    With branches (P, A) the second branch is counted from P on, as if the A tokens of the first were not there.
+    Padding gets 0 before the first segment and, after a segment, that segment's last position.
+    With branches (P, A) the second branch's positions follow the prompt's, as if the first branch were absent.
 
     Example:
       >>> positions_from_mask(jnp.array([[0, 1, 1, 2, 2, 2]])).tolist()  # two segments in one row
       [[0, 0, 1, 0, 1, 2]]
     """
-    segment_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)  # at padding: the segment before it
+    segment_BT = jax.lax.cummax(mask_BT.astype(jnp.int32), axis=1)  # padding: the preceding segment
     count_BT = jnp.cumsum(mask_BT != 0, axis=-1, dtype=jnp.int32)
     begins_BT = jnp.diff(segment_BT, axis=-1, prepend=0) > 0
     count_BT = count_BT - jax.lax.cummax(jnp.where(begins_BT, count_BT - 1, 0), axis=1)
@@ -86,13 +87,13 @@ def positions_from_mask(mask_BT: jax.Array, branches: tuple[int, int] | None = N
 
 
 def segment_lengths(mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-    """How many tokens the segment of each token has, `[B, T]`; of two branches, the longer one's."""
+    """Number of tokens in each token's segment, `[B, T]`; with two branches, of the prompt and the longer branch."""
     same_BTS = mask_BT[:, :, None] == mask_BT[:, None, :]
     return jnp.max(jnp.where(same_BTS, positions_BT[:, None, :] + 1, 0), axis=-1)
 
 
 class Decoder(nnx.Module):
-    """Parameters of the decoder, stacked over layers, and the two ways to run it."""
+    """The decoder's parameters, stacked over layers, and its passes: over whole sequences, and of one token."""
 
     def __init__(self, config: DecoderConfig, parameters: Mapping[str, jax.Array]):
         self.config = config
@@ -104,23 +105,23 @@ class Decoder(nnx.Module):
         """Final hidden states, after the last norm, of whole sequences.
 
         Args:
-          tokens: padding may be on either side. With an int32 mask (segment ids, increasing along a row) the segments
-            of a row do not see each other. With `max_tokens`, padding is left out of everything but the attention; more
-            real tokens than that give NaN. With `shared_prefix`, the tokens that all rows on a device begin with are
-            computed once outside the attention; rows that differ there give NaN. Not for ropes with long frequencies,
-            which turn equal tokens of a short and a long sequence differently.
-          positions_BT: int32; default counts the real tokens of each segment.
-          branches: (P, A): rows are a prompt of P tokens and two branches; the second one does not see the A tokens of
-            the first, and its positions follow the prompt's. With A = 0 the numbers are those of one sequence, rounded
-            as with a first branch.
+          tokens: padding may be on either side. With an int32 mask (segment ids, increasing along a row), tokens attend
+            only within their segment. With `max_tokens`, padding is skipped everywhere except in the attention; with
+            more real tokens than that the result is NaN. With `shared_prefix`, the tokens that all rows on a device
+            begin with are computed once outside the attention; if rows differ there, the result is NaN. Not for ropes
+            with long frequencies, which rotate equal tokens of a short and a long sequence differently.
+          positions_BT: int32; default: the position of each real token in its segment.
+          branches: (P, A): rows are a prompt of P tokens and two branches. The second branch does not attend to the A
+            tokens of the first, and its positions follow the prompt's. With A = 0 the result is that of one sequence,
+            rounded as with a first branch.
 
         Returns:
-          hidden_BTD in the parameters' dtype; at padding without meaning.
+          hidden_BTD in the parameters' dtype; values at padding have no meaning.
         """
         return self._forward(tokens, positions_BT, branches)[0]
 
     def prefill(self, prompt: Tokens, length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of whole prompts, padded on the left, and a cache of `length` places that begins with them."""
+        """Hidden states of whole prompts, padded on the left, and a cache of `length` slots that begins with them."""
         num_new = length - prompt.length
         hidden_BTD, (keys, values) = self._forward(prompt, keep_cache=True, num_new=num_new)
         keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, num_new),))
@@ -128,9 +129,9 @@ class Decoder(nnx.Module):
         return hidden_BTD, Cache(keys, values, jnp.pad(prompt.real, ((0, 0), (0, num_new))), jnp.int32(prompt.length))
 
     def step(self, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
-        """Hidden states `[B, 1, D]` of the next token, and the cache with it in it.
+        """Hidden states `[B, 1, D]` of the next token, and the cache with that token added.
 
-        With `layers` from `unstacked` they are run one by one instead of in a loop, over an unstacked cache.
+        With `layers` from `unstacked`, the layers run one by one instead of in a scan, over an unstacked cache.
         """
         config, positions_BS = self.config, positions_from_mask(cache.mask_BS)
         position_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -147,7 +148,7 @@ class Decoder(nnx.Module):
             (weights, numbers), *past = scanned
             query, key, value = project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
             key, value = for_attention(key, value)
-            visible_BS = cache.mask_BS  # not the new token, wherever it is written
+            visible_BS = cache.mask_BS  # excludes the new token, even if it is already written
             if "window" in numbers:
                 visible_BS &= position_B1 - positions_BS < numbers["window"]
             *new, past_key_BKHS, past_value_BKSH = first(key, value, *past)
@@ -156,11 +157,11 @@ class Decoder(nnx.Module):
 
         x_BTD, keys, values = self._embed(token_B1), cache.key_LBKHS, cache.value_LBKSH
         if layers is None:
-            # A loop over layers only reads the cache, which is written once, behind it: inside it would be copied.
+            # The scan over layers only reads the cache, which is written once after it; a write inside would copy it.
             x_BTD, new = jax.lax.scan(layer, x_BTD, (self._layers(), keys, values))
             keys, values = write(*new, keys, values)
         else:
-            # Layers one by one write before they read, in place: after it, XLA on CPU would copy the cache.
+            # Layers that run one by one write in place before they read: after a read XLA on CPU would copy the cache.
             def write_first(key, value, *past):
                 return 2 * write(key, value, *past)
 
@@ -174,16 +175,16 @@ class Decoder(nnx.Module):
         return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
     def unstacked(self, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
-        """The weights layer by layer, for decoding steps of so many rows on CPU; see `fused_layers`."""
+        """The weights layer by layer, for decoding steps of `num_rows` rows on CPU; see `fused_layers`."""
         stacked, _ = self._layers()
         return fused_layers(stacked, SAME_INPUT, as_matrix, num_rows)
 
     def unembedding(self) -> jax.Array:
-        """The matrix `[D, V]` that turns hidden states into logits; tied models give their embedding transposed."""
+        """The matrix `[D, V]` from hidden states to logits; in tied models the transposed embedding."""
         return self.embedding_VD[...].T if self.config.tied_embeddings else self.unembedding_DV[...]
 
     def _forward(self, tokens: Tokens, positions_BT=None, branches=None, *, keep_cache=False, num_new=0):
-        """Hidden states, and each layer's keys `[L,B,K,H,T]` and values `[L,B,K,T,H]` if they are to be kept."""
+        """Hidden states, and with `keep_cache` all layers' keys `[L,B,K,H,T]` and values `[L,B,K,T,H]`."""
         config, tokens_BT, mask_BT = self.config, tokens.ids, tokens.real
         positions_BT = positions_from_mask(mask_BT, branches) if positions_BT is None else positions_BT
         unpad, pad = make_unpadding(mask_BT, tokens.max_tokens, tokens.shared_prefix)
@@ -197,7 +198,7 @@ class Decoder(nnx.Module):
             mixed = attend(config, query, key, value, positions_BT, mask_BT, branches, numbers.get("window"))
             return attention_output_and_mlp(config, x, unpad(mixed), weights), (key, value) if keep_cache else None
 
-        # Without remat most matrix products are kept for the backward pass, and all that is cheap is made again.
+        # Without remat most matrix products are saved for the backward pass, and cheap operations are recomputed.
         policy = None if config.remat else POLICY
         layer = jax.checkpoint(layer, policy=policy)
         x = self._embed(unpad(tokens_BT))
@@ -213,7 +214,7 @@ class Decoder(nnx.Module):
         return constrain(x_BTD, "batch", None, None)
 
     def _layers(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """What is scanned: each layer's weights, and the numbers in which layers differ."""
+        """Inputs of the scan over layers: each layer's weights, and the numbers in which layers differ."""
         return (
             {name: getattr(self, name)[...] for name in self._stacked},
             {name: jnp.array(of_L, jnp.int32) for name, of_L in self._numbers().items()},

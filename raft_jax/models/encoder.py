@@ -1,4 +1,4 @@
-"""The sentence encoder: texts in, one vector each out (the phi of RAFT, arXiv:2606.00147, Eq. 2)."""
+"""The sentence encoder: one vector per text (the phi of RAFT, arXiv:2606.00147, Eq. 2)."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from raft_jax.models.encoder_families import (
 )
 from raft_jax.sources import fingerprint_model, resolve
 
-ROW_LENGTH = 256  # tokens; short texts share rows of this length, so that one compiled program serves all
-MOSTLY_UNKNOWN = 0.5  # share of a text's characters
-TEXT_LENGTH = 128  # tokens; what batch_size takes a text for
+ROW_LENGTH = 256  # tokens; short texts share rows of this length, so that one compiled program serves all of them
+MOSTLY_UNKNOWN = 0.5  # a text with a larger share of unknown characters has no similarity
+TEXT_LENGTH = 128  # tokens; length of the texts that batch_size counts
 
 Parameters = dict[str, jax.Array]
 
@@ -39,9 +39,9 @@ def load_encoder(
       source: `package://MODULE/PATH`, `hf://OWNER/NAME` or a folder with config.json, tokenizer.json,
         model.safetensors and, where they exist, modules.json, the pooling's config.json,
         sentence_bert_config.json, tokenizer_config.json and config_sentence_transformers.json.
-      dtype: of the weights and of the arithmetic; norms, softmax and pooling are float32 in any case.
-      prefix: put before every text, such as "query: " for e5; None takes the folder's default, if any.
-      batch_size: how much one call of the compiled program takes, in texts of 128 tokens.
+      dtype: of the weights and of the arithmetic; norms, softmax and pooling are always float32.
+      prefix: prepended to every text, such as "query: " for e5; None: the folder's default, if any.
+      batch_size: size of one call of the compiled program, in texts of 128 tokens.
 
     Returns:
       The encoder. Without modules.json it pools by the mean and does not normalise, as sentence-transformers does.
@@ -62,9 +62,9 @@ class Encoder:
     """A sentence encoder: `config`, `params` (a pytree, layers stacked [L, ...]) and `encode`.
 
     Attributes:
-      identity: names the model: embeddings of encoders with one identity are equal.
-      num_truncated: how many texts the last `encode` cut to `config.max_tokens`.
-      unknown_shares: of each text of the last `encode`, the share of its characters in words that the vocabulary lacks.
+      identity: identifies the model: encoders with the same identity give equal embeddings.
+      num_truncated: number of texts that the last `encode` truncated to `config.max_tokens`.
+      unknown_shares: for each text of the last `encode`, the share of its characters in words outside the vocabulary.
     """
 
     def __init__(
@@ -84,11 +84,11 @@ class Encoder:
         """Embeds texts.
 
         Args:
-          texts: any number of texts, also empty ones. What looks like a special token stays text.
+          texts: any number of texts, which may be empty. Names of special tokens in them stay ordinary text.
           progress: called after each batch with the number of texts in it.
 
         Returns:
-          [num_texts, D] float32, in the order of `texts`. Longer texts than `config.max_tokens` tokens are cut,
+          [num_texts, D] float32, in the order of `texts`. Texts longer than `config.max_tokens` tokens are truncated,
           and counted in `num_truncated`.
         """
         if isinstance(texts, str):
@@ -110,7 +110,7 @@ class Encoder:
         return embeddings_ND
 
     def _by_row_length(self, ids: list[list[int]]) -> list[tuple[int, list[int]]]:
-        """Texts grouped by the row they need: 256 tokens, 1024, 4096, ..., and never more than max_tokens."""
+        """Text indices grouped by row length: 256 tokens, 1024, 4096, ..., and never more than max_tokens."""
         groups: dict[int, list[int]] = {}
         for index, row in enumerate(ids):
             row_length = ROW_LENGTH
@@ -142,7 +142,7 @@ class Encoder:
         unknown_id = None if unknown is None else self._tokenizer.token_to_id(unknown)
         if unknown_id is None or unknown_id not in ids:
             return 0.0
-        encoding = self._tokenizer.encode(text)  # with offsets, which the fast way leaves out
+        encoding = self._tokenizer.encode(text)  # with offsets, which encode_batch_fast omits
         lengths = [end - start for start, end in encoding.offsets]
         lost = sum(length for length, token in zip(lengths, encoding.ids, strict=True) if token == unknown_id)
         return lost / max(1, sum(lengths))
@@ -151,9 +151,9 @@ class Encoder:
 def similarities(
     encoder: Encoder, texts: Sequence[str], others: Sequence[str], progress: Callable[[int], None] | None = None
 ) -> np.ndarray:
-    """Eq. 2 for each text and the other one at its place, `[num_texts]` float32; says how many the encoder cut.
+    """Eq. 2 for each text and `others` at the same index, `[num_texts]` float32; prints how many were truncated.
 
-    NaN where most of either text is unknown to the encoder: all such texts have nearly one embedding.
+    NaN where most of either text is unknown to the encoder: all such texts have nearly the same embedding.
     """
     num_cut, embeddings, unknown = 0, [], []
     for side in (texts, others):
@@ -207,19 +207,19 @@ def embed(
     *,
     config: EncoderConfig,
 ) -> jax.Array:
-    """Packed rows of token ids → one pooled vector a text, normalised where the model asks for it.
+    """Packed rows of token ids → one pooled vector per text, normalised if the model's config says so.
 
     Args:
       params: an encoder's params.
-      tokens_BT: token ids, several texts after each other in a row.
-      positions_BT: each token's place in its own text, from 0.
-      segments_BT: which text of its row a token belongs to, from 0 up to S = texts_a_row(T); -1 for padding.
+      tokens_BT: token ids; a row holds several texts one after another.
+      positions_BT: each token's position in its own text, from 0.
+      segments_BT: the index of each token's text in its row, from 0, below S = texts_a_row(T); -1 for padding.
       config: the encoder's config.
 
     Returns:
-      [B, S, D] float32; what stands at numbers that a row does not use means nothing.
+      [B, S, D] float32; values at indices that a row does not use have no meaning.
     """
-    # By default TPU and GPU round float32 products to fewer bits; a similarity is held against a threshold.
+    # By default TPU and GPU round float32 products to fewer bits; similarities are compared with a threshold.
     with jax.default_matmul_precision("float32"):
         hidden_BTD = encoder_hidden(params, tokens_BT, positions_BT, segments_BT, config).astype(jnp.float32)
         embeddings_BSD = _pool(hidden_BTD, positions_BT, segments_BT, config.poolings)
@@ -239,7 +239,7 @@ def encoder_hidden(
     hidden_BTD = _layer_norm(hidden_BTD, params["norm_scale_D"], params["norm_bias_D"], config.norm_epsilon)
     visible_B1TT = (segments_BT[:, :, None] == segments_BT[:, None, :])[:, None]
     relative_1NTT = None
-    if "relative_bias_RN" in params:  # two tokens of a text are as far apart in their row as in the text
+    if "relative_bias_RN" in params:  # distances within a text are the same in its packed row
         buckets_TT = relative_buckets(tokens_BT.shape[1])
         relative_1NTT = jnp.moveaxis(params["relative_bias_RN"][buckets_TT], -1, 0)[None]
 
@@ -272,7 +272,7 @@ def relative_buckets(num_steps: int) -> np.ndarray:
     num_one_side, num_exact, max_distance = NUM_RELATIVE_BUCKETS // 2, NUM_RELATIVE_BUCKETS // 4, 128
     steps_back_TT = np.arange(num_steps)[:, None] - np.arange(num_steps)[None, :]
     distance_TT = np.abs(steps_back_TT)
-    # float32, and in this order: other roundings put distances at the edge of a bucket into its neighbour.
+    # float32, and in this order: other rounding would put distances at a bucket's edge into the next bucket.
     ratio_TT = np.log(np.maximum(distance_TT, 1).astype(np.float32) / np.float32(num_exact))
     far_TT = ratio_TT / np.float32(np.log(max_distance / num_exact)) * np.float32(num_one_side - num_exact)
     far_TT = np.minimum(num_exact + far_TT.astype(np.int64), num_one_side - 1)
@@ -301,7 +301,7 @@ def _pool(
 
 
 def texts_a_row(num_steps: int) -> int:
-    """S, the most texts that one packed row of T tokens takes."""
+    """S, the maximum number of texts in one packed row of T tokens."""
     return max(1, num_steps // 8)
 
 
@@ -329,7 +329,7 @@ def pack(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def _fill(rows: list[list[list[int]]], num_rows: int, row_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The arrays of `embed`, from the token ids of each row's texts."""
+    """The array arguments of `embed`, from the token ids of each row's texts."""
     tokens_BT = np.zeros((num_rows, row_length), np.int32)
     positions_BT = np.zeros((num_rows, row_length), np.int32)
     segments_BT = np.full((num_rows, row_length), -1, np.int32)

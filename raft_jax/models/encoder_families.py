@@ -1,6 +1,6 @@
-"""Which sentence encoders are known: a folder's configuration → ours, where each parameter is stored, the checks.
+"""Supported sentence encoders: conversion of a folder's configuration, the stored key of each parameter, and checks.
 
-A family is a row of `FAMILIES`: a key table, as in raft_jax.models.families, and where positions begin. Letters
+A family is a row of `FAMILIES`: a key table, as in raft_jax.models.families, and the first position. Letters
 beyond those of raft_jax.losses: P rows of the position table, Y token types, R buckets of relative position.
 """
 
@@ -31,7 +31,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
 }
 POOLINGS = ("cls", "max", "mean")
-POOLING_FLAGS = {  # how sentence-transformers before 6 writes the mode; several modes are concatenated in this order
+POOLING_FLAGS = {  # flags of sentence-transformers before 6; several modes are concatenated in this order
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
     "pooling_mode_mean_tokens": "mean",
@@ -39,10 +39,10 @@ POOLING_FLAGS = {  # how sentence-transformers before 6 writes the mode; several
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-MOST, MOST_LAYERS = 1 << 31, 1024  # of any size, and of layers
+MOST, MOST_LAYERS = 1 << 31, 1024  # upper limits of any size, and of the number of layers
 NUM_RELATIVE_BUCKETS = 32  # transformers computes MPNet's buckets with 32, whatever the config says
-# What files hold beside the encoder: a pooler that sentence encoders do not use, counters of old versions.
-HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")  # of other tasks, beside a prefixed encoder
+# Keys that are not part of the encoder: a pooler that sentence encoders do not use, index buffers of old versions.
+HEADS = ("cls.", "lm_head.", "classifier.", "qa_outputs.")  # of other tasks, stored with a prefixed encoder
 UNUSED_KEYS = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids", "embeddings.token_type_ids")
 
 BERT_KEYS = {
@@ -95,7 +95,7 @@ MPNET_KEYS = {
 
 class Family(NamedTuple):
     keys: dict[str, Stored]
-    first_position: Callable[[Mapping[str, Any]], int]  # row of the position table that a text's first token takes
+    first_position: Callable[[Mapping[str, Any]], int]  # row of the position table for a text's first token
 
 
 def _after_padding(hf: Mapping[str, Any]) -> int:
@@ -116,7 +116,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Everything about an encoder that is not an array. Hashable, so that it is a static argument of jit."""
+    """Everything about an encoder that is not an array. Hashable, so that it can be a static argument of jit."""
 
     family: str
     vocab_size: int
@@ -194,7 +194,7 @@ def read_config(folder: Path, prefix: str | None) -> tuple[EncoderConfig, Path]:
 
 
 def _require_supported(values: dict[str, Any], path: Path) -> None:
-    """Raises InputError where config.json asks for arithmetic that the encoder does not have."""
+    """Raises InputError if config.json needs arithmetic that the encoder does not implement."""
     name, activation = values.get("model_type"), values.get("hidden_act", "gelu")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(
@@ -217,7 +217,7 @@ def _require_supported(values: dict[str, Any], path: Path) -> None:
 
 
 def _max_tokens(model: Path, settings: dict[str, Any], settings_path: Path, available: int) -> int:
-    """How many tokens of a text are read, at most as many as there are positions."""
+    """Maximum number of tokens per text, at most the number of available positions."""
     if available < 3:
         raise InputError(f"{model / 'config.json'}: max_position_embeddings leaves {available} positions for a text")
     if settings.get("max_seq_length") is not None:
@@ -246,11 +246,11 @@ def _number(values: dict[str, Any], name: str, default: float, path: Path) -> fl
 
 
 def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DTypeLike) -> dict[str, jax.Array]:
-    """Reads the parameters under our names, those of the layers stacked [L, ...]; every key and shape is checked.
+    """Reads the parameters under our names, with layers stacked [L, ...]; every key and shape is checked.
 
     Raises:
-      InputError: the file is missing, truncated or not safetensors; a key is missing, surplus or not floating
-        point; a shape is not the one that config.json asks for.
+      InputError: the file is missing, truncated or not safetensors; a key is missing or surplus; a tensor is not
+        floating point or not finite; a shape is not that of config.json.
     """
     weights, keys = SafetensorsFolder(folder), FAMILIES[config.family].keys
     sizes = {
@@ -299,7 +299,7 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
 
 
 def _key_prefix(keys: Collection[str], first: str) -> str:
-    """What stands before every key where a model was saved as part of another: "bert.", "0.auto_model.", …"""
+    """The prefix of every key if the model was saved as part of another: "bert.", "0.auto_model.", …"""
     prefixes = sorted((key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)), key=len)
     return prefixes[0] if prefixes else ""
 
@@ -313,10 +313,10 @@ def _shape(stored: Stored, sizes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _read_modules(folder: Path) -> dict[str, str]:
-    """{"Transformer": subfolder, "Pooling": subfolder, "Normalize": subfolder}, as far as modules.json names them."""
+    """{"Transformer": subfolder, "Pooling": subfolder, "Normalize": subfolder}, of those that modules.json names."""
     path = folder / "modules.json"
     if not path.exists():
-        return {}  # a plain transformers folder: sentence-transformers gives it mean pooling and nothing more
+        return {}  # a plain transformers folder: sentence-transformers adds mean pooling only
     entries = read_json(path)
     try:
         modules = {entry["type"].rsplit(".", 1)[-1]: str(Path(entry["path"])) for entry in entries}
@@ -362,7 +362,7 @@ def _inside(folder: Path, subfolder: str) -> Path:
     try:
         path = (folder / subfolder).resolve()
         inside = path.is_relative_to(folder.resolve()) and bool(os.fsencode(path))
-    except ValueError:  # no name that a file can have
+    except ValueError:  # not a valid file name
         inside = False
     if not inside:
         raise InputError(f"{folder / 'modules.json'}: the path {subfolder!r} leaves the folder")

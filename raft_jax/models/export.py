@@ -1,4 +1,4 @@
-"""A tuned model out, as the folder that transformers, vLLM and llama.cpp's converter read."""
+"""Exports a trained model as a folder that transformers, vLLM and llama.cpp's converter read."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def export_hf(
 ) -> Path:
     """Writes config.json, generation_config.json, the tokenizer, its chat template, the weights and a model card.
 
-    The folder appears whole or not at all; one that is there is replaced.
+    The folder appears complete or not at all; an existing one is replaced.
 
     Args:
-      model: gives config and tokenizer.
+      model: provides the config and the tokenizer.
       params: the weights to write.
-      folder: where to.
+      folder: the destination.
       dtype: of the weights on disk.
       card: text of README.md.
 
@@ -47,10 +47,10 @@ def export_hf(
     work.mkdir(parents=True)
     tokenizer = model.tokenizer
     name = jnp.dtype(dtype).name
-    config = {**model.hf_config, "dtype": name, "torch_dtype": name}  # by the older name for vLLM, else float32 there
-    config.pop("auto_map", None)  # code that is not exported
+    config = {**model.hf_config, "dtype": name, "torch_dtype": name}  # vLLM reads the older name, or takes float32
+    config.pop("auto_map", None)  # refers to code that is not exported
     _write_json(work / "config.json", config)
-    # The base model's way of being sampled (temperature, top_p, ...) stays.
+    # Keep the base model's sampling settings (temperature, top_p, ...).
     generation = {key: value for key, value in (model.generation or {}).items() if key != "transformers_version"}
     generation |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
     if config.get("bos_token_id") is not None:
@@ -95,7 +95,7 @@ def _write_weights(model: Model, params, folder: Path, dtype) -> None:
 
 
 def _write_shard(path: Path, shard: dict[str, tuple], dtype) -> int:
-    """The safetensors format, a tensor at a time, so that no second copy of the model is held; its bytes of data."""
+    """Writes safetensors one tensor at a time, without a second copy of the model; returns the bytes of data."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for key, (shape, _) in shard.items():
         begin, end = end, end + math.prod(shape) * dtype.itemsize
@@ -107,7 +107,7 @@ def _write_shard(path: Path, shard: dict[str, tuple], dtype) -> int:
         if writes:
             file.write(len(text).to_bytes(8, "little") + text)
         for _, make in shard.values():
-            array = make()  # every process takes part in making the tensors; one writes them
+            array = make()  # all processes take part in gathering the tensor; process 0 writes it
             if writes:
                 file.write(np.array(array, dtype, order="C").view(np.uint8).data)
     return end

@@ -8,8 +8,8 @@ from typing import Any
 from raft_jax.errors import InputError
 from raft_jax.terminal import one_line
 
-# How llama.cpp names the way a text is cut before byte-pair merges. Where `whole` is set, a piece that is a token
-# is taken as it is, without merges.
+# llama.cpp's names of pre-tokenizers, which split a text before byte-pair merges. With `whole`, a piece that is in the
+# vocabulary becomes that token without merges.
 GPT2_SPLIT = "default"
 PRE_TOKENIZERS = {
     "smollm": dict(digits=True, pattern=GPT2_SPLIT),
@@ -29,7 +29,7 @@ PRE_TOKENIZERS = {
         ),
     ),
 }
-# The same of "gpt-4o" (Phi-4-mini): words end where their case does.
+# "gpt-4o" (Phi-4-mini) also splits words where lower case changes to upper case.
 LOWER, UPPER = r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
 SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 PRE_TOKENIZERS["gpt-4o"] = dict(
@@ -38,13 +38,13 @@ PRE_TOKENIZERS["gpt-4o"] = dict(
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 )
-# Architectures whose byte pairs transformers cuts in one way, whatever is in tokenizer.json: an export with another
-# pattern would be read with other ids than those that were trained on.
+# Architectures for which transformers always uses one pre-tokenizer, whatever tokenizer.json says: an export with
+# another pattern would give other ids than the model was trained on.
 FIXED_PRE_TOKENIZER = {"qwen2": "qwen2"}
 GGUF_NORMAL, GGUF_CONTROL, GGUF_USER_DEFINED = 1, 3, 4
 PHI3_KEEP_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 SPACE = "▁"  # how sentencepiece writes a space
-# A chat turn may end with another token than a text does.
+# Tokens that end a chat turn, which may differ from the token that ends a text.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 
 
@@ -52,8 +52,8 @@ def read_gguf(metadata: Mapping[str, Any], source: str) -> tuple[Any, dict[str, 
     """A byte-pair or a sentencepiece tokenizer from the fields of a GGUF file.
 
     Returns:
-      The `tokenizers.Tokenizer`, transformers' settings of it (special tokens and chat templates), and the ids that end
-      a turn.
+      The `tokenizers.Tokenizer`, its settings for transformers (special tokens and chat templates), and the ids that
+      end a turn.
     """
     kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "missing")
     if kind not in ("gpt2", "llama"):
@@ -96,7 +96,7 @@ def read_gguf(metadata: Mapping[str, Any], source: str) -> tuple[Any, dict[str, 
 
 
 def _token_ids(metadata: Mapping[str, Any], num_tokens: int, source: str) -> dict[str, int]:
-    """The ids of the tokens that the file names."""
+    """The ids of the special tokens that the file's fields give."""
     ids = {}
     for name in ("bos", "eos", "padding", "unknown", "eot", "eom"):
         if (index := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
@@ -130,7 +130,7 @@ def _byte_pairs(metadata, pattern: str, digits: bool = False, whole: bool = Fals
 
 
 def _sentencepiece(metadata):
-    """Pieces that join by their scores are byte pairs whose merges are all ways to split a piece, best score first."""
+    """Merging pieces by score is BPE whose merges are all splits of a piece into two pieces, best score first."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers
 
@@ -161,11 +161,11 @@ def _sentencepiece(metadata):
 
 
 def _add_tokens(backend, metadata) -> None:
-    """Tokens that are found before all else; a chat's marks are special even where a file calls them the user's."""
+    """Adds the tokens that are matched first; those that end a turn are special even if the file says user-defined."""
     from tokenizers import AddedToken
 
     kinds = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
-    # No field says that the marks of Phi-3 swallow the white space behind them; llama.cpp knows it by the name.
+    # No field says that Phi-3's special tokens strip the white space after them; llama.cpp decides it by the name.
     phi3 = (metadata.get("general.architecture"), metadata["tokenizer.ggml.model"]) == ("phi3", "llama")
     found = [
         (token, kind == GGUF_CONTROL or token in END_OF_TURN)
@@ -182,7 +182,7 @@ def _add_tokens(backend, metadata) -> None:
 
 
 def _begin_with(backend, bos: str) -> None:
-    """A text on its own begins with bos, for those who load an export: our prompts have it from their template."""
+    """Makes encoding prepend bos, for users who load an export; our prompts get it from the chat template."""
     from tokenizers import processors
 
     backend.post_processor = processors.TemplateProcessing(

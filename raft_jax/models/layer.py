@@ -1,6 +1,6 @@
-"""One layer of the decoder: queries, keys and values of its input, and what it adds to it.
+"""One layer of the decoder: its query, key and value projections, and its attention output and feed-forward.
 
-Letters as in raft_jax.models.decoder; `weights` are those of one layer. Where tokens are unpadded, [B, T] is [R, U] of
+Letters as in raft_jax.models.decoder; `weights` are those of one layer. With unpadded tokens, [B, T] is [R, U] of
 raft_jax.unpadding.
 """
 
@@ -22,7 +22,7 @@ from raft_jax.sharding import constrain
 
 QKV, OUTPUT = ("query_LDNH", "key_LDKH", "value_LDKH"), ("output_LNHD",)
 GATE_UP, DOWN = ("gate_LDF", "up_LDF"), ("down_LFD",)
-SAME_INPUT = (QKV, OUTPUT, GATE_UP, DOWN)  # matrices that decoding may fuse
+SAME_INPUT = (QKV, OUTPUT, GATE_UP, DOWN)  # each group has one input; decoding may fuse it
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -32,7 +32,7 @@ def rms_norm(config: DecoderConfig, x: jax.Array, scale: jax.Array) -> jax.Array
 
 
 def project(config: DecoderConfig, x_BTD, weights, rope):
-    """Query `[B,T,N,H]`, scaled, key and value `[B,T,K,H]` of one layer, rotated."""
+    """Query `[B,T,N,H]`, rotated and scaled, key `[B,T,K,H]`, rotated, and value `[B,T,K,H]` of one layer."""
     x_BTD = rms_norm(config, x_BTD, weights["attention_norm_LD"])
     adapted = partial(_adapted, config, weights)
     query, key, value = (
@@ -51,7 +51,7 @@ def project(config: DecoderConfig, x_BTD, weights, rope):
 
 
 def attention_output_and_mlp(config: DecoderConfig, x_BTD, mixed_BTNH, weights) -> jax.Array:
-    """x plus the attention's output plus the gated feed-forward, each normed behind where the config asks for it."""
+    """x plus the attention output plus the gated feed-forward; with `post_norms` each is normed before it is added."""
 
     def behind(out_BTD, name):
         return rms_norm(config, out_BTD, weights[name]) if config.post_norms else out_BTD
@@ -71,7 +71,7 @@ def attention_output_and_mlp(config: DecoderConfig, x_BTD, mixed_BTNH, weights) 
 
 
 def _products(config: DecoderConfig, x_BTI, weights, names: tuple[str, ...], multiply=jnp.matmul) -> list[jax.Array]:
-    """x W for matrices of one input, in one product where they are fused."""
+    """x W for each of several matrices with the same input, in one product if they are fused."""
     shapes = [tuple(config.sizes[letter] for letter in _letters(name)[1 + _num_inputs(name) :]) for name in names]
     fused = weights.get(xla_cpu.fused_name(names))
     if fused is None:
@@ -87,18 +87,18 @@ def _letters(parameter: str) -> str:
 
 
 def as_matrix(name: str, weight: jax.Array) -> jax.Array:
-    """`[inputs, outputs]` of a weight of one layer, heads and their width as one dimension."""
+    """One layer's weight as `[inputs, outputs]`, with heads and head width merged into one dimension."""
     num_inputs = _num_inputs(name)
     return weight.reshape(math.prod(weight.shape[:num_inputs]), -1)
 
 
 def _num_inputs(parameter: str) -> int:
-    """How many of a weight's dimensions are summed over; they come first."""
+    """Number of a weight's leading dimensions that are summed over."""
     return 2 if parameter.startswith("output") else 1
 
 
 def adapter_names(parameter: str) -> tuple[str, str]:
-    """The two arrays of the low-rank adapter (raft_jax.models.lora) that adds to a parameter of the layers.
+    """Names of the two arrays of a layer parameter's low-rank adapter (raft_jax.models.lora).
 
     >>> adapter_names("query_LDNH")
     ('query_a_LDR', 'query_b_LRNH')
@@ -109,7 +109,7 @@ def adapter_names(parameter: str) -> tuple[str, str]:
 
 
 def _adapted(config: DecoderConfig, weights, parameter: str, y, x) -> jax.Array:
-    """y = x W plus what an adapter beside W adds, scale x a b."""
+    """y = x W, plus scale x a b if W has an adapter."""
     down, up = adapter_names(parameter)
     if down not in weights:
         return y

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685): W + (alpha / rank) a b, with a and b trained and W frozen.
 
-An adapter's arrays lie in the parameters beside the matrix that they add to; the decoder adds x a b to x W. So a
+An adapter's arrays are parameters like the matrix that they adapt; the decoder adds (alpha / rank) x a b to x W. So a
 student with adapters and its teacher share one copy of the model.
 """
 
@@ -23,7 +23,7 @@ from raft_jax.models.layer import adapter_names
 from raft_jax.sharding import named_sharding
 from raft_jax.sources import resolve
 
-# Our parameter behind each name that users know from Hugging Face.
+# Our parameter for each of Hugging Face's module names, which users set.
 TARGETS = {
     "q_proj": "query_LDNH",
     "k_proj": "key_LDKH",
@@ -50,7 +50,7 @@ def adapter_table(config: DecoderConfig, rank: int, targets: Sequence[str]) -> d
 
 
 def adapter_shardings(config: DecoderConfig, rank: int, targets: Sequence[str], mesh: Mesh) -> dict[str, NamedSharding]:
-    """The layout of the adapters on a mesh: cut as the matrices that they add to, never along the rank."""
+    """The sharding of the adapters on a mesh: that of the matrices that they adapt, and never along the rank."""
     table = adapter_table(config, rank, targets)
     return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
 
@@ -58,7 +58,7 @@ def adapter_shardings(config: DecoderConfig, rank: int, targets: Sequence[str], 
 def init_adapters(
     config: DecoderConfig, rank: int, targets: Sequence[str], key: jax.Array, dtype=jnp.float32
 ) -> dict[str, jax.Array]:
-    """a uniform within ± fan_in^-1/2, as PEFT has it, and b zeros: at first nothing is added."""
+    """a is uniform within ± fan_in^-1/2, as in PEFT, and b is zero, so that adapters add nothing at first."""
     table = adapter_table(config, rank, targets)
     keys = jax.random.split(key, len(table))
 
@@ -74,7 +74,7 @@ def merge(params: Mapping[str, jax.Array], adapters: Mapping[str, jax.Array], sc
     """The parameters with the adapters added in: W + scale a b, summed in float32.
 
     Args:
-      params: all of the model's.
+      params: all parameters of the model.
       adapters: from `init_adapters`, trained.
       scale: alpha / rank.
     """
@@ -97,18 +97,19 @@ def save_peft(
     base: str,
     with_vision: bool = False,
 ) -> None:
-    """Writes adapters as PEFT reads them: adapter_config.json and adapter_model.safetensors.
+    """Writes adapters in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-    Where a file keeps several of our matrices in one (Phi-3's qkv_proj), theirs become one adapter of the summed rank.
+    Where Hugging Face stores several of our matrices as one (Phi-3's qkv_proj), their adapters become one, whose rank
+    is the sum of theirs.
 
     Args:
       adapters: from `init_adapters`, trained.
       config: of the decoder.
-      folder: made if it is not there.
+      folder: created if it is missing.
       alpha: adapters are scaled by alpha / rank.
-      base: the model that they belong to, a source as `load_pretrained` takes it.
-      with_vision: it is a model with vision, whose decoder is called `language_model` and whose vision tower has
-        modules of the same names.
+      base: source of the base model, as in `load_pretrained`.
+      with_vision: whether the base is a vision-language model, whose decoder is called `language_model` and whose
+        vision tower has modules of the same names.
     """
     from safetensors.numpy import save_file
 
@@ -153,7 +154,7 @@ def _within_vision(module: str) -> str:
 
 
 def peft_base(source: str) -> tuple[str | None, str | None]:
-    """Name and revision by which PEFT finds a base: of the hub, or the absolute path of a folder; else neither.
+    """Name and revision of a base for PEFT: the hub's, or a folder's absolute path and None; else None and None.
 
     Example:
       >>> peft_base("hf://owner/name@main")
@@ -164,13 +165,13 @@ def peft_base(source: str) -> tuple[str | None, str | None]:
         return name, revision or None
     try:
         path = resolve(source)
-    except InputError:  # it was there when the training began
+    except InputError:  # the source has disappeared since training began
         return None, None
     return (str(path.resolve()), None) if path.is_dir() else (None, None)
 
 
 def _joined(parameters, adapters, config, stored):
-    """One module's a `[L, R, I]` and b `[L, O, R]`; of several parameters, theirs behind one another."""
+    """One module's a `[L, R, I]` and b `[L, O, R]`; of several parameters, a is concatenated and b block-diagonal."""
     sizes = config.sizes
     found = {}
     for parameter in parameters:

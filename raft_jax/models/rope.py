@@ -1,4 +1,4 @@
-"""Rotary positions: pairs of numbers in each query and key turn with the token's position."""
+"""Rotary position embeddings: pairs of elements of each query and key are rotated in proportion to the position."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax.numpy as jnp
 
 
 class Rope(NamedTuple):
-    """One kind of rotary positions: how far each pair of numbers turns from one position to the next, in radians."""
+    """One kind of rotary embedding: the angle by which each pair is rotated, in radians per position."""
 
-    frequencies: tuple[float, ...]  # R/2 of them: the pairs (j, j + R/2) turn, what lies beyond R of H does not
-    long_frequencies: tuple[float, ...] | None = None  # of rows longer than `switch`
-    switch: int = 0
-    scale: float = 1.0  # of cosine and sine
+    frequencies: tuple[float, ...]  # R/2: the pairs (j, j + R/2) are rotated, elements from R to H are not
+    long_frequencies: tuple[float, ...] | None = None  # for sequences longer than `switch`
+    switch: int = 0  # tokens
+    scale: float = 1.0  # factor of cosine and sine
 
 
 def rope_tables(ropes: tuple[Rope, ...], positions_BT: jax.Array, length_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine of the angles of every kind of rope, `[kinds, B, T, R/2]`, float32.
 
-    `length_BT` is how long each token's text is, or may become in its cache: texts beyond a rope's switch turn by its
-    long frequencies from their first token on.
+    `length_BT` is the length of each token's sequence, or the length that it may reach in its cache: a sequence longer
+    than a rope's switch uses the long frequencies from its first token on.
     """
     cos, sin = [], []
     for rope in ropes:
@@ -36,13 +36,13 @@ def rope_tables(ropes: tuple[Rope, ...], positions_BT: jax.Array, length_BT: jax
 
 
 def of_kind(tables: tuple[jax.Array, jax.Array], kind) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine `[B, T, R/2]` of one kind, whose number may be traced."""
+    """Cosine and sine `[B, T, R/2]` of one kind, an index that may be traced."""
     cos, sin = tables
     return cos[kind], sin[kind]
 
 
 def rotate(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns the pairs (j, j + R/2) of each head; what lies beyond R stays."""
+    """Rotates the pairs (j, j + R/2) of each head; elements from R on are unchanged."""
     cos, sin = (table[:, :, None, :].astype(x_BTNH.dtype) for table in rope)
     half = cos.shape[-1]
     first, second, rest = jnp.split(x_BTNH, (half, 2 * half), axis=-1)

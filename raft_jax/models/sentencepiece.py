@@ -1,7 +1,7 @@
-"""A sentencepiece vocabulary as sentencepiece's own file, `tokenizer.model`, from the fields of a GGUF file.
+"""Builds `tokenizer.model`, sentencepiece's own vocabulary file, from the fields of a GGUF file.
 
-llama.cpp's converter reads such vocabularies from there alone. The format is Protocol Buffers'; the numbers below are
-the fields of sentencepiece_model.proto.
+llama.cpp's converter reads such vocabularies only from that file. The format is Protocol Buffers; the numbers below
+are the field numbers of sentencepiece_model.proto.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PIECES, TRAINER, NORMALIZER = 1, 2, 3  # of ModelProto
-PIECE, SCORE, KIND = 1, 2, 3  # of SentencePiece; GGUF counts the kinds alike
+PIECE, SCORE, KIND = 1, 2, 3  # of SentencePiece; GGUF has the same numbers for kinds
 MODEL_TYPE, VOCAB_SIZE, BYTE_FALLBACK, SPECIAL = 3, 4, 35, {"unknown": 40, "bos": 41, "eos": 42, "padding": 43}
 BPE, UNKNOWN, UNUSED = 2, 2, 5
 NAME, DUMMY_PREFIX, REMOVE_EXTRA, ESCAPE = 1, 3, 4, 5  # of NormalizerSpec
@@ -25,7 +25,7 @@ def model_file(metadata: Mapping[str, Any]) -> bytes:
     ids["unknown"] = max(ids["unknown"], 0)
 
     def kind_of(index: int) -> int:
-        """sentencepiece has one unknown token; GGUF files call their padding so, too."""
+        """sentencepiece allows one unknown token; GGUF files also mark their padding as unknown."""
         if index == ids["unknown"]:
             return UNKNOWN
         return UNUSED if kinds[index] == UNKNOWN else int(kinds[index])

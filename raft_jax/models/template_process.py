@@ -1,7 +1,7 @@
-"""Renders chat templates, here or, run as a program, in a process of its own: a JSON object in, another out.
+"""Renders chat templates, imported or as a separate program, which reads a JSON object and writes another.
 
-A template is a program from a stranger. Jinja's sandbox keeps it from files and from Python; how long it takes and how
-much memory it fills (nested loops, `'x' * 10**9`, a filter that pads a text) only a process of its own can bound.
+A template is untrusted code. Jinja's sandbox keeps it from files and from Python, but only a separate process can limit
+its time and its memory (nested loops, `'x' * 10**9`, a filter that pads a text).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_CHARACTERS = 16 << 20
 
 
 class Generation(Extension):
-    """`{% generation %}` shows transformers which text is the assistant's; here it changes nothing."""
+    """`{% generation %}` marks the assistant's text for transformers; here it has no effect."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -35,9 +35,9 @@ class Generation(Extension):
 
 
 class Named(Undefined):
-    """A name that nothing defines may be asked for, not printed: a special token would be missing without a word."""
+    """An undefined name may be tested but not printed: a special token would be missing without an error."""
 
-    blank: frozenset[str] = frozenset()  # names that are known to stand for nothing
+    blank: frozenset[str] = frozenset()  # names that are known to be empty
 
     def __str__(self) -> str:
         if self._undefined_obj is missing and self._undefined_name not in self.blank:
@@ -49,7 +49,7 @@ class Named(Undefined):
 
 
 def compile_template(text: str, blank: Sequence[str]):
-    """A chat template with the settings of transformers' own environment, which cannot be given limits."""
+    """Compiles a chat template with the settings of transformers' own environment, which cannot be given limits."""
 
     def raise_exception(message):
         raise TemplateError(message)
@@ -77,11 +77,11 @@ def render(template, variables: dict[str, Any], date: str | None) -> str:
 
 
 def main() -> None:
-    """Answers one request: the texts of its conversations, or why there is none."""
+    """Answers one request: the rendered conversations, or the errors."""
     request = json.load(sys.stdin)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the default action ends the process
     signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-    with suppress(ValueError, OSError):  # macOS knows no such limit
+    with suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (request["bytes"], request["bytes"]))
     try:
         template = compile_template(request["template"], request["blank"])

@@ -1,7 +1,7 @@
 """Text ↔ ids, and conversations → prompts in the model's own chat template.
 
-transformers reads the tokenizer of a folder and writes that of an export. Ours are the shielding of special tokens in
-contents, the split of a conversation into prompt and answer, and what is refused by name.
+transformers reads the tokenizer of a folder and writes that of an export. This file adds the shielding of special
+tokens' names in contents, the split of a conversation into prompt and answer, and errors that name what is unsupported.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from raft_jax.sources import resolve
 from raft_jax.terminal import one_line
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-# Contractions, digits, capitals, accents and white space, which tokenizers cut each in their own way.
+# Contractions, digits, capitals, accents and white space, which tokenizers split differently.
 CUT_IN_MANY_WAYS = "It's we'LL 12345 3.50 HelloWorld cafe\u0301 na\u00efve \u4f60\u597d!?\n\n  x\t y //\n"
-THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, for the template
-# In tokenizer_config.json: transformers 5 writes the first for itself; it reads the others no longer, others do.
+THINKING_FLAG = re.compile(r"/(no_)?think")  # in a system message, a flag for the template
+# Keys of tokenizer_config.json. NOT_WRITTEN: transformers 5 writes them for its own use. CARRIED_OVER: transformers 5
+# no longer reads them, but other programs do.
 NOT_WRITTEN = (
     "backend",
     "is_local",
@@ -53,15 +54,14 @@ CARRIED_OVER = ("add_bos_token", "add_eos_token")
 class Tokenizer:
     """Text ↔ ids, and conversations → prompts in the model's own chat template.
 
-    Text that a caller gives never becomes a special token: `<|im_end|>` in a question stays tokens of ordinary text.
-    Added tokens that are not special (Qwen's `<think>`, `<tool_call>`) are tokens wherever they stand, as in
-    transformers.
+    The caller's text never becomes a special token: `<|im_end|>` in a question is encoded as ordinary text. Added
+    tokens that are not special (Qwen's `<think>`, `<tool_call>`) are recognised anywhere in a text, as in transformers.
 
     Args:
       wrapped: transformers' `PreTrainedTokenizerFast`.
-      source: where it is from, for errors.
-      stop_ids: ids that end a turn beside eos_token.
-      stops_from: the file that says so.
+      source: origin of the tokenizer, for errors.
+      stop_ids: ids that end a turn, in addition to eos_token's.
+      stops_from: the file that gives them.
     """
 
     def __init__(self, wrapped, source: str, stop_ids: Sequence[int] = (), stops_from: str = ""):
@@ -69,10 +69,10 @@ class Tokenizer:
         self.backend = wrapped.backend_tokenizer  # tokenizers.Tokenizer
         self.backend.no_truncation()
         self.backend.no_padding()
-        # What templates are told: which day it is (default today), and whether the model may think first (its default).
+        # Variables of templates: the date (None: today), and whether the model may think first (None: its default).
         self.date: datetime.date | None = None
         self.thinking: bool | None = None
-        self.sentencepiece: bytes | None = None  # its tokenizer.model
+        self.sentencepiece: bytes | None = None  # contents of tokenizer.model
         self.carried_over: dict[str, Any] = {}
         self.named_tokens: dict[str, str] = wrapped.special_tokens_map
         blank = [name for name, token in wrapped.init_kwargs.items() if name.endswith("_token") and token is None]
@@ -93,14 +93,14 @@ class Tokenizer:
         self._renamed: dict[str, Any] = {}
 
     def _mark_special(self, stops: set[int]) -> dict[str, int]:
-        """Flags eos, pad, bos and what ends a turn as special where the files do not; all special tokens' ids."""
+        """Flags eos, pad, bos and tokens that end a turn as special; returns the ids of all special tokens by name."""
         marks = {self.named_tokens.get(name) for name in ("eos_token", "pad_token", "bos_token")}
         added = self.backend.get_added_tokens_decoder()
         for token_id, token in added.items():
             if not token.special and (token.content in marks or token_id in stops):
                 token.special = True
                 self.backend.add_special_tokens([token])
-        # "!" as padding is still a character of the alphabet that texts are made of.
+        # A special token of one character ("!" as padding) also occurs in ordinary text.
         alphabet = any(token.special and len(token.content) == 1 for token in added.values())
         alphabet = self.backend.get_vocab(with_added_tokens=False) if alphabet else {}
         return {
@@ -114,10 +114,10 @@ class Tokenizer:
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raises InputError where a prompt, an answer or a text may hold an id that the embedding has no row for.
+        """Raises InputError if a prompt, an answer or a text can contain an id that has no row in the embedding.
 
-        A special token beyond it that the template does not name (Gemma 3's of images, in the models of text alone)
-        cannot.
+        A special token that the template does not name (Gemma 3's image tokens in its text-only models) cannot occur,
+        so its id may be too large.
         """
         advice = f"and the model's vocab_size is {vocab_size}; resize the embedding or remove the token"
         named = {token for name, token in self.named_tokens.items() if name in self.template.text}
@@ -137,17 +137,17 @@ class Tokenizer:
         return token_id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text; nothing is added, and nothing in it is special."""
+        """Ids of plain text: no special token is added, and none is recognised in it."""
         self.backend.encode_special_tokens = True
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out, and the one that ends a turn."""
+        """Text of the ids, without special tokens and without a final token that ends a turn."""
         ids = ids[:-1] if len(ids) and ids[-1] in self.stop_ids else ids
         return self.token_text([token for token in ids if token not in self._special])
 
     def token_text(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens by their names."""
+        """Text of the ids, including the names of special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
     def chat_prompt(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
@@ -155,7 +155,7 @@ class Tokenizer:
 
         Args:
           messages: `{"role", "content"}` each. Special tokens' names inside a content stay ordinary text.
-          add_generation_prompt: end where the assistant's answer begins.
+          add_generation_prompt: whether to end where the assistant's answer begins.
 
         Raises:
           InputError: the template refuses the conversation, or leaves out a question or a system message.
@@ -166,7 +166,7 @@ class Tokenizer:
         return self._encode_rendered(text, marker)
 
     def _require_contents(self, messages: Sequence[Message], text: str) -> None:
-        """Templates that expect contents of another shape render nothing, and raise nothing."""
+        """Raises InputError if a message is missing: templates may silently omit contents of an unexpected form."""
         for message in messages:
             content = message["content"].strip()
             if message["role"] == "assistant" or content in text:  # earlier thoughts may be left out
@@ -178,7 +178,7 @@ class Tokenizer:
                 )
 
     def _shield(self, messages: Sequence[Message]) -> tuple[list[Message], str]:
-        """The messages with a marker before each special token's name, so that those without one are the template's."""
+        """Messages with a marker before each special token's name, and the marker; the template's names have none."""
         used = self._template_characters.union(*(message["content"] for message in messages))
         private_use = map(chr, chain(range(0xE000, 0xF900), range(0xF0000, 0xFFFFE)))
         marker = next(character for character in private_use if character not in used)
@@ -211,11 +211,11 @@ class Tokenizer:
         )
 
     def chat_answer(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of the last, assistant's message as the model would write it: its text and the end of its turn.
+        """Ids of the last message, the assistant's, as the model would generate it: its text and the end of the turn.
 
         Raises:
-          InputError: the template refuses the conversation, changes the answer, or begins it otherwise than its prompt
-            ends.
+          InputError: the template refuses the conversation, changes the answer, or renders the prompt differently when
+            it is answered.
         """
         shielded, marker = self._shield(messages)
         prompt_text, text = self._render((shielded[:-1], True), (shielded, False))
@@ -223,7 +223,7 @@ class Tokenizer:
         prompt, whole = self._encode_rendered(prompt_text, marker), self._encode_rendered(text, marker)
         if whole[: len(prompt)] == prompt:
             answer = whole[len(prompt) :]
-        else:  # the answer's first white space would join the prompt's last token, and the model writes after that
+        else:  # the answer's first white space would merge into the prompt's last token; the model generates after it
             answer = self._encode_rendered(text[len(prompt_text) :], marker)
         ends = [index for index, token in enumerate(answer) if token in self.stop_ids]
         if not ends:
@@ -244,7 +244,7 @@ class Tokenizer:
                 + (f"{thoughts}: change one of them" if "think" in self.template.text else "not supported")
             )
         answer = answer.strip()
-        if answer.startswith("<think>"):  # templates set thoughts on lines of their own
+        if answer.startswith("<think>"):  # templates put thoughts on separate lines
             answer, prompt_text, text = ("".join(part.split()) for part in (answer, prompt_text, text))
         start = text.rfind(answer)
         if start < 0 or start + len(answer) < len(prompt_text):
@@ -254,15 +254,15 @@ class Tokenizer:
             )
 
     def save(self, folder: Path) -> None:
-        """Writes the tokenizer and all its chat templates as transformers does, 4 and 5, and tokenizer.model of
-        sentencepiece, from which alone llama.cpp's converter reads such a vocabulary."""
+        """Writes the tokenizer and all its chat templates for transformers 4 and 5, and sentencepiece's
+        tokenizer.model, the only file from which llama.cpp's converter reads such a vocabulary."""
         with transformers_quietly():
             self.wrapped.save_pretrained(folder, legacy_format=False)
         settings = {key: value for key, value in read_object(folder / CONFIG).items() if key not in NOT_WRITTEN}
         settings |= self.carried_over
-        if settings["tokenizer_class"] == "TokenizersBackend":  # transformers 4, and vLLM with it, knows the older name
+        if settings["tokenizer_class"] == "TokenizersBackend":  # transformers 4, also under vLLM, knows the older name
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        if tokens := settings.pop("extra_special_tokens", None):  # and has an older key for a list of them
+        if tokens := settings.pop("extra_special_tokens", None):  # transformers 4 has another key for a list of them
             settings["additional_special_tokens"] = tokens
         if names := {name: token for name, token in self.named_tokens.items() if name not in NAMED_TOKENS}:
             settings["extra_special_tokens"] = names
@@ -272,8 +272,8 @@ class Tokenizer:
 
 
 def _renamed(backend, names: Mapping[str, str]):
-    """The same tokenizer with other names for its special tokens: what had been one is then ordinary text, and all that
-    hangs on a special token (white space that it swallows, spaces that are set before a text) stays as it was."""
+    """The same tokenizer with its special tokens renamed, so that the old names are ordinary text. Their other effects
+    (white space that a special token strips, a space prepended to a text) are unchanged."""
     from tokenizers import Tokenizer as Backend
 
     spec = json.loads(backend.to_str())
@@ -285,7 +285,7 @@ def _renamed(backend, names: Mapping[str, str]):
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
     else:
         model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
-    if "merges" in model:  # a vocabulary may know how to put a special token's name together
+    if "merges" in model:  # merges may build a special token's old name
         model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
     if model.get("unk_token") in names:
         model["unk_token"] = names[model["unk_token"]]
@@ -301,7 +301,7 @@ def wrap(backend, **settings):
 
 
 def _require_tokenizer_json(path: Path) -> None:
-    """Says what is wrong with the file itself, which transformers does not name."""
+    """Raises InputError if the file itself is invalid; transformers' error does not name the file."""
     from tokenizers import Tokenizer as Backend
 
     try:
@@ -311,11 +311,11 @@ def _require_tokenizer_json(path: Path) -> None:
 
 
 def _tell_other_ids(path: Path, wrapped) -> None:
-    """Says where transformers builds a class's own tokenizer, which cuts texts otherwise than tokenizer.json does."""
+    """Warns if transformers builds a class's own tokenizer that splits texts differently from tokenizer.json."""
     from tokenizers import Tokenizer as Backend
 
     name = type(wrapped).__name__
-    if name == "TokenizersBackend":  # takes tokenizer.json as it is
+    if name == "TokenizersBackend":  # uses tokenizer.json unchanged
         return
     ours, theirs = (
         backend.encode(CUT_IN_MANY_WAYS, add_special_tokens=False).ids
@@ -331,7 +331,7 @@ def _tell_other_ids(path: Path, wrapped) -> None:
 
 
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
-    """As transformers reads it, without code from the folder and without network."""
+    """A folder's tokenizer as transformers reads it, without code from the folder and without network."""
     if not (folder / "tokenizer.json").exists():
         raise InputError(f"{folder}: tokenizer.json is missing; a sentencepiece-only tokenizer must be converted first")
     check_files(folder)
@@ -364,7 +364,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], source: str) -> Tokenizer:
 
 
 def tokenizer_of(weights: SafetensorsFolder | GgufFile, vocab_size: int) -> Tokenizer:
-    """The tokenizer beside the weights of a model whose embedding has so many rows."""
+    """The tokenizer of a model, from its weights' source; its ids must fit an embedding of `vocab_size` rows."""
     if isinstance(weights, GgufFile):
         tokenizer = tokenizer_from_gguf(weights.metadata, str(weights.path))
     else:

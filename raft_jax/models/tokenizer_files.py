@@ -1,4 +1,4 @@
-"""A folder's tokenizer files, looked over first: what transformers reads wrong without a word, or explains badly."""
+"""Checks of a folder's tokenizer files for errors that transformers silently misreads or explains badly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEMPLATE_NAME = re.compile(r"\w[\w. -]*")
 
 
 def check_files(folder: Path) -> None:
-    """Raises InputError unless each file of a tokenizer is a file, of a sensible size, and says what it may."""
+    """Raises InputError unless each tokenizer file is a regular file of sensible size with valid contents."""
     for path in [*(folder / name for name in FILES), *sorted(folder.glob("additional_chat_templates/*"))]:
         if path.suffix == ".jinja" and is_there(path):
             read_text(path, MAX_TEMPLATE_BYTES)
@@ -82,7 +82,7 @@ def _check_templates(path: Path, value: Any) -> None:
 
 
 def default_template(templates: str | Mapping[str, str] | None, source: str) -> str:
-    """The template that chats are rendered with."""
+    """The template for rendering chats."""
     advice = "put the right one in chat_template.jinja"
     if source.lower().endswith(".gguf"):
         advice = "set the field tokenizer.chat_template, for example with gguf-new-metadata --chat-template"
@@ -101,11 +101,11 @@ def default_template(templates: str | Mapping[str, str] | None, source: str) -> 
 
 
 def configured_stops(folder: Path) -> tuple[str, list[int]]:
-    """The eos_token_id that generation_config.json has, else config.json: the file's name, and the ids."""
+    """The eos_token_id of generation_config.json, or else of config.json: the file's name, and the ids."""
     for name in ("generation_config.json", "config.json"):
         settings = read_object(folder / name, optional=True)
         value = settings.get("eos_token_id")
-        if value is None and isinstance(text := settings.get("text_config"), Mapping):  # of a model with vision
+        if value is None and isinstance(text := settings.get("text_config"), Mapping):  # of a vision-language model
             value = text.get("eos_token_id")
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):

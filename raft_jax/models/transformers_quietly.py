@@ -1,4 +1,4 @@
-"""transformers without its log, its warnings and torch, which it would import wherever that is installed."""
+"""transformers without its log, its warnings and torch, which it would import if it is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def transformers_quietly() -> Iterator[None]:
-    """Imports transformers; no word of its logging or warnings comes out: what matters to us is raised.
+    """Imports transformers and silences its logging and warnings: the faults that matter to us are raised as errors.
 
     torch takes seconds to import and is never used here; a program that wants transformers' torch models imports torch
     first.

@@ -1,4 +1,4 @@
-"""The files that weights lie in: a folder with safetensors or a GGUF file, every tensor under its Hugging Face key."""
+"""Weight files: a folder with safetensors or a GGUF file, with every tensor under its Hugging Face key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SAFETENSORS_DTYPES = {
 
 
 def _refuse_other_folders(folder: Path) -> None:
-    """InputError for a folder that holds an adapter, or a GGUF file and no config.json."""
+    """Raises InputError for a folder with an adapter, or with a GGUF file and no config.json."""
     if (folder / "adapter_config.json").exists():
         base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
         base = base or "a base that it does not name"
@@ -68,7 +68,7 @@ class SafetensorsFolder:
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
-        self._place_of = {key: (path, key) for key, path in self._find_tensors().items()}  # file, and key there
+        self._place_of = {key: (path, key) for key, path in self._find_tensors().items()}  # its file, and its key there
         self.with_vision = str(given.get("model_type")) in DECODER_OF
         if self.with_vision:
             self._place_of = {
@@ -78,7 +78,7 @@ class SafetensorsFolder:
             self._place_of[EMBEDDING] = self._place_of.pop(HEAD)  # either name may hold the tied tensor
 
     def _find_tensors(self) -> dict[str, Path]:
-        """The file of each key. `model.safetensors` beside an index of files that are gone is the model."""
+        """The file of each key. An index whose shards are all missing is ignored if `model.safetensors` exists."""
         single, index_path = self.folder / MODEL_NAME, self.folder / INDEX_NAME
         file_of = self._weight_map(index_path) if index_path.exists() else {}
         shards = sorted(set(file_of.values()))
@@ -109,7 +109,7 @@ class SafetensorsFolder:
 
     @property
     def generation_config(self) -> dict[str, Any]:
-        """How the model is meant to be sampled; nothing where the folder does not say."""
+        """The model's recommended sampling settings; empty if the folder has none."""
         return read_object(self.folder / "generation_config.json", optional=True)
 
     @property
@@ -123,7 +123,7 @@ class SafetensorsFolder:
         return self._place_of[key][0]
 
     def describe(self, key: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of a tensor, which is not read."""
+        """Shape and dtype of a tensor, without reading it."""
         path, key = self._place_of[key]
         entry = self._header(path)[1].get(key)
         if entry is None:
@@ -131,7 +131,7 @@ class SafetensorsFolder:
         return tuple(entry["shape"]), entry["dtype"]
 
     def read(self, key: str) -> np.ndarray:
-        """The tensor, read from its file; a mapped one would end the process where the file shrinks meanwhile."""
+        """Reads a tensor. It is not memory-mapped: if the file shrank meanwhile, that would end the process."""
         shape, dtype = self.describe(key)
         path, key = self._place_of[key]
         start, header = self._header(path)
@@ -151,7 +151,7 @@ class SafetensorsFolder:
         return array
 
     def _header(self, path: Path) -> tuple[int, dict[str, Any]]:
-        """Where the data of a shard begins, and what its header says; the library looks it over first."""
+        """The offset of a shard's data, and its header, which the safetensors library validates first."""
         from safetensors import SafetensorError, safe_open
 
         if path in self._headers:
@@ -174,13 +174,13 @@ class SafetensorsFolder:
 
 
 def _open_gguf(path: Path):
-    """The library's reader, which raises ValueError where the file ends before what it announces."""
+    """The gguf library's reader, with a check that the file is as long as its fields say, and the metadata."""
     require_train("gguf")
     import gguf
 
     class Reader(gguf.GGUFReader):
         def _get(self, offset, dtype, count=1, override_order=None):
-            # Past its end the library reads nothing, as often as a count in the file says.
+            # Past the end of the file the library returns empty arrays, as many times as a count in the file says.
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("it ends too early")
             return super()._get(offset, dtype, count, override_order)
@@ -199,7 +199,7 @@ def _open_gguf(path: Path):
 
 
 def _refuse_other_gguf(metadata: Mapping[str, Any], path: Path) -> None:
-    """InputError for a part of a model, or what is no model."""
+    """Raises InputError for one part of a split model, or a file that is not a model."""
     if isinstance(count := metadata.get("split.count"), int) and count > 1:
         number = metadata.get("split.no", 0)
         raise InputError(
@@ -214,7 +214,7 @@ def _refuse_other_gguf(metadata: Mapping[str, Any], path: Path) -> None:
 
 
 class GgufFile:
-    """The tensors of a GGUF file under their Hugging Face keys, dequantised and as transformers stores them."""
+    """The tensors of a GGUF file under their Hugging Face keys, dequantised, in transformers' layout."""
 
     generation_config: Mapping[str, Any] = {}
     with_vision = False
@@ -258,16 +258,16 @@ class GgufFile:
         return self.path
 
     def describe(self, key: str) -> tuple[tuple[int, ...], str]:
-        """Shape of a tensor, which is not read, and the dtype that it has when it is."""
+        """Shape of a tensor, without reading it, and the dtype that `read` returns."""
         return tuple(reversed(self._tensors[self._name_of[key]].shape.tolist())), "F32"
 
     def read(self, key: str) -> np.ndarray:
         name = self._name_of[key]
         array = self._dequantised(name)
         if heads := self._num_heads.get(name.split(".", 2)[-1]):
-            # llama.cpp keeps the two halves of each rotated head interleaved.
+            # llama.cpp stores the two halves of each rotated head interleaved.
             array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
-        # It keeps a norm's scale as what is multiplied by.
+        # llama.cpp stores offset + scale for a norm.
         return array - self._norm_offset if name.endswith("norm.weight") else array
 
     def _dequantised(self, name: str) -> np.ndarray:
@@ -284,7 +284,7 @@ class GgufFile:
 
 
 def open_weights(path: Path) -> SafetensorsFolder | GgufFile:
-    """The reader for a folder with safetensors or a GGUF file, which its first bytes tell, whatever its name.
+    """The reader for a folder with safetensors or for a GGUF file, which is known by its suffix or its first bytes.
 
     Raises:
       InputError: neither of the two, or damaged.

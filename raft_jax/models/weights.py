@@ -1,4 +1,4 @@
-"""Weights in and out: the tensors of a folder or a GGUF file → parameters, parameters → tensors of a file."""
+"""Loading and storing weights: tensors of a folder or a GGUF file → parameters, and parameters → tensors of a file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def config_of(weights: SafetensorsFolder | GgufFile) -> DecoderConfig:
 
 
 def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> None:
-    """InputError unless every tensor of the config is there, in its shape, and no other; no tensor is read."""
+    """Raises InputError unless the tensors are exactly those of the config, with its shapes; no tensor is read."""
     keys = stored_keys(config)
     wanted = {
         stored.key.format(layer): stored
@@ -61,7 +61,7 @@ def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> 
             f"{weights.place}: {missing[0]} of shape {_expected(wanted[missing[0]], config)} is missing "
             f"({len(missing)} of {len(wanted)} tensors are)"
         )
-    # Old exports keep the tied head or the rope table as tensors of their own; neither adds anything.
+    # Old exports also store the tied head or the rope table; both are redundant.
     surplus = {key for key in found - wanted.keys() if not key.endswith("rotary_emb.inv_freq")}
     if config.tied_embeddings:
         surplus.discard(HEAD)
@@ -76,8 +76,8 @@ def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> 
 
 
 def head_differs(weights: SafetensorsFolder | GgufFile) -> bool:
-    """Whether there is an unembedding that is not the embedding: the model is then not tied, whatever its config.json
-    says, as in transformers. Reads both, and little of them where they differ."""
+    """Whether there is an unembedding that differs from the embedding: the model is then not tied, whatever its
+    config.json says, as in transformers. Reads both if their shapes are equal."""
     if not {EMBEDDING, HEAD} <= weights.keys():
         return False
     if weights.describe(EMBEDDING)[0] != weights.describe(HEAD)[0]:
@@ -88,10 +88,10 @@ def head_differs(weights: SafetensorsFolder | GgufFile) -> bool:
 def load_parameters(
     weights: SafetensorsFolder | GgufFile, config: DecoderConfig, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> dict[str, jax.Array]:
-    """Reads every parameter, one at a time, straight to its place on the mesh.
+    """Loads the parameters, one at a time, directly to their shards on the mesh.
 
     Raises:
-      InputError: a key is missing or left over, or a shape is not the config's: key, expected, found.
+      InputError: a key is missing or surplus, a shape is not the config's, or a value is not finite.
     """
     check_keys(weights, config)
     keys, table, parameters = stored_keys(config), parameter_table(config), {}
@@ -102,7 +102,7 @@ def load_parameters(
 
 
 def _load(weights, name: str, stored: Stored, config: DecoderConfig, dtype, sharding) -> jax.Array:
-    """One parameter; a stacked one is made on the devices and filled a layer at a time. The devices transpose."""
+    """Loads one parameter; a stacked one is allocated on the devices and filled by layers. The devices transpose."""
     letters, ours = "".join(stored.dims), _letters(name)
     order = tuple(letters.index(letter) for letter in ours)
     as_stored = None
@@ -115,7 +115,7 @@ def _load(weights, name: str, stored: Stored, config: DecoderConfig, dtype, shar
     for layer in range(config.num_layers):
         array = _from_stored(weights, stored.key.format(layer), stored, config)
         stack_LX = _set_layer(stack_LX, _transposed(_put(array, dtype, as_stored), order), layer)
-        stack_LX.block_until_ready()  # else the host runs ahead and holds many layers
+        stack_LX.block_until_ready()  # otherwise the host runs ahead and holds many layers
     return stack_LX
 
 
@@ -130,7 +130,7 @@ def _set_layer(stack_LX: jax.Array, layer_X: jax.Array, layer) -> jax.Array:
 
 
 def _put(array: np.ndarray, dtype, sharding: NamedSharding | None) -> jax.Array:
-    """To the default device, or to those of this process, each of which is given its own part."""
+    """Puts an array on the default device, or its shards on the devices of this process."""
     if sharding is None:
         return jnp.asarray(np.array(array, dtype))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype))
@@ -151,7 +151,7 @@ def _expected(stored: Stored, config: DecoderConfig) -> tuple[int, ...]:
 
 
 def _from_stored(weights, key: str, stored: Stored, config: DecoderConfig) -> np.ndarray:
-    """One layer's share of a parameter, in the file's order of dimensions; a view wherever it can be."""
+    """One layer of a parameter, in the file's order of dimensions; a view where possible."""
     array, sizes = weights.read(key), config.sizes | {"V": config.vocab_size}
     if not np.isfinite(array).all():
         raise InputError(f"{weights.file_of(key)}: {key} holds numbers that are not finite; this model is broken")
@@ -166,7 +166,7 @@ def _from_stored(weights, key: str, stored: Stored, config: DecoderConfig) -> np
 def stored_tensors(
     params: Mapping[str, Any], config: DecoderConfig
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], np.ndarray]]]:
-    """Key, shape and maker of every tensor of an exported model, as the file has it, without the padding."""
+    """Key, shape and a function that makes the array, for every tensor of an export; without vocabulary padding."""
     sizes, together = config.sizes | {"V": config.vocab_size}, {}
     for name, stored in stored_keys(config).items():
         together.setdefault(stored.key, []).append((name, stored))

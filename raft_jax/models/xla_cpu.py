@@ -1,15 +1,14 @@
-"""Everything that is bent around XLA's CPU backend: three workarounds, each of which a program for another device is
-built without.
+"""Three workarounds for XLA's CPU backend. Programs for other devices are built without them.
 
-- "norm": RMSNorm's gradient as products of a matrix and a vector. The fused sums that XLA makes of the derived one take
-  3 % of a train step.
-- "matmul": the gradient of a weight with the narrower of its factors transposed. XLA transposes the wider one, and with
-  it computes SiLU or its gradient in a strided copy, a tenth of a train step.
-- "tiles": for decoding, matrices of one input fused, in a tiled layout. XLA's product of a few rows reads a matrix at
-  half of what the memory gives; sums over tiles that stay in a core's own caches read it at nearly all of it.
+- "norm": RMSNorm's gradient as matrix-vector products. The fused sums that XLA makes of the automatic gradient take 3 %
+  of a train step.
+- "matmul": a weight's gradient with the narrower of its two factors transposed. XLA transposes the wider one, and
+  computes SiLU or its gradient with it in a strided copy, which takes a tenth of a train step.
+- "tiles": for decoding, fused weights (matrices with the same input) in a tiled layout. XLA's product of a few rows
+  reads a matrix at half of the memory bandwidth; sums over tiles that stay in a core's own caches use nearly all of it.
 
-`python benchmarks/xla_cpu.py` measures what each of them saves, and tests/test_xla_cpu.py holds that none changes a
-number beyond rounding.
+`python benchmarks/xla_cpu.py` measures the saving of each, and tests/test_xla_cpu.py checks that none changes a result
+beyond rounding.
 
 Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks of C.
 """
@@ -24,21 +23,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
-WITHOUT: set[str] = set()  # workarounds that a test or a benchmark computes without
+WITHOUT: set[str] = set()  # workarounds that a test or a benchmark turns off
 
-ROWS = range(2, 17)  # one row is XLA's product of a matrix and a vector, which is as fast; of more, its tiles pay
+ROWS = range(2, 17)  # one row: XLA's matrix-vector product is as fast; more rows: XLA's own tiling is efficient
 C = 64
 MIN_Q, MAX_Q = 16, 144
-TASK = 32_768  # partial sums, one a part, row and output, that XLA's library makes on one thread at a time
+TASK = 32_768  # partial sums (one per part, row and output) that XLA's library computes on one thread at a time
 
 
 def uses(workaround: str) -> bool:
-    """Whether programs are built with a workaround: on CPU, unless it is among WITHOUT."""
+    """Whether programs are built with a workaround: on CPU, unless it is in WITHOUT."""
     return workaround not in WITHOUT and jax.default_backend() == "cpu"
 
 
 def normalize(epsilon: float, x: jax.Array, weight_D: jax.Array) -> jax.Array:
-    """x / rms(x) · weight over the last axis, computed in float32, in x's dtype."""
+    """x / rms(x) · weight over the last axis, computed in float32 and returned in x's dtype."""
     return (_normalize if uses("norm") else _plain_normalize)(epsilon, x, weight_D)
 
 
@@ -85,14 +84,14 @@ _matmul.defvjp(lambda x_BTI, weight_IO: (jnp.matmul(x_BTI, weight_IO), (x_BTI, w
 
 
 class Tiled(NamedTuple):
-    """A matrix `[I, O]` in tiles, float32; see `product`. Or many of them, stacked."""
+    """A float32 matrix `[I, O]` in a tiled layout, or a stack of them; see `product`."""
 
     tiles_OPQC: jax.Array
 
 
 def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
-    """The matrix, or `[L, I, O]` of them, in the layout for so many rows on CPU: tiles, or as it is where they do not
-    pay.
+    """The matrix, or a stack `[L, I, O]`, in the layout for products of `num_rows` rows on CPU: tiled, or unchanged
+    where tiles do not fit or are not faster.
 
     Example:
       >>> import jax.numpy as jnp
@@ -105,7 +104,8 @@ def tiled(matrix_IO: jax.Array, num_rows: int) -> jax.Array | Tiled:
 
 
 def tiled_alike(matrices_IO: list[jax.Array], num_rows: int) -> list[jax.Array | Tiled]:
-    """`tiled` of matrices with the same inputs, for `fused`; of the fused matrix alone where its blocks need that."""
+    """`tiled` of matrices with the same inputs, for `fused`; or one fused matrix, if not all divide into blocks of C or
+    tiles are not faster."""
     if any(matrix.shape[-1] % C for matrix in matrices_IO):
         matrices_IO = [fused(matrices_IO)]
     num_inputs, num_outputs = matrices_IO[0].shape[-2], sum(matrix.shape[-1] for matrix in matrices_IO)
@@ -117,7 +117,7 @@ def tiled_alike(matrices_IO: list[jax.Array], num_rows: int) -> list[jax.Array |
 
 
 def _cost(num_inputs: int, num_blocks: int, num_rows: int, Q: int) -> float:
-    """Blocks that the busier of two threads multiplies, and what the partial sums cost beside them, as measured."""
+    """Number of blocks that the busier of two threads multiplies, times the measured overhead of the partial sums."""
     blocks_a_task = max(1, TASK // (num_inputs // Q * num_rows * C))
     tasks = [min(blocks_a_task, num_blocks - start) for start in range(0, num_blocks, blocks_a_task)]
     return max(sum(tasks[::2]), sum(tasks[1::2])) * (1 + 4 * num_rows / Q)
@@ -127,11 +127,11 @@ def _tiles(matrix_IO: jax.Array, Q: int) -> Tiled:
     *stack, _, num_outputs = matrix_IO.shape
     tiles_OPQC = jnp.moveaxis(matrix_IO.reshape(*stack, -1, Q, num_outputs // C, C), -2, -4)
     rows = Layout(major_to_minor=tuple(range(tiles_OPQC.ndim)))
-    return Tiled(jax.lax.optimization_barrier(with_layout_constraint(tiles_OPQC, rows)))  # made once
+    return Tiled(jax.lax.optimization_barrier(with_layout_constraint(tiles_OPQC, rows)))  # materialised once
 
 
 def fused(layouts: list[jax.Array | Tiled]) -> jax.Array | Tiled:
-    """Matrices with the same inputs, their outputs side by side, all in tiles or none.
+    """Matrices with the same inputs, concatenated along the outputs; either all of them are tiled or none.
 
     Example:
       >>> import jax.numpy as jnp
@@ -145,7 +145,7 @@ def fused(layouts: list[jax.Array | Tiled]) -> jax.Array | Tiled:
 
 
 def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array:
-    """x W, `[..., O]`, of an array `[I, O]` or its tiles; `dtype` as `preferred_element_type` of jnp.matmul.
+    """x W, `[..., O]`, for a matrix W `[I, O]`, tiled or not; `dtype`: `preferred_element_type` of jnp.matmul if not.
 
     Example:
       >>> import jax.numpy as jnp
@@ -160,29 +160,29 @@ def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array
     _, P, Q, _ = tiles_OPQC.shape
     x_BPQ = x_XI.reshape(-1, P, Q)
     part_OPBC = jnp.sum(x_BPQ.transpose(1, 0, 2)[None, ..., None] * tiles_OPQC[:, :, None], axis=3)
-    # Without the barrier both sums become one, over inputs that no longer fit the cache.
+    # Without the barrier XLA merges both sums into one, over inputs that do not fit the cache.
     sum_OBC = jnp.sum(jax.lax.optimization_barrier(part_OPBC), axis=1)
     return sum_OBC.transpose(1, 0, 2).reshape(*x_XI.shape[:-1], -1)
 
 
 def fused_name(names: tuple[str, ...]) -> str:
-    """What the fused weight of some parameters is called: "gate+up"."""
+    """Name of the fused weight of several parameters: "gate+up"."""
     return "+".join(name.partition("_")[0] for name in names)
 
 
 def fused_layers(
     stacked: dict[str, jax.Array], groups: tuple[tuple[str, ...], ...], as_matrix: Callable, num_rows: int
 ) -> list[dict[str, jax.Array | Tiled]]:
-    """Each layer's weights for decoding with so many rows: those of each group, which have one input, fused and tiled.
+    """Each layer's weights for decoding with `num_rows` rows; those of each group are fused and tiled.
 
-    A loop over layers copies each slice at every token, which XLA on CPU does in memory: made once, before decoding,
-    the slices cost one copy of the weights and save a third of the time.
+    In a scan over layers, XLA on CPU copies each layer's slice of the weights at every token. Slices that are made
+    once, before decoding, cost one copy of the weights and save a third of the time.
 
     Args:
       stacked: weights, stacked over layers.
       groups: names of parameters that multiply the same input.
       as_matrix: `(name, weight) -> [I, O]` of one layer.
-      num_rows: in a decoding step on one device.
+      num_rows: rows of a decoding step on one device.
     """
     rest = dict(stacked)
     parts = {

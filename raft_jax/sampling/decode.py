@@ -1,4 +1,4 @@
-"""Prefill, decoding step and sampling: pure functions, one jitted program a shape."""
+"""Prefill, decoding step and sampling: pure functions, one jitted program per shape."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from raft_jax.tokens import Tokens
 
 
 def sample_token(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Array, top_p: float = 1.0) -> jax.Array:
-    """Samples one token a row by inverting the distribution function.
+    """Samples one token per row by inverting the cumulative distribution function.
 
-    One uniform number a row is all the randomness it takes, where the Gumbel trick takes one per vocabulary entry.
-    The inversion goes in two levels, blocks and then within the block, so that no sum is longer than about √V.
+    This needs one uniform number per row, where the Gumbel trick needs one per vocabulary entry. The inversion has two
+    levels, over blocks and then within a block, so that no sum has more than about √V terms.
 
     Args:
       logits_BV: float.
       uniform_B: float32 in [0, 1).
       temperature: float32 scalar; 0 takes the most likely token.
-      top_p: draws from the smallest set of tokens with at least this probability; a static number.
+      top_p: samples from the smallest set of tokens with at least this probability; a static number.
 
     Returns:
       tokens_B: int32.
@@ -51,10 +51,10 @@ def sample_token(logits_BV: jax.Array, uniform_B: jax.Array, temperature: jax.Ar
 
 
 def _invert(weight_BM: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """First index that has weight and whose running sum passes the target, and how far into it the target lies."""
+    """First index with positive weight whose running sum exceeds the target, and the target minus the sum before it."""
     running_BM = jnp.cumsum(weight_BM, axis=-1)
     passed_BM = (running_BM > target_B[:, None]) & (weight_BM > 0)
-    # Rounding may leave the target past the last sum: stay on the last entry that has weight.
+    # Rounding may leave the target above the last sum: take the last entry with positive weight.
     last_B = weight_BM.shape[-1] - 1 - jnp.argmax(weight_BM[:, ::-1] > 0, axis=-1)
     index_B = jnp.where(jnp.any(passed_BM, axis=-1), jnp.argmax(passed_BM, axis=-1), last_B)
     before_B = jnp.take_along_axis(running_BM - weight_BM, index_B[:, None], axis=-1)[:, 0]
@@ -62,7 +62,7 @@ def _invert(weight_BM: jax.Array, target_B: jax.Array) -> tuple[jax.Array, jax.A
 
 
 def _keep_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
-    """Masks what lies outside the smallest set of tokens with at least `top_p` of the probability."""
+    """Masks tokens outside the smallest set with at least `top_p` of the probability; ties at its edge stay in it."""
     probs_BV = jax.nn.softmax(logits_BV, axis=-1)
     sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
@@ -71,19 +71,19 @@ def _keep_nucleus(logits_BV: jax.Array, top_p: float) -> jax.Array:
 
 
 def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unroll: bool = False):
-    """Builds the jitted sampler of one length.
+    """Builds the jitted sampler for one output length.
 
     Args:
-      max_new_tokens: length.
+      max_new_tokens: the length of the output.
       top_p: see `sample_token`.
-      unroll: decode layer by layer, not in a loop over layers, with weights laid out for few rows on CPU: faster there
+      unroll: decode layer by layer, not in a scan over layers, with weights laid out for few rows on CPU: faster there
         at small batches, slower to compile, and the weights are copied once.
 
     Returns:
       `generate(params, prompt, row_ids, key, temperature) -> Tokens`. Prompts are Tokens padded on the left; the new
-      tokens are padded on the right, and the end-of-turn token is among the real ones. `row_ids` ([B], int32) name each
-      row's own stream of random numbers, so a row draws the same whatever stands beside it; a negative one is filler
-      and is finished from the start. Decoding ends when every row is done.
+      tokens are padded on the right, and the end-of-turn token counts as real. `row_ids` ([B], int32) select each row's
+      stream of random numbers, so that a row's sample does not depend on the other rows of its batch; a negative id
+      marks a filler row, which is finished from the start. Decoding ends when every row is finished.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")

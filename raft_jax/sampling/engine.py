@@ -1,4 +1,4 @@
-"""Many prompts through a few compiled shapes: the one engine behind rewriting, rollouts and evaluation."""
+"""Generation for many prompts with a few compiled shapes: the engine of rewriting, rollouts and evaluation."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from raft_jax.sampling.decode import make_generate
 from raft_jax.sharding import put_batch, to_host, use_mesh
 from raft_jax.tokens import Tokens
 
-# Prompt lengths are rounded up to one of these, so that a run compiles a handful of programs.
+# Prompt lengths are rounded up to one of these, so that a run compiles only a few programs.
 LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated answer: its tokens (a stop token included) and whether it ended by itself."""
+    """One generated answer: its tokens, including a stop token, and whether it ended with a stop token."""
 
     tokens: list[int]
     finished: bool
@@ -42,12 +42,12 @@ def bucket(length: int) -> int:
 
 
 def row_number(name: str) -> int:
-    """A row's stream of random numbers, from its name: the same in every run and every batch."""
+    """The id of a row's random stream, from the row's name: the same in every run and every batch."""
     return zlib.crc32(name.encode()) & 0x7FFFFFFF
 
 
 def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | None) -> int:
-    """Rows of each batch of a call: no more than there are prompts, and a multiple of the mesh's batch axes."""
+    """Rows per batch: `batch_size`, or `num_prompts` if smaller, rounded up to a multiple of the mesh's batch axes."""
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-min(batch_size, num_prompts) // parts) * parts
 
@@ -55,8 +55,8 @@ def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | 
 class Sampler:
     """Generates answers to prompts, batch by batch.
 
-    Batches are cut from the prompts in order of length, so what a call compiles and computes is a function of its
-    arguments alone: the same key gives the same tokens.
+    Batches are formed from the prompts in order of length, so a call's shapes and results depend on its arguments only:
+    the same key gives the same tokens.
     """
 
     def __init__(self, model: Model, batch_size: int = 32, mesh: jax.sharding.Mesh | None = None):
@@ -68,14 +68,14 @@ class Sampler:
         self._compiled: dict[tuple[int, float], Callable[..., Tokens]] = {}
 
     def program(self, max_new_tokens: int, top_p: float = 1.0) -> Callable[..., Tokens]:
-        """The jitted sampler of one output length (see make_generate)."""
+        """The jitted sampler for one output length and top_p (see make_generate)."""
         found = (max_new_tokens, top_p)
         if found not in self._compiled:
             self._compiled[found] = make_generate(self.model, max_new_tokens, top_p=top_p)
         return self._compiled[found]
 
     def batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Indices of the prompts, cut into batches of equal size, shortest first."""
+        """Indices of the prompts in batches of `batch_size` (the last may be smaller), shortest prompts first."""
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
         return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
 
@@ -91,20 +91,20 @@ class Sampler:
         max_new_tokens: int,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt.
+        """One completion per prompt.
 
         Args:
           params: the model's parameters.
           prompts: token ids.
-          key: of the whole call.
-          names: of the rows, for their random numbers; default their index.
+          key: random key of the whole call.
+          names: the rows' names, which select their random streams; default: their indices.
           temperature: 0 is greedy.
-          top_p: 1 draws from the whole vocabulary.
-          max_new_tokens: longest completion.
+          top_p: 1 samples from the whole vocabulary.
+          max_new_tokens: maximum length of a completion.
           on_batch: called after each batch with the rows' indices and completions.
 
         Raises:
-          ValueError: an empty prompt, or one that leaves the model no room for an answer.
+          ValueError: an empty prompt, or one that with max_new_tokens exceeds the model's positions.
         """
         names = [str(index) for index in range(len(prompts))] if names is None else names
         limit = self.model.config.max_positions - max_new_tokens

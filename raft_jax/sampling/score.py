@@ -1,4 +1,4 @@
-"""How likely a model finds given answers: log-likelihoods in batches of a few compiled shapes."""
+"""Log-likelihoods of given answers under a model, in batches with a few compiled shapes."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Scorer:
         answers: Sequence[Sequence[int]],
         progress: Callable[[int], None] | None = None,
     ) -> np.ndarray:
-        """`function(prompt, answer) -> values_B`, of Tokens, over all pairs, in batches.
+        """Applies `function(prompt, answer) -> values_B`, which takes Tokens, to all pairs, in batches.
 
-        `progress` is called after each batch with the number of pairs in it.
+        `progress` is called after each batch with the number of pairs in it. Returns `[num_pairs]` float32.
         """
         values = np.zeros(len(prompts), np.float32)
         order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]) + len(answers[index]), index))
@@ -78,7 +78,7 @@ class Scorer:
 
 
 def answer_means(values_BA: jax.Array, mask_BA: jax.Array) -> jax.Array:
-    """Mean of each answer over its own tokens: `[B]`."""
+    """Mean of each answer's values over its own tokens: `[B]`."""
     return jax.vmap(lambda values_A, mask_A: sequence_mean(values_A[None], mask_A[None]))(values_BA, mask_BA)
 
 

@@ -1,4 +1,4 @@
-"""Which decoders are known. A family is a row of `FAMILIES`: where its tensors lie and what its config.json means."""
+"""Supported decoders. A family is a row of `FAMILIES`: the keys of its tensors and how its config.json is read."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from raft_jax.models.families.keys import Stored
 
 
 class Family(NamedTuple):
-    """One row."""
+    """One row of `FAMILIES`."""
 
     architecture: str  # the class in transformers
     read: Callable[[settings.Config, settings.Fields], settings.Fields]
     keys: Mapping[str, Stored] = keys.LLAMA
-    refused: tuple[str, ...] = ()  # options that change the arithmetic and are not written here
+    refused: tuple[str, ...] = ()  # options that change the arithmetic and are not implemented
 
 
 BIASES = ("attention_bias", "mlp_bias")
@@ -32,12 +32,12 @@ FAMILIES = {
     "gemma2": Family("Gemma2ForCausalLM", settings.gemma2, keys.GEMMA, BIDIRECTIONAL),
     "gemma3_text": Family("Gemma3ForCausalLM", settings.gemma3, keys.GEMMA, BIDIRECTIONAL),
 }
-# Models that see, too: the family of the decoder in them, which is what is read.
+# Vision-language models: the family of their decoder, the only part that is read.
 DECODER_OF = {"gemma3": "gemma3_text"}
 
 
 def decoder_config(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the decoder alone, where it has eyes beside it; else what it is."""
+    """The config.json of a vision-language model's decoder; any other config.json unchanged."""
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in DECODER_OF:
         return dict(hf)
@@ -49,14 +49,14 @@ def decoder_config(hf: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", *quantised.CONFIG_KEYS)
         if hf.get(key) is not None
     }
-    if isinstance(tied := hf.get("tie_word_embeddings"), bool):  # the whole model's counts, as in transformers
+    if isinstance(tied := hf.get("tie_word_embeddings"), bool):  # the whole model's value counts, as in transformers
         text = {**text, "tie_word_embeddings": tied}
     family = DECODER_OF[name]
     return {**shared, **text, "model_type": family, "architectures": [FAMILIES[family].architecture]}
 
 
 def decoder_key(key: str) -> str | None:
-    """The key that a tensor of such a model has in the decoder alone; None where it has none."""
+    """The decoder's key for a tensor of a vision-language model; None for a tensor outside the decoder."""
     for prefix, ours in (
         ("model.language_model.", "model."),
         ("language_model.model.", "model."),
@@ -69,11 +69,11 @@ def decoder_key(key: str) -> str | None:
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
-    """Maps a `config.json` to ours.
+    """Converts a `config.json` to a DecoderConfig.
 
     Raises:
-      InputError: the model type is not supported (named, with those that are), a key is missing, or an option
-        is set that would need other arithmetic.
+      InputError: the model type is not supported (the message lists those that are), a key is missing, or an option
+        needs arithmetic that is not implemented.
     """
     name = hf.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -90,5 +90,5 @@ def config_from_hf(hf: Mapping[str, Any]) -> DecoderConfig:
 
 
 def stored_keys(config: DecoderConfig) -> dict[str, Stored]:
-    """Where a Hugging Face folder keeps each parameter of this config."""
+    """How a Hugging Face folder stores each parameter of this config."""
     return {name: FAMILIES[config.family].keys[name] for name in parameter_table(config)}

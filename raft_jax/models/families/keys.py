@@ -1,7 +1,8 @@
-"""Where a file keeps each parameter: Hugging Face's keys, llama.cpp's names, and the letters of their dimensions.
+"""How files store each parameter: Hugging Face's keys, llama.cpp's names, and the letters of their dimensions.
 
-`("NH", "D")` is a matrix whose first dimension is heads × head width. Letters that our name orders differently are
-transposed. A tensor that holds several parameters one below the other names the first dimensions of all of them.
+`("NH", "D")` is a matrix whose first dimension is heads × head width. Where our parameter's name has the letters in
+another order, the array is transposed. For a tensor that concatenates several parameters along the first dimension,
+`fused` lists the first dimension of each of them.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from typing import NamedTuple
 
 
 class Stored(NamedTuple):
-    """Where a file keeps one parameter."""
+    """How a file stores one parameter."""
 
     key: str  # `{}` is the layer
-    dims: tuple[str, ...]  # of this parameter
+    dims: tuple[str, ...]  # letters of this parameter's dimensions
     fused: tuple[str, ...] = ()  # the first dimension of every parameter in the tensor, if there are several
-    part: int = 0  # which of them this is
+    part: int = 0  # this parameter's index among them
 
 
 LAYER = "model.layers.{}."

@@ -1,4 +1,4 @@
-"""What a GGUF file's metadata says, as the config.json of the same model."""
+"""Converts a GGUF file's metadata to the config.json of the same model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ ARCHITECTURES = {  # llama.cpp's name: transformers'
     "gemma3": "gemma3_text",
 }
 ROPE_TENSORS = {"llama": ("rope_freqs.weight",), "phi3": ("rope_factors_long.weight", "rope_factors_short.weight")}
-# The layers of the 27B models, whose queries are scaled by another width than that of a head. The files do not say it.
+# Number of layers of the 27B models, whose queries are scaled by width / heads, not by the head width. GGUF files do
+# not store this.
 SCALED_BY_MODEL_WIDTH = {"gemma2": 46, "gemma3_text": 62}
 
 
@@ -37,8 +38,8 @@ def hf_config_from_gguf(
 
     Args:
       metadata: the file's fields.
-      has_output: whether it has an unembedding of its own.
-      rope_tensors: those of ROPE_TENSORS that it has.
+      has_output: whether it has a separate unembedding.
+      rope_tensors: the tensors of ROPE_TENSORS that it has.
 
     Raises:
       InputError: an architecture or a kind of rope that is not supported, or a field that is missing.
@@ -72,13 +73,13 @@ def hf_config_from_gguf(
         "intermediate_size": get("feed_forward_length"),
         "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base", 10_000.0),
-        # GGUF keeps 1e-5 as the float32 next to it; the shortest text that rounds back is what was meant.
+        # GGUF stores 1e-5 as the nearest float32; rounding to six digits restores the original value.
         "rms_norm_eps": _shortest(get("attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": not has_output,
         "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
     }
     if family == "qwen2":
-        del config["head_dim"]  # transformers gives this family none of its own
+        del config["head_dim"]  # transformers has no head_dim for this family
         if head_width != width // heads:
             config["head_dim"] = head_width
     if not family.startswith("gemma"):
@@ -116,7 +117,7 @@ def _shortest(value: float) -> float:
 
 
 def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, Any] | None:
-    # As llama.cpp reads them: linear where no type is given, an older name of the factor, and 0 for none.
+    # As llama.cpp reads them: the default type is linear, the factor has an older name, and 0 means no scaling.
     kind = metadata.get(f"{arch}.rope.scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise InputError(f"GGUF rope scaling {kind!r} is not supported; supported: none, linear")
@@ -128,7 +129,7 @@ def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, A
         return linear
     if linear:
         raise InputError(f"GGUF file: rope_freqs.weight and a linear factor of {factor} together are not supported")
-    # Only the divisors of Llama 3's frequencies are kept; what made them is known for every Llama 3 there is.
+    # GGUF stores only the divisors of Llama 3's frequencies; the settings behind them are known for all Llama 3 models.
     found, made = rope_tensors["rope_freqs.weight"], {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain, original = plain_frequencies(config["rope_theta"], config["head_dim"]), 8192
     factor = _shortest(float(found.max()))
@@ -140,7 +141,7 @@ def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, A
 
 
 def _refuse_other_arithmetic(metadata, arch: str, head_width: int) -> None:
-    """InputError for fields with which llama.cpp computes otherwise than this decoder."""
+    """Raises InputError for fields that make llama.cpp compute differently from this decoder."""
     for key, usual in {
         "rope.dimension_count": head_width,
         "rope.dimension_count_swa": head_width,
@@ -156,7 +157,7 @@ def _refuse_other_arithmetic(metadata, arch: str, head_width: int) -> None:
         "embedding_scale": 1,
     }.items():
         if key == "rope.dimension_count" and arch == "phi3":
-            continue  # reads it
+            continue  # _phi3 reads it
         if (value := metadata.get(f"{arch}.{key}", usual)) not in (usual, 0):
             raise InputError(f"GGUF metadata: {arch}.{key} = {value} is not supported; supported: {usual}")
 

@@ -1,4 +1,4 @@
-"""Quantised weights are refused: what config.json, or the names and dtypes of the tensors, say of the method."""
+"""Refuses quantised weights, which config.json or the names and dtypes of the tensors reveal."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from raft_jax.errors import InputError
 
-CONFIG_KEYS = {  # of config.json: the method where the value names none
+CONFIG_KEYS = {  # keys of config.json: the method if the value does not name one
     "quantization_config": "an unnamed method",
     "quantization": "MLX",
     "compression_config": "compressed-tensors",
 }
-# What only the tensors of a method have in their names; the first method with one of them is named.
+# Parts of tensor names that only occur with a method; the error names the first method that matches.
 NAME_PARTS = {
     "GPTQ": (".g_idx",),
     "AWQ": (".qweight",),
@@ -37,7 +37,7 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def refuse_config(hf: Mapping[str, Any]) -> None:
-    """InputError where a config.json says that the weights are quantised."""
+    """Raises InputError if config.json says that the weights are quantised."""
     for key, method in CONFIG_KEYS.items():
         if not (value := hf.get(key)):
             continue
@@ -49,7 +49,7 @@ def refuse_config(hf: Mapping[str, Any]) -> None:
 
 
 def refuse_names(keys: Iterable[str], place) -> None:
-    """InputError where tensors are there that only quantised weights have."""
+    """Raises InputError if there are tensors that only quantised weights have."""
     keys = sorted(keys)
     for method, parts in NAME_PARTS.items():
         if key := next((key for key in keys if any(part in key for part in parts)), None):
@@ -59,7 +59,7 @@ def refuse_names(keys: Iterable[str], place) -> None:
 
 
 def refuse_dtype(key: str, dtype: str, file) -> None:
-    """InputError unless a tensor's dtype, as safetensors names it, is one of unquantised weights."""
+    """Raises InputError unless a tensor's dtype, as safetensors names it, is one of unquantised weights."""
     if dtype in FLOATS:
         return
     if dtype.startswith("F"):  # F8_E4M3, F4, ...

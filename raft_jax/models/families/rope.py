@@ -1,4 +1,4 @@
-"""Every kind of rotary position that is known comes down to the frequencies at which pairs of numbers turn."""
+"""Converts the rope settings of a config.json to the frequencies of the rotated pairs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def plain_frequencies(theta: float, rotary_width: int) -> np.ndarray:
 
 
 def plain_rope(theta: float, rotary_width: int) -> Rope:
-    """RoPE as it was first written (arXiv:2104.09864)."""
+    """The original RoPE (arXiv:2104.09864)."""
     return Rope(as_tuple(plain_frequencies(theta, rotary_width)))
 
 
 def no_rope(rotary_width: int) -> Rope:
-    """Of a layer that knows no positions: nothing turns."""
+    """The rope of a layer without position encoding: all frequencies are 0."""
     return Rope((0.0,) * (rotary_width // 2))
 
 
@@ -42,10 +42,10 @@ def as_tuple(frequencies: np.ndarray) -> tuple[float, ...]:
 
 
 def make_rope(settings: Mapping[str, Any], rotary_width: int, max_positions: int) -> Rope:
-    """The rope that a config.json's settings (`rope_type`, `rope_theta` and what the type takes) describe.
+    """The rope for a config.json's settings: `rope_type`, `rope_theta` and the keys of that type.
 
     Raises:
-      InputError: an unknown type (named, with those that are known), or a key that is missing or not a number.
+      InputError: an unknown type (the message lists the known ones), or a key that is missing or not a number.
     """
     kind = settings.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in KINDS:
@@ -55,7 +55,7 @@ def make_rope(settings: Mapping[str, Any], rotary_width: int, max_positions: int
 
 
 def llama3_factors(frequencies: np.ndarray, factor: float, low: float, high: float, original: float) -> np.ndarray:
-    """By what Llama 3.1 divides each frequency: slow ones by `factor`, fast ones by 1, blended in between."""
+    """Llama 3.1's divisor of each frequency: `factor` for low frequencies, 1 for high ones, blended in between."""
     turns = original * frequencies / np.float32(2 * math.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1).astype(np.float32)
     return 1 / (keep + (1 - keep) / np.float32(factor))

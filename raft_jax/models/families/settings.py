@@ -1,4 +1,4 @@
-"""What each family makes of its config.json: the fields of DecoderConfig in which it is not a plain llama."""
+"""How each family reads its config.json: the fields of DecoderConfig that `plain` does not read for all families."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from raft_jax.models.transformers_quietly import transformers_quietly
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}  # theirs: ours
 FULL, SLIDING = "full_attention", "sliding_attention"
-# Without these no config.json describes a model, though transformers would take a 7B's.
+# Keys that every config.json must have; for a missing one transformers would take a 7B model's value.
 REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers")
-# The most of what lists are made of; a damaged or hostile number must not fill the memory.
+# Upper limits of sizes from which lists are made; a damaged or hostile number must not exhaust the memory.
 LIMITS = {"num_hidden_layers": 10_000, "num_attention_heads": 65_536, "head_dim": 65_536}
-IGNORED = ("dtype", "torch_dtype", "auto_map", "id2label", "label2id")  # nothing of the arithmetic is in them
+IGNORED = ("dtype", "torch_dtype", "auto_map", "id2label", "label2id")  # they do not affect the arithmetic
 Config = Mapping[str, Any]  # config.json as transformers reads it
 Fields = dict[str, Any]  # of DecoderConfig
 
 
 def as_transformers_reads(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json with what transformers takes where it says nothing, and with today's names for older keys.
+    """config.json with transformers' defaults for missing keys, and with current names for older keys.
 
     Raises:
-      InputError: a value that transformers refuses, or that would make lists without end.
+      InputError: a required key is missing, a size exceeds its limit, or transformers refuses a value.
     """
     for key in REQUIRED:
         size(hf, key)
@@ -41,12 +41,12 @@ def as_transformers_reads(hf: Mapping[str, Any]) -> dict[str, Any]:
             kinds = f"{FULL} or {SLIDING}" if key == "layer_types" else "0 or 1"
             raise InputError(f"config.json: {key} must be a list of {hf['num_hidden_layers']} times {kinds}")
     given = {key: value for key, value in copy.deepcopy(dict(hf)).items() if key not in IGNORED}
-    with transformers_quietly():  # what it only warns of is refused below, or means nothing here
+    with transformers_quietly():  # values that it only warns of are refused below, or have no effect here
         from transformers import CONFIG_MAPPING
 
         try:
             return CONFIG_MAPPING[hf["model_type"]].from_dict(given).to_dict()
-        except Exception as error:  # each of its checks raises another kind
+        except Exception as error:  # its checks raise different types
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             line = re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
             raise InputError(f"config.json: {line}") from error
@@ -73,7 +73,7 @@ def number(hf: Config, key: str) -> float:
 
 
 def plain(hf: Config) -> Fields:
-    """What all families read alike."""
+    """The fields that all families read in the same way."""
     heads = size(hf, "num_attention_heads")
     kv_heads = heads if hf.get("num_key_value_heads") is None else size(hf, "num_key_value_heads")
     if heads % kv_heads:
@@ -108,7 +108,7 @@ def llama(hf: Config, fields: Fields) -> Fields:
 
 
 def whole_rope(settings: Mapping[str, Any], hf: Config, fields: Fields) -> Rope:
-    """The rope of a family whose heads turn in their whole width."""
+    """The rope of a family that rotates the whole width of each head."""
     for key in ("partial_rotary_factor", "rotary_dim"):
         whole = fields["head_width"] if key == "rotary_dim" else 1.0
         if (settings | hf).get(key, whole) not in (whole, None):
@@ -119,7 +119,7 @@ def whole_rope(settings: Mapping[str, Any], hf: Config, fields: Fields) -> Rope:
 
 
 def smollm3(hf: Config, fields: Fields) -> Fields:
-    """Every fourth layer knows no positions (arXiv:2501.18795)."""
+    """Every fourth layer has no position encoding (arXiv:2501.18795)."""
     turns = hf["no_rope_layers"]
     if not all(turn in (0, 1) for turn in turns):
         raise InputError(f"config.json: no_rope_layers must be a list of {fields['num_layers']} times 0 or 1")
@@ -131,7 +131,7 @@ def smollm3(hf: Config, fields: Fields) -> Fields:
 
 
 def qwen(hf: Config, fields: Fields) -> Fields:
-    """Layers from max_window_layers on slide, where use_sliding_window asks for it."""
+    """With use_sliding_window, the layers from max_window_layers on have a sliding window."""
     return llama(hf, fields) | windows(hf, fields, hf["layer_types"], hf["sliding_window"])
 
 
@@ -144,12 +144,12 @@ def qwen3(hf: Config, fields: Fields) -> Fields:
 
 
 def mistral(hf: Config, fields: Fields) -> Fields:
-    """All layers slide, if there is a window."""
+    """All layers have a sliding window, if the config has one."""
     return llama(hf, fields) | windows(hf, fields, [SLIDING] * fields["num_layers"], hf.get("sliding_window"))
 
 
 def phi3(hf: Config, fields: Fields) -> Fields:
-    """Part of each head turns."""
+    """Only a part of each head is rotated."""
     rope = rope_settings(hf)
     rotary_width = int(fields["head_width"] * number(rope, "partial_rotary_factor"))
     if rotary_width % 2 or not 0 < rotary_width <= fields["head_width"]:
@@ -162,7 +162,7 @@ def phi3(hf: Config, fields: Fields) -> Fields:
 
 
 def gemma2(hf: Config, fields: Fields) -> Fields:
-    """Every other layer slides; attention scores and logits are capped."""
+    """Every other layer has a sliding window; attention scores and logits are soft-capped."""
     caps = {"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"}
     return (
         _gemma(hf, fields)
@@ -172,7 +172,7 @@ def gemma2(hf: Config, fields: Fields) -> Fields:
 
 
 def gemma3(hf: Config, fields: Fields) -> Fields:
-    """Every sixth layer is global and turns by another base than the local ones."""
+    """Every sixth layer is global and has another rope base than the local layers."""
     if hf["attn_logit_softcapping"] is not None:  # transformers reads it and does not apply it
         raise InputError("config.json: attn_logit_softcapping is not supported for gemma3_text; remove it")
     nested = hf["rope_parameters"]
@@ -196,7 +196,8 @@ def _gemma(hf: Config, fields: Fields) -> Fields:
 
 
 def windows(hf: Config, fields: Fields, kinds: list[str], window: int | None) -> Fields:
-    """How many tokens, itself among them, each layer sees; a window as wide as the longest text is none."""
+    """Each layer's window: the tokens that a token attends to, itself included. One of max_positions or more is left
+    out."""
     layers = fields["num_layers"]
     if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {FULL, SLIDING}:
         raise InputError(f"config.json: layer_types must be a list of {layers} times {FULL} or {SLIDING}")
@@ -211,7 +212,7 @@ def windows(hf: Config, fields: Fields, kinds: list[str], window: int | None) ->
 
 
 def rope_settings(hf: Config) -> dict[str, Any]:
-    """The one rope of all layers; transformers keeps what earlier releases wrote as several keys in one group."""
+    """The settings of the one rope of all layers; transformers groups several keys of its earlier releases in them."""
     group = hf["rope_parameters"]
     if any(isinstance(value, Mapping) for value in group.values()):
         raise InputError(f"config.json: rope_parameters by layer type is not supported for {hf['model_type']}")
