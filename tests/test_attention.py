@@ -281,6 +281,27 @@ def test_the_best_kernel(monkeypatch, backend, dtype, softcap, head_width, best)
     assert attention.best_kernel(dtype, softcap, head_width) == best
 
 
+def test_what_cudnn_cannot_do_is_refused(tmp_path, llama_config, random_tensors, write_folder):
+    """Its kernel would leave a soft-cap out without a word."""
+    gemma2 = llama_config | {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 8,
+        "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    for name, config, dtype, words in (
+        ("llama", llama_config, jnp.float32, "takes 16-bit floats only, not float32"),
+        ("gemma2", gemma2, jnp.bfloat16, "has no soft-cap, and this model's attention has one of 50"),
+    ):
+        folder = write_folder(tmp_path / name, config, random_tensors(config | {"model_type": "llama"}))
+        with pytest.raises(InputError, match=words):
+            load_pretrained(str(folder), dtype, attention="cudnn")
+
+
 def test_an_unknown_one_is_refused():
     with pytest.raises(InputError, match="attention 'flash' is not known; use auto, plain, splash, cudnn"):
         load_pretrained("nowhere", attention="flash")

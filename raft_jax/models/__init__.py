@@ -13,7 +13,7 @@ from raft_jax.errors import InputError, require_train
 
 require_train("flax", "jinja2", "safetensors", "tokenizers", "transformers")
 
-from raft_jax.models.attention import KERNELS, best_kernel, softcap
+from raft_jax.models.attention import KERNELS, best_kernel, softcap, why_not_cudnn
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.decoder import Cache, Decoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
@@ -122,6 +122,8 @@ def load_pretrained(
     # The mesh's tensor axis must divide the key/value heads. With the vocabulary padded to a multiple of them,
     # parameters and checkpoints have the same shapes on every mesh that fits the model.
     padding = -config.vocab_size % config.num_kv_heads
+    if attention == "cudnn" and (why := why_not_cudnn(dtype, config.attention_softcap)):
+        raise InputError(f"{source}: model.attention is cudnn, and {why}; use auto or plain")
     kernel = best_kernel(dtype, config.attention_softcap, config.head_width) if attention == "auto" else attention
     config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
     tokenizer = tokenizer_of(weights, config.vocab_size)

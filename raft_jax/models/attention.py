@@ -199,13 +199,21 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def best_kernel(dtype, softcap: float | None, head_width: int) -> str:
-    """The kernel for the default backend. cuDNN's takes only 16-bit floats and has no soft-cap; the head widths that it
-    takes on every GPU are multiples of 8 up to 128."""
+    """The kernel for the default backend. cuDNN's takes head widths of multiples of 8 up to 128 on every GPU."""
     backend = jax.default_backend()
     if backend == "tpu":
         return "splash"
-    cudnn = jnp.dtype(dtype).itemsize == 2 and softcap is None and head_width <= 128 and head_width % 8 == 0
+    cudnn = not why_not_cudnn(dtype, softcap) and head_width <= 128 and head_width % 8 == 0
     return "cudnn" if backend == "gpu" and cudnn else "plain"
+
+
+def why_not_cudnn(dtype, softcap: float | None) -> str:
+    """What no version of cuDNN's kernel does for a model; empty if there is nothing."""
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"cuDNN takes 16-bit floats only, not {jnp.dtype(dtype).name}"
+    if softcap is not None:
+        return f"cuDNN has no soft-cap, and this model's attention has one of {softcap:g}"
+    return ""
 
 
 def flash(
