@@ -122,7 +122,7 @@ class LMHead(NamedTuple):
     def hidden_gradient(
         self, dlogits_NV: jax.Array, config: LogitConfig, columns_M=None, *, like: jax.Array
     ) -> jax.Array:
-        """The hidden states' gradient [N, D] in float32, from the gradient with respect to h W + bias.
+        """The hidden states' gradient [N, D] in the accumulation dtype, from the gradient with respect to h W + bias.
 
         `like` has the dtype of the hidden states.
         """
