@@ -1,7 +1,7 @@
-"""Checkpoints: Orbax for the arrays, a manifest of content hashes beside them, and the newest whole step wins.
+"""Checkpoints: Orbax saves the arrays, a manifest next to them has content hashes, the newest intact step is restored.
 
-Orbax checks that a step was written to its end, but not what it holds: a flipped byte is restored in silence.
-A step that is not whole is moved aside, never removed; a step that cannot be read is an error, and stays where it is.
+Orbax checks that a step was written completely, but not its content: it restores a flipped byte without an error. A
+step that is damaged or incomplete is renamed, never removed. A step that cannot be read is an error and is not touched.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class Checkpoints:
         except OSError as error:
             raise unreadable(self.folder, error) from error
         self.keep = keep
-        # Orbax would drop an old step as soon as the new one's arrays are there, before its manifest is.
+        # Orbax would delete an old step once the arrays of the new one are saved, but before its manifest is.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any) -> None:
-        """Writes a step; when this returns it is whole on disk, with its manifest. Only then the oldest one goes.
+        """Saves a step and its manifest; both are on disk when this returns. The oldest step is deleted only then.
 
         Raises:
-          ValueError: a step as new or newer is there, which Orbax would pass over in silence.
+          ValueError: this step or a newer one exists; Orbax would skip the save without an error.
         """
         newest = self._manager.latest_step()
         if newest is not None and step <= newest:
@@ -76,14 +76,14 @@ class Checkpoints:
             self._manager.delete(old)
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
-        """The newest step whose content is what was written, and its number; None where there is none.
+        """Returns the number and the state of the newest step with intact content; None if there is none.
 
         Args:
-          like: a pytree of arrays with the shapes, dtypes and shardings wanted.
+          like: a pytree of arrays with the expected shapes, dtypes and shardings.
 
         Raises:
           InputError: the step holds other arrays, or arrays of other shapes or dtypes (names the first of them); or a
-            file of a step cannot be read, which says nothing about what is in it.
+            file of a step cannot be read, so that it is unknown whether it is intact.
         """
         failure, newest = None, None
         if jax.process_index() == 0:
@@ -112,7 +112,7 @@ class Checkpoints:
         return self.folder / f"{step}.sha256.json"
 
     def _newest_whole(self) -> int | None:
-        """The newest step whose files are those that were written; newer ones are moved aside."""
+        """The newest step whose files match its manifest; newer steps are renamed."""
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
             if self._is_whole(step):
@@ -125,7 +125,7 @@ class Checkpoints:
         return None
 
     def _is_whole(self, step: int) -> bool:
-        """Raises OSError where a file is there and cannot be read."""
+        """Whether a step's files match its manifest. Raises OSError if a file exists but cannot be read."""
         try:
             manifest = parse_json(self._manifest(step).read_bytes())
             return isinstance(manifest["arrays"], dict) and manifest["files"] == hash_files(self.folder / str(step))
@@ -133,7 +133,7 @@ class Checkpoints:
             return False
 
     def _move_aside(self, step: int) -> Path:
-        """Renames a step and its manifest to what Orbax does not take for a step."""
+        """Renames a step and its manifest to names that Orbax does not take for steps; returns the new path."""
         names = (f"damaged-{step}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         place = next(place for name in names if not (place := self.folder / name).exists())
         os.replace(self.folder / str(step), place)
@@ -152,7 +152,7 @@ class Checkpoints:
 
 
 def _arrays(state: Any) -> dict[str, str]:
-    """Dtype and shape of every array, by its path in the tree."""
+    """Dtype and shape of every array, by its path in the pytree."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{array.dtype}{list(array.shape)}"
         for path, array in jax.tree_util.tree_leaves_with_path(state)
@@ -160,7 +160,7 @@ def _arrays(state: Any) -> dict[str, str]:
 
 
 def remove_steps(folder: Path) -> None:
-    """Removes the steps of a training run that nothing goes on from; what was moved aside stays."""
+    """Removes all steps of a training run that will not be resumed; renamed damaged steps are kept."""
     for path in folder.glob("*") if folder.is_dir() else ():
         if path.name.isdigit():
             path.with_name(f"{path.name}.sha256.json").unlink(missing_ok=True)

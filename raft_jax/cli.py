@@ -1,4 +1,4 @@
-"""The command line. Each verb imports its stage when it runs, so that --help answers at once."""
+"""The command line. Each verb imports its stage only when it runs, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGES = {
     "export": "write every trained model as a Hugging Face folder, training first what is not trained",
     "evaluate": "measure the base model and every trained one",
 }
-# What is shown at the end of a stage; of a whole run, everything.
+# The tables that are printed at the end of a stage; `run` prints all.
 TABLES = {
     "refine": ("outputs",),
     "train": ("training", "outputs"),
@@ -31,26 +31,26 @@ TABLES = {
     "evaluate": ("scores", "outputs"),
 }
 LOG_WIDTH = 120
-LONGEST_LINE = 4000  # of an error
+LONGEST_LINE = 4000  # characters of an error message
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb; bad input is one line on stderr and exit code 2."""
+    """Runs one verb and returns the exit code; for bad input, prints one line on stderr and returns 2."""
     parser = make_parser()
     args, rest = parser.parse_known_args(arguments)
     if stray := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(stray)}")
-    args.words = [*args.words, *rest]  # argparse ends the list at the first option
+    args.words = [*args.words, *rest]  # argparse ends a list of positional arguments at the first option
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # of a log that is not UTF-8
+            stream.reconfigure(errors="backslashreplace")  # for a log that is not UTF-8
     try:
         require_train("flax", "jinja2", "omegaconf", "optax", "orbax", "rich", "tokenizers", "transformers")
         return args.function(args) or 0
     except KeyboardInterrupt as error:
         print(f"\nraft-jax: {str(error) or 'stopped; the same command goes on from here'}", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads our output has closed it
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -65,10 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complaint(error: Exception) -> str | None:
-    """The line for an error that is the user's to mend; None for one of ours."""
+    """The message for an error that the user can fix; None for a bug."""
     if isinstance(error, InputError):
         return str(error)
-    # Orbax tells of a full disk in a ValueError with this text.
+    # Orbax reports a full disk as a ValueError with this text.
     if os.strerror(errno.ENOSPC) in str(error):
         return f"{os.strerror(errno.ENOSPC)}; free some, and the same command goes on from here"
     if isinstance(error, OSError) and error.filename is not None:
@@ -155,7 +155,7 @@ def _stage(args) -> int:
         stages[args.stage]()
         interrupt.check()
         run.report()
-        # A log has no width; rich would take it for 80 columns and break the table's lines.
+        # A log has no width; rich would assume 80 columns and wrap the table's lines.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
         print_summary(folder.path, _console(width=width), TABLES.get(args.stage))
         print(f"{folder}: {folder.num_bytes() / 1e9:.2f} GB on the disk")
@@ -163,7 +163,7 @@ def _stage(args) -> int:
 
 
 def _report(args) -> int:
-    """Reads the folder and nothing else, so that a run in progress may be looked at."""
+    """Reads the run folder only and takes no lock, so that it also works while a run is in progress."""
     from raft_jax.report import write_report
 
     run_dir = Path(load_config(args.config, args.words).run_dir).expanduser()
@@ -174,14 +174,14 @@ def _report(args) -> int:
 def _check(args) -> int:
     from raft_jax.preflight import check
 
-    # Names and texts of the user's are no markup, and "a:key:b" in one is no emoji.
+    # Names and texts from the user's files must not be read as rich's markup, nor "a:key:b" as an emoji.
     console = _console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     check(load_config(args.config, args.words), console)
     return 0
 
 
 def _console(**settings):
-    """A console that shows what is in the texts printed to it, and does not obey it."""
+    """A console that prints control characters visibly, so that they have no effect on the terminal."""
     from rich.console import Console
     from rich.text import Text
 
@@ -233,7 +233,7 @@ def _generate(args) -> int:
 
 
 def _is_setting(word: str) -> bool:
-    """Whether a word is a setting such as `run_dir=x`, and no question."""
+    """Whether a word is a setting such as `run_dir=x`, not a question."""
     from dataclasses import fields
 
     from raft_jax.config import Config
@@ -243,7 +243,7 @@ def _is_setting(word: str) -> bool:
 
 
 def _questions(words: Sequence[str], source: str | None) -> list[str]:
-    """The one question of the command line, or each line of a file or of standard input."""
+    """The question of the command line, or one question per line of a file or of standard input."""
     if source is None:
         if not words:
             raise InputError("what is the question? give it in quotes, or --questions FILE (- is standard input)")
@@ -268,13 +268,13 @@ def _questions(words: Sequence[str], source: str | None) -> list[str]:
 
 
 def _start_jax() -> None:
-    """Joins the other processes, where the environment says that there are any.
+    """Initialises `jax.distributed` if the environment says that there are several processes.
 
-    On TPU slices (with JAX_PLATFORMS=tpu) and under Slurm's srun JAX finds the others itself; elsewhere
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say where they are.
+    On TPU slices (with JAX_PLATFORMS=tpu) and under Slurm's srun, JAX finds the other processes itself; elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID have to be set.
 
     Raises:
-      InputError: only some of the three are set, or a number is none.
+      InputError: only some of the three are set, or one that should be a number is not.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import jax

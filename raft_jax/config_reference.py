@@ -1,4 +1,4 @@
-"""docs/configuration.md from config.py: `python -m raft_jax.config_reference > docs/configuration.md`."""
+"""Generates docs/configuration.md from config.py: `python -m raft_jax.config_reference > docs/configuration.md`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ unknown key, a wrong type or a value that is not allowed is one line and exit co
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, type, default ("" where it has to be given), allowed values and comment."""
+    """One key: its dotted name, type, default ("" if the key is required), allowed values and comment."""
 
     name: str
     type: str
@@ -43,7 +43,7 @@ class Key:
 
 
 def reference() -> str:
-    """The page: a table for the run itself, then one for each group."""
+    """The text of the page: a table for the keys of the run itself, then one for each group."""
     allowed = allowed_values()
     parts = [HEAD]
     for prefix, group in groups(Config):
@@ -70,7 +70,7 @@ def reference() -> str:
 
 
 def groups(group: type, prefix: str = "") -> list[tuple[str, type]]:
-    """A dataclass of the config and those inside it, each with the prefix of its keys."""
+    """A dataclass of the config and those nested in it, each with the prefix of its keys."""
     found = [(prefix, group)]
     for field in dataclasses.fields(group):
         inner = field.default_factory
@@ -80,7 +80,7 @@ def groups(group: type, prefix: str = "") -> list[tuple[str, type]]:
 
 
 def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
-    """The keys of one dataclass that are not groups themselves."""
+    """The keys of one dataclass, without nested groups."""
     comments = comments_of(group)
     return [
         Key(
@@ -96,7 +96,7 @@ def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
 
 
 def comments_of(group: type) -> dict[str, str]:
-    """The comment behind each field, as config.py has it."""
+    """The end-of-line comment of each field in config.py."""
     lines, found = inspect.getsource(group).splitlines(), {}
     names = {field.name for field in dataclasses.fields(group)}
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
@@ -106,7 +106,7 @@ def comments_of(group: type) -> dict[str, str]:
 
 
 def allowed_values() -> dict[str, str]:
-    """What config.py's checks say is allowed, by key: the checks are run, and each says its key."""
+    """The allowed values of each key. Found by running the checks of config.py and recording their arguments."""
     found: dict[str, str] = {}
 
     def record(condition: bool, key: str, value: Any, allowed: str) -> None:

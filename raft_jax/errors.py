@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ import importlib.util
 class InputError(ValueError):
     """Bad input: a file, a row, a config value or a run folder.
 
-    The message is one line: what was given, where, and what to do. The command line prints it
-    and exits with code 2.
+    The message is one line: what was given, where, and what to do. The command line prints it and exits with code 2.
     """
 
 
 class MissingExtra(InputError, ImportError):
-    """A package that only an extra of raft-jax brings is not installed."""
+    """A package that an extra of raft-jax installs is missing."""
 
 
 def require_train(*modules: str) -> None:
-    """Stands before imports of packages that raft-jax[train] brings and raft-jax alone does not.
+    """Checks that packages of the extra raft-jax[train] are installed. Call it before they are imported.
 
     Raises:
       MissingExtra: one of the modules, given by top-level names, is not installed.

@@ -1,8 +1,8 @@
-"""About how much disk, memory and time a run takes, from its config, its model's size and its rows' lengths.
+"""Estimates the disk space, memory and time of a run from its config, the model's size and the lengths of its rows.
 
-The figures are for a plan, not a promise: within a factor of 1.5 where they were compared with runs (SmolLM2-135M on
-two cores of a CPU). For accelerators the makers' peak figures are taken at the shares below, and no run has been
-compared. Nothing here needs jax but `model_size`, which imports it.
+The estimates are for planning. They were within a factor of 1.5 where compared with runs (SmolLM2-135M on two CPU
+cores). For accelerators they use the manufacturers' peak figures times the shares below, and have not been compared
+with any run. Only `model_size` needs jax, and imports it itself.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from raft_jax.config import Config
 from raft_jax.methods import METHODS, any_distils, any_refines
 
 BYTES = {"float32": 4, "bfloat16": 2}
-TEACHER_TOKENS = 30  # of the teacher's instructions, beside question and answer
-COMPRESSION = 0.93  # of float32 weights and averages, as Orbax writes them
-RUNTIME_MEMORY = 1.2e9  # of Python, JAX, XLA's programs and the sentence encoder
+TEACHER_TOKENS = 30  # tokens that the teacher's instructions add to question and answer
+COMPRESSION = 0.93  # size of float32 weights and averages in Orbax's files, relative to memory
+RUNTIME_MEMORY = 1.2e9  # bytes of Python, JAX, XLA's programs and the sentence encoder
 ADAM_MOMENTS = 2
 
 
 @dataclass(frozen=True)
 class Device:
-    """How fast one device is in practice.
+    """The speed of one device in practice.
 
     Attributes:
-      name: as people call it.
-      flops: of products of large matrices, per second.
-      decode_flops: of products with a few rows, per second.
-      bandwidth: bytes of its memory read, per second.
-      compile_seconds: of one program.
+      name: for printing.
+      flops: FLOP/s in products of large matrices.
+      decode_flops: FLOP/s in products of a few rows with a large matrix.
+      bandwidth: bytes read from its memory per second.
+      compile_seconds: time to compile one program.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Device:
     compile_seconds: float
 
 
-# Peak bfloat16 FLOP/s and bytes/s as the makers give them; the part of a device's name that says which it is.
+# Part of a device's name → the manufacturer's peak bfloat16 FLOP/s and bytes/s.
 ACCELERATORS = {
     "TPU v4": (275e12, 1.2e12),
     "TPU v5 lite": (197e12, 0.82e12),
@@ -58,27 +58,27 @@ ACCELERATORS = {
     "B200": (2250e12, 8e12),
 }
 SHARE_OF_FLOPS, SHARE_OF_BANDWIDTH = 0.35, 0.5
-# Of one core with AVX-512, float32 (docs/performance.md).
+# Speeds of one core with AVX-512, float32 (docs/performance.md).
 CORE_FLOPS, CORE_DECODE_FLOPS, CORE_BANDWIDTH = 90e9, 20e9, 14e9
-MOST_CORES_OF_BANDWIDTH = 8  # more share the same memory channels
+MOST_CORES_OF_BANDWIDTH = 8  # further cores share the same memory channels
 
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Numbers of a decoder, and how many of its parameters (or of its adapters') are trained."""
+    """Dimensions of a decoder, its number of parameters, and how many (or how many of its adapters') are trained."""
 
     num_parameters: int
     num_trained: int
     num_layers: int
     width: int
     ffn_width: int
-    query_width: int  # of all heads together
+    query_width: int  # of all heads together, like kv_width
     kv_width: int
 
 
 @dataclass(frozen=True)
 class RowLengths:
-    """Tokens of each row's prompt and gold answer, and of each general prompt."""
+    """Numbers of tokens: (prompt, gold answer) of each row, and of each general prompt."""
 
     train: Sequence[tuple[int, int]]
     test: Sequence[tuple[int, int]]
@@ -87,7 +87,10 @@ class RowLengths:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds; memory is that of one device, or of the host where that is the device."""
+    """Bytes (disk_…, memory) and seconds (refine, train, evaluate).
+
+    The memory is that of one device, or of the host on CPU.
+    """
 
     disk_peak: float
     disk_after: float
@@ -102,7 +105,7 @@ class Estimate:
 
 
 def model_size(decoder, config: Config) -> ModelSize:
-    """The numbers of a DecoderConfig."""
+    """The `ModelSize` of a DecoderConfig."""
     from raft_jax.models.config import parameter_table
     from raft_jax.models.lora import adapter_table
 
@@ -121,9 +124,9 @@ def model_size(decoder, config: Config) -> ModelSize:
 
 
 def find_device(name: str = "", cores: int | None = None) -> Device | None:
-    """The device of a name such as "TPU v5 lite" or "NVIDIA A100-SXM4-80GB"; "" or "cpu" is this machine's processor.
+    """The device with a name such as "TPU v5 lite" or "NVIDIA A100-SXM4-80GB"; "" or "cpu" is this machine's CPU.
 
-    None where nothing is known of it.
+    None if the device is unknown.
     """
     if name.lower() in ("", "cpu"):
         cores = cores or os.cpu_count() or 1
@@ -138,7 +141,7 @@ def find_device(name: str = "", cores: int | None = None) -> Device | None:
 
 
 def local_device() -> str:
-    """The kind of accelerator that jax would use, read from the system without jax; "cpu" where none shows itself."""
+    """The kind of accelerator that jax would use, read from the system without jax; "cpu" if none is found."""
     if os.environ.get("JAX_PLATFORMS", "").split(",")[0] == "cpu":
         return "cpu"
     for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
@@ -151,12 +154,12 @@ def local_device() -> str:
 
 
 def estimate(config: Config, model: ModelSize, rows: RowLengths, device: Device) -> Estimate:
-    """What a run takes that begins from nothing.
+    """Estimates a run that starts in an empty folder.
 
     Args:
       config: of the run.
-      model, rows: their sizes.
-      device: one of those that run it; several share parameters by mesh.fsdp and mesh.tensor, and rows by all of mesh.
+      model, rows: sizes of the model and of the data.
+      device: one of the devices. Parameters are sharded over mesh.fsdp and mesh.tensor, the work over the whole mesh.
     """
     sharing = max(1, config.mesh.fsdp) * max(1, config.mesh.tensor)
     num_devices = sharing * max(1, config.mesh.data)
@@ -181,7 +184,7 @@ def estimate(config: Config, model: ModelSize, rows: RowLengths, device: Device)
 
 
 def num_steps(config: Config, num_rows: int) -> int:
-    """Steps of a method, as the training counts them."""
+    """Number of training steps of a method, counted as in training."""
     steps = max(1, round(config.train.epochs * (num_rows // config.train.batch_size)))
     return min(steps, config.train.max_steps or steps)
 
@@ -189,12 +192,12 @@ def num_steps(config: Config, num_rows: int) -> int:
 def estimate_lines(
     config: Config, model: ModelSize, rows: RowLengths, *, device: str | None = None, free_disk: int | None = None
 ) -> list[str]:
-    """The estimate in lines for `raft-jax check`.
+    """The lines of the estimate that `raft-jax check` prints.
 
     Args:
       config, model, rows: see `estimate`.
-      device: name of a kind of device; default what this machine shows.
-      free_disk: bytes that are free where the run folder will be; a warning where they are too few.
+      device: name of a kind of device; default `local_device()`.
+      free_disk: free bytes on the disk of the run folder; adds a warning if they are too few.
     """
     name = local_device() if device is None else device
     known = find_device(name)
@@ -228,14 +231,14 @@ class _Work:
         return self.model.num_parameters * BYTES[self.config.model.dtype]
 
     def _cache_bytes(self) -> int:
-        """Of one token's keys and values."""
+        """Bytes of one token's keys and values."""
         return 2 * self.model.num_layers * self.model.kv_width * BYTES[self.config.model.dtype]
 
     def forward(self, tokens: float) -> float:
         return 2 * self.model.num_parameters * tokens / self.device.flops
 
     def generate(self, prompts: Sequence[int], new_tokens: int, batch_size: int, programs: int = 1) -> float:
-        """Prefill and decoding, batch by batch, each to its limit."""
+        """Seconds of prefill and decoding, batch by batch; every row is decoded for new_tokens steps."""
         if not prompts:
             return 0.0
         batch = min(batch_size, len(prompts))
@@ -247,12 +250,14 @@ class _Work:
         return self.forward(sum(prompts)) + num_batches * new_tokens * step + programs * self.device.compile_seconds
 
     def refine(self, rows: RowLengths) -> float:
-        """Rewriting of all rows, then rounds of fusion and likelihoods as if each were accepted: most are not, but how
-        many depends on model and data (docs/refinement.md)."""
+        """Seconds of rewriting all rows, then of all rounds of fusion and likelihoods as if every rewriting were fused.
+
+        Most are not, but how many depends on model and data (docs/refinement.md).
+        """
         settings, new = self.config.refine, self.config.refine_max_new_tokens
         prompts = [prompt + answer for prompt, answer in rows.train]
         judged = "likelihood" in settings.judges
-        tokens = 2 * sum(prompts)  # of the candidate and of the rewriting
+        tokens = 2 * sum(prompts)  # scored once with the candidate and once with the rewriting
         seconds = self.generate(prompts, new, settings.batch_size, programs=2)
         for _ in range(settings.rounds):
             seconds += self.generate([prompt + new for prompt in prompts], new, settings.batch_size)
@@ -260,7 +265,11 @@ class _Work:
         return seconds
 
     def method(self, name: str, rows: RowLengths, steps: int) -> float:
-        """Training: 2 FLOPs a parameter and token forward, 4 backward, 2 more with remat; the optimiser's reading."""
+        """Seconds of training.
+
+        Per parameter and token 2 FLOPs forward, 4 backward and 2 more with remat; the teacher's forward pass and the
+        rollouts of methods that distil; the optimiser's memory accesses; compilation.
+        """
         train = self.config.train
         size = train.batch_size
         prompt, answer = (fmean(lengths) for lengths in zip(*rows.train, strict=True))
@@ -277,7 +286,7 @@ class _Work:
         return steps * step + programs * self.device.compile_seconds
 
     def evaluate(self, rows: RowLengths) -> float:
-        """Of one model: answers to both kinds of prompts, likelihoods of gold answers, divergence from the base."""
+        """Seconds for one model: answers to both kinds of prompts, gold answers' likelihoods, divergence from base."""
         settings = self.config.evaluate
         scored = sum(prompt + answer for prompt, answer in rows.test)
         diverged = 2 * (sum(rows.general) + len(rows.general) * settings.general_new_tokens)
@@ -288,7 +297,10 @@ class _Work:
         )
 
     def memory(self, rows: RowLengths, sharing: int, data: int) -> float:
-        """Of one device: weights, what the training keeps, and the larger of activations and caches."""
+        """Bytes on one device: RUNTIME_MEMORY, and the larger of training and generation.
+
+        Training has weights, gradients, moments and activations; generation has weights and key/value caches.
+        """
         train, model = self.config.train, self.model
         width = BYTES[self.config.model.dtype]
         cast = model.num_parameters * width if width < 4 and not train.lora.rank else 0
@@ -309,7 +321,7 @@ class _Work:
 
 
 def _size(num_bytes: float) -> str:
-    """Two digits of it.
+    """Formats a number of bytes with two digits.
 
     Example:
       >>> _size(2.741e9), _size(48e9), _size(9.5e6)
@@ -323,7 +335,7 @@ def _size(num_bytes: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    """Two digits of it.
+    """Formats seconds with two digits.
 
     Example:
       >>> _time(42), _time(250), _time(9000), _time(500_000)

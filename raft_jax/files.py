@@ -1,4 +1,4 @@
-"""Small files, read so that whatever is wrong with one is a line that names it."""
+"""Reads small files. Any problem with a file is an InputError of one line that names the file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from raft_jax.errors import InputError, require_train
 Record = TypeVar("Record")
 
 SUMS = "SHA256SUMS"
-MAX_BYTES = 256 << 20  # of a file that is read as a whole
+MAX_BYTES = 256 << 20  # largest file that is read as a whole
 
 
 def require_regular(path: Path) -> Path:
-    """The path; raises InputError where it is not a regular file: a pipe would be waited for, without end."""
+    """Returns the path. Raises InputError if it is not a regular file; reading a pipe could block forever."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError as error:
@@ -33,23 +33,22 @@ def require_regular(path: Path) -> Path:
 
 
 def kind_of(mode: int) -> str:
-    """What a path is that is no regular file."""
+    """Names the kind of a path that is not a regular file."""
     kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    """The error for a file that the system does not let us read; that says nothing about what is in it."""
+    """The error for a file that the system cannot read; its content is unknown, not damaged."""
     name = errno.errorcode.get(error.errno, "") if error.errno else ""
     return InputError(f"{path}: cannot be read ({error.strerror or error}{name and f', {name}'})")
 
 
 def read_bytes(path: Path, most: int | None = None) -> bytes:
-    """The content of a regular file of at most `most` bytes (MAX_BYTES where that is not given).
+    """The content of a regular file of at most `most` bytes (default MAX_BYTES).
 
     Raises:
-      InputError: there is no such file, it is no regular one, it is larger than any that is read as a whole, or the
-        system does not let us read it.
+      InputError: the file does not exist, is not a regular file, is larger than `most`, or cannot be read.
     """
     most = most or MAX_BYTES
     try:
@@ -63,7 +62,7 @@ def read_bytes(path: Path, most: int | None = None) -> bytes:
 
 
 def read_text(path: Path, most: int | None = None) -> str:
-    """The text of a regular file; raises InputError as `read_bytes` does, and where it is not UTF-8."""
+    """The text of a regular file; raises InputError as `read_bytes` does, and if it is not UTF-8."""
     try:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -71,7 +70,7 @@ def read_text(path: Path, most: int | None = None) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON text as Python's values; raises ValueError also where it is nested too deeply."""
+    """Parses JSON; raises ValueError also if it is nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -87,10 +86,10 @@ def _adapter(kind: type):
 
 
 def parse_record(kind: type[Record], text: str | bytes) -> Record:
-    """A dataclass from a JSON object whose values have the annotated types; fields that it does not know are ignored.
+    """Parses a JSON object whose values have the annotated types into a dataclass; unknown fields are ignored.
 
     Raises:
-      ValueError: what is wrong first, in a line.
+      ValueError: the first problem, in one line.
 
     Example:
       >>> from dataclasses import make_dataclass
@@ -110,7 +109,7 @@ def parse_record(kind: type[Record], text: str | bytes) -> Record:
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file's content; raises InputError as `read_bytes` does, and where it is not JSON."""
+    """The content of a JSON file; raises InputError as `read_bytes` does, and if it is not JSON."""
     content = read_bytes(path)
     try:
         return parse_json(content)
@@ -119,10 +118,10 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
-    """A JSON file that holds an object; with `optional`, nothing where there is no such file.
+    """The content of a JSON file that holds an object; with `optional`, {} if the file does not exist.
 
     Raises:
-      InputError: as `read_json`, and where it holds something else.
+      InputError: as `read_json`, and if it does not hold an object.
     """
     if optional and not is_there(path):
         return {}
@@ -133,7 +132,7 @@ def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def is_there(path: Path) -> bool:
-    """Whether something is at a path; raises InputError where the system does not tell."""
+    """Whether a path exists; raises InputError if the system cannot tell."""
     try:
         return path.exists()
     except OSError as error:
@@ -141,10 +140,10 @@ def is_there(path: Path) -> bool:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its path in it.
+    """sha256 of every file below a folder, by its path relative to the folder.
 
     Raises:
-      OSError: a file or a folder cannot be read. That says nothing about what is in it.
+      OSError: a file or a folder cannot be read. Its content is then unknown, not damaged.
     """
 
     def fail(error: OSError):
@@ -162,7 +161,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def sync(path: Path) -> None:
-    """Waits until what was written to a file, or renamed in a folder, is on the disk."""
+    """Waits until all writes to a file, or all renames in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -171,19 +170,19 @@ def sync(path: Path) -> None:
 
 
 def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS of every file below a folder but README.md, as the program sha256sum does."""
+    """Writes SHA256SUMS, in the format of the program sha256sum, for every file below a folder except README.md."""
     sums = {name: digest for name, digest in hash_files(folder).items() if name not in (SUMS, "README.md")}
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
 
 
 def named_in_sums(folder: Path) -> list[Path]:
-    """The files that SHA256SUMS names; none where it is not there."""
+    """The files that SHA256SUMS names; an empty list if there is no SHA256SUMS."""
     lines = read_text(folder / SUMS).splitlines() if (folder / SUMS).exists() else []
     return [folder / line.partition("  ")[2] for line in lines]
 
 
 def require_sums(folder: Path) -> None:
-    """Raises InputError unless each file of SHA256SUMS is there as it was written; a folder without it passes."""
+    """Raises InputError unless every file in SHA256SUMS exists and is unchanged; a folder without SHA256SUMS passes."""
     if not (folder / SUMS).exists():
         return
     text = read_text(folder / SUMS)

@@ -1,4 +1,4 @@
-"""Questions, answered by one model or by several side by side."""
+"""Answers questions with one model, or with several models side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BATCH_SIZE = 8
 
 
 def models_of(config: Config) -> list[tuple[str, str]]:
-    """Name and source of a run's base model and of every model that it has exported."""
+    """(name, source) of a run's base model and of every model that the run has exported."""
     exports = [(name, RunFolder(config.run_dir).method(name).export) for name in config.methods]
     tuned = [(label(name), str(export)) for name, export in exports if (export / "config.json").exists()]
     return [("base", config.model.source), *tuned]
@@ -48,12 +48,12 @@ def generate(
     thinking: bool | None = None,
     date: datetime.date | None = None,
 ) -> None:
-    """Prints each model's answers; an answer that was cut at the limit ends with an ellipsis.
+    """Prints each model's answers; an answer that was truncated at the limit ends with an ellipsis.
 
-    `date` is what a chat template that prints one takes for today; None is today. A model is loaded once.
+    `date` is the current date for chat templates that print it; None is today. Each model is loaded once.
 
     Raises:
-      InputError: there is no such model, or no room for an answer after its question.
+      InputError: a model does not exist, or the question and max_new_tokens exceed its positions.
     """
     answers: list[list[str]] = []
     for _, source in models:

@@ -1,4 +1,4 @@
-"""Memory of the host that JAX does not manage."""
+"""Host memory that JAX does not manage."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import jax
 
 @cache
 def return_memory_after_compiling(at_least_seconds: float = 1.0) -> None:
-    """From now on, what a long compilation has freed goes back to the system.
+    """Makes every later long compilation return its freed memory to the system.
 
-    LLVM leaves some 0.4 GB of free pieces behind a program of a small model, which glibc keeps for itself. Elsewhere
-    than on glibc nothing happens, and a second call adds nothing.
+    After compiling a program of a small model, LLVM has freed some 0.4 GB in pieces that glibc does not return to the
+    system by itself. Does nothing without glibc, and nothing more in a second call.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:

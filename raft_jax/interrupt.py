@@ -1,6 +1,7 @@
-"""SIGTERM and Ctrl-C as a flag that long work looks at between its batches.
+"""SIGTERM and Ctrl-C set a flag that long work checks between batches.
 
-An exception that a signal handler raises may come up inside a callback of JAX, which drops it, and the run goes on.
+Raising an exception in the signal handler would not do: if it occurs inside a callback of JAX, JAX discards it and the
+run continues.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _deferred = 0
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Takes note of SIGTERM and SIGINT for `check`; a second one ends the process at once, whatever it is doing."""
+    """Records SIGTERM and SIGINT for `check`; a second signal ends the process immediately, whatever it is doing."""
     _received.clear()
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals are left to whoever runs us
+        yield  # only the main thread may install signal handlers, so signals are left to the caller
         return
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
-    # The thread learns of a signal even while the main thread is inside a compilation and runs no Python.
+    # The thread receives a signal even while the main thread is in a compilation and runs no Python code.
     watcher = threading.Thread(target=_watch, args=(read_end,), daemon=True)
     watcher.start()
     previous = {number: signal.signal(number, lambda number, _: _note(number)) for number in SIGNALS}
@@ -68,19 +69,19 @@ def _name(number: int) -> str:
 
 
 def requested() -> str | None:
-    """The signal by which the process was asked to end, None as long as it was not."""
+    """The name of the signal that asked the process to stop; None if there was none."""
     return _name(_received[0]) if _received else None
 
 
 def check() -> None:
-    """Raises KeyboardInterrupt if the process has been asked to end; to be called wherever work may stop."""
+    """Raises KeyboardInterrupt if a signal asked the process to stop. Called wherever work may stop."""
     if _received and not _deferred:
         raise KeyboardInterrupt(f"stopped by {requested()}; {GO_ON}")
 
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, `check` raises nothing: for work that looks at `requested` itself, and saves before it stops."""
+    """Disables `check` inside the context, for work that calls `requested` itself and saves before it stops."""
     global _deferred
     _deferred += 1
     try:

@@ -1,4 +1,4 @@
-"""Which examples fit the limits of length, and how long they are."""
+"""Lengths of examples in tokens, and the selection of examples within the limits of length."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from raft_jax.errors import InputError
 from raft_jax.models.tokenizer import Tokenizer
 
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 1.0)
-KEPT = 0.95  # the share of rows that limits should keep
+KEPT = 0.95  # the fraction of rows that suggested limits keep
 
 
 class Lengths(NamedTuple):
-    """Tokens of an example: the texts of the question and of all before it; the answer with the end of its turn."""
+    """Numbers of tokens of an example.
+
+    `question` counts the texts of the question and of all earlier turns; `answer` includes the end-of-turn token.
+    """
 
     question: int
     answer: int
@@ -27,13 +30,13 @@ class Lengths(NamedTuple):
 
 @dataclass
 class Fitting:
-    """Examples that are used, in the order of the file, and why others are not.
+    """The examples that are used, and the reasons why others are not.
 
     Attributes:
-      kept: the examples within the limits.
+      kept: the examples within the limits, in the order of the file.
       too_long: id → why the example is left out.
-      bad: id → why the model's chat template takes it not.
-      lengths: id → its tokens, of all that were looked at and can be used.
+      bad: id → why the model's chat template rejects the example.
+      lengths: id → numbers of tokens, of all measured examples that the chat template accepts.
     """
 
     kept: list[Example] = field(default_factory=list)
@@ -47,10 +50,10 @@ class Fitting:
 
 
 def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config, limit: int | None) -> Fitting:
-    """The examples within the limits of length, or a sample of `limit` of them.
+    """Selects the examples within the limits of length, or a sample of `limit` of them.
 
     Raises:
-      InputError: the chat template refuses an example, and data.skip_bad_rows is false.
+      InputError: the chat template rejects an example and data.skip_bad_rows is false.
     """
     data, found, kept = config.data, Fitting(), set()
     sampled = limit is not None and limit < len(examples)
@@ -76,7 +79,7 @@ def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config, l
 
 
 def measure(example: Example, tokenizer: Tokenizer) -> Lengths:
-    """Tokens of an example; raises InputError with advice where the chat template does not take it."""
+    """The lengths of an example; raises InputError, with advice, if the chat template rejects it."""
     question = question_of(example)
     conversation = answered(question, example.answer)
     try:
@@ -87,7 +90,7 @@ def measure(example: Example, tokenizer: Tokenizer) -> Lengths:
 
 
 def _advice(conversation: Conversation, tokenizer: Tokenizer) -> str:
-    """What would make the chat template take a conversation, found by trying."""
+    """Advice on how to make the chat template accept a conversation, found by trying; "" if nothing helps."""
     if conversation[0]["role"] == "system" and _is_taken(conversation[1:], tokenizer):
         return (
             "; it takes no system turn: remove the system turns from the data, put their text into a column "
@@ -117,7 +120,7 @@ def _is_taken(conversation: Conversation, tokenizer: Tokenizer) -> bool:
 
 
 def quantiles(lengths: Sequence[int]) -> list[int]:
-    """The lengths up to which 50, 90, 95, 99 and 100 % of the rows go.
+    """The 50, 90, 95, 99 and 100 % quantiles of the lengths.
 
     Example:
       >>> quantiles(range(1, 101))
@@ -127,7 +130,7 @@ def quantiles(lengths: Sequence[int]) -> list[int]:
 
 
 def limits_that_keep(lengths: Sequence[Lengths], share: float = KEPT) -> Lengths:
-    """The lowest limits, at one quantile for questions and answers, within which this share of rows is.
+    """The lowest limits that keep this share of rows; both are the same quantile, of questions and of answers.
 
     Example:
       >>> limits_that_keep([Lengths(n, 101 - n) for n in range(1, 101)], 0.9)
@@ -142,7 +145,7 @@ def limits_that_keep(lengths: Sequence[Lengths], share: float = KEPT) -> Lengths
 
 
 def describe_lengths(lengths: Sequence[Lengths]) -> Iterator[str]:
-    """Quantiles of the lengths, and the limits that would keep most rows."""
+    """Lines with the quantiles of the lengths and the limits that keep most rows."""
     for name, counts in zip(("questions", "answers"), zip(*lengths, strict=True), strict=True):
         ends = zip(("50 %", "90 %", "95 %", "99 %", "all"), quantiles(counts), strict=True)
         yield f"tokens of {name}, of {len(counts)} rows: " + ", ".join(f"{share} up to {end}" for share, end in ends)

@@ -1,4 +1,4 @@
-"""What a stage ran on, and how much memory it has taken, for the report."""
+"""Describes the machine that a stage ran on and its peak memory, for the report."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers")
 
 
 def describe_machine() -> dict[str, Any]:
-    """Devices, processor, versions and the most memory so far of this process, as JSON can hold it.
+    """Devices, processor, versions and this process's peak memory so far, as values that JSON can hold.
 
     Returns:
       `devices` (such as `["4 × TPU v5 lite"]`, of all processes), `processes`, `processor`, `cores`, `python`,
-      `versions`, and in bytes `peak_host_memory` (of this process) and `peak_device_memory` (of its fullest device;
-      None where the device does not say, as the CPU).
+      `versions`, and in bytes `peak_host_memory` (of this process) and `peak_device_memory` (the maximum over its
+      devices; None if the devices do not report it, like the CPU).
     """
     kinds = Counter(device.device_kind for device in jax.devices())
     peaks = [
@@ -47,18 +47,18 @@ def describe_machine() -> dict[str, Any]:
 
 @cache
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
-    """Those that are known, by name."""
+    """Versions of the packages that are installed, by name."""
     found = {}
     for name in packages:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # taken from a folder on PYTHONPATH
+        except PackageNotFoundError:  # not installed, such as a package imported from a folder on PYTHONPATH
             continue
     return found
 
 
 def _num_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -73,6 +73,6 @@ def _processor() -> str:
 
 
 def _peak_host_memory() -> int:
-    """Bytes; the unit of `ru_maxrss` is that of the system."""
+    """Peak memory of this process in bytes; the unit of `ru_maxrss` is bytes on macOS and KiB elsewhere."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

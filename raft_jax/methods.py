@@ -1,4 +1,4 @@
-"""The methods: what each trains on, which terms its loss has, what its teacher sees, and how a report draws it."""
+"""The table of methods: training target, terms of the loss, the teacher's prompt, and style in reports."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ class Style:
     """How reports show a model.
 
     Attributes:
-      label: its name in tables and charts.
-      colors: of its lines and points, on a light and on a dark page.
-      marker: of its points, as matplotlib names them.
-      dashes: lengths of the strokes and gaps of its lines; empty for solid lines.
+      label: the model's name in tables and charts.
+      colors: colours of its lines and points, on a light and on a dark page.
+      marker: matplotlib's name for the marker of its points.
+      dashes: lengths of the dashes and gaps of its lines; empty for solid lines.
     """
 
     label: str
@@ -28,13 +28,13 @@ class Method:
     """A training method of the paper or one of its baselines.
 
     Attributes:
-      name: in configs and file names.
-      title: in full, for a model card.
-      target: the answer that is trained on: "gold" (y), "rewrite" (Eq. 3) or "fused" (Eq. 4).
-      terms: of the loss, see raft_jax.train.step.TERMS.
-      style: in reports.
-      teacher_sees_answer: whether the teacher reads the target before the question (Eq. 7).
-      fixed_weight: λ of its KL; None balances by Eq. 12.
+      name: the name in configs and file names.
+      title: the full name, for a model card.
+      target: the answer that the method trains on: "gold" (y), "rewrite" (Eq. 3) or "fused" (Eq. 4).
+      terms: the terms of the loss, see raft_jax.train.step.TERMS.
+      style: how reports show its model.
+      teacher_sees_answer: whether the teacher's prompt has the target before the question (Eq. 7).
+      fixed_weight: the constant λ of its KL term; None to balance the terms by Eq. 12.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Method:
 
     @property
     def distils(self) -> bool:
-        """Whether a teacher scores the student's own answers (Eqs. 6-10)."""
+        """Whether the loss has a KL term on the student's rollouts (Eqs. 6-10)."""
         return "kl" in self.terms
 
     @property
     def refines(self) -> bool:
-        """Whether the refinement makes the targets (Eqs. 1-4)."""
+        """Whether the targets come from refinement (Eqs. 1-4)."""
         return self.target != "gold"
 
     def constant_weight(self, fixed_weight: float | None) -> float | None:
-        """λ with `train.fixed_weight` as given; None where Eq. 12 balances the terms."""
+        """λ, given the setting `train.fixed_weight`, which takes precedence; None if Eq. 12 balances the terms."""
         return self.fixed_weight if fixed_weight is None else fixed_weight
 
 
@@ -87,21 +87,21 @@ METHODS = {
             "gold",
             ("sft", "kl"),
             Style("on-policy", ("#b02a6b", "#f086b5"), "P", (6, 2, 1, 2)),
-            # Its KL starts near 0, and Eq. 12 would give it a λ of hundreds.
+            # Its KL starts near 0, so Eq. 12 would give a λ of several hundred.
             fixed_weight=1.0,
         ),
     )
 }
-# Models of a report that no method of the table has trained.
+# Styles of models in a report that were not trained by a method of the table.
 BASE = Style("base", ("#667080", "#98a3b2"), "s")
 OTHER = Style("other", ("#7d6412", "#d3b85a"), "X")
 
 
 def any_refines(names: Iterable[str]) -> bool:
-    """Whether a method of these names needs the refinement."""
+    """Whether any of the named methods needs refinement."""
     return any(METHODS[name].refines for name in names)
 
 
 def any_distils(names: Iterable[str]) -> bool:
-    """Whether a method of these names samples rollouts and has a teacher."""
+    """Whether any of the named methods samples rollouts and has a teacher."""
     return any(METHODS[name].distils for name in names)

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a training step, the source of every curve."""
+"""metrics.jsonl: one line per training step; the training curves of reports are drawn from it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from raft_jax.files import is_there, parse_json, read_bytes
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, in the first process alone."""
+    """Appends to metrics.jsonl, in the first process only."""
 
     def __init__(self, path: Path, keep: int):
-        """Opens the file for appending, with the lines of the first `keep` steps and no others.
+        """Opens the file for appending, keeping only the lines of the first `keep` steps.
 
-        What is damaged or missing among them is said, and a damaged file is kept as metrics.damaged.jsonl.
+        Prints which lines are damaged or missing, and copies a damaged file to metrics.damaged.jsonl.
         """
         from raft_jax.sharding import is_writer
 
@@ -56,9 +56,10 @@ class MetricsLog:
 
 
 def scan_metrics(path: Path) -> tuple[dict[int, dict[str, float]], list[int]]:
-    """The lines of a metrics file by their step (of two about one step the later), and the numbers of damaged lines.
+    """The lines of a metrics file by step, and the numbers of damaged lines.
 
-    A last line without its end is that of a process that was killed or is running, and no damage.
+    If two lines have the same step, the later one is used. An incomplete last line is not damage: its process was
+    killed or is still running.
     """
     if not is_there(path):
         return {}, []
@@ -77,11 +78,11 @@ def scan_metrics(path: Path) -> tuple[dict[int, dict[str, float]], list[int]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """All whole lines of a metrics file, in the order of their steps."""
+    """All intact lines of a metrics file, sorted by step."""
     lines, _ = scan_metrics(path)
     return [lines[step] for step in sorted(lines)]
 
 
 def tokens_trained(metrics: Iterable[Mapping[str, float]]) -> int:
-    """Tokens that carried loss."""
+    """Number of tokens in the loss, over all steps."""
     return int(sum(line.get("sft_tokens", 0) + line.get("rollout_tokens", 0) for line in metrics))

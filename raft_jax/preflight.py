@@ -1,4 +1,4 @@
-"""What would stop a run, checked before anything is computed; each stage begins with its checks."""
+"""Checks for problems that would stop a run, made before anything is computed; each stage begins with its checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from raft_jax.terminal import one_line, visible
 
 
 def require_source(key: str, source: str, find: Callable[[str], Path] = resolve) -> None:
-    """Raises InputError with the setting's name where nothing is at its source."""
+    """Raises InputError, naming the setting, if nothing exists at its source."""
     try:
         find(source)
     except InputError as error:
@@ -32,16 +32,17 @@ def require_source(key: str, source: str, find: Callable[[str], Path] = resolve)
 
 
 def require_sources(config: Config) -> None:
-    """Raises InputError unless everything is there that all stages take; the encoder is not among it."""
+    """Raises InputError unless the inputs that every stage needs exist. The encoder is not one of them."""
     require_source("model.source", config.model.source)
     require_source("data.path", config.data.path, locate)
     require_source("evaluate.general_path", config.evaluate.general_path)
 
 
 def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> None:
-    """Raises InputError where batches cannot be made, or cut into `parts`, or an answer does not fit.
+    """Raises InputError if the rows do not fill a batch, a row is too long, or the batch size does not divide.
 
-    An answer: a gold one, or the longest that the refinement may write.
+    It must divide by `parts` (shards) times the number of micro-batches. A row has its gold answer or, for methods that
+    train on refined answers, the longest that refinement may write.
     """
     size, count = data.config.train.batch_size, data.config.train.num_micro_batches
     if len(data.train) < size:
@@ -56,7 +57,7 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
 
 
 def check_refinement(data: RunData) -> None:
-    """Raises InputError where a prompt for rewriting or fusion leaves no room for what is to be written."""
+    """Raises InputError if a prompt for rewriting or fusion and its new tokens exceed the model's positions."""
     length = data.config.refine_max_new_tokens
     _require_room(
         data,
@@ -64,7 +65,7 @@ def check_refinement(data: RunData) -> None:
         length,
         (rewrite_prompt(row.answer, row.question, row.context, row.turns) for row in data.train),
     )
-    # The fusion's prompt has the rewriting in it.
+    # The prompt for fusion contains the rewriting.
     _require_room(
         data,
         "refine.max_new_tokens",
@@ -74,7 +75,7 @@ def check_refinement(data: RunData) -> None:
 
 
 def check_evaluation(data: RunData) -> list[GeneralPrompt]:
-    """The general prompts; raises InputError for whatever the evaluation would stumble over."""
+    """Returns the general prompts; raises InputError if the evaluation would fail because of its inputs."""
     settings, general = data.config.evaluate, load_general_prompts(data.config.evaluate.general_path)
     _require_room(data, "evaluate.max_new_tokens", settings.max_new_tokens, map(question_of, data.test))
     _require_room(
@@ -104,11 +105,11 @@ def _require_room(data: RunData, key: str, num_new_tokens: int, conversations: I
 
 
 def check(config: Config, console) -> None:
-    """Looks at config, data and model, starts nothing, and shows one training example with the tokens that carry loss.
+    """Checks config, data and model without starting a run, and prints one training example and the tokens in the loss.
 
     Raises:
-      InputError: whatever a run would refuse before it computes anything, but for the mesh, the numbers in the weights
-        and what is in the encoder's folder: no device is touched.
+      InputError: a problem that a run would report before it computes anything. Not checked, because no device is used:
+        the mesh, the values of the weights, and the content of the encoder's folder.
     """
     require_sources(config)
     require_unchanged(config)
@@ -140,13 +141,13 @@ def check(config: Config, console) -> None:
 
 
 def _free_disk(run_dir: str) -> int:
-    """Bytes that are free where a run folder is or will be."""
+    """Free bytes on the disk where a run folder is or will be."""
     folder = Path(run_dir).absolute()
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 
 def _steps(config: Config, num_rows: int) -> str:
-    """A line about methods and steps, and about rows that no step takes."""
+    """A line with the methods, the number of steps, and the number of rows that are in no step."""
     batch_size = config.train.batch_size
     steps = num_steps(config, num_rows)
     line = f"methods: {', '.join(config.methods)}; {steps} steps of {batch_size} rows each"
@@ -158,7 +159,7 @@ def _steps(config: Config, num_rows: int) -> str:
 
 
 def _print_example(data: RunData, tokenizer: Tokenizer, console) -> None:
-    """One training example, with the tokens that carry loss in colour."""
+    """Prints one training example, with the tokens in the loss in colour."""
     from rich.text import Text
 
     example = data.train[0]
@@ -176,7 +177,7 @@ def _print_example(data: RunData, tokenizer: Tokenizer, console) -> None:
 
 
 def _characters(tokenizer: Tokenizer, ids: Sequence[int]) -> Iterator[str]:
-    """Each token's text; tokens that are parts of one character come together. Control characters are made visible."""
+    """The text of each token; tokens that encode one character together are joined. Control characters are replaced."""
     held: list[int] = []
     for token in ids:
         held.append(token)

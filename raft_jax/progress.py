@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with speed and time left on a terminal, plain lines in a log."""
+"""Progress of long work: on a terminal a bar with speed and remaining time, in a log plain lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from raft_jax import interrupt
 
-PLAIN_EVERY = 10.0  # seconds between lines of a log
+PLAIN_EVERY = 10.0  # seconds between lines in a log
 
 
 class _Plain:
@@ -52,16 +52,16 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def progress(title: str, total: int, unit: str, done: int = 0) -> Iterator[_Plain | _Bar]:
-    """Shows how far a piece of work is.
+    """Shows the progress of a piece of work.
 
     Args:
-      title: what is done.
-      total: how many units it takes.
-      unit: what is counted, in the plural.
-      done: units that an earlier run did.
+      title: name of the work.
+      total: its number of units.
+      unit: name of the units, in the plural.
+      done: number of units done by an earlier run.
 
     Yields:
-      An object with `advance(count=1, note="")`, which raises KeyboardInterrupt if the process was asked to end.
+      An object with `advance(count=1, note="")`, which raises KeyboardInterrupt if a signal asked the process to stop.
     """
     if not sys.stdout.isatty():
         yield _Plain(title, total, unit, done)

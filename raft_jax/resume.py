@@ -1,4 +1,4 @@
-"""Opens a run folder: held by one process, and tied to the config and the data that it was begun with."""
+"""Opens a run folder: locks it, and compares config and data with those that its results were made with."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from raft_jax.stages import CONTENT, Plan, Settings, plan, settings_of
 
 @contextmanager
 def open_run_folder(config: Config) -> Iterator[RunFolder]:
-    """The run folder, held by this process alone.
+    """The run folder, locked for this process.
 
-    A folder in which nothing has been computed yet takes any config and data: what a first try complained about
-    may be mended and tried again. What a changed config leaves standing in one with results is printed.
+    A folder without results accepts any config and data, so that errors in them can be fixed after a first try. For a
+    folder with results, prints which results a changed config keeps and which are made again.
 
     Raises:
-      InputError: the folder cannot be made, another process uses it, a file of it is damaged, or a changed setting or
-        other data ask for refinement or training anew (says which).
+      InputError: the folder cannot be created, another process uses it, a file in it is damaged, or a changed setting
+        or other data would require a new refinement or training (names the changes).
     """
     folder = RunFolder(config.run_dir)
     with _lock_file(folder) as lock:
@@ -51,7 +51,7 @@ def open_run_folder(config: Config) -> Iterator[RunFolder]:
         if "refine" in planned.stale:
             del records["refine"]
         for stage in ("refine", *(f"train {name}" for name in config.methods)):
-            records.setdefault(stage, settings_for(stage, settings))  # of what begins now
+            records.setdefault(stage, settings_for(stage, settings))  # stages that begin with these settings
         folder.start_date()
         folder.write_results(records)
         write_atomically(folder.config_yaml, to_yaml(config))
@@ -69,34 +69,34 @@ def _lock_file(folder: RunFolder):
 
 
 def all_settings(config: Config) -> dict[str, Any]:
-    """Every key of a config, and beside the keys that name files or folders what is in them."""
+    """Every key of a config, and for keys that name files or folders also fingerprints of their content."""
     settings = flat(to_dict(config))
     for key in ("data.path", "evaluate.general_path"):
         settings[key + CONTENT] = fingerprint(settings[key])
     settings["model.source" + CONTENT] = fingerprint_files(resolve(config.model.source))
-    with suppress(InputError):  # not every run takes one; a stage that does says what is wrong
+    with suppress(InputError):  # not every run needs an encoder; a stage that does reports the error
         settings["encoder.source" + CONTENT] = fingerprint_files(resolve(config.encoder.source))
     return settings
 
 
 def settings_for(stage: str, settings: Settings) -> dict[str, Any]:
-    """What the result of a stage is made with, of all settings; a stage is "refine", "train sft", "evaluate base", …"""
+    """The settings that the result of a stage depends on; a stage is "refine", "train sft", "evaluate base", …"""
     name = stage.partition(" ")[2]
     return settings_of(stage, settings, name in METHODS and METHODS[name].refines)
 
 
 def require_unchanged(config: Config) -> Plan:
-    """What of the run folder stands with this config.
+    """Which results of the run folder remain valid with this config.
 
     Raises:
-      InputError: a file of the folder is damaged or gone, or a changed setting or other data ask for refinement or
-        training anew.
+      InputError: a file of the folder is damaged or missing, or a changed setting or other data would require a new
+        refinement or training.
     """
     return _compare(config, all_settings(config))[0]
 
 
 def _compare(config: Config, settings: Settings) -> tuple[Plan, dict[str, Settings]]:
-    """The plan, and with which settings each result that is there was made."""
+    """The plan, and the settings that each existing result was made with."""
     records = read_results(RunFolder(config.run_dir))
     names = ("", "base", *config.methods)
     compared = {stage: record for stage, record in records.items() if stage.partition(" ")[2] in names}
@@ -104,7 +104,7 @@ def _compare(config: Config, settings: Settings) -> tuple[Plan, dict[str, Settin
 
 
 def _present(folder: RunFolder) -> list[str]:
-    """The stages of which there is something in a run folder, but for evaluations."""
+    """The stages that have files in a run folder, except for evaluations."""
     stages = ["refine"] if folder.refined.exists() else []
     for name in METHODS:
         stages += [f"train {name}"] if folder.method(name).path.exists() else []
@@ -113,12 +113,12 @@ def _present(folder: RunFolder) -> list[str]:
 
 
 def read_results(folder: RunFolder) -> dict[str, Settings]:
-    """The settings with which each result that is in the folder was made.
+    """The settings that each result in the folder was made with.
 
-    Refined rows alone may lie there without a config: so they are taken along into a new run.
+    A folder with refined rows only needs no config: copying them is how a new run reuses them.
 
     Raises:
-      InputError: what says so is damaged or gone.
+      InputError: one of the folder's records is damaged or missing.
     """
     evaluation = folder.evaluation()
     present = [*_present(folder), *(f"evaluate {name}" for name in evaluation.models)]
@@ -142,21 +142,21 @@ def read_results(folder: RunFolder) -> dict[str, Settings]:
             f"{folder.results_json}: damaged, expected an object of objects; put it back, or set run_dir "
             "to a new folder"
         )
-    # An export that is there without a record was finished by a process that was killed just then.
+    # An export without a record was finished by a process that was killed before it wrote the record.
     found = {stage: records.get(stage, records.get(stage.replace("export ", "train "))) for stage in present}
     found |= {f"evaluate {name}": record for name, record in evaluation.settings.items() if name in evaluation.models}
     return {stage: record for stage, record in found.items() if record is not None}
 
 
 def missing_files(folder: RunFolder, config: Config) -> Iterator[str]:
-    """A line about each file that a finished stage has left and that is not there any more, with what comes of it."""
+    """A line about each missing file of a finished stage, with the consequence."""
     for path, consequence in _left_behind(folder, config):
         if not path.exists():
             yield f"{path}: is gone; {consequence}"
 
 
 def _left_behind(folder: RunFolder, config: Config) -> Iterator[tuple[Path, str]]:
-    """The files that finished stages have left, as far as the others tell, and what it means where one is not there."""
+    """(path, consequence if it is missing) of the files of finished stages, as inferred from the other files."""
     timed = {(timing.stage, timing.method) for timing in folder.timings()}
     recorded = read_json(folder.results_json) if folder.results_json.exists() else {}
     methods = {name: folder.method(name) for name in config.methods}

@@ -1,4 +1,4 @@
-"""A run: refine, train, export, evaluate and report in one folder, each stage going on where it was stopped."""
+"""A run: refine, train, export, evaluate and report in one folder. Each stage resumes where it was stopped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from raft_jax.train.loop import train
 
 
 def renders(tokenizer: Tokenizer, item: RefineItem, text: str) -> bool:
-    """Whether a text can be an answer, and the teacher's reference, in the model's chat template."""
+    """Whether the model's chat template accepts a text as an answer and as the answer in the teacher's prompt."""
     try:
         tokenizer.chat_answer(answered(question_of(item), text))
         tokenizer.chat_prompt(teacher_prompt(item.question, text, item.context, item.turns))
@@ -59,7 +59,7 @@ def _num_generated(ledger: Ledger) -> int:
 
 
 class Run:
-    """The stages of one run. Each leaves its result in the folder and is passed over when that is there."""
+    """The stages of one run. Each writes its result to the folder, and is skipped if that exists."""
 
     def __init__(self, config: Config, folder: RunFolder):
         self.config, self.folder = config, folder
@@ -78,7 +78,7 @@ class Run:
 
     @cached_property
     def model_identity(self) -> str:
-        """Names the model, its tokenizer and how it is run, for what depends on them."""
+        """Identifies the model, its tokenizer and its settings, for results that depend on them."""
         given = self.config.model
         return f"{fingerprint_model(resolve(given.source))} {given.dtype} thinking {given.thinking}"
 
@@ -90,7 +90,7 @@ class Run:
 
     @cached_property
     def data(self) -> RunData:
-        """The examples that fit; the others are named once."""
+        """The examples that are used; the others are printed once."""
         data = RunData(self.config, self.model.tokenizer, self.model.config.max_positions)
         if data.incomplete:
             print(visible("\n".join(data.describe())), flush=True)
@@ -101,7 +101,7 @@ class Run:
         return [METHODS[name] for name in self.config.methods]
 
     def refine(self) -> list[RefinedRow]:
-        """Stage 1; rows that are published already are read."""
+        """Stage 1. Reads the rows if they are published already."""
         made_with = self._refined_with()
         if (rows := self._published(made_with)) is not None:
             return rows
@@ -113,7 +113,7 @@ class Run:
             seconds = seconds_before + time.perf_counter() - began
             self.folder.record_time("refine", None, seconds, _num_generated(ledger))
 
-        ledger.on_append = record  # a process that is killed leaves the time of what it did
+        ledger.on_append = record  # so that the time of a killed process is recorded too
         rows = refine(self.data.train, self._refine_models(), self.config.refine, ledger)
         if is_writer():
             publish(rows, self.folder.refined, made_with)
@@ -124,7 +124,7 @@ class Run:
         return rows
 
     def _published(self, made_with: str) -> list[RefinedRow] | None:
-        """The refined rows that are there, where they are of these examples and made with these settings."""
+        """The published rows, if they are of these examples and were made with these settings; else None."""
         if not self.folder.refined_jsonl.exists():
             return None
         try:
@@ -135,7 +135,7 @@ class Run:
         examples = self.data.train
         same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
         if same and refined_with(self.folder.refined) == made_with:
-            wait_for_writer("refined")  # it may have published them just now, and be waiting for this process
+            wait_for_writer("refined")  # the first process may have just published them, and wait for this one
             return rows
         what = "settings or models" if same else "texts"
         print(f"{self.folder.refined}: made from other {what}; refining again, with what the ledger has of it")
@@ -174,7 +174,7 @@ class Run:
         )
 
     def _refined_with(self) -> str:
-        """Names all that refined rows depend on besides their texts."""
+        """A hash of everything that refined rows depend on, except for the texts of the examples."""
         settings = dataclasses.asdict(self.config.refine)
         del settings["batch_size"]
         prompts = [rewrite_prompt("", "?"), fusion_prompt("", "", "?")]
@@ -182,7 +182,7 @@ class Run:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def train(self) -> None:
-        """Stage 2 for every method, each followed by its export."""
+        """Stage 2: trains and exports each method."""
         methods = [method for method in self.methods if not self._is_current(f"export {method.name}")]
         if not methods:
             return
@@ -205,9 +205,9 @@ class Run:
             self._export(method, params)
 
     def evaluate(self) -> None:
-        """Base model and every trained one, on the same questions; a model that has its scores is passed over.
+        """Evaluates the base model and every exported one on the same questions; skips models that have scores.
 
-        Scores that were made with other settings stay until all the new ones are there.
+        Scores that were made with other settings are replaced only when all new ones are complete.
         """
         names = ["base", *(method.name for method in self.methods if self.folder.method(method.name).is_exported)]
         before = self.folder.evaluation()
@@ -226,7 +226,7 @@ class Run:
                 "among methods",
                 flush=True,
             )
-        self._write_cards(scores)  # one that was killed may have left them behind its scores
+        self._write_cards(scores)  # a process that was killed may have written scores but not the cards
         missing = [name for name in names if name not in scores]
         if missing:
             self._evaluate(missing, scores, begun=bool(stale))
@@ -237,7 +237,7 @@ class Run:
         wait_for_writer("evaluation")
 
     def _evaluate(self, names: Sequence[str], scores: dict[str, ModelScores], *, begun: bool) -> None:
-        """Evaluates models, and writes their scores as soon as each is done."""
+        """Evaluates models, and writes the scores after each one."""
         settings, general = self.config.evaluate, check_evaluation(self.data)
         evaluator = Evaluator(self.model, self.encoder, self.data.test, general, settings, self.mesh)
         for name in names:
@@ -254,7 +254,7 @@ class Run:
         self.folder.write_evaluation(Evaluation(dict(scores), settings), begun=begun)
 
     def report(self) -> None:
-        """Draws what the folder holds, whatever is still missing."""
+        """Writes the report of all results in the folder, even if some are still missing."""
         from raft_jax.report import write_report
 
         if is_writer():
@@ -262,12 +262,12 @@ class Run:
 
     def all(self) -> None:
         check_evaluation(self.data)
-        _ = self.encoder  # read now: one that cannot be is told before the training, not after it
+        _ = self.encoder  # loaded now, so that an unreadable encoder is reported before training, not after it
         self.train()
         self.evaluate()
 
     def _is_current(self, stage: str, made_with: Mapping[str, Settings] | None = None) -> bool:
-        """Whether the result of a stage is there, and was made with the settings that it would be made with now."""
+        """Whether the result of a stage exists and was made with the current settings."""
         name = stage.partition(" ")[2]
         if made_with is None and not self.folder.method(name).is_exported:
             return False
@@ -275,7 +275,7 @@ class Run:
         return not before or not changes(before, settings_for(stage, self.settings))
 
     def _record_settings(self, stage: str) -> None:
-        """Records with which settings the result of a stage is made."""
+        """Records the settings that the result of a stage is made with."""
         self.results[stage] = settings_for(stage, self.settings)
         self.folder.write_results(self.results)
 
@@ -289,7 +289,7 @@ class Run:
         self.folder.record_time("export", method.name, time.perf_counter() - began, 0)
 
     def _write_cards(self, scores: Mapping[str, ModelScores], evaluated: str | None = None) -> None:
-        """Scores into the model card of what was just evaluated, and of what has scores and a card without them."""
+        """Writes scores to the card of the model just evaluated, and to other cards that lack their model's scores."""
         from raft_jax.report.card import has_scores
 
         for method in self.methods:

@@ -1,4 +1,4 @@
-"""The data of a run: its training and held-out examples, within the limits of length, and their token ids."""
+"""The data of a run: its training and held-out examples within the limits of length, and their token ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from raft_jax.methods import Method
 from raft_jax.models.tokenizer import Tokenizer
 from raft_jax.terminal import one_line
 
-NAMED = 3  # rows of each kind that are named
+NAMED = 3  # most rows of each kind that are printed
 
 
 def _a_few(names: Sequence[str]) -> str:
@@ -24,7 +24,7 @@ def _a_few(names: Sequence[str]) -> str:
 
 
 def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, as data.* asks for them; see `load_examples` for `bad_rows`."""
+    """Training and held-out examples according to the settings data.*; see `load_examples` for `bad_rows`."""
     data = config.data
     columns = Columns(data.question, data.answer, data.id, data.split, data.context)
     if split_counts(data.path, columns):
@@ -37,7 +37,7 @@ def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[l
 
 
 class RunData:
-    """A run's examples within the limits of length. Nothing is ever cut: what is too long is left out and named."""
+    """A run's examples within the limits of length. No text is ever truncated: too long examples are left out."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_positions: int):
         self.config, self.tokenizer, self.max_positions = config, tokenizer, max_positions
@@ -66,11 +66,11 @@ class RunData:
 
     @property
     def incomplete(self) -> bool:
-        """Whether rows were left out that were asked for, or held-out questions are trained on."""
+        """Whether bad or too long rows were left out, or held-out questions are also training questions."""
         return bool(self.bad_rows or self.train_fitting.too_long or self.test_fitting.too_long or self.remembered)
 
     def describe(self) -> Iterator[str]:
-        """Lines about what is used and what is left out, naming a few rows of each kind."""
+        """Lines about the rows that are used and left out, with a few examples of each kind."""
         data = self.config.data
         for name, given, found, key, limit in (
             ("training", self.given[0], self.train_fitting, "max_train", data.max_train),
@@ -99,7 +99,7 @@ class RunData:
             )
 
     def describe_lengths(self, refines: bool) -> Iterator[str]:
-        """Lines about lengths in tokens, and warnings of limits that are shorter than most answers."""
+        """Lines about lengths in tokens, and warnings if the limits of generation would truncate many answers."""
         yield from describe_lengths(list((self.train_fitting.lengths | self.test_fitting.lengths).values()))
         limits = [
             (
@@ -128,20 +128,20 @@ class RunData:
 
     @property
     def gold(self) -> list[RefinedRow]:
-        """Every training answer as it was given."""
+        """The training rows with their gold answers."""
         reason = "No method of this run trains on refined answers."
         return [RefinedRow.unrefined(example, reason) for example in self.train]
 
     def tokens(self, rows: Sequence[RefinedRow], method: Method, longest_answer: int = 0) -> list[TokenRow]:
-        """What a method trains on, as ids.
+        """The token ids that a method trains on.
 
         Args:
-          rows: refined, or the gold answers alone.
-          method: decides which of a row's answers, and whether a teacher sees it.
-          longest_answer: tokens that there must be room for even where the row's own answer has less.
+          rows: refined rows, or rows with gold answers only.
+          method: selects which of a row's answers is the target, and whether the teacher sees it.
+          longest_answer: length of answer, in tokens, that has to fit even if the row's own answer is shorter.
 
         Raises:
-          InputError: a row does not fit the model with its rollout.
+          InputError: a row and its rollout exceed the model's positions.
         """
         tokenized = token_rows(rows, self.tokenizer, method)
         rollout = self.config.train.rollout.max_new_tokens if method.distils else 0

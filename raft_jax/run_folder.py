@@ -1,4 +1,4 @@
-"""The folder of a run: the names of its files, and the records in those that one process writes for all."""
+"""The folder of a run: the names of its files, and reading and writing its records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raft_jax.stages import Settings
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds and tokens of a stage, of one method where it has one, and the machine that it ran on."""
+    """Seconds and tokens of a stage (of one method, for stages that have one), and the machine that it ran on."""
 
     stage: str
     method: str | None
@@ -31,14 +31,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of each model that is evaluated, and the settings that each was evaluated with."""
+    """The scores of each evaluated model, and the settings that each was evaluated with."""
 
     models: dict[str, ModelScores]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class MethodFolder:
-    """What one method leaves in a run folder."""
+    """The files of one method in a run folder."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -53,15 +53,15 @@ class MethodFolder:
         return self.export.is_dir()
 
     def metrics(self) -> list[dict[str, float]]:
-        """All whole lines of metrics.jsonl, in the order of their steps."""
+        """All intact lines of metrics.jsonl, sorted by step."""
         return read_metrics(self.metrics_jsonl)
 
 
 class RunFolder:
-    """A run folder's files by name, and their records.
+    """The files of a run folder by name, and their records.
 
-    Reading raises InputError in one line where a file is damaged; writing replaces a file as a whole, and does nothing
-    in any process but the first.
+    Reading raises an InputError of one line if a file is damaged. Writing replaces a file atomically, and does nothing
+    in processes other than the first.
     """
 
     def __init__(self, path: str | Path):
@@ -72,7 +72,7 @@ class RunFolder:
         self.date_file = path / "date"
         self.timings_jsonl = path / "timings.jsonl"
         self.evaluation_json = path / "evaluation.json"
-        self.evaluation_new_json = path / "evaluation.new.json"  # made with other settings, until it is complete
+        self.evaluation_new_json = path / "evaluation.new.json"  # with changed settings, until it is complete
         self.report_html = path / "report.html"
         self.refined = path / "refined"
         self.ledger_jsonl = self.refined / "ledger.jsonl"
@@ -86,14 +86,14 @@ class RunFolder:
         return MethodFolder(self.path / name)
 
     def num_bytes(self) -> int:
-        """The size of all files."""
+        """The total size of all files in bytes."""
         return sum(status.st_size for path in self.path.rglob("*") if stat.S_ISREG((status := path.lstat()).st_mode))
 
     def timings(self) -> list[Timing]:
-        """A record of each stage so far.
+        """The record of each stage so far.
 
         Raises:
-          InputError: the first damaged line.
+          InputError: a line is damaged (names the first).
         """
         timings, damaged = read_timings(self.timings_jsonl)
         if damaged:
@@ -104,12 +104,12 @@ class RunFolder:
         return timings
 
     def timing(self, stage: str, method: str | None = None) -> Timing:
-        """Time and tokens of a stage so far."""
+        """The record of a stage so far; 0 seconds and tokens if there is none."""
         found = [timing for timing in self.timings() if (timing.stage, timing.method) == (stage, method)]
         return found[0] if found else Timing(stage, method, 0.0, 0)
 
     def record_time(self, stage: str, method: str | None, seconds: float, tokens: int) -> None:
-        """Writes a stage's record, in place of an earlier one."""
+        """Writes the record of a stage, replacing an earlier one."""
         from raft_jax.machine import describe_machine
 
         timings = [timing for timing in self.timings() if (timing.stage, timing.method) != (stage, method)]
@@ -117,7 +117,7 @@ class RunFolder:
         write_atomically(self.timings_jsonl, "".join(json.dumps(asdict(timing)) + "\n" for timing in timings))
 
     def evaluation(self, *, begun: bool = False) -> Evaluation:
-        """The scores that are there; with `begun`, those of an evaluation anew that is not complete."""
+        """The existing scores; with `begun`, those of a new evaluation with changed settings that is not complete."""
         path = self.evaluation_new_json if begun else self.evaluation_json
         if not is_there(path):
             return Evaluation({})
@@ -131,7 +131,7 @@ class RunFolder:
         write_atomically(path, json.dumps(asdict(evaluation), indent=1, ensure_ascii=False))
 
     def write_results(self, records: Mapping[str, Settings]) -> None:
-        """Records the settings that each result was made with; evaluations keep theirs beside their scores."""
+        """Records the settings that each result was made with; those of evaluations are stored with the scores."""
         known = self.evaluation().settings
         records = {stage: records[stage] for stage in sorted(records) if stage.removeprefix("evaluate ") not in known}
         text = json.dumps(records, indent=1, ensure_ascii=False) + "\n"
@@ -139,9 +139,10 @@ class RunFolder:
             write_atomically(self.results_json, text)
 
     def start_date(self) -> datetime.date:
-        """The day on which the run was begun, today where none is recorded.
+        """The day on which the run began; records today if none is recorded.
 
-        Some chat templates print today's date: a run that goes on another day must not ask other questions.
+        Some chat templates print the current date, so without the record a run resumed on another day would have
+        different prompts.
         """
         if self.date_begun() is None:
             write_atomically(self.date_file, datetime.date.today().isoformat() + "\n")
@@ -151,7 +152,7 @@ class RunFolder:
         return self.date_begun()
 
     def date_begun(self) -> datetime.date | None:
-        """The day on which the run was begun; None where it was not."""
+        """The day on which the run began; None if none is recorded."""
         if not self.date_file.exists():
             return None
         text = read_text(self.date_file).strip()
@@ -176,7 +177,7 @@ def read_timings(path: Path) -> tuple[list[Timing], list[int]]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole, in the first process alone."""
+    """Replaces a file atomically, in the first process only."""
     from raft_jax.sharding import is_writer
 
     if not is_writer():

@@ -1,4 +1,4 @@
-"""What an evaluation says of a model, as it stands in evaluation.json."""
+"""The scores of an evaluated model, in the structure of evaluation.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """The estimate from single values.
+        """The estimate from individual values.
 
         Example:
           >>> Estimate.of([1.0, 2.0, 4.0, 5.0])
@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DomainScores:
-    """On the held-out questions; `cut` answers reached the limit of length."""
+    """Scores on the held-out questions; `cut` is the number of answers truncated at the limit of length."""
 
     gold_logprob: Estimate
     token_f1: Estimate
@@ -43,7 +43,7 @@ class DomainScores:
 
 @dataclass(frozen=True)
 class GeneralScores:
-    """On the general prompts; `cut` answers reached the limit of length."""
+    """Scores on the general prompts; `cut` is the number of answers truncated at the limit of length."""
 
     divergence: Estimate
     accuracy: Estimate
@@ -52,7 +52,7 @@ class GeneralScores:
 
 @dataclass(frozen=True)
 class WeightDistance:
-    """Relative distance to the base model's weights: the mean over layers, of each layer, of the embedding."""
+    """Relative distance to the base model's weights: mean over layers, of each layer, and of the embedding."""
 
     mean: float | None = None
     layers: list[float] = field(default_factory=list)
@@ -61,7 +61,7 @@ class WeightDistance:
 
 @dataclass(frozen=True)
 class DomainAnswer:
-    """A greedy answer to a held-out question; the similarity is None where the encoder does not know the words."""
+    """A greedy answer to a held-out question; `similarity` is None if the encoder does not know the words."""
 
     id: str
     question: str
@@ -75,7 +75,7 @@ class DomainAnswer:
 
 @dataclass(frozen=True)
 class GeneralAnswer:
-    """A greedy answer to a general prompt; `correct` is None where no program can tell."""
+    """A greedy answer to a general prompt; `correct` is None if it cannot be checked automatically."""
 
     id: str
     category: str
@@ -88,7 +88,7 @@ class GeneralAnswer:
 
 @dataclass(frozen=True)
 class ModelScores:
-    """All that is measured of one model; `tokens` were generated for it."""
+    """All scores and answers of one model; `tokens` is the number of tokens generated for them."""
 
     domain: DomainScores
     general: GeneralScores

@@ -1,4 +1,4 @@
-"""The text of a file of settings, which may be anything: YAML → plain values, with limits."""
+"""Parses the untrusted YAML text of a settings file into plain values, with limits on its size."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MAX_VALUES = 10_000
 
 
 def parse_yaml(text: str, place: str) -> dict[str, Any]:
-    """A YAML mapping, as plain values with interpolations as they are written.
+    """Parses a YAML mapping into plain values; interpolations are not resolved.
 
     Raises:
-      InputError: it is not YAML, not a mapping, nested too deeply, or grows without bound by its aliases.
+      InputError: it is not YAML, not a mapping, nested too deeply, or too large with its aliases expanded.
     """
     require_train("omegaconf")
     import yaml
@@ -38,7 +38,7 @@ def parse_yaml(text: str, place: str) -> dict[str, Any]:
 
 
 def _require_small(root, place: str) -> None:
-    """Counts the values of a YAML document with its aliases written out, which can be far more than the file holds."""
+    """Limits the number of values of a YAML document with all aliases expanded, which can far exceed those written."""
     sizes: dict[int, int | None] = {}
 
     def size(node) -> int:
@@ -61,10 +61,10 @@ def _one_line(error: Exception) -> str:
 
 
 def require_literal(given: dict[str, Any], place: str) -> dict[str, Any]:
-    """Settings in which nothing is taken from elsewhere: a value of the environment would be saved and printed.
+    """Returns the settings if no value is taken from outside the file; those would be saved and shown.
 
     Raises:
-      InputError: an interpolation of the environment or by another resolver; `${other.key}` is allowed.
+      InputError: a value has an interpolation with a resolver, such as the environment's; `${other.key}` is allowed.
     """
     for key, value in flat(given).items():
         for text in value if isinstance(value, list) else [value]:
@@ -78,7 +78,7 @@ def require_literal(given: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config as dotted keys."""
+    """A nested config as a flat dict with dotted keys."""
     result: dict[str, Any] = {}
     for key, value in config.items():
         result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""The device mesh, and where each logical axis of an array lies on it."""
+"""The device mesh, and the mesh axes that each logical axis of an array is sharded over."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from raft_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# A parameter is cut over `fsdp` along the model width and over `tensor` along heads, feed-forward or
-# vocabulary; a batch is cut over `data` and `fsdp` together.
+# A parameter is sharded over `fsdp` along the model width, and over `tensor` along heads, feed-forward or vocabulary; a
+# batch is sharded over `data` and `fsdp` together.
 LOGICAL_TO_MESH = {
     "batch": ("data", "fsdp"),
     "width": "fsdp",
@@ -25,18 +25,18 @@ LOGICAL_TO_MESH = {
     "vocabulary": "tensor",
     None: None,
 }
-UNCONSTRAINED = PartitionSpec.UNCONSTRAINED  # for `constrain`: the compiler's choice
+UNCONSTRAINED = PartitionSpec.UNCONSTRAINED  # for `constrain`: the compiler chooses the sharding of this dimension
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence | None = None) -> Mesh:
-    """A mesh with the axes `data`, `fsdp` and `tensor`; one device makes a mesh too.
+    """A mesh with the axes `data`, `fsdp` and `tensor`; also for one device.
 
     Args:
-      data, fsdp, tensor: devices along each axis. One of them may be -1: all that are left.
-      devices: the devices to lay out; default all.
+      data, fsdp, tensor: number of devices along each axis. One of them may be -1, for all remaining devices.
+      devices: the devices to use; default all.
 
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: the axes need more devices than there are, or leave some idle with several processes.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
@@ -57,7 +57,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
-    """Mesh axes for logical axes; a mesh axis that two of them want is an error. UNCONSTRAINED stays what it is.
+    """Mesh axes for logical axes; two logical axes on one mesh axis are an error. UNCONSTRAINED is kept.
 
     Example:
       >>> tuple(partition_spec(("vocabulary", "width")))
@@ -72,10 +72,10 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
-    """The sharding of one array, checked: every cut dimension must divide.
+    """The sharding of one array. Every sharded dimension must be divisible by its number of shards.
 
     Raises:
-      InputError: a dimension does not divide over its mesh axis; says which array, dimension and knob.
+      InputError: a dimension is not divisible; names the array, the dimension and the setting.
     """
     spec = partition_spec(axes)
     for axis, size, entry in zip(axes, shape, spec, strict=True):
@@ -93,26 +93,26 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int],
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins an activation's layout under `jax.set_mesh`; without a mesh it does nothing."""
+    """Constrains the sharding of an activation under `jax.set_mesh`; does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return array
     return jax.lax.with_sharding_constraint(array, partition_spec(axes))
 
 
 def num_shards(axis: str) -> int:
-    """How many parts a logical axis is cut into under `jax.set_mesh`; without a mesh, one."""
+    """The number of shards of a logical axis under `jax.set_mesh`; 1 without a mesh."""
     mesh, cut_over = jax.sharding.get_abstract_mesh(), LOGICAL_TO_MESH[axis]
     names = (cut_over,) if isinstance(cut_over, str) else cut_over
     return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
 
 
 def is_writer() -> bool:
-    """Whether this process writes files: of several that share a run folder, the first."""
+    """Whether this process writes files. If several share a run folder, only the first does."""
     return jax.process_index() == 0
 
 
 def wait_for_writer(what: str) -> None:
-    """Holds the other processes until the first has written something that they are about to look for."""
+    """Makes all processes wait for each other, so that the others read files only after the first has written them."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -120,7 +120,7 @@ def wait_for_writer(what: str) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any of the processes, which all have to ask."""
+    """Whether the flag is set in any process; all processes must call it."""
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
@@ -129,7 +129,7 @@ def any_process(flag: bool) -> bool:
 
 
 def from_first_process(number: int | None) -> int | None:
-    """What the first process has found, in all of them: they all have to ask."""
+    """The first process's number, in every process; all processes must call it."""
     if jax.process_count() == 1:
         return number
     from jax.experimental import multihost_utils
@@ -139,14 +139,14 @@ def from_first_process(number: int | None) -> int | None:
 
 
 def use_mesh(mesh: Mesh | None):
-    """A context in which `constrain` pins activations to a mesh; without one it changes nothing."""
+    """A context in which `constrain` uses a mesh; changes nothing if the mesh is None."""
     return nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def put_batch(batch, mesh: Mesh):
-    """Host arrays `[B, ...]` → global arrays cut over the batch axes, on any number of processes.
+    """Host arrays `[B, ...]` → global arrays sharded over the batch axes, with any number of processes.
 
-    Every process holds the whole batch (it is a function of the step) and gives its own devices their rows.
+    Every process has the whole batch (it is a function of the step) and puts the rows of its own devices on them.
     """
     sharding = NamedSharding(mesh, partition_spec(("batch",)))
     num_rows, parts = len(jax.tree.leaves(batch)[0]), mesh.shape["data"] * mesh.shape["fsdp"]
@@ -161,7 +161,7 @@ def put_batch(batch, mesh: Mesh):
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-    """The whole array in this process's memory, wherever its parts lie; every process must call it."""
+    """The whole array in this process's host memory, however it is sharded; all processes must call it."""
     if array.is_fully_addressable:
         return np.asarray(array)
     from jax.experimental import multihost_utils

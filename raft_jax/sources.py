@@ -1,4 +1,4 @@
-"""Where a model or a file comes from: `package://MODULE/PATH`, `hf://OWNER/NAME[@REVISION]` or a plain path."""
+"""Sources of models and files: `package://MODULE/PATH`, `hf://OWNER/NAME[@REVISION]` or a plain path."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def resolve(source: str) -> Path:
     """Turns a source into a local path that exists.
 
     Args:
-      source: `package://MODULE/PATH` (a file or folder inside an installed package), `hf://OWNER/NAME`
-        or `hf://OWNER/NAME@REVISION`, a branch, tag or commit (fetched with huggingface_hub, or taken from its
-        cache), or a path.
+      source: `package://MODULE/PATH` (a file or folder inside an installed package); `hf://OWNER/NAME` or
+        `hf://OWNER/NAME@REVISION`, with a branch, tag or commit (downloaded with huggingface_hub, or read from its
+        cache); or a path.
 
     Returns:
       The path of a file or a folder.
 
     Raises:
-      InputError: the package is not installed, the hub cannot be reached, nothing is there, or what is there or in
-        the folder is a pipe or a device, which would be waited for without end.
+      InputError: the package is not installed, the hub cannot be reached, or the path does not exist; or it, or
+        something in the folder, is a pipe or a device, reading which could block forever.
 
     Example:
       >>> resolve("package://raft_jax/sources.py").name
@@ -51,7 +51,7 @@ def resolve(source: str) -> Path:
 
 
 def _require_files(path: Path) -> None:
-    """Raises InputError where a path, or something in the folder there, is neither a file nor a folder."""
+    """Raises InputError if a path, or an entry of the folder at it, is neither a file nor a folder."""
     try:
         places = [path] if not path.is_dir() else [path / name for name in os.listdir(path)]
     except OSError as error:
@@ -60,7 +60,7 @@ def _require_files(path: Path) -> None:
         try:
             mode = place.stat().st_mode
         except OSError:
-            continue  # a link to nowhere; whoever reads it says so
+            continue  # a dangling link; the code that reads it reports the error
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
             raise InputError(f"{place}: expected a file, found {kind_of(mode)}")
 
@@ -82,14 +82,14 @@ READ_FILES = (
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
 )
-COMMIT = "commit"  # among the fingerprints of a model from the hub; not a part of what the model is
+COMMIT = "commit"  # key among the fingerprints of a model from the hub; not part of the model's identity
 BLOCK_BYTES, NUM_BLOCKS = 1 << 16, 32
 
 
 def fingerprint_files(path: Path) -> dict[str, str]:
-    """A hash of every file that a model or an encoder is read from, by its name; of one from the hub, its commit, too.
+    """Hashes of all files that a model or an encoder is read from, by name; for one from the hub also its commit.
 
-    A large file is hashed by its size, its beginning and 32 blocks spread over it: under a second for any model.
+    Of a large file only the size, the beginning and 32 blocks spread over it are hashed: under a second for any model.
 
     Raises:
       InputError: a file cannot be read.
@@ -99,12 +99,12 @@ def fingerprint_files(path: Path) -> dict[str, str]:
     files = [file for file in path.glob("*") if file.name in READ_FILES or file.suffix in (".safetensors", ".model")]
     files += [*path.glob("*/config.json"), *path.glob("additional_chat_templates/*.jinja")]
     found = {file.relative_to(path).as_posix(): _sampled_hash(file) for file in sorted(files) if file.is_file()}
-    # huggingface_hub keeps what a branch or a tag stood for in a folder that the commit names.
+    # huggingface_hub resolves a branch or a tag to a commit, and names the snapshot's folder after it.
     return found | {COMMIT: path.name} if path.parent.name == "snapshots" else found
 
 
 def fingerprint_model(path: Path) -> str:
-    """One hash of everything that a model or an encoder is read from: weights, tokenizer, chat template and config."""
+    """One hash of all files that a model or an encoder is read from: weights, tokenizer, chat template and config."""
     lines = [f"{name} {digest}\n" for name, digest in sorted(fingerprint_files(path).items()) if name != COMMIT]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -117,7 +117,7 @@ def _sampled_hash(path: Path) -> str:
             if size <= BLOCK_BYTES * NUM_BLOCKS:
                 digest.update(file.read())
             else:
-                digest.update(file.read(1 << 20))  # of a safetensors file, the header
+                digest.update(file.read(1 << 20))  # has the header of a safetensors file
                 for number in range(NUM_BLOCKS):
                     file.seek((size - BLOCK_BYTES) * number // (NUM_BLOCKS - 1))
                     digest.update(file.read(BLOCK_BYTES))
@@ -169,5 +169,5 @@ def _from_hub(source: str) -> Path:
             f"{source}: the Hugging Face hub refused it ({error.response.status_code}); check the name, "
             "and set HF_TOKEN if the model is gated"
         ) from error
-    except Exception as error:  # a proxy, a broken download, a full disk, a name that cannot be one
+    except Exception as error:  # such as a proxy, an interrupted download, a full disk, an invalid name
         raise InputError(f"{source}: could not be fetched from the Hugging Face hub ({error})") from error

@@ -1,4 +1,4 @@
-"""Which settings each result of a run depends on, and what of a run folder a changed config leaves standing."""
+"""The settings that each result of a run depends on, and the results that remain valid after a change of the config."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from raft_jax.errors import InputError
 from raft_jax.sources import COMMIT
 
-Settings = Mapping[str, Any]  # dotted keys of a config, and the content of what it names, as in "data.path: content"
+Settings = Mapping[str, Any]  # dotted keys of a config, and fingerprints of files it names, as "data.path: content"
 
-# What each stage's result depends on: a key, or a group of keys. What is in no row changes no result beyond rounding:
-# where arrays lie, how much is computed at once.
+# The keys, or groups of keys, that the result of each stage depends on. Keys in no row, such as mesh.* or model.remat,
+# change results by rounding only.
 MODEL = ("model.source", "model.dtype", "model.thinking")
 ENCODER = ("encoder.source", "encoder.prefix")
 REFINE = (*MODEL, *ENCODER, "data", "seed", "refine")
 TRAIN = (*MODEL, "data", "seed", "train")
 EXPORT = (*TRAIN, "export.dtype")
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
-HELD_OUT = ("data.max_test", "data.test_split")  # of data.*, what only the evaluation depends on
+HELD_OUT = ("data.max_test", "data.test_split")  # the keys of data.* that only the evaluation depends on
 WITHOUT_EFFECT = (
     "refine.batch_size",
     "train.num_micro_batches",
@@ -29,18 +29,19 @@ WITHOUT_EFFECT = (
     "train.keep_finished",
     "evaluate.batch_size",
 )
-# Training goes on where these are raised, and the export is made anew; with any other key it would begin again.
+# If these are raised, training continues and the export is made again. If any other key has changed, training would
+# have to start again.
 EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype")
-CONTENT = ": content"  # after a key: not its value has changed, but what is there
+CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 
 
 def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]:
-    """Those of all settings that a stage's result depends on.
+    """The settings that a stage's result depends on.
 
     Args:
-      stage: its name and a method's where it has one, as in "refine", "train sft" or "evaluate base".
-      settings: of the whole run.
+      stage: its name, with the method's name if it has one: "refine", "train sft" or "evaluate base".
+      settings: all settings of the run.
       refined: whether the method trains on refined answers.
     """
     kind, _, name = stage.partition(" ")
@@ -59,9 +60,9 @@ def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]
 
 
 def changes(before: Settings, now: Settings) -> dict[str, str]:
-    """What differs, as text by key. A key that one side does not know says nothing: it is of another version.
+    """The differences, as text by key. Keys that only one side has are ignored: another version wrote that side.
 
-    Where the content of what a key names is the same, its place may be another.
+    A changed path is not a difference if the content at it is the same.
     """
     both = before.keys() & now.keys()
     return {
@@ -73,7 +74,7 @@ def changes(before: Settings, now: Settings) -> dict[str, str]:
 
 
 def _content(value: Any) -> Any:
-    """A value, or the fingerprints of a model's files without its commit, which may move without them."""
+    """A value; of a model's fingerprints without the commit, which can change while the files stay the same."""
     return {name: digest for name, digest in value.items() if name != COMMIT} if isinstance(value, dict) else value
 
 
@@ -93,18 +94,18 @@ def _change(key: str, before: Any, now: Any, settings: Settings) -> str:
 
 @dataclass
 class Plan:
-    """What of a run folder stands with the settings given.
+    """The results of a run folder that are kept, and those that are made again, with the given settings.
 
     Attributes:
-      stale: results that are made again, each with what has changed for it.
-      kept: results that stand.
+      stale: results that are made again, each with its changed settings.
+      kept: results that are still valid.
     """
 
     stale: dict[str, dict[str, str]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
-        """What a run says of it before it begins; nothing where nothing has changed."""
+        """The lines that a run prints before it starts; none if nothing has changed."""
         lines = []
         if "refine" in self.stale:
             why = "; ".join(self.stale["refine"].values())
@@ -129,21 +130,21 @@ def _names(stages: Iterable[str]) -> str:
 
 
 def plan(run_dir: str, records: Mapping[str, Settings], settings: Mapping[str, Settings]) -> Plan:
-    """Compares what the results of a folder were made with and what they would be made with now.
+    """Compares the settings that the results of a folder were made with to the current settings.
 
     Args:
-      run_dir: its name, for the error.
-      records: of each result that is there, the settings that it was made with.
-      settings: of each of them, the settings now.
+      run_dir: name of the folder, for the error message.
+      records: the settings that each existing result was made with.
+      settings: the current settings for each of these results.
 
     Raises:
-      InputError: a changed setting asks for refinement or training anew, which would throw away what is there.
+      InputError: a changed setting would require a new refinement or training, which would discard existing results.
     """
     result, refused = Plan(), {}
     for stage, before in records.items():
         changed = changes(before, settings[stage])
         kind = stage.partition(" ")[0]
-        # Rows that nothing is trained on yet can be refined again; else the training's settings have changed, too.
+        # Rows can be refined again if nothing was trained on them; else the training's settings have changed as well.
         allowed = {"train": EXTENDS, "export": REDONE}.get(kind)
         if allowed is not None:
             refused |= {key: text for key, text in changed.items() if key not in allowed}

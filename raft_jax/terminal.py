@@ -1,19 +1,19 @@
-"""Text of others on a terminal: what it would obey is made visible."""
+"""Prints untrusted text safely on a terminal: control characters are replaced by visible ones."""
 
 from __future__ import annotations
 
 import re
 
-# Control characters but tab and newline → their pictures.
+# Control characters except tab and newline → their control pictures (U+2400 to U+2421).
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {127: 0x2421}
-# Further controls, characters that turn the direction of a line, and halves of characters → the replacement character.
+# C1 controls, bidirectional formatting characters and surrogates → the replacement character.
 HIDDEN = [*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 VISIBLE |= dict.fromkeys(HIDDEN, 0xFFFD)
 LINE_END = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
 
 
 def visible(text: str) -> str:
-    """Text as it may be shown: a file's ids and names, a model's answers, an error that quotes them.
+    """Text with control characters made visible: ids and names in a file, a model's answers, errors that quote them.
 
     Example:
       >>> visible("a\\x1b[31mb")
@@ -23,7 +23,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: object, length: int = 400) -> str:
-    """The same on one line, shortened: what a library says, a value from a file.
+    """`visible` text on one line of at most `length` characters, such as a library's message or a value from a file.
 
     Example:
       >>> one_line("expected a list\\n  got 7", length=20)

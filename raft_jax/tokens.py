@@ -1,4 +1,4 @@
-"""Token ids with their mask, and batches of them: what data, sampling, models and training pass to each other."""
+"""Token ids with their mask, and batches of them: the types that data, sampling, models and training exchange."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import jax.numpy as jnp
 @partial(jax.tree_util.register_dataclass, data_fields=("ids", "mask"), meta_fields=("max_tokens", "shared_prefix"))
 @dataclass(frozen=True)
 class Tokens:
-    """Rows of token ids and which of them are real. The static fields let a model skip padding; where one of them
-    changes, jit compiles again.
+    """Rows of token ids, and which of them are real. The static fields let a model skip padding; jit recompiles when
+    one of them changes.
 
     Attributes:
       ids: [B, T], int32.
       mask: [B, T], bool, True on real tokens; or int32 segment ids, 0 at padding
         (see raft_jax.models.decoder.Decoder.hidden). None: every token is real.
-      max_tokens: at least the most real tokens of the rows on one device, of one micro-batch; None where nothing is
-        known, and padding is computed like any token.
-      shared_prefix: with how many equal tokens the rows begin. They count once in `max_tokens`.
+      max_tokens: token capacity: an upper bound on the number of real tokens on one device, in one micro-batch. None if
+        unknown; padding is then computed like any token.
+      shared_prefix: number of equal tokens that all rows begin with. They count once in `max_tokens`.
 
     Example:
       >>> prompt, answer = Tokens(jnp.array([[0, 5]]), jnp.array([[False, True]]), 1), Tokens(jnp.array([[6, 7]]))
@@ -39,7 +39,7 @@ max_tokens=None, shared_prefix=0)
 
     @property
     def real(self) -> jax.Array:
-        """[B, T], bool or int32: the mask, also where it was left out."""
+        """[B, T], bool or int32: the mask; all True if it is None."""
         return jnp.ones(self.ids.shape, bool) if self.mask is None else self.mask
 
     @property
@@ -49,17 +49,17 @@ max_tokens=None, shared_prefix=0)
 
 
 class Batch(NamedTuple):
-    """One training batch; prompts padded on the left, what follows them on the right."""
+    """One training batch. Prompts are padded on the left, completions on the right."""
 
     prompt: Tokens
-    answer: Tokens  # the end-of-turn token among them
+    answer: Tokens  # includes the end-of-turn token
     teacher_prompt: Tokens
-    row_ids: jax.Array  # [B], int32: names each row's stream of random numbers
-    rollout: Tokens | None = None  # the student's own answers, where a term of the loss needs them
+    row_ids: jax.Array  # [B], int32: identifies each row's stream of random numbers
+    rollout: Tokens | None = None  # answers sampled by the student, if a term of the loss needs them
 
 
 def concatenate(first: Tokens, *others: Tokens) -> Tokens:
-    """Rows behind one another, `[B, T + T' + ...]`; what the first ones begin with is what all begin with."""
+    """Concatenates along time to `[B, T + T' + ...]`; `shared_prefix` is that of the first."""
     parts = (first, *others)
     counts = [part.max_tokens for part in parts]
     return Tokens(
@@ -71,5 +71,5 @@ def concatenate(first: Tokens, *others: Tokens) -> Tokens:
 
 
 def predicting(hidden_fn: Callable[[Tokens], jax.Array], prompt: Tokens, completion: Tokens) -> jax.Array:
-    """Hidden states `[B, C, D]` from which each token of a completion that follows its prompt is predicted."""
+    """Hidden states `[B, C, D]` from which each token of a completion is predicted, given its prompt."""
     return hidden_fn(concatenate(prompt, completion))[:, prompt.length - 1 : -1]

@@ -1,10 +1,11 @@
-"""Unpadding: the real tokens of `[B, T]` behind one another, so that what works token by token skips the padding.
+"""Unpadding: moves the real tokens of `[B, T]` next to each other, so that tokenwise operations skip the padding.
 
-Tokens with which every text begins (a chat template's system turn) are worked through once: what a causal model makes
-of them is the same in every row.
+A prefix that all rows share (such as a chat template's system turn) is computed once: in a causal model its activations
+are the same in every row.
 
-Letters: B batch, T time, R parts of the mesh that hold rows of the batch, U places of such a part. A part packs its own
-rows: no token leaves its device.
+Letters: B batch, T time, R shards of the batch, U slots for real tokens on a shard, S = B / R * T positions of a shard,
+M positions of the shared prefix in all rows of a shard but the first, X any further dimensions. Each shard unpads its
+own rows, so no token moves to another device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from raft_jax.sharding import UNCONSTRAINED, constrain, num_shards
 
 
 class Unpadding:
-    """Where the real tokens of `[B, T]` lie in `[R, U]`, and the way there and back.
+    """The positions of the real tokens of `[B, T]` in `[R, U]`, with `unpad` and `pad` to move them there and back.
 
     Example:
       >>> unpadding = Unpadding(jnp.array([[False, True], [True, True]]), 4)
@@ -40,10 +41,10 @@ class Unpadding:
     def __init__(self, mask_BT: jax.Array, num_tokens: int, shared: int = 0):
         """
         Args:
-          mask_BT: bool, True on real tokens; or int32, 0 at padding alone.
-          num_tokens: U, at least the most real tokens of any part. Where it is too small floats become NaN, there and
-            back: no text is cut in silence.
-          shared: with how many equal tokens the rows of a part begin; they take places once.
+          mask_BT: bool, True on real tokens; or int32, 0 only at padding.
+          num_tokens: U, at least the number of real tokens of any shard. If it is too small, `unpad` and `pad` return
+            NaN for floats, so that no token is dropped unnoticed.
+          shared: number of equal tokens that all rows of a shard begin with; they use slots only once.
         """
         B, T = mask_BT.shape
         num_parts = num_shards("batch")
@@ -57,7 +58,7 @@ class Unpadding:
         again_RS = (mask_BT & (index_BT < shared) & ~first_B1).reshape(num_parts, S)
         own_RS = mask_BT.reshape(num_parts, S) & ~again_RS
         count_RS = jnp.cumsum(own_RS, axis=1, dtype=jnp.int32)
-        # What the rows share comes first among the first row's tokens, and so lies at its own index.
+        # The shared prefix is the first row's first tokens, so the slot of each equals its index in the row.
         self._own_RS = jnp.where(own_RS, count_RS - 1, num_tokens)
         self._place_RS = jnp.where(again_RS, index_BT.reshape(num_parts, S), self._own_RS)
         self._source_RU = _indices(own_RS, num_tokens)
@@ -66,7 +67,7 @@ class Unpadding:
         self._fits = jnp.all(count_RS[:, -1] <= num_tokens) & jnp.all(jnp.sum(mask_BT, axis=1) >= shared)
 
     def unpad(self, x_BTX: jax.Array) -> jax.Array:
-        """`[B, T, ...]` → `[R, U, ...]`; places without a token hold zeros."""
+        """`[B, T, ...]` → `[R, U, ...]`; slots without a token hold zeros."""
         x_RSX = x_BTX.reshape(self._own_RS.shape[0], -1, *x_BTX.shape[2:])
         return self._whole(_move(x_RSX, self._source_RU, self._own_RS))
 
@@ -78,13 +79,13 @@ class Unpadding:
     def _whole(self, x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jnp.floating):
             x = jnp.where(self._fits, x, jnp.nan)
-        # The other dimensions stay as they are: heads may be cut, too.
+        # The other dimensions are unconstrained: heads, for example, may be sharded too.
         return constrain(x, "batch", *(UNCONSTRAINED,) * (x.ndim - 1))
 
 
 def make_unpadding(mask_BT: jax.Array, num_tokens: int | None, shared: int = 0) -> tuple[Callable, Callable]:
-    """`Unpadding`'s unpad and pad; both leave alone what they are given where there is no padding to leave out, or
-    where num_tokens is None."""
+    """`Unpadding`'s unpad and pad; both are the identity if num_tokens is None or so large that no padding would be
+    skipped."""
     if num_tokens is None or num_tokens >= mask_BT.size // num_shards("batch"):
         return lambda x: x, lambda x: x
     unpadding = Unpadding(mask_BT, num_tokens, shared)
@@ -93,8 +94,8 @@ def make_unpadding(mask_BT: jax.Array, num_tokens: int | None, shared: int = 0) 
 
 @jax.custom_vjp
 def _move(x_RSX, source_RU, back_RS):
-    """x at the sources, zeros where one lies beyond the end. `back` are the sources of the way back, and so of the
-    gradient, which is then a gather too: XLA's scatter goes row by row on CPU and sorts on a TPU."""
+    """x at the source indices, zeros where an index is out of range. `back_RS` are the indices of the inverse, with
+    which the gradient is a gather too: XLA's scatter goes row by row on CPU and sorts on TPU."""
     return _gather(x_RSX, source_RU)
 
 
@@ -106,8 +107,8 @@ _move.defvjp(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _spread(shared: int, x_RUX, place_RS, source_RU, again_RM):
-    """x at the places, the first `shared` of which every row takes: their gradient is a sum over the rows, M places
-    beside those of the first row."""
+    """x at the slots place_RS. All rows of a shard read the first `shared` slots, so the gradient there is a sum over
+    rows: that of the first row, and the M positions in again_RM of the others."""
     return _gather(x_RUX, place_RS)
 
 
@@ -127,11 +128,11 @@ _spread.defvjp(
 
 
 def _gather(x_RSX: jax.Array, source_RU: jax.Array) -> jax.Array:
-    """x at each part's own sources, zeros where one lies beyond the end."""
+    """x at each shard's source indices, zeros where an index is out of range."""
     return jax.vmap(lambda x_SX, source_U: x_SX.at[source_U].get(mode="fill", fill_value=0))(x_RSX, source_RU)
 
 
 def _indices(mask_RS: jax.Array, size: int) -> jax.Array:
-    """Where each part's mask is True, `size` of them, in order; one beyond the end where there are fewer."""
+    """The first `size` indices at which each shard's mask is True; padded with an index that is out of range."""
     find = partial(jnp.nonzero, size=size, fill_value=mask_RS.shape[1])
     return jax.vmap(lambda mask_S: find(mask_S)[0])(mask_RS).astype(jnp.int32)

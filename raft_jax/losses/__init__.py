@@ -2,14 +2,15 @@
 
 Letters, used in every name, suffix and einsum string:
 
-    B batch        T time         D model width    V vocabulary    K tokens kept by the truncation
-    S cache length N query heads  H head width     F feed-forward  L layers
+    B batch      T time                 D model width                 V vocabulary    K tokens kept by the truncation
+    A answer     N tokens of a chunk    M columns of the vocabulary
 
 Every loss returns unreduced values of shape [B, T] in nats; `sequence_mean` and `token_mean` reduce them. The student
-comes before the teacher in every signature, and the teacher never carries a gradient. Only jax is imported.
+comes before the teacher in every signature, and no gradient flows to the teacher. Only jax is imported.
 
-To read it: reference.py says what is computed, in plain `jax.numpy`; pointwise.py has value and derivative of each loss
-at one token; logits.py and linear.py are the public functions, the latter on chunked.py, which never holds [B, T, V].
+Where to start reading: reference.py defines every loss in plain `jax.numpy`; pointwise.py has the value and the
+derivative of each loss at one token; logits.py and linear.py are the public functions; linear.py is built on
+chunked.py, which never holds [B, T, V].
 """
 
 from raft_jax.losses.balance import BalanceState, init_balance, raft_objective, update_balance
@@ -27,7 +28,7 @@ from raft_jax.losses.logits import cross_entropy, forward_kl, jensen_shannon, re
 from raft_jax.losses.reduce import sequence_mean, sequence_weight, token_mean, token_weight
 from raft_jax.losses.truncation import TopK, top_k
 
-Tied = TiedEmbedding  # its name before
+Tied = TiedEmbedding  # the former name
 
 __all__ = [
     "BalanceState",

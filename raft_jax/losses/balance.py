@@ -1,4 +1,4 @@
-"""RAFT's objective: two losses kept at the same weight by their running averages."""
+"""RAFT's objective: cross entropy plus distillation, balanced by the running averages of the two losses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raft_jax.losses import checks
 
 
 class BalanceState(NamedTuple):
-    """Running averages of the two losses: what `update_balance` carries from step to step."""
+    """Running averages of the two losses: the state of `update_balance`."""
 
     count: jax.Array  # int32 scalar: updates so far (s)
     sft_average: jax.Array  # float32 scalar, not bias-corrected (m_SFT)
@@ -25,7 +25,7 @@ class BalanceState(NamedTuple):
 
 
 def init_balance() -> BalanceState:
-    """Averages before the first step: all zero."""
+    """The state before the first step: all zeros."""
     return BalanceState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
 
 
@@ -39,29 +39,29 @@ def update_balance(
     floor: float | jax.Array = 1e-9,
     max_weight: float | None = None,
 ) -> tuple[jax.Array, BalanceState]:
-    """Weight of the KL term at which both terms weigh the same, and the averages behind it.
+    """Computes the weight λ of the KL term that makes both terms equally large, and updates the running averages.
 
         m_k = decay m_k + (1 - decay) L_k,    weight = m̂_SFT / (m̂_KL + epsilon),    m̂ = m / (1 - decay**s)
 
-    Call it once an optimiser step, with the losses of the whole batch; not once a micro-batch or a device.
+    Call it once per optimiser step with the losses of the whole batch, not once per micro-batch or per device.
 
     Args:
         state: from `init_balance` or the previous step.
-        sft_loss, kl_loss: scalars, nats. Where one is not finite the averages stay as they were.
+        sft_loss, kl_loss: scalars, nats. If one is not finite, the state is returned unchanged.
         decay: in [0, 1).
         epsilon: > 0, nats.
-        floor: >= 0, nats. While m̂_KL is no more than this the weight is 0: a student that still is its teacher has a
-            KL of about 1e-13 where float32 models round differently, and the ratio would blow the gradient of that
-            rounding up until it drowns cross entropy's.
+        floor: >= 0, nats. The weight is 0 while m̂_KL <= floor. A student that still equals its teacher has a KL of
+            about 1e-13, from rounding differences between the float32 models; dividing by it would scale the gradient
+            of these rounding errors above that of the cross entropy.
         max_weight: > 0. Default: no limit.
 
     Returns:
-        (weight, state): a float32 scalar that carries no gradient, and the next state. The current losses
-        are in the averages, so at the first step the weight is their ratio. NaN where a loss is not finite.
+        (weight, state): a float32 scalar without gradient, and the next state. The averages include the current
+        losses, so the weight of the first step is their ratio. The weight is NaN if a loss is not finite.
 
     Raises:
-        ValueError: a loss is no scalar or a setting is outside of its range; said while tracing. Settings may be traced
-            and are then not checked.
+        ValueError: a loss is not a scalar or a setting is out of range; raised while tracing. Traced settings are not
+            checked.
 
     RAFT (arXiv:2606.00147), Eqs. 11 and 12.
 
@@ -99,10 +99,10 @@ def raft_objective(sft_loss: jax.Array, kl_loss: jax.Array, weight: jax.Array) -
         sft_loss, kl_loss, weight: scalars; the losses in nats, the weight from `update_balance`.
 
     Returns:
-        A scalar, nats. The weight carries no gradient.
+        A scalar, nats. No gradient flows to the weight.
 
     Raises:
-        ValueError: an argument is no scalar.
+        ValueError: an argument is not a scalar.
 
     RAFT (arXiv:2606.00147), Eq. 12.
 

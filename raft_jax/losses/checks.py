@@ -1,4 +1,4 @@
-"""Arguments checked while tracing: an error names the argument, what it got and what it wants. And dtypes."""
+"""Argument checks, made while tracing, and dtype rules. An error names the argument, the value and what is allowed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from jax.core import Tracer
 
 
 def accumulation_dtype(*dtypes):
-    """What losses and sums are computed in: float32, or float64 where an input is."""
+    """The dtype of losses and sums: float32, or float64 if an input is float64 and x64 is enabled."""
     enabled = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue] (made when jax is imported)
     return jnp.dtype(jnp.float64 if enabled and any(jnp.dtype(x) == jnp.float64 for x in dtypes) else jnp.float32)
 
 
 def compute_dtype(*dtypes):
-    """What the factors of a product are cast to: their own dtype where they share one."""
+    """The dtype of a product's factors: their own if they share one below 64 bits, else the accumulation dtype."""
     first, *others = map(jnp.dtype, dtypes)
     return first if first.itemsize < 8 and all(x == first for x in others) else accumulation_dtype(*dtypes)
 
@@ -27,7 +27,7 @@ def upcast(values: jax.Array) -> jax.Array:
 
 
 def floating(name: str, values: jax.Array, ndim: int | None = None) -> None:
-    """A floating-point array of that many dimensions; of at least one where nothing is said."""
+    """Requires a floating-point array with `ndim` dimensions, or with at least one if `ndim` is None."""
     _of_type(name, values, jnp.floating, "a floating-point")
     if ndim is not None and values.ndim != ndim:
         raise ValueError(f"{name} must have {ndim} dimensions, got shape {values.shape}")
@@ -36,14 +36,14 @@ def floating(name: str, values: jax.Array, ndim: int | None = None) -> None:
 
 
 def tokens(name: str, values: jax.Array, want: tuple[int, ...]) -> None:
-    """An array [..., X] whose leading dimensions are the student's."""
+    """Requires an array [..., X] with the leading dimensions of the student."""
     if values.shape[:-1] != want:
         shape = "".join(f"{size}, " for size in want)
         raise ValueError(f"{name} must have shape [{shape}...] like the student's, got {values.shape}")
 
 
 def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> jax.Array:
-    """In 32 bits or more: 8 or 16 may not hold the vocabulary's size."""
+    """The labels as integers of at least 32 bits: 8 or 16 bits may not hold the size of the vocabulary."""
     _of_type("labels_BT", labels_BT, jnp.integer, "an integer")
     if labels_BT.shape != want:
         raise ValueError(f"labels_BT must have shape {want}, got {labels_BT.shape}")
@@ -51,7 +51,7 @@ def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> jax.Array:
 
 
 def mask(mask_BT: jax.Array, want: tuple[int, ...] | None = None) -> jax.Array:
-    """As bool: an integer mask counts where it is not 0."""
+    """The mask as bool; an integer mask is True where it is not 0."""
     if not hasattr(mask_BT, "dtype") or not (mask_BT.dtype == jnp.bool_ or jnp.issubdtype(mask_BT.dtype, jnp.integer)):
         given = getattr(mask_BT, "dtype", type(mask_BT).__name__)
         raise ValueError(f"mask_BT must be a bool or integer array, got {given}")
@@ -72,7 +72,7 @@ def scalar(name: str, value: jax.Array) -> None:
 
 
 def temperature(value, dtype) -> jax.Array:
-    """As an array; it may be traced, and to differentiate by it is an error."""
+    """The temperature as an array. It may be traced; differentiating with respect to it raises an error."""
     if jnp.shape(value) != ():
         raise ValueError(f"temperature must be a scalar, got shape {jnp.shape(value)}")
     if is_traced(value):
@@ -128,7 +128,7 @@ def truncation(k: int | None, recall: float | None) -> None:
 
 
 def vocab_size(value: int | None, **vocabularies: int) -> int:
-    """The number of real tokens: as given, or the one width that all share."""
+    """The number of real tokens: the given value, or the size that all vocabularies share."""
     if value is None:
         if len(set(vocabularies.values())) > 1:
             sizes = ", ".join(f"{name} {size}" for name, size in vocabularies.items())
@@ -144,7 +144,7 @@ def is_traced(value) -> bool:
 
 
 def static(name: str, value, instead: str = "pass a Python number") -> float:
-    """A Python float: part of the compiled program."""
+    """The value as a Python float, which becomes a constant of the compiled program."""
     if is_traced(value):
         raise ValueError(f"{name} must be known when the program is traced, got a traced array; {instead}")
     return float(value)
@@ -152,7 +152,7 @@ def static(name: str, value, instead: str = "pass a Python number") -> float:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def without_gradient(name: str, value: jax.Array) -> jax.Array:
-    """The value; its derivative is an error that names it, where a custom VJP would give zero."""
+    """The value. Differentiating with respect to it raises an error that names it; a custom VJP would give 0."""
     return value
 
 

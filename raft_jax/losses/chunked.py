@@ -1,11 +1,11 @@
-"""Losses of hidden states that never hold all the logits [B, T, V].
+"""Losses from hidden states, without ever holding all logits [B, T, V].
 
-Forward, the tokens are cut into chunks: each meets the whole vocabulary, as a softmax needs. Backward, the vocabulary
-is cut into blocks: each meets all the tokens, so that the unembedding's gradient is summed inside one product and needs
-no accumulator. Both hold about chunk_size * V logits at a time.
+The forward pass loops over chunks of tokens, each with the whole vocabulary, which the softmax needs. The backward pass
+loops over blocks of the vocabulary, each with all tokens, so that a block of the unembedding's gradient is summed
+inside one matrix product and needs no accumulator. Both passes hold about chunk_size * V logits at a time.
 
-Two custom VJPs: `linear_losses` gives unreduced losses, of several sets of tokens at once (`linear_raft_losses`);
-`weighted_linear_loss` gives a weighted sum, whose gradient it forms in the forward pass.
+There are two custom VJPs. `linear_losses` returns unreduced losses, for several sets of tokens at once
+(`linear_raft_losses`). `weighted_linear_loss` returns a weighted sum and computes its gradient in the forward pass.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from raft_jax.losses import checks, sharding, xla_cpu
 from raft_jax.losses.lm_head import LMHead, LogitConfig
 from raft_jax.losses.pointwise import any_nonzero
 
-SYMBOLIC_ROWS = 64  # what a batch of symbolic size (`jax.export`) is taken for, where chunks are sized
+SYMBOLIC_ROWS = 64  # chunks are sized for this many rows where the batch size is symbolic (`jax.export`)
 
 
 class Term(NamedTuple):
-    """The static half of one loss."""
+    """The static part of one loss; `Targets` has the arrays."""
 
-    loss: Any  # of pointwise.py
+    loss: Any  # a loss of pointwise.py
     student: LogitConfig
-    teacher: LogitConfig | None = None  # where the targets are logits of a teacher's hidden states
+    teacher: LogitConfig | None = None  # None unless the targets are logits computed from a teacher's hidden states
 
 
 class Targets(NamedTuple):
-    """The arrays that a loss compares the student with; none has a gradient."""
+    """The arrays that a loss compares the student with. They get no gradient."""
 
     tokens: Any  # [B, T, ...]: labels, a TopK, or the teacher's hidden states
     teacher_head: LMHead | None = None
     temperature: jax.Array | None = None
 
     def compared(self, term: Term, tokens_N, head: LMHead | None, columns_M=None):
-        """`targets` of pointwise.py, for some tokens and columns."""
+        """The argument `targets` of pointwise.py, for some tokens and some columns of the vocabulary."""
         if term.teacher is None or head is None:  # both or neither
             targets = tokens_N
         else:
@@ -53,10 +53,10 @@ class Targets(NamedTuple):
 
 
 class TokenChunks(NamedTuple):
-    """How tokens of shape [B, T] (or any other) are cut into chunks of about chunk_size.
+    """Splits tokens of shape [B, T] (or any other shape) into chunks of about chunk_size tokens.
 
-    Cut along time, so that a batch that is split over devices stays where it is. A batch with more rows than that is
-    folded first, whole rows one after the other.
+    The split is along time, so that a batch sharded over devices needs no resharding. A batch with more than chunk_size
+    rows is first reshaped to fewer, longer rows, by concatenating whole rows.
     """
 
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class TokenChunks(NamedTuple):
         return cls(shape, rows, time, math.ceil(time / num_chunks), num_chunks)
 
     def start(self, index):
-        """The last chunk is moved back to end with the last token; what it repeats `join` drops."""
+        """First time step of a chunk. The last chunk starts earlier, to end at the last token; `join` drops repeats."""
         return jnp.minimum(index * self.size, self.time - self.size)
 
     def chunk(self, arrays, index):
@@ -94,12 +94,12 @@ class TokenChunks(NamedTuple):
         return jax.tree.map(one, arrays)
 
     def is_new(self, index):
-        """Which of a chunk's tokens [N] no earlier chunk had."""
+        """Mask [N] of the chunk's tokens that were in no earlier chunk."""
         is_new = self.start(index) + jnp.arange(self.size) >= index * self.size
         return jnp.broadcast_to(is_new[None], (self.rows, self.size)).reshape(self.rows * self.size)
 
     def join(self, chunks):
-        """From [chunks, N, ...] to [B, T, ...]."""
+        """[chunks, N, ...] → [B, T, ...]."""
 
         def one(x):
             rest = x.shape[2:]
@@ -112,18 +112,18 @@ class TokenChunks(NamedTuple):
 
 
 def over_tokens(function: Callable, shape: tuple[int, ...], chunk_size: int, *arrays):
-    """function(*[N, ...]) -> pytree of [N, ...] on chunks of tokens, joined to [B, T, ...]."""
+    """Applies function(*[N, ...]) -> pytree of [N, ...] to chunks of tokens and joins the results to [B, T, ...]."""
     chunks = TokenChunks.of(shape, chunk_size)
-    if chunks.num_chunks == 1:  # without a loop: the compiler then sees what forward and backward share
+    if chunks.num_chunks == 1:  # no loop, so that the compiler can share computations of forward and backward
         return chunks.join(jax.tree.map(lambda x: x[None], function(*chunks.chunk(arrays, 0))))
     return chunks.join(jax.lax.map(lambda index: function(*chunks.chunk(arrays, index)), jnp.arange(chunks.num_chunks)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def linear_losses(terms: tuple[Term, ...], chunk_size: int, hidden: tuple, head: LMHead, targets: tuple[Targets, ...]):
-    """The outputs [B, T] of each term's loss, for hidden states [B, T, D] of its own and one head.
+    """The outputs [B, T] of each term's loss. Each term has its own hidden states [B, T, D]; all share one head.
 
-    The head's gradient is one product over the tokens of all terms.
+    The head's gradient is computed in one product over the tokens of all terms.
     """
     return _linear_losses_forward(terms, chunk_size, hidden, head, targets)[0]
 
@@ -142,7 +142,7 @@ def _linear_losses_forward(terms, chunk_size, hidden, head, targets):
 
 def _linear_losses_backward(terms, chunk_size, saved, cotangents):
     hidden, head, targets, residuals = saved
-    # The terms' tokens are joined row by row, so that a batch that is split over devices stays where it is.
+    # The terms' tokens are concatenated row by row, so that a batch sharded over devices needs no resharding.
     rows = [x.shape[0] if x.ndim > 1 else 1 for x in hidden]
     num_rows = max(1, math.gcd(*rows)) if all(isinstance(n, int) for n in rows) else 1
     parts = tuple(map(TermArrays.by_token, terms, hidden, targets, residuals, cotangents))
@@ -169,7 +169,7 @@ def linear_loss(term: Term, chunk_size: int, hidden_BTD, head: LMHead, targets: 
 
 
 class VocabBlocks(NamedTuple):
-    """How the vocabulary is cut into blocks. One that is split over devices is cut within each shard."""
+    """Splits the vocabulary into blocks. If it is sharded over devices, each block has columns of every shard."""
 
     shards: int
     rows: int  # columns of a shard
@@ -183,25 +183,25 @@ class VocabBlocks(NamedTuple):
         return cls(shards, rows, size, math.ceil(rows / size))
 
     def start(self, index):
-        """The last block is moved back to end with the vocabulary."""
+        """First column of a block in each shard. The last block starts earlier, to end at the shard's last column."""
         return jnp.minimum(index * self.size, self.rows - self.size)
 
     def columns(self, index):
-        """The block's columns of the vocabulary, [M]."""
+        """Indices [M] of the block's columns in the vocabulary."""
         within = jnp.arange(self.size) + self.start(index)
         return (self.rows * jnp.arange(self.shards)[:, None] + within[None]).reshape(self.shards * self.size)
 
     def is_new(self, index):
-        """Which columns [1, M] no earlier block had."""
+        """Mask [1, M] of the columns that were in no earlier block."""
         return (self.columns(index) % self.rows >= index * self.size)[None]
 
     def split(self, x, axis: int, size: int | None = None):
-        """The vocabulary's axis as two, [shards, columns of a shard]."""
+        """Reshapes the vocabulary axis to two axes, [shards, columns of a shard]."""
         size = self.rows if size is None else size
         return x if self.shards == 1 else x.reshape(*x.shape[:axis], self.shards, size, *x.shape[axis + 1 :])
 
     def read(self, x, axis: int, index):
-        """A split array's part of a block, its vocabulary as one axis again."""
+        """A block of an array from `split`, with one vocabulary axis again."""
         if self.num_blocks > 1:
             x = xla_cpu.slice_in_dim(x, self.start(index), self.size, axis + (self.shards > 1))
         return x if self.shards == 1 else x.reshape(*x.shape[:axis], self.shards * self.size, *x.shape[axis + 2 :])
@@ -212,10 +212,10 @@ class VocabBlocks(NamedTuple):
 
 
 class TermArrays(NamedTuple):
-    """What the backward pass of one term needs, by token."""
+    """The arrays that the backward pass of one term needs, with all tokens on one axis."""
 
     hidden_ND: jax.Array
-    keep_N: jax.Array  # which tokens have a cotangent; the others may hold NaN, and their hidden states here are 0
+    keep_N: jax.Array  # tokens with a nonzero cotangent; the others may hold NaN, so hidden_ND is 0 there
     targets: Targets
     residuals: Any
     cotangent: Any
@@ -234,7 +234,7 @@ class TermArrays(NamedTuple):
         return cls(hidden_ND, keep_N, targets, flat(residuals), cotangent)
 
     def dlogits(self, term: Term, head: LMHead, teacher_head: LMHead | None, columns_M) -> jax.Array:
-        """Gradient of h W + bias, [N, M], at the columns to which both heads have been cut."""
+        """Gradient [N, M] with respect to h W + bias, at the columns M that both heads have been sliced to."""
         logits, derivative = None, 1
         if term.loss.needs_logits:
             logits = head.logits(self.hidden_ND, term.student, columns_M)
@@ -245,7 +245,10 @@ class TermArrays(NamedTuple):
 
 
 def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermArrays, ...]):
-    """Gradients of each term's hidden states ([N, D], not rounded) and of the head; bits: see xla_cpu.py."""
+    """Gradients of each term's hidden states ([N, D], in the accumulation dtype) and of the head.
+
+    `bits` keeps the head's gradient as integers in the loop (see `xla_cpu.as_bits`).
+    """
     hidden_ND, config = _join(num_rows, [part.hidden_ND for part in parts]), terms[0].student
     num_tokens = hidden_ND.shape[0] if isinstance(hidden_ND.shape[0], int) else SYMBOLIC_ROWS * 16
     blocks = VocabBlocks.of(head.vocabulary, config.shards, num_tokens, chunk_size)
@@ -294,7 +297,7 @@ def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermA
 
 
 def _join(num_rows: int, arrays):
-    """[N, X] and [N', X] as one [N + N', X], row by row of a batch that both have."""
+    """Concatenates [N, X] and [N', X] to [N + N', X], within each of the num_rows rows that both consist of."""
     if len(arrays) == 1:
         return arrays[0]
     joined = jnp.concatenate([x.reshape(num_rows, x.shape[0] // num_rows, x.shape[1]) for x in arrays], axis=1)
@@ -302,7 +305,7 @@ def _join(num_rows: int, arrays):
 
 
 def _split(num_rows: int, array, sizes):
-    """What `_join` has joined."""
+    """The inverse of `_join`."""
     if len(sizes) == 1:
         return (array,)
     array, start, parts = array.reshape(num_rows, sum(sizes) // num_rows, array.shape[1]), 0, []
@@ -313,12 +316,12 @@ def _split(num_rows: int, array, sizes):
     return tuple(parts)
 
 
-# ------------------------------------------------------------------ a weighted sum, its gradient formed forward
+# ------------------------------------------------------------------ a weighted sum, with the gradient computed forward
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_linear_loss(term: Term, chunk_size: int, hidden_BTD, head: LMHead, weight_BT, targets: Targets):
-    """sum_bt weight_bt loss_bt; a token of weight 0 may hold NaN."""
+    """sum_bt weight_bt loss_bt. Tokens of weight 0 may hold NaN."""
     loss_BT = linear_loss(term, chunk_size, hidden_BTD, head, targets)
     weight_BT = weight_BT.astype(loss_BT.dtype)
     return jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * loss_BT))

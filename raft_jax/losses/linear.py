@@ -1,4 +1,4 @@
-"""The losses from hidden states and the unembedding, never holding [B, T, V] for either model."""
+"""Losses from hidden states and the unembedding, without holding [B, T, V] for either model."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     return_logsumexp: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """`cross_entropy` of the logits h W.
+    """`cross_entropy` with logits h W.
 
         v = softcap tanh(scale (h W + bias) / softcap),    loss_bt = log sum_a exp(v_bta) - v_bt,label
 
     Args:
         hidden_BTD: [B, T, D], or any leading shape; float.
-        unembedding_DV: [D, V], float; or `TiedEmbedding(embedding_VD)`, the embedding table.
-        labels_BT: [B, T], int. A negative label is no target: loss 0, no gradient.
-        weight_BT: [B, T], float. With it the result is the scalar sum_bt weight_bt loss_bt, and its gradient is
-            formed in the forward pass: three products with the unembedding in place of four, and one float32
-            array [D, V] more. `sequence_weight` and `token_weight` make it from a mask.
+        unembedding_DV: [D, V], float; or `TiedEmbedding(embedding_VD)` for a tied embedding table.
+        labels_BT: [B, T], int. Tokens with a negative label are ignored: loss 0, no gradient.
+        weight_BT: [B, T], float. If given, the result is the scalar sum_bt weight_bt loss_bt, and its gradient is
+            computed in the forward pass: three products with the unembedding instead of four, and one additional
+            float32 array [D, V]. `sequence_weight` and `token_weight` make it from a mask.
         bias_V: [V], float. Default: none.
         logit_scale: multiplies h W + bias.
         logit_softcap: > 0. Default: none.
-        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
-        chunk_size: chunk_size * V logits are held at a time, forward and backward.
-        vocab_shards: devices over which the vocabulary is split. Default: from the array's type where its
-            mesh axes are explicit, else the most that the number of devices and V allow, up to 16.
-        label_smoothing, z_loss, return_logsumexp: as in `cross_entropy`; the last not with weights.
+        vocab_size: columns at or beyond it are padding and get no probability. Default: V.
+        chunk_size: about chunk_size * V logits are held at a time, forward and backward.
+        vocab_shards: number of devices that the vocabulary is sharded over. Default: read from the array's type if
+            its mesh axes are explicit; 1 under `shard_map`; else gcd(V, number of devices, 16).
+        label_smoothing, z_loss, return_logsumexp: as in `cross_entropy`; return_logsumexp not with weight_BT.
 
     Returns:
-        loss_BT: [B, T], float32, nats; or (loss_BT, logsumexp_BT); with weights a scalar.
+        loss_BT: [B, T], float32, nats; or (loss_BT, logsumexp_BT); a scalar if weight_BT is given.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     RAFT (arXiv:2606.00147), Eq. 5.
 
@@ -85,22 +85,22 @@ def linear_forward_kl(
     temperature: float = 1.5,
     **settings,
 ) -> jax.Array:
-    """`forward_kl` of the logits h W.
+    """`forward_kl` with logits h W.
 
-        loss_bt = T² sum_a q_a (log q_a - log p_a),    q = softmax(u / T),    p = softmax(v / T)
+        loss_bt = τ² sum_a q_a (log q_a - log p_a),    q = softmax(u / τ),    p = softmax(v / τ)
 
     Args:
         student_hidden_BTD, student_unembedding_DV: [B, T, D] and [D, V], float, or `TiedEmbedding`.
-        teacher_hidden_BTD, teacher_unembedding_DV: the same of any width D'. No gradient.
-        temperature: > 0. May be traced; carries no gradient.
+        teacher_hidden_BTD, teacher_unembedding_DV: likewise, with any width D'. No gradient.
+        temperature: τ > 0. May be traced; has no gradient.
         settings: student_bias_V, teacher_bias_V, logit_scale, logit_softcap, vocab_size, chunk_size and
             vocab_shards as in `linear_top_k_forward_kl`, weight_BT as in `linear_cross_entropy`.
 
     Returns:
-        loss_BT: [B, T], float32, nats; with weights a scalar.
+        loss_BT: [B, T], float32, nats; a scalar if weight_BT is given.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     >>> hidden_BTD, unembedding_DV = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(3, 4)
     >>> linear_forward_kl(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV).tolist()
@@ -119,7 +119,7 @@ def linear_reverse_kl(
     temperature: float = 1.5,
     **settings,
 ) -> jax.Array:
-    """`reverse_kl` of the logits h W. Arguments, result and errors as in `linear_forward_kl`.
+    """`reverse_kl` with logits h W. Arguments, result and errors as in `linear_forward_kl`.
 
     >>> hidden_BTD, unembedding_DV = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(3, 4)
     >>> linear_reverse_kl(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV).tolist()
@@ -139,7 +139,7 @@ def linear_jensen_shannon(
     temperature: float = 1.5,
     **settings,
 ) -> jax.Array:
-    """`jensen_shannon` of the logits h W. Arguments, result and errors as in `linear_forward_kl`, and beta in (0, 1).
+    """`jensen_shannon` with logits h W. Arguments, result and errors as in `linear_forward_kl`, and beta in (0, 1).
 
     >>> hidden_BTD, unembedding_DV = jnp.ones((1, 2, 3)), jnp.arange(12.0).reshape(3, 4)
     >>> round(float(linear_jensen_shannon(hidden_BTD, unembedding_DV, hidden_BTD, unembedding_DV).max()), 4)
@@ -163,7 +163,7 @@ def linear_top_k(
     recall: float | None = None,
     vocab_shards: int | None = None,
 ) -> TopK:
-    """`top_k` of the logits h W. Arguments and errors as in `linear_cross_entropy` and `top_k`; no gradient.
+    """`top_k` with logits h W. Arguments and errors as in `linear_cross_entropy` and `top_k`; no gradient.
 
     >>> unembedding_DV = jnp.array([[0.0, 3.0, 2.0], [0.0, 0.0, 2.0]])
     >>> linear_top_k(jnp.ones((1, 1, 2)), unembedding_DV, k=2).indices_BTK.tolist()
@@ -203,25 +203,25 @@ def linear_top_k_forward_kl(
     vocab_shards: int | None = None,
     return_metrics: bool = False,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
-    """`top_k_forward_kl` of the logits h W.
+    """`top_k_forward_kl` with logits h W.
 
-        loss_bt = T² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / T),    p = softmax(v / T)
+        loss_bt = τ² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / τ),    p = softmax(v / τ)
 
     Args:
         student_hidden_BTD: [B, T, D], or any leading shape; float.
         student_unembedding_DV: [D, V], float, or `TiedEmbedding`.
-        teacher_hidden_BTD: [B, T, D'], float, of any width D'; or the `TopK` of an earlier pass. No gradient.
-        teacher_unembedding_DV: [D', V], float, or `TiedEmbedding`; none with a `TopK`. No gradient.
+        teacher_hidden_BTD: [B, T, D'], float, of any width D'; or a precomputed `TopK`. No gradient.
+        teacher_unembedding_DV: [D', V], float, or `TiedEmbedding`; None with a `TopK`. No gradient.
         student_bias_V, teacher_bias_V: [V], float. Default: none.
-        logit_scale, logit_softcap: as in `linear_cross_entropy`; one for both models, or (student, teacher).
+        logit_scale, logit_softcap: as in `linear_cross_entropy`; one value for both models, or (student, teacher).
         chunk_size, vocab_size, vocab_shards: as in `linear_cross_entropy`.
         k, temperature, recall, return_metrics: as in `top_k_forward_kl`.
 
     Returns:
-        loss_BT: [B, T], float32, nats; with metrics (loss_BT, {name: [B, T]}), as in `top_k_forward_kl`.
+        loss_BT: [B, T], float32, nats; with return_metrics (loss_BT, {name: [B, T]}), as in `top_k_forward_kl`.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     RAFT (arXiv:2606.00147), Eqs. 8 to 10.
 
@@ -266,22 +266,23 @@ def linear_raft_losses(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ):
-    """`linear_cross_entropy` of the answers and `linear_top_k_forward_kl` of the rollouts.
+    """`linear_cross_entropy` on the answers and `linear_top_k_forward_kl` on the rollouts, in one call.
 
-    The same numbers as from the two, and one gradient of the unembedding in place of two that are then added: one array
-    of its size, written once. Answers and rollouts may be the same tokens, and there may be more of one than of the
-    other (two rollouts a prompt).
+    The losses are those of the two functions. The unembedding's gradient is computed once for both, instead of adding
+    two arrays of its size. Answers and rollouts may be the same tokens, and their numbers of rows may differ (for
+    example two rollouts per prompt).
 
     Args:
         answer_hidden_BAD, labels_BA: [B, A, D], float, and [B, A], int, as in `linear_cross_entropy`.
-        student_hidden_BTD: [B', T, D], float, of the rollouts; it and all that follows as in `linear_top_k_forward_kl`.
+        student_hidden_BTD: [B', T, D], float, of the rollouts. This and the other arguments are those of
+            `linear_top_k_forward_kl`.
         label_smoothing, z_loss: as in `cross_entropy`.
 
     Returns:
-        (sft_loss_BA, kl_loss_BT), float32, nats; with metrics (sft_loss_BA, (kl_loss_BT, {name: [B, T]})).
+        (sft_loss_BA, kl_loss_BT), float32, nats; with return_metrics (sft_loss_BA, (kl_loss_BT, {name: [B, T]})).
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     RAFT (arXiv:2606.00147), Eqs. 5 and 8 to 10.
 
@@ -318,11 +319,11 @@ def linear_raft_losses(
 
 
 class TeacherTopK(NamedTuple):
-    """What the two losses on the teacher's top K share: their checked arguments, and the search."""
+    """Checked arguments and the top-K search, shared by the two losses on the teacher's top K."""
 
     term: Term
     chunk_size: int
-    arrays: TopK | tuple[jax.Array, LMHead]  # what was kept, or what the teacher's logits are made of
+    arrays: TopK | tuple[jax.Array, LMHead]  # a precomputed TopK, or the teacher's hidden states and head
     tau: jax.Array
     k: int | None
     recall: float | None
@@ -333,7 +334,7 @@ class TeacherTopK(NamedTuple):
         cls, student_hidden, student_head, hidden, unembedding, bias_V, k, temperature, recall, return_metrics,
         vocab_size, chunk_size, vocab_shards, scale, softcap,
     ) -> TeacherTopK:  # fmt: skip
-        """ValueError unless both models agree."""
+        """Raises ValueError if an argument is invalid or the two models' shapes do not match."""
         checks.truncation(k, recall)
         chunk_size, shape = checks.chunk_size(chunk_size), student_hidden.shape[:-1]
         tau = checks.temperature(temperature, checks.accumulation_dtype(student_hidden.dtype, student_head.dtype))
@@ -355,7 +356,7 @@ class TeacherTopK(NamedTuple):
         return cls(term, chunk_size, arrays, tau, k, recall, config)
 
     def top_k(self, arrays, tau) -> TopK:
-        """The search, unless it has been made before."""
+        """The precomputed `TopK`, truncated to k; or the search in the teacher's logits."""
         loss = self.term.loss
         if self.config is None:
             return truncation.given_top_k(arrays, self.k, loss.config.vocab_size)
@@ -365,7 +366,7 @@ class TeacherTopK(NamedTuple):
 
 
 def _search(config: LogitConfig, k, recall, chunk_size, hidden_BTD, head, tau) -> TopK:
-    """tau None: without the statistics."""
+    """Searches the top K in chunks of tokens; without `log_normalizer_BT` and `entropy_BT` if tau is None."""
     hidden_BTD, head = jax.lax.stop_gradient((hidden_BTD, head))
 
     def chunk(hidden_ND):
@@ -405,7 +406,7 @@ def _linear_divergence(
     scales, softcaps = pair("logit_scale", logit_scale), pair("logit_softcap", logit_softcap)
     student_config = student.config(scales[0], softcaps[0], vocab_size, vocab_shards)
     teacher_config = teacher.config(scales[1], softcaps[1], vocab_size, vocab_shards)
-    # Both models are cut into the same blocks of the vocabulary: the teacher's takes the student's padding.
+    # Both heads are split into the same vocabulary blocks, so the teacher's is padded or sliced to the student's size.
     teacher = jax.tree.map(partial(_resized, size=student.vocabulary), teacher, teacher.axes)
     teacher_config = teacher_config._replace(padded=student_config.padded, shards=student_config.shards)
     teacher_hidden_BTD, teacher = jax.lax.stop_gradient((teacher_hidden_BTD, teacher))
@@ -415,7 +416,7 @@ def _linear_divergence(
 
 
 def _one_loss(term: Term, chunk_size: int, hidden_BTD, head, weight_BT, targets: Targets):
-    """Unreduced, or a weighted sum."""
+    """The unreduced loss [B, T], or its weighted sum if weight_BT is given."""
     if weight_BT is not None:
         checks.weight(weight_BT, hidden_BTD.shape[:-1])
         weighted = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))

@@ -1,4 +1,4 @@
-"""The unembedding as it is stored, the logits that it makes of hidden states, and the products of its gradient."""
+"""The unembedding as it is stored, tied or not; its logits, and the matrix products of its backward pass."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from raft_jax.losses import checks, sharding, xla_cpu
 
 
 class TiedEmbedding(NamedTuple):
-    """An embedding table [V, D] that is the unembedding too: goes where `unembedding_DV` goes, and has its gradient.
+    """An embedding table [V, D] used as unembedding. Pass it as `unembedding_DV`; its gradient has the same structure.
 
-    The same numbers as from `embedding_VD.T`, without the copy of the table that a transposition costs wherever a loop
-    over chunks needs it.
+    Gives the same numbers as `embedding_VD.T`, but without the transposed copy of the table that a loop over chunks
+    would need.
 
     >>> hidden_BTD, embedding_VD = jnp.ones((1, 1, 2)), jnp.zeros((4, 2))
     >>> loss_BT = linear_cross_entropy(hidden_BTD, TiedEmbedding(embedding_VD), jnp.array([[3]]))
@@ -26,16 +26,16 @@ class TiedEmbedding(NamedTuple):
 
 
 class LogitConfig(NamedTuple):
-    """The static numbers: logits = softcap tanh(scale (h W + bias) / softcap) in the first vocab_size columns."""
+    """Static settings: logits = softcap tanh(scale (h W + bias) / softcap) in the first vocab_size columns."""
 
     scale: float
     softcap: float | None
     vocab_size: int
     padded: bool  # whether there are columns beyond vocab_size
-    shards: int  # devices over which the vocabulary is split
+    shards: int  # number of devices that the vocabulary is sharded over
 
     def derivative(self, logits: jax.Array) -> jax.Array | float:
-        """d logits / d (h W + bias), from the logits."""
+        """d logits / d (h W + bias), computed from the logits."""
         if self.softcap is None:
             return self.scale
         inside = jnp.where(jnp.isneginf(logits), 0, logits / self.softcap)
@@ -43,14 +43,14 @@ class LogitConfig(NamedTuple):
 
 
 class LMHead(NamedTuple):
-    """The arrays."""
+    """The arrays of the LM head; `LogitConfig` has its static settings."""
 
     unembedding: jax.Array | TiedEmbedding
     bias_V: jax.Array | None
 
     @classmethod
     def checked(cls, who: str, hidden: jax.Array, unembedding: jax.Array | TiedEmbedding, bias_V) -> LMHead:
-        """ValueError unless the shapes agree; `who` is student_, teacher_ or nothing."""
+        """Raises ValueError unless the shapes match. `who` is the argument's prefix: "student_", "teacher_" or ""."""
         head, width = cls(unembedding, bias_V), hidden.shape[-1]
         name, want, advice = (
             (f"TiedEmbedding({who}embedding_VD)", f"[V, {width}]", "without TiedEmbedding it is [D, V]")
@@ -89,8 +89,8 @@ class LMHead(NamedTuple):
 
     @property
     def axes(self) -> LMHead:
-        """The vocabulary's axis in each of the arrays."""
-        first: Any = 0  # as JAX wants it: numbers in the places of arrays
+        """The vocabulary's axis in each array, as a pytree of the same structure."""
+        first: Any = 0  # an int where the type says an array, for `jax.tree.map` with the head
         return LMHead(TiedEmbedding(first) if self.tied else first + 1, None if self.bias_V is None else first)
 
     def config(self, scale, softcap, vocab_size: int, vocab_shards: int | None) -> LogitConfig:
@@ -99,7 +99,7 @@ class LMHead(NamedTuple):
         return LogitConfig(scale, softcap, vocab_size, vocab_size < self.vocabulary, shards)
 
     def logits(self, hidden_ND: jax.Array, config: LogitConfig, columns_M: jax.Array | None = None) -> jax.Array:
-        """[N, V]; or [N, M] where the head has been cut to some columns of the vocabulary."""
+        """[N, V]; or [N, M] if the head has been sliced to the columns M of the vocabulary."""
         dtype = checks.compute_dtype(hidden_ND.dtype, self.dtype)
         accumulated = checks.accumulation_dtype(dtype)
         factors = hidden_ND.astype(dtype), self.matrix.astype(dtype)
@@ -112,7 +112,7 @@ class LMHead(NamedTuple):
         return jnp.where(self._real(config, columns_M), logits, -jnp.inf) if config.padded else logits
 
     def gradient(self, hidden_ND: jax.Array, dlogits_NV: jax.Array, dtype, shards: int) -> LMHead:
-        """The head's gradient from that of h W + bias."""
+        """The head's gradient, from the gradient with respect to h W + bias."""
         rounded_NV = dlogits_NV.astype(gradient_dtype(hidden_ND, self))
         factors = (rounded_NV, hidden_ND) if self.tied else (hidden_ND, rounded_NV)
         matrix = xla_cpu.gradient_product(*factors, dtype, shards)
@@ -122,10 +122,13 @@ class LMHead(NamedTuple):
     def hidden_gradient(
         self, dlogits_NV: jax.Array, config: LogitConfig, columns_M=None, *, like: jax.Array
     ) -> jax.Array:
-        """The hidden states' gradient [N, D] from that of h W + bias, in float32; `like` has their dtype."""
+        """The hidden states' gradient [N, D] in the accumulation dtype, from the gradient with respect to h W + bias.
+
+        `like` has the dtype of the hidden states.
+        """
         rounded_NV = dlogits_NV.astype(gradient_dtype(like, self))
         matrix = self.matrix
-        if config.padded:  # what lies in the padding may be NaN, and 0 NaN is NaN
+        if config.padded:  # padding columns may hold NaN, and 0 * NaN is NaN
             real = self._real(config, columns_M)
             matrix = jnp.where(real.T if self.tied else real, matrix, 0)
         dtype = checks.compute_dtype(rounded_NV.dtype, matrix.dtype)
@@ -133,19 +136,22 @@ class LMHead(NamedTuple):
         return jnp.einsum("nv,vd->nd" if self.tied else "nv,dv->nd", *factors, preferred_element_type=accumulated)
 
     def _real(self, config: LogitConfig, columns_M: jax.Array | None) -> jax.Array:
-        """[1, M]: which columns are no padding."""
+        """Mask [1, M] of the columns that are not padding."""
         columns_M = jnp.arange(self.vocabulary) if columns_M is None else columns_M
         return columns_M[None] < config.vocab_size
 
 
 def gradient_dtype(hidden: jax.Array, head: LMHead):
-    """The logits' gradient as a factor: as the hidden states, but float16 has no room for the gradients of a mean."""
+    """The dtype of the logits' gradient in matrix products: the compute dtype.
+
+    float32 in place of float16, in which the small gradients of a mean would underflow.
+    """
     dtype = checks.compute_dtype(hidden.dtype, head.dtype)
     return checks.accumulation_dtype(dtype) if dtype == jnp.float16 else dtype
 
 
 def pair(name: str, value):
-    """(student's, teacher's) from one for both or a pair."""
+    """(student's, teacher's) from a pair, or from one value for both."""
     if isinstance(value, tuple) and len(value) != 2:
         raise ValueError(f"{name} must be one value for both models or a (student's, teacher's), got {value}")
     return value if isinstance(value, tuple) else (value, value)

@@ -1,4 +1,4 @@
-"""The losses from logits [B, T, V]."""
+"""Losses from logits [B, T, V]."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def cross_entropy(
 
     Args:
         logits_BTV: [B, T, V], or any leading shape; float.
-        labels_BT: [B, T], int. A negative label is no target: loss 0, no gradient.
-        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
+        labels_BT: [B, T], int. Tokens with a negative label are ignored: loss 0, no gradient.
+        vocab_size: columns at or beyond it are padding and get no probability. Default: V.
         label_smoothing: in [0, 1).
         z_loss: >= 0; keeps Z near 0.
-        return_logsumexp: also return Z, which is differentiated too.
+        return_logsumexp: also return Z, which is differentiable too.
 
     Returns:
         loss_BT: [B, T], float32 (float64 for float64), nats; or (loss_BT, Z_BT). inf where the label's logit is -inf;
-        NaN, with a NaN gradient, for a label that is no token (>= vocab_size).
+        NaN, with a NaN gradient, for a label >= vocab_size.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     RAFT (arXiv:2606.00147), Eq. 5.
 
@@ -71,27 +71,28 @@ def top_k_forward_kl(
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
     """Forward KL on the teacher's K most likely tokens, both distributions renormalised on them.
 
-        loss_bt = T² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / T),    p = softmax(v / T)
+        loss_bt = τ² sum_{a in 𝒦} q̃_a (log q̃_a - log p̃_a),    q = softmax(u / τ),    p = softmax(v / τ)
 
     Args:
-        student_logits_BTV: [B, T, V], or any leading shape; float: v.
-        teacher_logits_BTV: [B, T, V], float: u; or the `TopK` of an earlier pass. Carries no gradient.
-        k: tokens kept, >= 1; more than the vocabulary means all of it. Default: 512; of a `TopK` all that it holds,
-            and more is an error.
-        temperature: T > 0. May be traced; carries no gradient.
-        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
-        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact.
-        vocab_shards: devices over which the vocabulary is split (see `linear_cross_entropy`).
-        return_metrics: also return what the truncation hides.
+        student_logits_BTV: v: [B, T, V], or any leading shape; float.
+        teacher_logits_BTV: u: [B, T, V], float; or a precomputed `TopK`. No gradient.
+        k: number of tokens kept, >= 1; capped at the size of the vocabulary. Default: 512; for a `TopK` all of its
+            tokens, and a larger k is an error.
+        temperature: τ > 0. May be traced; has no gradient.
+        vocab_size: columns at or beyond it are padding and get no probability. Default: V.
+        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact top K.
+        vocab_shards: number of devices that the vocabulary is sharded over (see `linear_cross_entropy`).
+        return_metrics: also return metrics of the truncation.
 
     Returns:
-        loss_BT: [B, T], float32, nats. With metrics (loss_BT, {name: [B, T]}), at the temperature and without
-        gradient: teacher_mass and student_mass (probability on 𝒦), teacher_entropy and student_entropy (nats,
-        whole vocabulary), agreement (1 where the most likely tokens coincide). Where u is -inf q̃ is 0 and
-        p̃ keeps its share (a `TopK` holds no such token); where v alone is -inf the KL is inf and its gradient finite.
+        loss_BT: [B, T], float32, nats. With return_metrics (loss_BT, {name: [B, T]}), the metrics computed at the
+        temperature and without gradient: teacher_mass and student_mass (probability of 𝒦), teacher_entropy and
+        student_entropy (nats, over the whole vocabulary), agreement (1 where both models have the same most likely
+        token). Where u is -inf, q̃ is 0 and the token still takes part in p̃ (a `TopK` treats such a token as absent).
+        Where only v is -inf, the KL is inf and its gradient finite.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     RAFT (arXiv:2606.00147), Eqs. 8 to 10.
 
@@ -143,22 +144,22 @@ def forward_kl(
     temperature: float = 1.5,
     vocab_size: int | None = None,
 ) -> jax.Array:
-    """Forward KL over the whole vocabulary: what `top_k_forward_kl` truncates.
+    """Forward KL over the whole vocabulary, without the truncation of `top_k_forward_kl`.
 
-        loss_bt = T² sum_a q_a (log q_a - log p_a),    q = softmax(u / T),    p = softmax(v / T)
+        loss_bt = τ² sum_a q_a (log q_a - log p_a),    q = softmax(u / τ),    p = softmax(v / τ)
 
     Args:
-        student_logits_BTV: [B, T, V], or any leading shape; float: v.
-        teacher_logits_BTV: [B, T, V], float: u. Carries no gradient.
-        temperature: T > 0. May be traced; carries no gradient.
-        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
+        student_logits_BTV: v: [B, T, V], or any leading shape; float.
+        teacher_logits_BTV: u: [B, T, V], float. No gradient.
+        temperature: τ > 0. May be traced; has no gradient.
+        vocab_size: columns at or beyond it are padding and get no probability. Default: V.
 
     Returns:
-        loss_BT: [B, T], float32, nats. inf where the student excludes what the teacher does not, with a finite
-        gradient. Near the teacher it keeps its digits, and is 0 where both are the same.
+        loss_BT: [B, T], float32, nats. inf, with a finite gradient, where p is 0 for a token whose q is not. Precise
+        where the student is close to the teacher, and exactly 0 where both are equal.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     >>> teacher_BTV = jnp.log(jnp.array([[[0.5, 0.5]]]))
     >>> student_BTV = jnp.log(jnp.array([[[0.8, 0.2]]]))
@@ -177,10 +178,9 @@ def reverse_kl(
 ) -> jax.Array:
     """Reverse KL over the whole vocabulary.
 
-        loss_bt = T² sum_a p_a (log p_a - log q_a),    q = softmax(u / T),    p = softmax(v / T)
+        loss_bt = τ² sum_a p_a (log p_a - log q_a),    q = softmax(u / τ),    p = softmax(v / τ)
 
-    Args, Returns and Raises as in `forward_kl`; inf where the teacher excludes what the student does not, and no
-    gradient.
+    Args, Returns and Raises as in `forward_kl`, but inf, with gradient 0, where q is 0 for a token whose p is not.
 
     >>> teacher_BTV = jnp.log(jnp.array([[[0.5, 0.5]]]))
     >>> student_BTV = jnp.log(jnp.array([[[0.8, 0.2]]]))
@@ -200,11 +200,11 @@ def jensen_shannon(
 ) -> jax.Array:
     """Generalised Jensen-Shannon divergence over the whole vocabulary.
 
-        loss_bt = T² [beta KL(q || m) + (1 - beta) KL(p || m)],    m = beta q + (1 - beta) p
+        loss_bt = τ² [beta KL(q || m) + (1 - beta) KL(p || m)],    m = beta q + (1 - beta) p
 
     Args, Returns and Raises as in `forward_kl`, and
-        beta: weight of the teacher in the mixture, in (0, 1). Towards the ends the divergence vanishes like
-            beta `forward_kl` and (1 - beta) `reverse_kl`.
+        beta: weight of the teacher in the mixture, in (0, 1). The divergence vanishes like beta `forward_kl` as beta
+            goes to 0, and like (1 - beta) `reverse_kl` as beta goes to 1.
 
     GKD (arXiv:2306.13649), Eq. 1.
 
@@ -235,7 +235,7 @@ def _divergence(loss, student_logits_BTV, teacher_logits_BTV, temperature, vocab
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _pointwise(loss, vocab_size: int, logits_BTV, targets):
-    """The outputs [B, T] of a loss of pointwise.py."""
+    """Applies a loss of pointwise.py to logits [B, T, V]; the outputs are [B, T]."""
     return _pointwise_forward(loss, vocab_size, logits_BTV, targets)[0]
 
 
@@ -260,7 +260,7 @@ _pointwise.defvjp(_pointwise_forward, _pointwise_backward)
 
 
 def _by_token(vocab_size, logits_BTV, targets):
-    """([N, V], the targets likewise), in float32."""
+    """The logits as [N, V] in float32, padding masked, and the targets with their tokens on one axis likewise."""
 
     def logits(x):
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -1,14 +1,14 @@
-"""Each loss at one token: its value from the logits, and its derivative with respect to any columns of them.
+"""Each loss at one token: its value from the logits, and its derivative with respect to any columns of the logits.
 
 A loss is a frozen dataclass with
 
     value(logits_NV, targets) -> (outputs, residuals)                           over the whole vocabulary
-    cotangent(tokens, outputs' cotangent) -> what dlogits takes: 0 where there is no target (tokens: `Targets.tokens`)
-    dlogits(logits_NM, targets, residuals, cotangent, columns_M) -> [N, M]      at any columns of it
+    cotangent(tokens, outputs' cotangent) -> the cotangent for dlogits, 0 at ignored labels (tokens: `Targets.tokens`)
+    dlogits(logits_NM, targets, residuals, cotangent, columns_M) -> [N, M]      at any columns of the vocabulary
 
-in float32, so that a chunk of tokens and a block of the vocabulary are as good as all of both. Residuals are [N, ...].
-Logits are -inf in columns that pad the vocabulary. A row whose cotangent is 0 is dropped by the caller: it may hold
-NaN. `needs_logits` says whether `dlogits` reads the logits; what it does not read is not computed again.
+in float32. All three work on any chunk of tokens, and `dlogits` on any block of the vocabulary. Residuals are
+[N, ...]. Logits are -inf in padding columns. The caller sets the gradient to 0 in rows whose cotangent is 0, because
+they may hold NaN. `needs_logits` says whether `dlogits` reads the logits; if not, they are not recomputed.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ class CrossEntropy:
 
 
 class Divergence:
-    """Between softmax(v / T) and softmax(u / T), times T²; targets: (teacher logits u [N, V], T).
+    """τ² times a divergence between softmax(v / τ) and softmax(u / τ); targets: (teacher logits u [N, V], τ).
 
-    Subclasses say it element by element, with p the student's probability, q the teacher's, delta = log q - log p:
+    Subclasses define it elementwise; p is the student's probability, q the teacher's, and delta = log q - log p:
 
-        terms(p, q, delta) -> what sums to the divergence
-        centre(p, q, delta) -> what sums to the `total` that gradient wants of the whole vocabulary
-        gradient(p, q, delta, total) -> d divergence / d (v / T)
+        terms(p, q, delta) -> terms whose sum over the vocabulary is the divergence
+        centre(p, q, delta) -> terms whose sum over the vocabulary is the argument `total` of gradient
+        gradient(p, q, delta, total) -> d divergence / d (v / τ)
 
-    `curvature` is that of the divergence, in units of the Fisher matrix, where both are equal.
+    `curvature` is the divergence's curvature at p = q, in units of the Fisher matrix.
     """
 
     needs_logits: ClassVar[bool] = True
@@ -97,10 +97,10 @@ class Divergence:
         teacher_NV, temperature = targets
         sums = softmax_sums(student_NV, temperature), softmax_sums(teacher_NV, temperature)
         p, q, delta = _compare(student_NV, teacher_NV, temperature, sums)
-        # What rounding has made of sum p - sum q = 0: at high temperatures its square is not small beside the loss.
+        # sum p - sum q is 0 but for rounding errors. At high temperatures their square is not small against the loss.
         rounding_N = jnp.sum(_difference(p, q, delta), axis=-1)
         loss_N = jnp.sum(self.terms(p, q, delta), axis=-1) - self.curvature / 2 * rounding_N**2
-        # A teacher without one finite logit says nothing: no loss, and no gradient below.
+        # A teacher without any finite logit gives no target: loss 0 here, gradient 0 in `dlogits`.
         loss_N = jnp.where(sums[1][1][:, 0] == 0, 0, temperature**2 * jnp.maximum(loss_N, 0))
         return loss_N, (sums, jnp.sum(self.centre(p, q, delta), axis=-1, keepdims=True))
 
@@ -123,7 +123,7 @@ class ForwardKL(Divergence):
         return _difference(p, q, delta)
 
     def gradient(self, p, q, delta, total):
-        # p - q, were p to sum to 1 exactly
+        # p / sum(p) - q: corrects the rounding error of sum p
         return (_difference(p, q, delta) - q * total) / (1 + total)
 
 
@@ -136,7 +136,7 @@ class ReverseKL(Divergence):
         return _times(p, -delta)
 
     def gradient(self, p, q, delta, total):
-        # Where the teacher excludes what the student does not the loss is inf: no gradient.
+        # The loss is inf where q is 0 for a token whose p is not; its gradient is set to 0.
         return jnp.where(jnp.isposinf(total), 0, _times(p, -delta - total))
 
 
@@ -149,7 +149,7 @@ class JensenShannon(Divergence):
         return self.beta * (1 - self.beta)
 
     def _ratios(self, delta):
-        """log p - log m and log q - log m; exactly 0 where delta is."""
+        """log p - log m and log q - log m; exactly 0 where delta is 0."""
         below, above = jnp.minimum(delta, 0), jnp.maximum(delta, 0)
         common = jnp.log1p(self.beta * jnp.expm1(below)) + jnp.log1p((1 - self.beta) * jnp.expm1(-above))
         return -common - above, below - common
@@ -168,10 +168,10 @@ class JensenShannon(Divergence):
 
 @dataclass(frozen=True)
 class TopKForwardKL:
-    """`ForwardKL` of the logits at the teacher's top K; targets: (`TopK` of [N, K], T).
+    """`ForwardKL` of the logits at the teacher's top K; targets: (`TopK` of [N, K], τ).
 
-    All that its gradient needs is known in the forward pass, so no logits are made again. It is the derivative with
-    respect to h W + bias, softcap and scale included.
+    The gradient at the K tokens is computed in the forward pass, so the backward pass does not recompute logits. It is
+    the derivative with respect to h W + bias, so it includes softcap and scale.
     """
 
     vocabulary: int  # columns, padding included
@@ -199,7 +199,7 @@ class TopKForwardKL:
 
 
 def any_nonzero(cotangent) -> jax.Array:
-    """[N]: which tokens have a cotangent at all."""
+    """Mask [N] of the tokens for which any leaf of the cotangent is nonzero."""
     first, *others = [x != 0 for x in jax.tree.leaves(cotangent)]
     for other in others:
         first = first | other
@@ -207,7 +207,7 @@ def any_nonzero(cotangent) -> jax.Array:
 
 
 def softmax_sums(logits_NV, temperature=None):
-    """(top, total), [N, 1] each: softmax(v / T) = exp((v - top) / T) / total, total 0 where every logit is -inf."""
+    """(top, total), [N, 1] each: softmax(v / τ) = exp((v - top) / τ) / total; total is 0 where all logits are -inf."""
     top_N1 = jnp.max(logits_NV, axis=-1, keepdims=True, initial=-jnp.inf)
     top_N1 = jnp.where(jnp.isneginf(top_N1), 0, top_N1)
     shifted_NV = logits_NV - top_N1 if temperature is None else (logits_NV - top_N1) / temperature
@@ -215,7 +215,7 @@ def softmax_sums(logits_NV, temperature=None):
 
 
 def _compare(student, teacher, temperature, sums):
-    """(p, q, log q - log p) at some columns. The last is made of the logits' difference, which keeps its digits."""
+    """(p, q, log q - log p) at some columns. The last is computed from the difference of the logits, for precision."""
     (student_top, student_total), (teacher_top, teacher_total) = sums
     student_total, teacher_total = (jnp.where(x == 0, 1, x) for x in (student_total, teacher_total))
     p = jnp.exp((student - student_top) / temperature) / student_total
@@ -227,14 +227,15 @@ def _compare(student, teacher, temperature, sums):
 
 
 def _kl_terms(p, q, delta):
-    """p (delta + exp(-delta) - 1), delta = log p - log q: these sum to KL(p || q), for sum p = sum q.
+    """p (delta + exp(-delta) - 1), delta = log p - log q. The terms sum to KL(p || q) if sum p = sum q.
 
-    None is negative and an error of the normalisers counts squared, so that nothing cancels where p is close to q.
+    No term is negative and an error of the normalisers enters squared, so there is no cancellation where p is close
+    to q.
     """
     near = jnp.abs(delta) < 0.25
     x = jnp.where(near, delta, 0)
     series = x * x / 2 * (1 - x / 3 * (1 - x / 4 * (1 - x / 5 * (1 - x / 6))))
-    away = p * jnp.where(near | (p == 0), 0, delta) + (q - p)  # not "p > 0": a NaN would be no loss
+    away = p * jnp.where(near | (p == 0), 0, delta) + (q - p)  # not `p > 0`, which would turn NaN into a loss of 0
     return jnp.where(near, p * series, away)
 
 
@@ -245,16 +246,16 @@ def _difference(p, q, delta):
 
 
 def _times(p, values):
-    """p values, 0 where p is."""
+    """p * values, and 0 where p is 0 even if values is not finite."""
     return p * jnp.where(p == 0, 0, values)
 
 
 def _scatter(values_NK, indices_NK, columns_M, vocabulary: int, shards: int):
-    """[N, M]: the values whose indices are among the columns, at their places; else 0. Index -1 is nowhere."""
+    """[N, M]: each value at the column of its index, if that is among columns_M; 0 elsewhere. Index -1 is skipped."""
     rows, size = vocabulary // shards, len(columns_M) // shards
     within_NK = indices_NK % rows - columns_M[0].astype(indices_NK.dtype)
     inside_NK = (indices_NK >= 0) & (within_NK >= 0) & (within_NK < size)
-    # Places beyond the end are dropped; each has its own, as `unique_indices` asks.
+    # Out-of-range positions are dropped. They differ from each other because `unique_indices` requires it.
     outside_1K = shards * size + jnp.arange(indices_NK.shape[-1], dtype=indices_NK.dtype)[None]
     places_NK = jnp.where(inside_NK, indices_NK // rows * size + within_NK, outside_1K)
 

@@ -1,4 +1,4 @@
-"""From unreduced values to one number, never looking at what is masked; and the same as weights."""
+"""Reductions of unreduced values to a scalar that ignore masked values, and the same reductions as weights."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from raft_jax.losses import checks
 
 
 def sequence_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Mean over each sequence's own tokens, then over the sequences.
+    """Mean over the unmasked tokens of each sequence, then over the sequences.
 
         (1/B) sum_i (1/L_i) sum_t mask_it values_it,    L_i = sum_t mask_it
 
     Args:
         values_BT: [B, T], or any leading shape; float.
-        mask_BT: [B, T], bool, True where a token counts; or int, where it is not 0.
+        mask_BT: [B, T], bool, True where a token counts; or int, nonzero where a token counts.
 
     Returns:
-        A scalar in float32 (float64 where the values are). A sequence with nothing unmasked adds 0 and
-        is still counted in B; masked values may be inf or NaN, their gradient is 0. An empty batch gives 0.
+        A scalar in float32 (float64 for float64 values). A fully masked sequence adds 0 and still counts in B. Masked
+        values may be inf or NaN; their gradient is 0. An empty batch gives 0.
 
     Raises:
-        ValueError: shapes differ, or a dtype does not fit.
+        ValueError: the shapes differ, or a dtype is not allowed.
 
     RAFT (arXiv:2606.00147), Eqs. 5 and 10.
 
@@ -39,20 +39,20 @@ def sequence_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
 
 
 def token_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Mean over all unmasked tokens of the batch, each weighing the same.
+    """Mean over all unmasked tokens of the batch, all with equal weight.
 
         sum_it mask_it values_it / sum_it mask_it
 
     Args:
         values_BT: [B, T], or any shape; float.
-        mask_BT: [B, T], bool, True where a token counts; or int, where it is not 0.
+        mask_BT: [B, T], bool, True where a token counts; or int, nonzero where a token counts.
 
     Returns:
-        A scalar in float32 (float64 where the values are); 0 with nothing unmasked. Masked values may be
-        inf or NaN, their gradient is 0.
+        A scalar in float32 (float64 for float64 values); 0 if everything is masked. Masked values may be inf or NaN;
+        their gradient is 0.
 
     Raises:
-        ValueError: shapes differ, or a dtype does not fit.
+        ValueError: the shapes differ, or a dtype is not allowed.
 
     >>> float(token_mean(jnp.array([[1.0, 3.0], [8.0, 9.0]]), jnp.array([[True, True], [True, False]])))
     4.0
@@ -64,7 +64,7 @@ def token_mean(values_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
 
 
 def sequence_weight(mask_BT: jax.Array) -> jax.Array:
-    """The weights [B, T], float32, whose weighted sum is `sequence_mean`, for the linear losses' `weight_BT`.
+    """Weights [B, T], float32, for `weight_BT` of the linear losses: the weighted sum equals `sequence_mean`.
 
     >>> sequence_weight(jnp.array([[True, True], [True, False]])).tolist()
     [[0.25, 0.25], [0.5, 0.0]]
@@ -75,7 +75,7 @@ def sequence_weight(mask_BT: jax.Array) -> jax.Array:
 
 
 def token_weight(mask_BT: jax.Array) -> jax.Array:
-    """The weights [B, T], float32, whose weighted sum is `token_mean`, for the linear losses' `weight_BT`.
+    """Weights [B, T], float32, for `weight_BT` of the linear losses: the weighted sum equals `token_mean`.
 
     >>> token_weight(jnp.array([[True, True], [True, False]])).tolist()
     [[0.3333333432674408, 0.3333333432674408], [0.3333333432674408, 0.0]]

@@ -1,7 +1,7 @@
-"""Every loss in plain `jax.numpy`, for reading and for tests: what the fast versions must equal.
+"""Every loss in plain `jax.numpy`, for reading and as the reference that tests compare the fast versions with.
 
-Nothing is chunked, sharded or guarded here, all logits [..., V] exist at once, and JAX differentiates. Near the teacher
-the KLs have fewer digits than those of `pointwise.py`, and what is masked must be finite.
+There is no chunking, no sharding and no custom derivative here; all logits [..., V] exist at once. Near the teacher the
+KLs are less precise than those of `pointwise.py`, and masked values must be finite.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ def kl(log_p, log_q):
 
 
 def forward_kl(student_logits, teacher_logits, *, temperature=1.5):
-    """T² KL(q || p)"""
+    """τ² KL(q || p)"""
     log_p, log_q = _logprobs(student_logits, teacher_logits, temperature)
     return temperature**2 * kl(log_q, log_p)
 
 
 def reverse_kl(student_logits, teacher_logits, *, temperature=1.5):
-    """T² KL(p || q)"""
+    """τ² KL(p || q)"""
     log_p, log_q = _logprobs(student_logits, teacher_logits, temperature)
     return temperature**2 * kl(log_p, log_q)
 
 
 def jensen_shannon(student_logits, teacher_logits, *, beta=0.5, temperature=1.5):
-    """T² [beta KL(q || m) + (1 - beta) KL(p || m)],  m = beta q + (1 - beta) p"""
+    """τ² [beta KL(q || m) + (1 - beta) KL(p || m)],  m = beta q + (1 - beta) p"""
     log_p, log_q = _logprobs(student_logits, teacher_logits, temperature)
     log_m = jnp.logaddexp(jnp.log(beta) + log_q, jnp.log1p(-beta) + log_p)
     return temperature**2 * (beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m))
 
 
 def top_k_forward_kl(student_logits, teacher_logits, *, k=512, temperature=1.5):
-    """`forward_kl` on the teacher's K most likely tokens, both distributions renormalised there. Eqs. 8 to 10."""
+    """`forward_kl` on the teacher's K most likely tokens, both distributions renormalised on them. Eqs. 8 to 10."""
     teacher_logits, indices = jax.lax.top_k(teacher_logits, min(k, teacher_logits.shape[-1]))
     student_logits = jnp.take_along_axis(student_logits, indices, axis=-1)
     return forward_kl(student_logits, teacher_logits, temperature=temperature)

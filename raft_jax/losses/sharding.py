@@ -1,4 +1,4 @@
-"""Arrays that are split over devices: what their types say, and computing without their types in the way."""
+"""Sharded arrays: the number of vocabulary shards, and computing under explicit meshes and `shard_map`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def vocab_shards(given: int | None, array: jax.Array, axis: int = -1) -> int:
-    """Devices over which the vocabulary axis is split.
+    """Number of devices that the vocabulary axis is sharded over.
 
-    As given; as the type says, where mesh axes are explicit; 1 under `shard_map`; else the largest number that the
-    devices and the vocabulary allow, up to 16.
+    The given number; else the number in the array's type if its mesh axes are explicit; else 1 under `shard_map`; else
+    gcd(vocabulary, number of devices, 16).
     """
     axis %= array.ndim
     size = array.shape[axis]
@@ -34,10 +34,11 @@ def vocab_shards(given: int | None, array: jax.Array, axis: int = -1) -> int:
 
 
 def automatic(result_ndim: int) -> Callable:
-    """Decorates a function of arrays whose results are split like the first array: [B, T, ...] for `result_ndim` 2.
+    """Decorates a function of arrays; the first `result_ndim` dimensions of results are sharded like the first array.
 
-    In a mesh with explicit axes the compiler places everything in between (`jax.sharding.auto_axes`). Under `shard_map`
-    every array is made to vary over the axes that any of them varies over, so that JAX sums gradients over them.
+    For results [B, T, ...], `result_ndim` is 2. In a mesh with explicit axes, the compiler chooses the sharding inside
+    the function (`jax.sharding.auto_axes`). Under `shard_map`, every array is made to vary over all axes that any of
+    them varies over, so that JAX sums gradients over these axes.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -60,7 +61,7 @@ def automatic(result_ndim: int) -> Callable:
 
 
 def vary_like(tree, like: jax.Array):
-    """Constants, typed as varying over the same `shard_map` axes as another array: what a loop starts from."""
+    """Constants typed as varying over the same `shard_map` axes as another array, as a loop's initial carry must be."""
     return jax.tree.map(lambda x: vary(x, _varying(like)), tree)
 
 

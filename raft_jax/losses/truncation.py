@@ -1,4 +1,4 @@
-"""The teacher's K most likely tokens: how they are kept, and how they are found."""
+"""The teacher's K most likely tokens: the type that holds them, and the search for them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from raft_jax.losses import checks, sharding, xla_cpu
 class TopK:
     """The K most likely tokens of a teacher: from `top_k`, `linear_top_k`, a file or another process.
 
-    Goes wherever a loss takes the teacher. An entry whose index is -1 or whose logit is -inf is absent: it has no share
-    of either distribution, so rows with fewer than K tokens are padded so. It is a pytree, with the temperature as
-    static data; `_asdict()` gives what `numpy.savez` writes and `TopK(**numpy.load(path))` reads.
+    Losses accept it in place of the teacher's logits or hidden states. An entry with index -1 or logit -inf is absent,
+    that is, in neither distribution: this pads positions with fewer than K tokens. It is a pytree; the temperature is
+    static data. `_asdict()` gives the arguments for `numpy.savez`, and `TopK(**numpy.load(path))` reads the file.
 
     Args:
         indices_BTK: [B, T, K], int, most likely first; distinct at each position.
-        logits_BTK: [B, T, K], float, before the temperature.
+        logits_BTK: [B, T, K], float, not divided by the temperature.
         log_normalizer_BT: [B, T], float, log sum_a exp(u_a / temperature) over the vocabulary, for the metrics.
-        entropy_BT: [B, T], float, nats, of the whole vocabulary at the temperature, for the metrics.
-        temperature: > 0, that of the two statistics; None where it is not known.
+        entropy_BT: [B, T], float, nats, over the whole vocabulary at the temperature, for the metrics.
+        temperature: > 0, at which log_normalizer_BT and entropy_BT were computed; None if unknown.
 
     Raises:
-        ValueError: dtypes or shapes do not fit, or an index occurs twice at a position. (Traced indices are not read:
-            under `jit` make the TopK outside.)
+        ValueError: a dtype or shape is invalid, or an index occurs twice at a position. (The values of traced indices
+            cannot be checked; under `jit`, construct the TopK outside.)
 
     >>> teacher = TopK(jnp.array([[[7, 2, -1]]]), jnp.array([[[1.5, 0.5, 0.0]]]))
     >>> round(float(top_k_forward_kl(jnp.zeros((1, 1, 8)), teacher, temperature=1.0)[0, 0]), 4)  # of two tokens
@@ -57,7 +57,7 @@ class TopK:
         _check_distinct(self.indices_BTK, self.logits_BTK)
 
     def _asdict(self) -> dict:
-        """What is known, by name."""
+        """The fields that are not None, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -66,7 +66,7 @@ class TopK:
 
 
 def _unflatten(temperature, arrays) -> TopK:
-    """Unchecked: JAX puts other things than arrays in a pytree's place."""
+    """Builds a TopK without checks, because JAX also unflattens pytrees with leaves that are not arrays."""
     teacher = object.__new__(TopK)
     for field, value in zip(fields(TopK), (*arrays, temperature), strict=True):
         object.__setattr__(teacher, field.name, value)
@@ -93,7 +93,7 @@ def _check_distinct(indices, logits) -> None:
 
 
 def given_top_k(teacher: TopK, k: int | None, vocab_size: int) -> TopK:
-    """A `TopK` from elsewhere, cut to its first k, absent entries marked by index -1."""
+    """A precomputed `TopK`, truncated to its first k entries, with index -1 at all absent entries."""
     kept = teacher.logits_BTK.shape[-1]
     if k is not None and k > kept and kept < vocab_size:
         raise ValueError(f"k must be at most the {kept} tokens that the TopK holds, got {k}")
@@ -104,7 +104,7 @@ def given_top_k(teacher: TopK, k: int | None, vocab_size: int) -> TopK:
 
 
 def check_given(teacher: TopK, shape: tuple[int, ...], temperature, return_metrics: bool) -> None:
-    """A `TopK` has the student's shape, and its statistics are at the temperature that the metrics are wanted at."""
+    """Requires that a `TopK` has the student's shape and, for metrics, statistics at the loss's temperature."""
     checks.tokens("logits_BTK", teacher.logits_BTK, shape)
     of_statistics = teacher.temperature
     if not return_metrics or of_statistics is None or checks.is_traced(temperature):
@@ -117,7 +117,7 @@ def check_given(teacher: TopK, shape: tuple[int, ...], temperature, return_metri
 
 
 def gather(logits: jax.Array, teacher: TopK, vocab_size: int) -> tuple[jax.Array, jax.Array]:
-    """(student's, teacher's) logits [..., K] at the teacher's tokens, in float32; -inf for both where one is absent."""
+    """(student's, teacher's) logits [..., K] at the teacher's tokens, in float32; both -inf at absent entries."""
     indices = teacher.indices_BTK
     student = jnp.take_along_axis(logits, jnp.clip(indices, 0, logits.shape[-1] - 1), axis=-1)
     student, kept = checks.upcast(student), checks.upcast(teacher.logits_BTK)
@@ -126,7 +126,7 @@ def gather(logits: jax.Array, teacher: TopK, vocab_size: int) -> tuple[jax.Array
 
 
 def mask_padding(logits: jax.Array, vocab_size: int) -> jax.Array:
-    """-inf in the columns that pad the vocabulary."""
+    """The logits with -inf in padding columns."""
     if logits.shape[-1] == vocab_size:
         return logits
     columns = jnp.arange(logits.shape[-1]).reshape(*[1] * (logits.ndim - 1), -1)
@@ -146,7 +146,10 @@ def softmax_metrics(logits: jax.Array, temperature) -> tuple[jax.Array, jax.Arra
 
 
 def truncation_metrics(teacher: TopK, student_BTK, teacher_BTK, student_metrics, temperature) -> dict[str, jax.Array]:
-    """What the truncation hides, each [B, T], from `softmax_metrics` of the student; of the teacher what is known."""
+    """Metrics of the truncation, each [B, T]. `student_metrics` are the student's `softmax_metrics`.
+
+    The teacher's metrics are included where the `TopK` has the statistics that they need.
+    """
     best_BT, normalizer_BT, entropy_BT = student_metrics
     values = {
         "student_mass": _mass(student_BTK / temperature, normalizer_BT),
@@ -161,7 +164,7 @@ def truncation_metrics(teacher: TopK, student_BTK, teacher_BTK, student_metrics,
 
 
 def _mass(kept: jax.Array, normalizer_BT: jax.Array) -> jax.Array:
-    """Probability of the kept scaled logits under the normalizer of all."""
+    """Total probability of the kept tokens, from their scaled logits and the log normalizer of the whole vocabulary."""
     top = jnp.max(kept, axis=-1, initial=-jnp.inf)
     top = jnp.where(jnp.isneginf(top), 0, top)
     normalizer_BT = jnp.where(jnp.isneginf(normalizer_BT), 0, normalizer_BT)
@@ -177,21 +180,21 @@ def top_k(
     recall: float | None = None,
     vocab_shards: int | None = None,
 ) -> TopK:
-    """The K most likely tokens at each position, to be kept in place of a teacher.
+    """The K most likely tokens at each position, which losses accept in place of a teacher.
 
     Args:
-        logits_BTV: [B, T, V], or any leading shape; float, before the temperature. Carries no gradient.
-        k: tokens kept, >= 1; more than the vocabulary means all of it.
-        temperature: > 0; of the two statistics, not of the logits that are kept.
-        vocab_size: columns beyond it pad the vocabulary and do not exist. Default: V.
-        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact.
-        vocab_shards: devices over which the vocabulary is split (see `linear_cross_entropy`).
+        logits_BTV: [B, T, V], or any leading shape; float, not divided by the temperature. No gradient.
+        k: number of tokens kept, >= 1; capped at the size of the vocabulary.
+        temperature: > 0, for log_normalizer_BT and entropy_BT only; the kept logits are not divided by it.
+        vocab_size: columns at or beyond it are padding and get no probability. Default: V.
+        recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact top K.
+        vocab_shards: number of devices that the vocabulary is sharded over (see `linear_cross_entropy`).
 
     Returns:
         TopK of [B, T, K] and [B, T], logits in float32. No gradient.
 
     Raises:
-        ValueError: an argument does not fit; said while tracing.
+        ValueError: an argument is invalid; raised while tracing.
 
     RAFT (arXiv:2606.00147), Eq. 9.
 
@@ -214,15 +217,15 @@ def top_k(
 
 
 def static_or_none(temperature) -> float | None:
-    """Not known where it is traced."""
+    """The temperature as a float; None where it is None or traced."""
     return None if temperature is None or checks.is_traced(temperature) else float(temperature)
 
 
 def top_k_sharded(logits: jax.Array, k: int, recall: float | None, shards: int) -> tuple[jax.Array, jax.Array]:
     """(values, indices) of the k largest along the last axis, largest first; each shard searches its own columns.
 
-    Exact, or by `jax.lax.approx_max_k` with the given recall. Which of several equal values are taken at the last
-    place depends on the backend and on nothing else.
+    Exact, or by `jax.lax.approx_max_k` with the given recall. If several values tie for the k-th position, the choice
+    depends on the backend and on nothing else.
     """
     size = logits.shape[-1] // shards
     split = logits.reshape(*logits.shape[:-1], shards, size)
@@ -243,7 +246,10 @@ def top_k_sharded(logits: jax.Array, k: int, recall: float | None, shards: int) 
 
 
 def _by_bins(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Exact top k for compilers that sort: the k largest lie in the k bins with the largest maxima."""
+    """Exact top k for compilers that implement it by sorting: sorts less, in two steps.
+
+    The k largest values are in the k bins with the largest maxima.
+    """
     size = values.shape[-1]
     depth = 2 ** max(0, round(math.log2(size / k) / 2))
     if depth == 1:
@@ -260,7 +266,7 @@ def _by_bins(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _by_sort(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Top k that stays within its shard on every backend, which `jax.lax.top_k` does not."""
+    """Top k by sorting, which needs no communication between shards on any backend; `jax.lax.top_k` does on some."""
     indices = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     values, indices = jax.lax.sort((-values, indices), num_keys=1, is_stable=True)
     return -values[..., :k], indices[..., :k]

@@ -1,8 +1,8 @@
-"""Workarounds for XLA on CPU, all of them, behind one door: `on_cpu`.
+"""All workarounds for XLA on CPU; each is selected by `on_cpu`.
 
-XLA's CPU backend has no 16-bit arithmetic in loops: to slice, update or multiply a bfloat16 array it first converts the
-whole array to float32, in every iteration. For an unembedding of 1 GiB that is 2 GiB of memory and most of the time.
-The plain forms beside the workarounds give the same numbers (tests/losses/test_xla_cpu.py).
+XLA's CPU backend has no 16-bit arithmetic in loops: to slice, update or multiply a bfloat16 array, it converts the
+whole array to float32 in every iteration. For an unembedding of 1 GiB this takes 2 GiB of memory and most of the time.
+The plain versions give the same numbers as the workarounds (tests/losses/test_xla_cpu.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import jax.numpy as jnp
 
 from raft_jax.losses import checks
 
-ENABLED = True  # a test computes without
+ENABLED = True  # False in a test that compares with the plain versions
 
 
 def on_cpu(special: Callable, plain: Callable, *arrays):
-    """special(*arrays) in a program for CPUs, plain(*arrays) for every other backend; differentiated as `plain`."""
+    """special(*arrays) if compiled for CPU, plain(*arrays) for other backends; the derivative is that of `plain`."""
     if not ENABLED:
         return plain(*arrays)
 
@@ -40,7 +40,7 @@ def is_16_bit(array: jax.Array) -> bool:
 
 
 def as_bits(array: jax.Array) -> jax.Array:
-    """16-bit floats as integers, which XLA on CPU slices and updates as they are."""
+    """Bitcasts 16-bit floats to integers, which XLA on CPU slices and updates without conversion."""
     is_float = jnp.issubdtype(array.dtype, jnp.floating)
     return jax.lax.bitcast_convert_type(array, jnp.uint16) if is_16_bit(array) and is_float else array
 
@@ -50,13 +50,13 @@ def from_bits(array: jax.Array, dtype) -> jax.Array:
 
 
 def slice_in_dim(array: jax.Array, start: jax.Array, size: int, axis: int) -> jax.Array:
-    """`jax.lax.dynamic_slice_in_dim`; by bits on CPU."""
+    """`jax.lax.dynamic_slice_in_dim`; on CPU, 16-bit arrays are sliced as integers."""
 
     def plain(array, start):
         return jax.lax.dynamic_slice_in_dim(array, start, size, axis)
 
     def by_bits(array, start):
-        # Without the barrier XLA would make the bits of the whole array, ahead of the loop.
+        # Without the barrier XLA would bitcast the whole array before the loop.
         array, start = jax.lax.optimization_barrier((array, start))
         return from_bits(plain(as_bits(array), start), array.dtype)
 
@@ -64,10 +64,11 @@ def slice_in_dim(array: jax.Array, start: jax.Array, size: int, axis: int) -> ja
 
 
 def gradient_product(left_NR: jax.Array, right_NC: jax.Array, dtype, shards: int) -> jax.Array:
-    """left.T @ right, [R, C], accumulated in float32; on CPU in blocks of rows that are summed over their last axis.
+    """left.T @ right, [R, C], accumulated in float32; on CPU in blocks of rows that contract over their last axis.
 
-    Such a product XLA on CPU does in 16 bits. It would undo a transposition in place, and outside of a loop a
-    transposition makes an array. A vocabulary that is split over devices has no such blocks.
+    XLA on CPU computes a product of this form in 16 bits. The transposed array is the input of a loop, outside of which
+    it is materialised; otherwise XLA would fold the transposition back into the product. A sharded vocabulary is not
+    split into such blocks.
     """
     factor = checks.compute_dtype(left_NR.dtype, right_NC.dtype)
     left_NR, right_NC = left_NR.astype(factor), right_NC.astype(factor)

@@ -1,4 +1,4 @@
-"""Losses and their gradients over micro-batches, one after the other: the memory of one, the numbers of all."""
+"""Gradient accumulation: losses and gradients of a batch, computed one micro-batch at a time to save memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from raft_jax.tokens import Batch
 
 
 def accumulated_vjp(losses: Callable, terms: tuple[str, ...], params, batch: Batch, num_micro_batches: int):
-    """As `jax.vjp(..., has_aux=True)` gives them: each term's sum over all micro-batches, how a cotangent is pulled
-    back, and the auxiliary sums. `losses(params, part, term)` are those of one term.
+    """Like `jax.vjp(..., has_aux=True)`: returns each term's sum over all micro-batches, the pullback, and the sums of
+    the auxiliary outputs. `losses(params, part, term)` computes one term on one micro-batch.
 
-    Micro-batch m takes rows m, m + M, m + 2M, ...: a batch that is cut over devices stays cut.
+    Micro-batch m of M takes rows m, m + M, m + 2M, ..., so that each micro-batch is sharded like the batch.
     """
 
     def split(array):

@@ -1,4 +1,4 @@
-"""The training loop: the one place of training with side effects."""
+"""The training loop, the only part of training with side effects."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from raft_jax.train.student import Student, make_student
 
 
 class TrainingDiverged(InputError):
-    """A loss or gradient that is not finite. The last checkpoint is from before it."""
+    """A loss or gradient is not finite. The last checkpoint was written before that step."""
 
 
 def train(
@@ -42,22 +42,23 @@ def train(
     seed: int,
     mesh: jax.sharding.Mesh,
 ) -> dict[str, jax.Array]:
-    """Trains a copy of the model or adapters over it, or goes on where an earlier run stopped; returns whole weights.
+    """Trains a copy of the model, or adapters on it; resumes from a checkpoint if there is one; returns full weights.
 
-    Every batch, rollout and key is a function of the seed and the step, so a run that was killed and started again
-    repeats the uninterrupted one's numbers.
+    Every batch, rollout and key is a function of the seed and the step, so a run that is killed and restarted gives the
+    same numbers as an uninterrupted one.
 
     Args:
-      model: the instruct model; its parameters are the frozen teacher and stay as they are.
-      rows: the training data as ids.
-      method, settings: what to train.
-      folder: gets metrics.jsonl (a line a step), checkpoints/ and, with LoRA, adapter/.
-      seed: of the shuffle and the rollouts.
-      mesh: where arrays lie.
+      model: the instruct model; its parameters are the frozen teacher and are not changed.
+      rows: the training data as token ids.
+      method: the training method.
+      settings: the settings of training.
+      folder: receives metrics.jsonl (one line per step), checkpoints/ and, with LoRA, adapter/.
+      seed: of the shuffling and the rollouts.
+      mesh: the devices that arrays are sharded over.
 
     Raises:
-      TrainingDiverged: a loss or gradient norm that is not finite, before it is written into a checkpoint.
-      InputError: the folder's checkpoint is of another model or of a later step, or cannot be read.
+      TrainingDiverged: a loss or gradient norm is not finite; raised before that state is saved in a checkpoint.
+      InputError: the checkpoint in the folder is of another model or a later step, or cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = MethodFolder(folder)
@@ -83,7 +84,7 @@ def train(
     rollout_key = jax.random.fold_in(key, 1)
 
     shown = progress(f"train {method.name}", num_steps, "steps", done)
-    with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # the loop saves before it stops
+    with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # deferred: the loop saves before it stops
         for step in range(done, num_steps):
             began = time.perf_counter()
             batch = put_batch(batches.at(step), mesh)
@@ -106,14 +107,14 @@ def train(
             if stop:
                 break
     checkpoints.close()
-    if any_process(interrupt.requested() is not None):  # also where it came after the last step
+    if any_process(interrupt.requested() is not None):  # also if the signal arrived after the last step
         name = interrupt.requested() or "a signal to another process"
         raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
     return _trained_params(student, state, model, files, settings)
 
 
 def optimizer_of(settings: TrainConfig) -> optax.GradientTransformation:
-    """The AdamW that a run asks for."""
+    """AdamW with the settings of a run."""
     return make_optimizer(
         settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -128,7 +129,7 @@ def optimizer_of(settings: TrainConfig) -> optax.GradientTransformation:
 def make_batches(
     model: Model, rows: Sequence[TokenRow], settings: TrainConfig, *, seed: int, num_shards: int
 ) -> Batches:
-    """The batches of a run: those of each step are a function of the seed and the step."""
+    """The batches of a run; each is a function of the seed and the step."""
     return Batches(
         rows,
         settings.batch_size,
@@ -155,7 +156,7 @@ def _require_finite(metrics: dict[str, float], folder: Path, step: int) -> None:
 def _trained_params(
     student: Student, state: TrainState, model: Model, files: MethodFolder, settings: TrainConfig
 ) -> dict[str, jax.Array]:
-    """The whole weights; adapters are saved for PEFT and merged."""
+    """The full weights. Adapters are saved in PEFT's format and merged."""
     if not settings.lora.rank:
         return state.params
     adapters = jax.tree.map(to_host, state.params)
@@ -174,9 +175,9 @@ def _trained_params(
 def first_state(
     student: Student, optimizer: optax.GradientTransformation, teacher_params, key: jax.Array
 ) -> TrainState:
-    """The state before the first step, laid out over the mesh.
+    """The state before the first step, sharded over the mesh.
 
-    It is donated to every step: the student is a copy that shares no buffers with the teacher.
+    The state is donated to every step, so the student is a copy that shares no buffers with the teacher.
     """
 
     def make(teacher_params):
@@ -189,7 +190,7 @@ def first_state(
 def jit_train_step(
     student: Student, optimizer: optax.GradientTransformation, method: Method, settings: TrainConfig
 ) -> Callable:
-    """`make_train_step` of a run's settings, compiled; the state is donated."""
+    """The jitted `make_train_step` with the settings of a run; the state is donated."""
     chunk_size = {} if settings.loss_chunk_size is None else {"chunk_size": settings.loss_chunk_size}
     losses = LossConfig(
         student.model.completion_hidden,

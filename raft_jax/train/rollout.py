@@ -1,4 +1,4 @@
-"""Rollouts: the student's own answers, sampled at every step (Eq. 6)."""
+"""Rollouts: answers that the current student samples in every step (Eq. 6)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from raft_jax.train.student import Student
 
 
 def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shards: int) -> Callable[..., Tokens]:
-    """Builds `sample_rollout(params, teacher_params, batch, key) -> Tokens`, whose `max_tokens` is the most real tokens
-    that a device has of a rollout in one micro-batch, rounded up to few values."""
+    """Builds `sample_rollout(params, teacher_params, batch, key) -> Tokens`.
+
+    `max_tokens` of the result is the largest number of real rollout tokens that a device has in one micro-batch,
+    rounded up to one of a few values to limit recompilation.
+    """
     num_micro_batches, rollout = settings.num_micro_batches, settings.rollout
     rows = settings.batch_size // (num_batch_shards * num_micro_batches)
-    # The rollout's program is used at every step: worth its compilation.
+    # The program runs in every step, so the longer compilation of the unrolled one pays off.
     generate = make_generate(
         student.model, rollout.max_new_tokens, top_p=rollout.top_p, unroll=jax.default_backend() == "cpu"
     )
@@ -34,7 +37,7 @@ def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shard
     temperature = jnp.float32(rollout.temperature)
 
     def sample_rollout(params, teacher_params, batch: Batch, key: jax.Array) -> Tokens:
-        # All micro-batches at once.
+        # Rollouts of all micro-batches are sampled together.
         prompt = replace(batch.prompt, max_tokens=num_micro_batches * batch.prompt.max_tokens)
         tokens, count = sample(params, teacher_params, prompt, batch.row_ids, key, temperature)
         return replace(tokens, max_tokens=token_capacity(int(count), rows * rollout.max_new_tokens))

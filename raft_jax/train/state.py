@@ -1,4 +1,4 @@
-"""What training carries from step to step, as one pytree that the caller owns."""
+"""The training state: one pytree, owned by the caller and passed from step to step."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from raft_jax.losses import BalanceState, init_balance
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The student, its optimiser, and the running averages of the two losses."""
+    """The student's parameters, the optimiser's state, and the running averages of the two losses."""
 
-    step: jax.Array  # int32 scalar: updates made
+    step: jax.Array  # int32 scalar: number of updates so far
     params: Any
     opt_state: optax.OptState
     balance: BalanceState
@@ -27,7 +27,7 @@ class TrainState:
 def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step.
 
-    The state is donated to every step, so `params` must not be shared with a teacher: give it a copy.
+    The state is donated to every step, so `params` must not share buffers with a teacher: pass a copy.
     """
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_balance())
 
@@ -42,10 +42,10 @@ def make_optimizer(
     warmup_steps: int = 0,
     max_gradient_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW at a constant rate, after a linear warm-up if one is asked for; norms and biases do not decay."""
+    """AdamW with an optional linear warm-up, then a constant learning rate. Norms and biases have no weight decay."""
 
     def is_matrix(params):
-        # A parameter's name ends in its dimensions; without the layers, a matrix has at least two.
+        # A parameter's name ends in its dimensions; a matrix has at least two besides L (layers).
         return {name: len(name.rpartition("_")[2].removeprefix("L")) > 1 and "bias" not in name for name in params}
 
     schedule = learning_rate
@@ -58,11 +58,11 @@ def make_optimizer(
 
 
 def state_shardings(state: TrainState, parameter_shardings: dict[str, NamedSharding]) -> TrainState:
-    """The layout of a whole state: optimiser moments lie as their parameters do, everything else on every device.
+    """Shardings of a whole state: optimiser moments are sharded like their parameters, everything else is replicated.
 
     Args:
       state: arrays or `jax.ShapeDtypeStruct`.
-      parameter_shardings: of each parameter, by name.
+      parameter_shardings: the sharding of each parameter, by name.
     """
     mesh = next(iter(parameter_shardings.values())).mesh
     replicated = NamedSharding(mesh, PartitionSpec())

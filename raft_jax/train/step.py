@@ -1,4 +1,4 @@
-"""The train step of RAFT: cross entropy on the refined answers plus adaptive distillation on the student's rollouts.
+"""RAFT's train step: cross entropy on the refined answers plus adaptive distillation on the student's rollouts.
 
 Letters: B batch, A answer, C rollout, T time, D model width, V vocabulary.
 """
@@ -24,18 +24,18 @@ from raft_jax.unpadding import make_unpadding
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What the terms of the loss need beside arrays.
+    """The functions and settings that the terms of the loss need.
 
     Attributes:
       completion_hidden: `(params, prompt, *completions) -> [hidden_BCD, ...]`, the hidden states from which each token
-        of each completion is predicted; all are Tokens. See `Model.completion_hidden`, and `completions_of` for any
-        other model.
+        of each completion is predicted; prompt and completions are Tokens. See `Model.completion_hidden`, and
+        `completions_of` for other models.
       unembedding: `(params) -> unembedding_DV`, or `raft_jax.losses.TiedEmbedding(embedding_VD)`.
-      forward_params: `(params, teacher_params) -> params of completion_hidden`, differentiated with it: where what is
-        trained are float32 master weights of a bfloat16 model, or adapters of the teacher.
-      top_k, temperature: K and T of Eqs. 8-10.
+      forward_params: `(params, teacher_params) -> params of completion_hidden`; gradients flow through it. For training
+        float32 master weights of a bfloat16 model, or adapters of the teacher.
+      top_k, temperature: K and τ (T in the paper) of Eqs. 8-10.
       reduction: "sequence" (mean over each row's tokens, then rows) or "token" (mean over all tokens).
-      head_settings: what else the linear losses take: chunk_size, logit_scale, logit_softcap, vocab_size.
+      head_settings: further arguments of the linear losses: chunk_size, logit_scale, logit_softcap, vocab_size.
     """
 
     completion_hidden: Callable[..., list[jax.Array]]
@@ -51,11 +51,11 @@ class LossConfig:
             raise ValueError(f"reduction {self.reduction!r} is not known; use 'sequence' or 'token'")
 
     def count(self, tokens: Tokens) -> jax.Array | int:
-        """What the sum of a term is divided by: rows, or real tokens."""
+        """The divisor of a term's sum: the number of rows, or of real tokens."""
         return len(tokens.ids) if self.reduction == "sequence" else jnp.maximum(jnp.sum(tokens.mask), 1)
 
     def token_weights(self, tokens: Tokens) -> jax.Array:
-        """[B, T], float32: what each token weighs in the sum of a term."""
+        """[B, T], float32: the weight of each token in a term's sum."""
         if self.reduction == "token":
             return tokens.mask.astype(jnp.float32)
         return sequence_weight(tokens.mask) * len(tokens.ids)
@@ -67,7 +67,7 @@ class LossConfig:
 
 
 def sft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BAD) -> tuple[jax.Array, dict]:
-    """Eq. 5, summed over the rows or tokens: the cross entropy of the answers."""
+    """Eq. 5, summed over rows or tokens: cross entropy on the answers."""
     answer = batch.answer
     unpad, _ = make_unpadding(answer.mask, answer.max_tokens)
     hidden_BTD, labels_BT, weight_BT = map(unpad, (hidden_BAD, answer.ids, config.token_weights(answer)))
@@ -76,7 +76,7 @@ def sft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BA
 
 
 def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BCD) -> tuple[jax.Array, dict]:
-    """Eqs. 7-10, summed: both models at the same prefixes of the student's own answer."""
+    """Eqs. 7-10, summed over rows or tokens: KL between both models at the same prefixes of the student's rollout."""
     rollout = batch.rollout
     (teacher_BCD,) = config.completion_hidden(teacher_params, batch.teacher_prompt, rollout)
     unpad, _ = make_unpadding(rollout.mask, rollout.max_tokens)
@@ -95,8 +95,8 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
     return total, {name: jnp.sum(jnp.where(mask_BT, values_BT, 0)) for name, values_BT in metrics.items()}
 
 
-# Each term of the loss, and which completion of the prompt it is about. `term(config, params, teacher_params, batch,
-# hidden_BCD) -> (sum, {metric: sum over the completion's tokens})`.
+# Each term of the loss, and the completion that it is computed on (a field of Batch). `term(config, params,
+# teacher_params, batch, hidden_BCD) -> (sum, {metric: sum over the completion's tokens})`.
 TERMS = {"sft": (sft_term, "answer"), "kl": (kl_term, "rollout")}
 
 
@@ -114,12 +114,12 @@ def make_train_step(
     Args:
       config: the models and the losses.
       optimizer: an optax transformation.
-      terms: of TERMS; with "sft" alone the batch needs no rollout, and the teacher is None unless
-        `config.forward_params` needs it.
-      ema_decay: beta of Eq. 11.
-      fixed_weight: lambda as a constant instead of Eq. 12.
-      num_micro_batches: rows are run in this many groups, one after the other. The gradients of the terms are summed
-        apart and joined once lambda of the whole batch is known, so nothing changes but memory.
+      terms: names in TERMS. With "sft" alone the batch needs no rollout, and teacher_params may be None unless
+        `config.forward_params` needs them.
+      ema_decay: β of Eq. 11.
+      fixed_weight: a constant λ, in place of Eq. 12.
+      num_micro_batches: number of groups that the rows are split into, run one after the other. The gradients of each
+        term are accumulated separately and combined once λ of the whole batch is known, so only memory changes.
 
     Returns:
       `train_step(state, teacher_params, batch) -> (state, metrics)`. `batch` is a raft_jax.tokens.Batch; metrics are
@@ -129,7 +129,7 @@ def make_train_step(
     """
 
     def losses(params, teacher_params, batch, names):
-        """The sum of each term, and the sums behind the metrics."""
+        """The sum of each term, and the sums from which the metrics are computed."""
         params = config.forward_params(params, teacher_params)
         functions, completions = zip(*(TERMS[name] for name in names), strict=True)
         hidden = config.completion_hidden(params, batch.prompt, *(getattr(batch, name) for name in completions))
@@ -156,7 +156,7 @@ def make_train_step(
             )
         values = {name: total / counts[name] for name, total in sums.items()}
         coefficients, balance = _coefficients(values, state.balance, ema_decay, fixed_weight)
-        # Lambda depends on the losses' values alone, and is known before anything is differentiated.
+        # λ depends on the values of the losses alone, so it is known before the backward pass.
         (grads,) = pullback(
             {name: (coefficients[name] / counts[name]).astype(total.dtype) for name, total in sums.items()}
         )
@@ -173,7 +173,7 @@ def make_train_step(
 
 
 def _coefficients(values, balance, ema_decay, fixed_weight):
-    """What each term is multiplied by, 1 and lambda (Eq. 12, or the fixed one), and the averages after this step."""
+    """The coefficient of each term, 1 and λ (from Eq. 12, or fixed), and the running averages after this step."""
     coefficients = {name: jnp.float32(1) for name in values}
     if "kl" in values:
         kl_weight, balance = update_balance(balance, values["sft"], values["kl"], decay=ema_decay)
@@ -182,7 +182,7 @@ def _coefficients(values, balance, ema_decay, fixed_weight):
 
 
 def _metrics(values, coefficients, sums, grads, batch: Batch) -> dict[str, jax.Array]:
-    """What a step reports, beside the averages of the balance."""
+    """The metrics of a step, except for the running averages."""
     metrics = {f"{name}_loss": value for name, value in values.items()}
     metrics["loss"] = sum(coefficients[name] * value for name, value in values.items())
     metrics["gradient_norm"] = optax.global_norm(grads)
@@ -196,7 +196,7 @@ def _metrics(values, coefficients, sums, grads, batch: Batch) -> dict[str, jax.A
 
 
 def completions_of(hidden_fn: Callable[..., jax.Array]) -> Callable[..., list[jax.Array]]:
-    """`completion_hidden` of any model `hidden_fn(params, tokens: Tokens) -> hidden_BTD`, one pass a completion."""
+    """`completion_hidden` for any model `hidden_fn(params, tokens: Tokens) -> hidden_BTD`; one pass per completion."""
 
     def completion_hidden(params, prompt: Tokens, *completions: Tokens) -> list[jax.Array]:
         return [predicting(partial(hidden_fn, params), prompt, completion) for completion in completions]

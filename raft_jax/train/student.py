@@ -1,4 +1,4 @@
-"""What is trained: a copy of all weights, or adapters over the teacher's."""
+"""The student: a trained copy of all weights, or adapters on the teacher's weights."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ Params = dict[str, jax.Array]
 
 @dataclass(frozen=True)
 class Student:
-    """The trained parameters, always float32, and what they mean beside a teacher."""
+    """Functions that initialise the trained parameters (always float32), and combine them with the teacher's."""
 
     model: Model
     init: Callable[[Params, jax.Array], Params]  # (teacher_params, key) -> params
-    forward_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> what the model runs with
-    merged_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> weights of a model of its own
+    forward_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> parameters of the forward pass
+    merged_params: Callable[[Params, Params], Params]  # (params, teacher_params) -> weights of a standalone model
     shardings: dict[str, NamedSharding]
 
     def unembedding(self, params: Params) -> jax.Array | TiedEmbedding:
-        """As the losses take it; a tied table lies as it is, without a transposed copy."""
+        """The unembedding as the losses take it. A tied table is passed as it is, without a transposed copy."""
         tied = self.model.config.tied_embeddings
         return TiedEmbedding(params["embedding_VD"]) if tied else self.model.unembedding(params)
 
 
 def make_student(model: Model, lora: LoraConfig, mesh: Mesh) -> Student:
-    """The student of a teacher.
+    """Makes the student of a teacher.
 
     Args:
-      model: the teacher. Where it is not float32, the student's weights are float32 masters that are rounded to its
+      model: the teacher. If it is not float32, the student's weights are float32 master weights that are cast to its
         dtype in every step.
-      lora: with a rank, the student is adapters: one copy of the model serves both.
-      mesh: where the parameters lie.
+      lora: with a rank above 0, the student consists of adapters, and student and teacher share one copy of the model.
+      mesh: the devices that parameters are sharded over.
     """
     dtype = model.params["final_norm_D"].dtype
     cast = partial(jax.tree.map, lambda array: array.astype(dtype))
