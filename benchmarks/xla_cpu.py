@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from train_step import make_programs
 
-from raft_jax.data.batches import Batches, TokenRow
+from raft_jax.data.batches import Batches
 from raft_jax.data.examples import load_examples
-from raft_jax.data.prompts import question_of, teacher_prompt
-from raft_jax.data.tokenize import prompt_and_answer
+from raft_jax.data.refined import RefinedRow
+from raft_jax.data.tokenize import token_rows
+from raft_jax.methods import METHODS
 from raft_jax.models import Model, load_pretrained, xla_cpu
 from raft_jax.sampling import make_generate
 from raft_jax.tokens import Tokens
@@ -30,11 +31,8 @@ from raft_jax.tokens import Tokens
 
 def train_batch(tokenizer, size: int, new_tokens: int):
     """The first rows of the sample data, and rollouts of random tokens."""
-    rows = []
-    for number, example in enumerate(load_examples("package://raft_jax/data/samples/colregs.jsonl")[:size]):
-        prompt, answer = prompt_and_answer(tokenizer, question_of(example), example.answer)
-        teacher = tokenizer.chat_prompt(teacher_prompt(example.question, example.answer))
-        rows.append(TokenRow(prompt, answer, teacher, number))
+    examples = load_examples("package://raft_jax/data/samples/colregs.jsonl")[:size]
+    rows = token_rows([RefinedRow.unrefined(example, "") for example in examples], tokenizer, METHODS["raft"])
     rollout = np.random.default_rng(0).integers(100, 40_000, (size, new_tokens))
     batch = Batches(rows, size, seed=0, pad_id=tokenizer.pad_id).at(0)
     return batch._replace(rollout=replace(Tokens(jnp.asarray(rollout)), max_tokens=rollout.size))

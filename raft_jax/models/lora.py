@@ -135,10 +135,19 @@ def save_peft(
         targets = rf".*\blanguage_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
     name, revision = peft_base(base)
     peft_config = {
-        **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "revision": revision},
-        **{"r": rank, "lora_alpha": alpha * rank / own_rank, "rank_pattern": wider, "target_modules": targets},
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": name,
+        "revision": revision,
+        "r": rank,
+        "lora_alpha": alpha * rank / own_rank,
+        "rank_pattern": wider,
         "alpha_pattern": {name: alpha * size / own_rank for name, size in wider.items()},
-        **{"lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True},
+        "target_modules": targets,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2) + "\n", "utf-8")
     if name is None:

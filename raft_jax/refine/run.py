@@ -72,19 +72,8 @@ def refine(
                 status="unknown", note="most of it is unknown to the sentence encoder"
             )
     accepted = [index for index in compared if _is_accepted(rewrites[index], similarity[index], settings)]
-    gold_scores = dict(
-        zip(
-            accepted,
-            _scores(
-                models.judges,
-                [items[index] for index in accepted],
-                [items[index].gold for index in accepted],
-                "gold answers",
-                ledger,
-            ),
-            strict=True,
-        )
-    )
+    gold = {index: items[index].gold for index in accepted}
+    gold_scores = _scores(models.judges, items, gold, "gold answers", ledger)
     rounds: dict[int, list[Round]] = {index: [] for index in range(len(items))}
     active = accepted
     for number in range(1, settings.rounds + 1):
@@ -224,20 +213,8 @@ def _round(
     candidates = _generate(
         models.fuser, items, number, "fuse", f"fuse, round {number}", models.renders, settings, ledger
     )
-    usable = [index for index, candidate in enumerate(candidates) if candidate.status == "ok"]
-    scores = dict(
-        zip(
-            usable,
-            _scores(
-                models.judges,
-                [items[index] for index in usable],
-                [candidates[index].text for index in usable],
-                f"round {number}",
-                ledger,
-            ),
-            strict=True,
-        )
-    )
+    usable = {index: candidate.text for index, candidate in enumerate(candidates) if candidate.status == "ok"}
+    scores = _scores(models.judges, items, usable, f"round {number}", ledger)
     return [
         Round(
             round=number,
@@ -252,9 +229,10 @@ def _round(
 
 
 def _scores(
-    judges: Sequence[Judge], items: Sequence[RefineItem], texts: Sequence[str], title: str, ledger: Ledger
-) -> list[dict[str, float | None]]:
-    """Each judge's score of one text per item, from the ledger or from the judge."""
+    judges: Sequence[Judge], every_item: Sequence[RefineItem], text_of: Mapping[int, str], title: str, ledger: Ledger
+) -> dict[int, dict[str, float | None]]:
+    """Each judge's score of one text for some of the items, by the item's index; from the ledger or from the judge."""
+    items, texts = [every_item[index] for index in text_of], list(text_of.values())
     scores: list[dict[str, float | None]] = [{} for _ in items]
     for judge in judges:
         keys = [
@@ -280,12 +258,12 @@ def _scores(
                 bar.advance(len(group))
         for score, key in zip(scores, keys, strict=True):
             score[judge.name] = ledger["score", key]["value"]
-    return scores
+    return dict(zip(text_of, scores, strict=True))
 
 
-def _digest(*models) -> str:
+def _digest(*parts) -> str:
     """A hash of everything that a result depends on."""
-    return hashlib.sha256(json.dumps(models, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
