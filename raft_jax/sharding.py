@@ -14,15 +14,16 @@ from raft_jax.errors import InputError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# A parameter is sharded over `fsdp` along the model width, and over `tensor` along heads, feed-forward or vocabulary; a
-# batch is sharded over `data` and `fsdp` together.
+# Layers are sharded over `fsdp` along the model width and over `tensor` along heads or feed-forward, embedding tables
+# over both along the vocabulary; a batch is sharded over `data` and `fsdp` together.
 LOGICAL_TO_MESH = {
     "batch": ("data", "fsdp"),
+    "decode_batch": "data",  # one token of every row: its width is sharded over `fsdp` instead, as the weights are
     "width": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
     "ffn": "tensor",
-    "vocabulary": "tensor",
+    "vocabulary": ("tensor", "fsdp"),
     None: None,
 }
 UNCONSTRAINED = PartitionSpec.UNCONSTRAINED  # for `constrain`: the compiler chooses the sharding of this dimension
@@ -60,8 +61,8 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes for logical axes; two logical axes on one mesh axis are an error. UNCONSTRAINED is kept.
 
     Example:
-      >>> tuple(partition_spec(("vocabulary", "width")))
-      ('tensor', 'fsdp')
+      >>> tuple(partition_spec(("width", "ffn")))
+      ('fsdp', 'tensor')
     """
     mapped = [axis if axis is UNCONSTRAINED else LOGICAL_TO_MESH[axis] for axis in axes]
     taken = [entry for entry in mapped if entry and entry is not UNCONSTRAINED]
@@ -99,11 +100,23 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(array, partition_spec(axes))
 
 
+def platform() -> str:
+    """The platform that programs are built for, "tpu", "gpu" or "cpu": that of the mesh's devices under `jax.set_mesh`,
+    which need not be at hand, else the default backend's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def mesh_axes(axis: str) -> tuple[str, ...]:
+    """Names of the mesh axes that a logical axis is sharded over under `jax.set_mesh`; none without a mesh."""
+    mesh, names = jax.sharding.get_abstract_mesh(), LOGICAL_TO_MESH[axis]
+    return () if mesh.empty or names is None else (names,) if isinstance(names, str) else names
+
+
 def num_shards(axis: str) -> int:
     """The number of shards of a logical axis under `jax.set_mesh`; 1 without a mesh."""
-    mesh, cut_over = jax.sharding.get_abstract_mesh(), LOGICAL_TO_MESH[axis]
-    names = (cut_over,) if isinstance(cut_over, str) else cut_over
-    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in names)
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in mesh_axes(axis))
 
 
 def is_writer() -> bool:

@@ -6,6 +6,9 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Threads of XLA on CPU. A collective blocks one on every device until all devices have come to it; with as many threads
+# as devices, two collectives that may run at the same time can wait for each other for ever.
+os.environ.setdefault("NPROC", "32")
 
 import numpy as np
 import pytest

@@ -241,7 +241,7 @@ class TermArrays(NamedTuple):
             derivative = term.student.derivative(logits)
         compared = self.targets.compared(term, self.targets.tokens, teacher_head, columns_M)
         dlogits_NM = term.loss.dlogits(logits, compared, self.residuals, self.cotangent, columns_M) * derivative
-        return jnp.where(self.keep_N[:, None], dlogits_NM, 0)
+        return term.student.sharding.constrain(jnp.where(self.keep_N[:, None], dlogits_NM, 0))
 
 
 def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermArrays, ...]):
@@ -251,7 +251,7 @@ def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermA
     """
     hidden_ND, config = _join(num_rows, [part.hidden_ND for part in parts]), terms[0].student
     num_tokens = hidden_ND.shape[0] if isinstance(hidden_ND.shape[0], int) else SYMBOLIC_ROWS * 16
-    blocks = VocabBlocks.of(head.vocabulary, config.shards, num_tokens, chunk_size)
+    blocks = VocabBlocks.of(head.vocabulary, config.sharding.shards, num_tokens, chunk_size)
     bits = bits and blocks.num_blocks > 1
     accumulated = checks.accumulation_dtype(hidden_ND.dtype, head.dtype)
 
@@ -274,7 +274,7 @@ def _over_vocabulary(terms, chunk_size, num_rows, bits, head, parts: tuple[TermA
                 for term, part, teacher in zip(terms, parts, split_teachers, strict=True)
             ],
         )
-        update = piece.gradient(hidden_ND, dlogits_NM, head.dtype, blocks.shards)
+        update = piece.gradient(hidden_ND, dlogits_NM, head.dtype, config)
         if bits:
             update = jax.tree.map(xla_cpu.as_bits, update)
         head_grad = jax.tree.map(lambda x, u, axis: blocks.write(x, u, axis, index), head_grad, update, head.axes)
@@ -321,50 +321,62 @@ def _split(num_rows: int, array, sizes):
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def weighted_linear_loss(term: Term, chunk_size: int, hidden_BTD, head: LMHead, weight_BT, targets: Targets):
-    """sum_bt weight_bt loss_bt. Tokens of weight 0 may hold NaN."""
-    loss_BT = linear_loss(term, chunk_size, hidden_BTD, head, targets)
+    """(sum_bt weight_bt loss_bt, the loss's metrics [B, T] if it returns any). Tokens of weight 0 may hold NaN."""
+    outputs = linear_loss(term, chunk_size, hidden_BTD, head, targets)
+    loss_BT, metrics = outputs if isinstance(outputs, tuple) else (outputs, None)
     weight_BT = weight_BT.astype(loss_BT.dtype)
-    return jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * loss_BT))
+    return jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * loss_BT)), metrics
 
 
 def _weighted_forward(term, chunk_size, hidden_BTD, head, weight_BT, targets):
     chunks = TokenChunks.of(hidden_BTD.shape[:-1], chunk_size)
     accumulated = checks.accumulation_dtype(hidden_BTD.dtype, head.dtype)
     columns_V = jnp.arange(head.vocabulary)
+    is_loop = chunks.num_chunks > 1
+    sum_dtype = accumulated if is_loop else head.dtype
+    # In a loop, the sum over devices that have different rows is completed once, after the last chunk.
+    groups, head_gradient = term.student.sharding.partial_sums(
+        lambda hidden_ND, dlogits_NV: head.gradient(hidden_ND, dlogits_NV, sum_dtype, term.student),
+        chunks.rows if is_loop else 1,
+    )
 
-    def chunk(index, dtype):
+    def chunk(index):
         hidden_ND, weight_N, tokens_N = chunks.chunk((hidden_BTD, weight_BT, targets.tokens), index)
         weight_N = jnp.where(chunks.is_new(index), weight_N, 0).astype(accumulated)
-        cotangent_N = term.loss.cotangent(tokens_N, weight_N)
-        keep_N1 = (cotangent_N != 0)[:, None]
         logits_NV = head.logits(hidden_ND, term.student)
         compared = targets.compared(term, tokens_N, targets.teacher_head)
-        loss_N, residuals = term.loss.value(logits_NV, compared)
+        outputs, residuals = term.loss.value(logits_NV, compared)
+        loss_N, metrics = outputs if isinstance(outputs, tuple) else (outputs, None)
+        cotangent_N = term.loss.cotangent(tokens_N, weight_N if metrics is None else (weight_N, metrics))
+        keep_N1 = (cotangent_N != 0)[:, None]
         dlogits_NV = term.loss.dlogits(logits_NV, compared, residuals, cotangent_N, columns_V)
-        dlogits_NV = jnp.where(keep_N1, dlogits_NV * term.student.derivative(logits_NV), 0)
+        derivative = term.student.derivative(logits_NV) if term.loss.needs_logits else 1
+        dlogits_NV = term.student.sharding.constrain(jnp.where(keep_N1, dlogits_NV * derivative, 0))
         total = jnp.sum(jnp.where(weight_N == 0, 0, weight_N * loss_N))
-        head_grad = head.gradient(jnp.where(keep_N1, hidden_ND, 0), dlogits_NV, dtype, term.student.shards)
+        head_grad = head_gradient(jnp.where(keep_N1, hidden_ND, 0), dlogits_NV)
         hidden_grad_ND = head.hidden_gradient(dlogits_NV, term.student, like=hidden_ND)
-        return (total, head_grad), (loss_N, hidden_grad_ND.astype(hidden_BTD.dtype))
+        return (total, head_grad), (loss_N, metrics, hidden_grad_ND.astype(hidden_BTD.dtype))
 
     def add(carry, index):
-        sums, values = chunk(index, accumulated)
+        sums, values = chunk(index)
         return jax.tree.map(jnp.add, carry, sums), values
 
-    if chunks.num_chunks == 1:
-        (total, head_grad), values = chunk(0, head.dtype)
-        per_chunk = jax.tree.map(lambda x: x[None], values)
-    else:
-        start = jnp.zeros((), accumulated), jax.tree.map(lambda x: jnp.zeros_like(x, dtype=accumulated), head)
+    if is_loop:
+        shape = (groups,) if groups > 1 else ()
+        start = jnp.zeros((), accumulated), jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape), accumulated), head)
         start = sharding.vary_like(start, hidden_BTD)
         (total, head_grad), per_chunk = jax.lax.scan(add, start, jnp.arange(chunks.num_chunks))
-        head_grad = jax.tree.map(lambda x, like: x.astype(like.dtype), head_grad, head)
-    loss_BT, hidden_grad_BTD = chunks.join(per_chunk)
+        head_grad = jax.tree.map(lambda x, y: (x if groups == 1 else x.sum(0)).astype(y.dtype), head_grad, head)
+    else:
+        (total, head_grad), values = chunk(0)
+        per_chunk = jax.tree.map(lambda x: x[None], values)
+    loss_BT, metrics, hidden_grad_BTD = chunks.join(per_chunk)
     loss_BT = jnp.where((weight_BT == 0) & ~jnp.isfinite(loss_BT), 0, loss_BT)
-    return total, (hidden_grad_BTD, head_grad, loss_BT.astype(weight_BT.dtype))
+    return (total, metrics), (hidden_grad_BTD, head_grad, loss_BT.astype(weight_BT.dtype))
 
 
-def _weighted_backward(term, chunk_size, grads, cotangent):
+def _weighted_backward(term, chunk_size, grads, cotangents):
+    cotangent, _ = cotangents  # metrics have no gradient
     return *jax.tree.map(lambda x: (x.astype(cotangent.dtype) * cotangent).astype(x.dtype), grads), None
 
 

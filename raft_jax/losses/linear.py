@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def linear_cross_entropy(
     logit_softcap: float | None = None,
     vocab_size: int | None = None,
     chunk_size: int = 512,
-    vocab_shards: int | None = None,
+    vocab_shards: int | str | Sequence[str] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     return_logsumexp: bool = False,
@@ -46,9 +47,11 @@ def linear_cross_entropy(
         logit_scale: multiplies h W + bias.
         logit_softcap: > 0. Default: none.
         vocab_size: columns at or beyond it are padding and get no probability. Default: V.
-        chunk_size: about chunk_size * V logits are held at a time, forward and backward.
-        vocab_shards: number of devices that the vocabulary is sharded over. Default: read from the array's type if
-            its mesh axes are explicit; 1 under `shard_map`; else gcd(V, number of devices, 16).
+        chunk_size: about chunk_size * V logits are held at a time on each device, forward and backward.
+        vocab_shards: the mesh axes that the vocabulary is sharded over (their names, under `jax.set_mesh`), or the
+            number of devices. With names, the logits are constrained to the same axes; with a number, the compiler
+            chooses. Default: read from the array's type if its mesh axes are explicit; 1 under `shard_map`; else
+            gcd(V, number of devices, 16), and a chunk is then counted over all devices.
         label_smoothing, z_loss, return_logsumexp: as in `cross_entropy`; return_logsumexp not with weight_BT.
 
     Returns:
@@ -73,7 +76,8 @@ def linear_cross_entropy(
     if return_logsumexp and weight_BT is not None:
         raise ValueError("return_logsumexp must be False with weight_BT: the weighted sum alone is returned")
     term = Term(loss, head.config(logit_scale, logit_softcap, vocab_size, vocab_shards))
-    return _one_loss(term, checks.chunk_size(chunk_size), hidden_BTD, head, weight_BT, Targets(labels_BT))
+    chunk_size = term.student.sharding.chunk_size(checks.chunk_size(chunk_size))
+    return _one_loss(term, chunk_size, hidden_BTD, head, weight_BT, Targets(labels_BT))
 
 
 def linear_forward_kl(
@@ -161,7 +165,7 @@ def linear_top_k(
     vocab_size: int | None = None,
     chunk_size: int = 512,
     recall: float | None = None,
-    vocab_shards: int | None = None,
+    vocab_shards: int | str | Sequence[str] | None = None,
 ) -> TopK:
     """`top_k` with logits h W. Arguments and errors as in `linear_cross_entropy` and `top_k`; no gradient.
 
@@ -175,7 +179,7 @@ def linear_top_k(
     tau = checks.temperature(temperature, checks.accumulation_dtype(hidden_BTD.dtype, head.dtype))
     vocab_size = checks.vocab_size(vocab_size, unembedding_DV=head.vocabulary)
     config = head.config(logit_scale, logit_softcap, vocab_size, vocab_shards)
-    chunk_size = checks.chunk_size(chunk_size)
+    chunk_size = config.sharding.chunk_size(checks.chunk_size(chunk_size))
 
     @sharding.automatic(hidden_BTD.ndim - 1)
     def search(hidden_BTD, head, tau):
@@ -193,6 +197,7 @@ def linear_top_k_forward_kl(
     *,
     k: int | None = None,
     temperature: float = 1.5,
+    weight_BT: jax.Array | None = None,
     student_bias_V: jax.Array | None = None,
     teacher_bias_V: jax.Array | None = None,
     logit_scale: float | tuple[float, float] = 1.0,
@@ -200,7 +205,7 @@ def linear_top_k_forward_kl(
     vocab_size: int | None = None,
     chunk_size: int = 512,
     recall: float | None = None,
-    vocab_shards: int | None = None,
+    vocab_shards: int | str | Sequence[str] | None = None,
     return_metrics: bool = False,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
     """`top_k_forward_kl` with logits h W.
@@ -212,13 +217,16 @@ def linear_top_k_forward_kl(
         student_unembedding_DV: [D, V], float, or `TiedEmbedding`.
         teacher_hidden_BTD: [B, T, D'], float, of any width D'; or a precomputed `TopK`. No gradient.
         teacher_unembedding_DV: [D', V], float, or `TiedEmbedding`; None with a `TopK`. No gradient.
+        weight_BT: as in `linear_cross_entropy`. The backward pass then scatters each chunk's K entries once, and not
+            once for every block of the vocabulary: faster where there are many tokens.
         student_bias_V, teacher_bias_V: [V], float. Default: none.
         logit_scale, logit_softcap: as in `linear_cross_entropy`; one value for both models, or (student, teacher).
         chunk_size, vocab_size, vocab_shards: as in `linear_cross_entropy`.
         k, temperature, recall, return_metrics: as in `top_k_forward_kl`.
 
     Returns:
-        loss_BT: [B, T], float32, nats; with return_metrics (loss_BT, {name: [B, T]}), as in `top_k_forward_kl`.
+        loss_BT: [B, T], float32, nats; a scalar if weight_BT is given. With return_metrics (loss, {name: [B, T]}), as
+            in `top_k_forward_kl`.
 
     Raises:
         ValueError: an argument is invalid; raised while tracing.
@@ -236,12 +244,26 @@ def linear_top_k_forward_kl(
         return_metrics, vocab_size, chunk_size, vocab_shards, logit_scale, logit_softcap,
     )  # fmt: skip
 
-    @sharding.automatic(student_hidden_BTD.ndim - 1)
-    def loss(student_hidden, head, arrays, tau):
-        targets = Targets(teacher.top_k(arrays, tau), temperature=tau)
-        return linear_loss(teacher.term, teacher.chunk_size, student_hidden, head, targets)
+    ndim = student_hidden_BTD.ndim - 1
+    if weight_BT is None:
 
-    return loss(student_hidden_BTD, head, teacher.arrays, teacher.tau)
+        @sharding.automatic(ndim)
+        def loss(student_hidden, head, arrays, tau):
+            targets = Targets(teacher.top_k(arrays, tau), temperature=tau)
+            return linear_loss(teacher.term, teacher.chunk_size, student_hidden, head, targets)
+
+        return loss(student_hidden_BTD, head, teacher.arrays, teacher.tau)
+
+    checks.weight(weight_BT, student_hidden_BTD.shape[:-1])
+
+    @sharding.automatic(0, ndim)
+    def weighted(student_hidden, head, weight, arrays, tau):
+        targets = Targets(teacher.top_k(arrays, tau), temperature=tau)
+        return weighted_linear_loss(teacher.term, teacher.chunk_size, student_hidden, head, weight, targets)
+
+    outputs: Any = weighted(student_hidden_BTD, head, jnp.asarray(weight_BT), teacher.arrays, teacher.tau)
+    total, metrics = outputs
+    return total if metrics is None else (total, metrics)
 
 
 def linear_raft_losses(
@@ -261,7 +283,7 @@ def linear_raft_losses(
     vocab_size: int | None = None,
     chunk_size: int = 512,
     recall: float | None = None,
-    vocab_shards: int | None = None,
+    vocab_shards: int | str | Sequence[str] | None = None,
     return_metrics: bool = False,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -353,7 +375,7 @@ class TeacherTopK(NamedTuple):
         student = student_head.config(scales[0], softcaps[0], vocab_size, vocab_shards)
         config = None if head is None else head.config(scales[1], softcaps[1], vocab_size, vocab_shards)
         term = Term(TopKForwardKL(student_head.vocabulary, student, bool(return_metrics)), student)
-        return cls(term, chunk_size, arrays, tau, k, recall, config)
+        return cls(term, student.sharding.chunk_size(chunk_size), arrays, tau, k, recall, config)
 
     def top_k(self, arrays, tau) -> TopK:
         """The precomputed `TopK`, truncated to k; or the search in the teacher's logits."""
@@ -371,7 +393,7 @@ def _search(config: LogitConfig, k, recall, chunk_size, hidden_BTD, head, tau) -
 
     def chunk(hidden_ND):
         logits_NV = head.logits(hidden_ND, config)
-        values_NK, indices_NK = truncation.top_k_sharded(logits_NV, min(k, config.vocab_size), recall, config.shards)
+        values_NK, indices_NK = truncation.top_k_sharded(logits_NV, min(k, config.vocab_size), recall, config.sharding)
         normalizer_N, entropy_N = (None, None) if tau is None else truncation.softmax_metrics(logits_NV, tau)[1:]
         return TopK(indices_NK, values_NK, normalizer_N, entropy_N)
 
@@ -408,9 +430,10 @@ def _linear_divergence(
     teacher_config = teacher.config(scales[1], softcaps[1], vocab_size, vocab_shards)
     # Both heads are split into the same vocabulary blocks, so the teacher's is padded or sliced to the student's size.
     teacher = jax.tree.map(partial(_resized, size=student.vocabulary), teacher, teacher.axes)
-    teacher_config = teacher_config._replace(padded=student_config.padded, shards=student_config.shards)
+    teacher_config = teacher_config._replace(padded=student_config.padded, sharding=student_config.sharding)
     teacher_hidden_BTD, teacher = jax.lax.stop_gradient((teacher_hidden_BTD, teacher))
-    term, chunk_size = Term(loss, student_config, teacher_config), checks.chunk_size(chunk_size)
+    term = Term(loss, student_config, teacher_config)
+    chunk_size = student_config.sharding.chunk_size(checks.chunk_size(chunk_size))
     targets = Targets(teacher_hidden_BTD, teacher, tau)
     return _one_loss(term, chunk_size, student_hidden_BTD, student, weight_BT, targets)
 
@@ -419,7 +442,12 @@ def _one_loss(term: Term, chunk_size: int, hidden_BTD, head, weight_BT, targets:
     """The unreduced loss [B, T], or its weighted sum if weight_BT is given."""
     if weight_BT is not None:
         checks.weight(weight_BT, hidden_BTD.shape[:-1])
-        weighted = sharding.automatic(0)(partial(weighted_linear_loss, term, chunk_size))
+
+        @sharding.automatic(0)
+        def weighted(hidden_BTD, head, weight_BT, targets):
+            outputs: Any = weighted_linear_loss(term, chunk_size, hidden_BTD, head, weight_BT, targets)
+            return outputs[0]
+
         return weighted(hidden_BTD, head, jnp.asarray(weight_BT), targets)
 
     @sharding.automatic(hidden_BTD.ndim - 1)

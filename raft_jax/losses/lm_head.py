@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raft_jax.losses import checks, sharding, xla_cpu
+from raft_jax.losses import checks, xla_cpu
+from raft_jax.losses.sharding import VocabSharding
 
 
 class TiedEmbedding(NamedTuple):
@@ -32,7 +33,7 @@ class LogitConfig(NamedTuple):
     softcap: float | None
     vocab_size: int
     padded: bool  # whether there are columns beyond vocab_size
-    shards: int  # number of devices that the vocabulary is sharded over
+    sharding: VocabSharding
 
     def derivative(self, logits: jax.Array) -> jax.Array | float:
         """d logits / d (h W + bias), computed from the logits."""
@@ -93,10 +94,10 @@ class LMHead(NamedTuple):
         first: Any = 0  # an int where the type says an array, for `jax.tree.map` with the head
         return LMHead(TiedEmbedding(first) if self.tied else first + 1, None if self.bias_V is None else first)
 
-    def config(self, scale, softcap, vocab_size: int, vocab_shards: int | None) -> LogitConfig:
-        shards = sharding.vocab_shards(vocab_shards, self.matrix, 0 if self.tied else 1)
+    def config(self, scale, softcap, vocab_size: int, vocab_shards) -> LogitConfig:
+        sharding = VocabSharding.of(vocab_shards, self.matrix, 0 if self.tied else 1)
         scale, softcap = checks.logit_scale(scale), checks.softcap(softcap)
-        return LogitConfig(scale, softcap, vocab_size, vocab_size < self.vocabulary, shards)
+        return LogitConfig(scale, softcap, vocab_size, vocab_size < self.vocabulary, sharding)
 
     def logits(self, hidden_ND: jax.Array, config: LogitConfig, columns_M: jax.Array | None = None) -> jax.Array:
         """[N, V]; or [N, M] if the head has been sliced to the columns M of the vocabulary."""
@@ -106,16 +107,17 @@ class LMHead(NamedTuple):
         logits = jnp.einsum("nd,vd->nv" if self.tied else "nd,dv->nv", *factors, preferred_element_type=accumulated)
         if self.bias_V is not None:
             logits = logits + self.bias_V.astype(accumulated)[None]
-        logits = logits * config.scale
+        logits = config.sharding.constrain(logits * config.scale)
         if config.softcap is not None:
             logits = config.softcap * jnp.tanh(logits / config.softcap)
         return jnp.where(self._real(config, columns_M), logits, -jnp.inf) if config.padded else logits
 
-    def gradient(self, hidden_ND: jax.Array, dlogits_NV: jax.Array, dtype, shards: int) -> LMHead:
+    def gradient(self, hidden_ND: jax.Array, dlogits_NV: jax.Array, dtype, config: LogitConfig) -> LMHead:
         """The head's gradient, from the gradient with respect to h W + bias."""
         rounded_NV = dlogits_NV.astype(gradient_dtype(hidden_ND, self))
         factors = (rounded_NV, hidden_ND) if self.tied else (hidden_ND, rounded_NV)
-        matrix = xla_cpu.gradient_product(*factors, dtype, shards)
+        matrix = xla_cpu.gradient_product(*factors, dtype, config.sharding.shards)
+        matrix = config.sharding.constrain(matrix, 0 if self.tied else 1)
         bias_V = None if self.bias_V is None else dlogits_NV.sum(0).astype(dtype)
         return LMHead(TiedEmbedding(matrix) if self.tied else matrix, bias_V)
 

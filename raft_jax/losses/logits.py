@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 
 from raft_jax.losses import checks, sharding, truncation
 from raft_jax.losses.pointwise import CrossEntropy, ForwardKL, JensenShannon, ReverseKL, any_nonzero
+from raft_jax.losses.sharding import VocabSharding
 from raft_jax.losses.truncation import TopK
 
 
@@ -66,7 +68,7 @@ def top_k_forward_kl(
     temperature: float = 1.5,
     vocab_size: int | None = None,
     recall: float | None = None,
-    vocab_shards: int | None = None,
+    vocab_shards: int | str | Sequence[str] | None = None,
     return_metrics: bool = False,
 ) -> jax.Array | tuple[jax.Array, dict[str, jax.Array]]:
     """Forward KL on the teacher's K most likely tokens, both distributions renormalised on them.
@@ -81,7 +83,7 @@ def top_k_forward_kl(
         temperature: τ > 0. May be traced; has no gradient.
         vocab_size: columns at or beyond it are padding and get no probability. Default: V.
         recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact top K.
-        vocab_shards: number of devices that the vocabulary is sharded over (see `linear_cross_entropy`).
+        vocab_shards: mesh axes that the vocabulary is sharded over, or their size (see `linear_cross_entropy`).
         return_metrics: also return metrics of the truncation.
 
     Returns:
@@ -114,7 +116,7 @@ def top_k_forward_kl(
         checks.tokens("teacher_logits_BTV", teacher_logits_BTV, shape)
         sizes["teacher_logits_BTV"] = teacher_logits_BTV.shape[-1]
     vocab_size = checks.vocab_size(vocab_size, **sizes)
-    shards = 1 if given else sharding.vocab_shards(vocab_shards, teacher_logits_BTV)
+    split = VocabSharding(1) if given else VocabSharding.of(vocab_shards, teacher_logits_BTV)
 
     @sharding.automatic(len(shape))
     def loss(student, teacher, tau):
@@ -123,7 +125,7 @@ def top_k_forward_kl(
             teacher = truncation.given_top_k(teacher, k, vocab_size)
         else:
             logits = truncation.mask_padding(checks.upcast(teacher), vocab_size)
-            values, indices = truncation.top_k_sharded(logits, min(k or 512, vocab_size), recall, shards)
+            values, indices = truncation.top_k_sharded(logits, min(k or 512, vocab_size), recall, split)
             normalizer, entropy = truncation.softmax_metrics(logits, tau)[1:] if return_metrics else (None, None)
             teacher = TopK(indices, values, normalizer, entropy)
         student_BTK, teacher_BTK = truncation.gather(student, teacher, vocab_size)

@@ -195,7 +195,7 @@ class TopKForwardKL:
 
     def dlogits(self, logits_NM, targets, dlogits_NK, cotangent_N, columns_M):
         values_NK = dlogits_NK * cotangent_N[:, None]
-        return _scatter(values_NK, targets[0].indices_BTK, columns_M, self.vocabulary, self.config.shards)
+        return _scatter(values_NK, targets[0].indices_BTK, columns_M, self.vocabulary, self.config.sharding.shards)
 
 
 def any_nonzero(cotangent) -> jax.Array:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import jax
 import jax.numpy as jnp
 
 from raft_jax.losses import checks, sharding, xla_cpu
+from raft_jax.losses.sharding import VocabSharding
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +180,7 @@ def top_k(
     temperature: float = 1.5,
     vocab_size: int | None = None,
     recall: float | None = None,
-    vocab_shards: int | None = None,
+    vocab_shards: int | str | Sequence[str] | None = None,
 ) -> TopK:
     """The K most likely tokens at each position, which losses accept in place of a teacher.
 
@@ -188,7 +190,7 @@ def top_k(
         temperature: > 0, for log_normalizer_BT and entropy_BT only; the kept logits are not divided by it.
         vocab_size: columns at or beyond it are padding and get no probability. Default: V.
         recall: expected share of the true top K that `jax.lax.approx_max_k` finds, in (0, 1]. Default: exact top K.
-        vocab_shards: number of devices that the vocabulary is sharded over (see `linear_cross_entropy`).
+        vocab_shards: mesh axes that the vocabulary is sharded over, or their size (see `linear_cross_entropy`).
 
     Returns:
         TopK of [B, T, K] and [B, T], logits in float32. No gradient.
@@ -205,12 +207,12 @@ def top_k(
     checks.truncation(k, recall)
     tau = checks.temperature(temperature, checks.accumulation_dtype(logits_BTV.dtype))
     vocab_size = checks.vocab_size(vocab_size, logits_BTV=logits_BTV.shape[-1])
-    shards = sharding.vocab_shards(vocab_shards, logits_BTV)
+    split = VocabSharding.of(vocab_shards, logits_BTV)
 
     @sharding.automatic(logits_BTV.ndim - 1)
     def search(logits_BTV, tau):
         logits_BTV = mask_padding(checks.upcast(jax.lax.stop_gradient(logits_BTV)), vocab_size)
-        values_BTK, indices_BTK = top_k_sharded(logits_BTV, min(k, vocab_size), recall, shards)
+        values_BTK, indices_BTK = top_k_sharded(logits_BTV, min(k, vocab_size), recall, split)
         return TopK(indices_BTK, values_BTK, *softmax_metrics(logits_BTV, tau)[1:], static_or_none(temperature))
 
     return search(logits_BTV, tau)
@@ -221,14 +223,16 @@ def static_or_none(temperature) -> float | None:
     return None if temperature is None or checks.is_traced(temperature) else float(temperature)
 
 
-def top_k_sharded(logits: jax.Array, k: int, recall: float | None, shards: int) -> tuple[jax.Array, jax.Array]:
+def top_k_sharded(
+    logits: jax.Array, k: int, recall: float | None, sharding: VocabSharding
+) -> tuple[jax.Array, jax.Array]:
     """(values, indices) of the k largest along the last axis, largest first; each shard searches its own columns.
 
     Exact, or by `jax.lax.approx_max_k` with the given recall. If several values tie for the k-th position, the choice
     depends on the backend and on nothing else.
     """
-    size = logits.shape[-1] // shards
-    split = logits.reshape(*logits.shape[:-1], shards, size)
+    shards, size = sharding.shards, logits.shape[-1] // sharding.shards
+    split = sharding.constrain(logits.reshape(*logits.shape[:-1], shards, size), -2)
     if recall is not None:
         values, indices = jax.lax.approx_max_k(split, min(k, size), recall_target=recall)
     elif shards > 1:
@@ -239,10 +243,7 @@ def top_k_sharded(logits: jax.Array, k: int, recall: float | None, shards: int) 
     indices = indices + offset.reshape(*[1] * (logits.ndim - 1), -1, 1)
     indices = indices.reshape(*logits.shape[:-1], shards * indices.shape[-1])
     values = values.reshape(indices.shape)
-    if shards == 1:
-        return values, indices
-    values, order = _by_sort(values, k)
-    return values, jnp.take_along_axis(indices, order, axis=-1)
+    return (values, indices) if shards == 1 else _by_sort(values, indices, k)
 
 
 def _by_bins(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -253,20 +254,26 @@ def _by_bins(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     size = values.shape[-1]
     depth = 2 ** max(0, round(math.log2(size / k) / 2))
     if depth == 1:
-        return _by_sort(values, k)
+        return _by_sort(values, _positions(values), k)
     padding = -size % depth
     if padding:
         values = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, padding)], constant_values=-jnp.inf)
     num_bins = (size + padding) // depth
     binned = values.reshape(*values.shape[:-1], depth, num_bins)
-    _, bins = _by_sort(binned.max(-2), k)
+    _, bins = _by_sort(binned.max(-2), _positions(binned[..., 0, :]), k)
+    # A candidate's position: depth * num_bins values, of which each bin has one in every row.
+    position = num_bins * jnp.arange(depth, dtype=bins.dtype)[:, None] + bins[..., None, :]
     candidates = jnp.take_along_axis(binned, bins[..., None, :], axis=-1)
-    values, order = _by_sort(candidates.reshape(*bins.shape[:-1], depth * k), k)
-    return values, order // k * num_bins + jnp.take_along_axis(bins, order % k, axis=-1)
+    flat = *bins.shape[:-1], depth * k
+    return _by_sort(candidates.reshape(flat), position.reshape(flat), k)
 
 
-def _by_sort(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Top k by sorting, which needs no communication between shards on any backend; `jax.lax.top_k` does on some."""
-    indices = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+def _positions(values: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
+
+
+def _by_sort(values: jax.Array, indices: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k largest values and their indices, by sorting, which needs no communication between shards on any backend;
+    `jax.lax.top_k` does on some."""
     values, indices = jax.lax.sort((-values, indices), num_keys=1, is_stable=True)
     return -values[..., :k], indices[..., :k]

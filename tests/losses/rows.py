@@ -99,7 +99,7 @@ def table():
     kinds = [  # name, logits variant, linear variant, float64, settings, distils, takes weights
         ("cross_entropy", losses.cross_entropy, losses.linear_cross_entropy, in_float64.cross_entropy, {}, False, True),
         ("top_k", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, in_float64.top_k_forward_kl, truncated, True,
-         False),
+         True),
         ("top_all", losses.top_k_forward_kl, losses.linear_top_k_forward_kl, in_float64.top_k_forward_kl,
          {"k": 10 * V, "temperature": 0.7}, True, False),
         ("kept_top_k", kept(losses.top_k_forward_kl, losses.top_k),
@@ -122,10 +122,13 @@ def table():
         of_logits, in_numpy = partial(of_logits, **settings), partial(in_numpy, **settings)
         rows.append(Row(name, of_logits, in_numpy, of_logits, False, distils))
         linear = {"": of_hidden}
-        if takes_weights or name == "top_k":
+        if takes_weights:
             linear["-tied"] = tied(of_hidden)
+        if name == "top_k":  # its two backward passes differ most: with and without a tied table
+            linear["-weighted"] = of_hidden
         for suffix, loss in linear.items():
-            loss, weighted = partial(loss, chunk_size=4, **settings), bool(suffix) and takes_weights
+            weighted = takes_weights and suffix == ("-weighted" if name == "top_k" else "-tied")
+            loss = partial(loss, chunk_size=4, **settings)
             rows.append(Row(f"linear_{name}{suffix}", loss, in_numpy, of_logits, True, distils, weighted))
     return rows
 
