@@ -11,7 +11,6 @@ import argparse
 import os
 import statistics
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -33,9 +32,9 @@ def train_batch(tokenizer, size: int, new_tokens: int):
     """The first rows of the sample data, and rollouts of random tokens."""
     examples = load_examples("package://raft_jax/data/samples/colregs.jsonl")[:size]
     rows = token_rows([RefinedRow.unrefined(example, "") for example in examples], tokenizer, METHODS["raft"])
-    rollout = np.random.default_rng(0).integers(100, 40_000, (size, new_tokens))
+    ids = np.random.default_rng(0).integers(100, 40_000, (size, new_tokens), np.int32)
     batch = Batches(rows, size, seed=0, pad_id=tokenizer.pad_id).at(0)
-    return batch._replace(rollout=replace(Tokens(jnp.asarray(rollout)), max_tokens=rollout.size))
+    return batch._replace(rollout=Tokens(ids, np.ones(ids.shape, bool), max_tokens=ids.size))
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,17 @@ import orbax.checkpoint as ocp
 from raft_jax.files import hash_files, parse_json, unreadable
 from raft_jax.sharding import any_process, from_first_process
 
+Shape = tuple[int, ...]
+
 
 class Checkpoints:
     """The checkpoints of one training run.
+
+    Args:
+      folder: of the steps and their manifests; created if necessary.
+      keep: number of steps that are kept.
+      unpadded: `(path of an array in the state, shape) -> shape`, without the rows that make an array divide over a
+        mesh. They hold zeros, and their number may differ between save and restore.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -38,8 +47,10 @@ class Checkpoints:
       (3, [0, 1])
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self.folder = folder.absolute()
+    def __init__(
+        self, folder: Path, keep: int = 2, unpadded: Callable[[str, Shape], Shape] = lambda path, shape: shape
+    ):
+        self.folder, self._unpadded = folder.absolute(), unpadded
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             os.listdir(self.folder)
@@ -65,7 +76,9 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.StandardSave(state))
         self._manager.wait_until_finished()
         if jax.process_index() == 0:
-            manifest = json.dumps({"arrays": _arrays(state), "files": hash_files(self.folder / str(step))}, indent=1)
+            manifest = json.dumps(
+                {"arrays": self._arrays(state), "files": hash_files(self.folder / str(step))}, indent=1
+            )
             path = self._manifest(step)
             partial = path.with_suffix(".partial")
             partial.write_text(manifest)
@@ -101,9 +114,10 @@ class Checkpoints:
         self._manager.reload()
         if newest is None:
             return None
-        self._require_same(newest, json.loads(self._manifest(newest).read_text())["arrays"], _arrays(like))
+        self._require_same(newest, json.loads(self._manifest(newest).read_text())["arrays"], like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return newest, self._manager.restore(newest, args=ocp.args.StandardRestore(abstract))
+        # Not strict: Orbax adds or drops padding. Any other difference in shape was refused.
+        return newest, self._manager.restore(newest, args=ocp.args.StandardRestore(abstract, strict=False))
 
     def close(self) -> None:
         self._manager.close()
@@ -141,22 +155,28 @@ class Checkpoints:
             os.replace(self._manifest(step), place.with_name(place.name + ".sha256.json"))
         return place
 
-    def _require_same(self, step: int, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    def _require_same(self, step: int, saved: dict[str, str], like: Any) -> None:
+        wanted, padded = self._arrays(like), _described(like, lambda path, shape: shape)
         for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
+            # Earlier manifests have shapes with padding, which fit where the padding is the same.
+            if saved.get(name) not in (wanted.get(name), padded.get(name)):
                 raise InputError(
                     f"{self.folder / str(step)}: {name} is {saved.get(name, 'absent')} there and "
                     f"{wanted.get(name, 'absent')} in this run; give the model and the settings that this run began "
                     "with, or set run_dir to a new folder"
                 )
 
+    def _arrays(self, state: Any) -> dict[str, str]:
+        """Dtype and shape, without padding, of every array, by its path in the pytree."""
+        return _described(state, self._unpadded)
 
-def _arrays(state: Any) -> dict[str, str]:
-    """Dtype and shape of every array, by its path in the pytree."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{array.dtype}{list(array.shape)}"
+
+def _described(state: Any, shape_of: Callable[[str, Shape], Shape]) -> dict[str, str]:
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): array
         for path, array in jax.tree_util.tree_leaves_with_path(state)
     }
+    return {path: f"{array.dtype}{list(shape_of(path, array.shape))}" for path, array in arrays.items()}
 
 
 def remove_steps(folder: Path) -> None:

@@ -215,7 +215,7 @@ class TrainConfig:
     ema_decay: float = 0.9  # beta of Eq. 11
     fixed_weight: float | None = None  # lambda as a constant; null balances by Eq. 12 (on_policy: 1)
     reduction: str = "sequence"  # mean over each answer, then over answers; "token": over all tokens of the batch
-    loss_chunk_size: int | None = None  # tokens whose logits are held at once; null lets the loss choose
+    loss_chunk_size: int | None = None  # tokens per device whose logits are held at once; null: 512
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint_every: int = 50  # steps between two checkpoints

@@ -151,7 +151,7 @@ def compare_eight_devices_with_one(mesh, changes):
     shardings = parameter_shardings(config, mesh)
     params = jax.device_put(model.params, shardings)
     assert params["gate_LDF"].addressable_shards[0].data.shape == (2, 16, 24)
-    assert params["embedding_VD"].addressable_shards[0].data.shape == (config.vocab_size // 2, 16)
+    assert params["embedding_VD"].addressable_shards[0].data.shape == (config.vocab_size // 4, 32)
     with use_mesh(mesh):
         found, gradients = logits_and_gradients(params, *put_batch((tokens, mask), mesh))
     np.testing.assert_allclose(to_host(found)[mask], np.asarray(expected)[mask], atol=2e-5)

@@ -12,7 +12,7 @@ from raft_jax.losses import linear_forward_kl
 from raft_jax.models import Model
 from raft_jax.sampling import Scorer, answer_hidden, answer_means
 from raft_jax.scores import WeightDistance
-from raft_jax.sharding import num_shards
+from raft_jax.sharding import mesh_axes
 from raft_jax.tokens import Tokens
 
 
@@ -36,7 +36,7 @@ def make_divergence(
             base_BAD,
             model.unembedding(base_params),
             temperature=1.0,
-            vocab_shards=num_shards("vocabulary"),
+            vocab_shards=mesh_axes("vocabulary"),
             **model.head_settings,
         )
         return answer_means(kl_BA, answer.real)

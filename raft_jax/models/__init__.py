@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from raft_jax.models.decoder import Cache, Decoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import config_of, head_differs, load_parameters, open_weights
 from raft_jax.models.xla_cpu import Tiled, product
-from raft_jax.sharding import named_sharding
+from raft_jax.sharding import LOGICAL_TO_MESH, named_sharding
 from raft_jax.sources import resolve
 from raft_jax.tokens import Tokens, concatenate
 
@@ -80,8 +81,11 @@ class Model:
 
     def logits(self, hidden_XD, unembedding_DV: jax.Array | Tiled) -> jax.Array:
         """Logits `[..., V]`, float32, of hidden states `[..., D]`, soft-capped if the family has a soft-cap."""
-        logits_XV = product(hidden_XD, unembedding_DV, jnp.float32)
-        return softcap(logits_XV[..., : self.config.vocab_size], self.config.logit_softcap)
+        return self.capped(product(hidden_XD, unembedding_DV, jnp.float32))
+
+    def capped(self, products_XV: jax.Array) -> jax.Array:
+        """Logits from products with the unembedding: without the vocabulary's padding, and soft-capped."""
+        return softcap(products_XV[..., : self.config.vocab_size], self.config.logit_softcap)
 
     @property
     def head_settings(self) -> dict[str, Any]:
@@ -93,6 +97,15 @@ def parameter_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSha
     """The sharding of each parameter on a mesh."""
     table = parameter_table(config)
     return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
+
+
+def vocab_padding(config: DecoderConfig, mesh: Mesh | None) -> int:
+    """Rows that are added to the tables, which are sharded along the vocabulary.
+
+    With a multiple of the key/value heads, too, most meshes have the same shapes.
+    """
+    parts = 1 if mesh is None else math.prod(mesh.shape[name] for name in LOGICAL_TO_MESH["vocabulary"])
+    return -config.vocab_size % math.lcm(config.num_kv_heads, parts)
 
 
 def load_pretrained(
@@ -119,13 +132,10 @@ def load_pretrained(
     if config.tied_embeddings and head_differs(weights):
         config = replace(config, tied_embeddings=False)
         weights.hf_config["tie_word_embeddings"] = False
-    # The mesh's tensor axis must divide the key/value heads. With the vocabulary padded to a multiple of them,
-    # parameters and checkpoints have the same shapes on every mesh that fits the model.
-    padding = -config.vocab_size % config.num_kv_heads
     if attention == "cudnn" and (why := why_not_cudnn(dtype, config.attention_softcap)):
         raise InputError(f"{source}: model.attention is cudnn, and {why}; use auto or plain")
     kernel = best_kernel(dtype, config.attention_softcap, config.head_width) if attention == "auto" else attention
-    config = replace(config, remat=remat, vocab_padding=padding, kernel=kernel)
+    config = replace(config, remat=remat, vocab_padding=vocab_padding(config, mesh), kernel=kernel)
     tokenizer = tokenizer_of(weights, config.vocab_size)
     params = load_parameters(weights, config, dtype, mesh)
     return Model(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from raft_jax.models import xla_cpu
 from raft_jax.models.config import DecoderConfig
 from raft_jax.sharding import partition_spec
 
@@ -171,20 +172,28 @@ def _attend_by_kernel(config: DecoderConfig, window, query_BTNH, key_BKHS, value
 def decode_attention(
     config: DecoderConfig, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS
 ) -> jax.Array:
-    """Attention output `[B, 1, N, H]` of one new token, which attends to itself and to the cache.
-
-    Written as sums, which XLA fuses with the read of the cache; a matrix product would copy the cache first.
-    """
+    """Attention output `[B, 1, N, H]` of one new token, which attends to itself and to the cache."""
     B, _, N, H = query_B1NH.shape
-    query_BKGH1 = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0, ..., None].astype(jnp.float32)
-    past_BKGS = softcap(jnp.sum(query_BKGH1 * past_key_BKHS[:, :, None], axis=3), config.attention_softcap)
+    scores, mix = xla_cpu.cache_products() or (_cache_scores, _cache_mix)
+    query_BKGH = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0]
+    past_BKGS = softcap(scores(query_BKGH, past_key_BKHS), config.attention_softcap)
     past_BKGS = jnp.where(visible_BS[:, None, None], past_BKGS, MASKED)
-    own_BKG1 = softcap(jnp.sum(query_BKGH1 * key_BKH1[:, :, None], axis=3), config.attention_softcap)
+    own_BKG1 = jnp.sum(query_BKGH[..., None].astype(jnp.float32) * key_BKH1[:, :, None], axis=3)
+    own_BKG1 = softcap(own_BKG1, config.attention_softcap)
     highest = jnp.maximum(jnp.max(past_BKGS, axis=-1, keepdims=True), own_BKG1)
     past_BKGS, own_BKG1 = jnp.exp(past_BKGS - highest), jnp.exp(own_BKG1 - highest)
-    mixed_BKGH = jnp.sum(past_BKGS[..., None] * past_value_BKSH[:, :, None], axis=3) + own_BKG1 * value_BK1H
+    mixed_BKGH = mix(past_BKGS, past_value_BKSH) + own_BKG1 * value_BK1H
     mixed_BKGH = mixed_BKGH / (jnp.sum(past_BKGS, axis=-1, keepdims=True) + own_BKG1)
     return mixed_BKGH.astype(value_BK1H.dtype).reshape(B, 1, N, H)
+
+
+def _cache_scores(query_BKGH, key_BKHS) -> jax.Array:
+    return jnp.einsum("bkgh,bkhs->bkgs", query_BKGH, key_BKHS, preferred_element_type=jnp.float32)
+
+
+def _cache_mix(weight_BKGS, value_BKSH) -> jax.Array:
+    weight_BKGS = weight_BKGS.astype(value_BKSH.dtype)
+    return jnp.einsum("bkgs,bksh->bkgh", weight_BKGS, value_BKSH, preferred_element_type=jnp.float32)
 
 
 def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:

@@ -95,7 +95,21 @@ def parameter_table(config: DecoderConfig) -> dict[str, ParameterInfo]:
     for name, fan in fan_in.items():
         letters = name.rpartition("_")[2]
         shape = tuple(config.sizes[letter] for letter in letters)
-        # Norms and biases are too small to be worth sharding.
-        axes = tuple(LOGICAL_AXES[letter] if fan else None for letter in letters)
+        # Norms and biases are too small to be worth sharding. Tables are sharded along the vocabulary alone: the losses
+        # then move hidden states, not the table.
+        sharded = "" if not fan else "V" if "V" in letters else letters
+        axes = tuple(LOGICAL_AXES[letter] if letter in sharded else None for letter in letters)
         table[name] = ParameterInfo(shape, axes, fan)
     return table
+
+
+def unpadded_shape(config: DecoderConfig, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an array named like a parameter (a parameter or its moments), without the vocabulary's padding.
+
+    `path` may have other names before the parameter's, separated by slashes.
+    """
+    name = path.rpartition("/")[2]
+    if name not in parameter_table(config):
+        return shape
+    letters = name.rpartition("_")[2]
+    return tuple(config.vocab_size if letter == "V" else size for letter, size in zip(letters, shape, strict=True))

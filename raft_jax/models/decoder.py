@@ -20,8 +20,9 @@ from flax import nnx
 
 from raft_jax.models.attention import SAVED, attend, by_cudnn, decode_attention, for_attention
 from raft_jax.models.config import DecoderConfig, ParameterInfo, parameter_table
-from raft_jax.models.layer import SAME_INPUT, as_matrix, attention_output_and_mlp, project, rms_norm
+from raft_jax.models.layer import BATCH, DECODE, SAME_INPUT, as_matrix, attention_output_and_mlp, project, rms_norm
 from raft_jax.models.rope import of_kind, rope_tables
+from raft_jax.models.vocabulary import lookup
 from raft_jax.models.xla_cpu import Tiled, fused_layers
 from raft_jax.sharding import constrain
 from raft_jax.tokens import Tokens
@@ -36,6 +37,9 @@ POLICY = reduce(
         by_cudnn,
     ),
 )
+
+HEADS = ("heads", "kv_heads", "kv_heads")  # logical axis of the heads of query, key and value
+CACHE = (None, "batch", "kv_heads", None, None)
 
 
 def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
@@ -124,8 +128,8 @@ class Decoder(nnx.Module):
         """Hidden states of whole prompts, padded on the left, and a cache of `length` slots that begins with them."""
         num_new = length - prompt.length
         hidden_BTD, (keys, values) = self._forward(prompt, keep_cache=True, num_new=num_new)
-        keys = jnp.pad(keys, ((0, 0),) * 4 + ((0, num_new),))
-        values = jnp.pad(values, ((0, 0),) * 3 + ((0, num_new), (0, 0)))
+        keys = constrain(jnp.pad(keys, ((0, 0),) * 4 + ((0, num_new),)), *CACHE)
+        values = constrain(jnp.pad(values, ((0, 0),) * 3 + ((0, num_new), (0, 0))), *CACHE)
         return hidden_BTD, Cache(keys, values, jnp.pad(prompt.real, ((0, 0), (0, num_new))), jnp.int32(prompt.length))
 
     def step(self, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
@@ -146,16 +150,22 @@ class Decoder(nnx.Module):
 
         def layer(x_BTD, scanned, first=lambda *new_and_past: new_and_past):
             (weights, numbers), *past = scanned
-            query, key, value = project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0)))
+            query, key, value = (
+                constrain(part, "batch", None, heads, None)  # each row's attention is where its cache is
+                for part, heads in zip(
+                    project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0))), HEADS, strict=True
+                )
+            )
             key, value = for_attention(key, value)
             visible_BS = cache.mask_BS  # excludes the new token, even if it is already written
             if "window" in numbers:
                 visible_BS &= position_B1 - positions_BS < numbers["window"]
             *new, past_key_BKHS, past_value_BKSH = first(key, value, *past)
             mixed = decode_attention(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
-            return attention_output_and_mlp(config, x_BTD, mixed, weights), new
+            mixed = constrain(mixed, DECODE[0], None, "heads", None)
+            return attention_output_and_mlp(config, x_BTD, mixed, weights, DECODE), new
 
-        x_BTD, keys, values = self._embed(token_B1), cache.key_LBKHS, cache.value_LBKSH
+        x_BTD, keys, values = self._embed(token_B1, DECODE), cache.key_LBKHS, cache.value_LBKSH
         if layers is None:
             # The scan over layers only reads the cache, which is written once after it; a write inside would copy it.
             x_BTD, new = jax.lax.scan(layer, x_BTD, (self._layers(), keys, values))
@@ -201,17 +211,17 @@ class Decoder(nnx.Module):
         # Without remat most matrix products are saved for the backward pass, and cheap operations are recomputed.
         policy = None if config.remat else POLICY
         layer = jax.checkpoint(layer, policy=policy)
-        x = self._embed(unpad(tokens_BT))
+        x = self._embed(unpad(tokens_BT), BATCH)
         if tokens.shared_prefix:
             same = jnp.all((pad(unpad(tokens_BT)) == tokens_BT) | (mask_BT == 0))
             x = jnp.where(same, x, jnp.nan)
         x, kept = jax.lax.scan(layer, x, self._layers())
         return pad(rms_norm(config, x, self.final_norm_D[...])), kept
 
-    def _embed(self, tokens_BT) -> jax.Array:
-        x_BTD = self.embedding_VD[...][tokens_BT]
+    def _embed(self, tokens_BT, axes) -> jax.Array:
+        x_BTD = lookup(self.embedding_VD[...], tokens_BT)
         x_BTD = x_BTD * jnp.asarray(self.config.embedding_scale, x_BTD.dtype)
-        return constrain(x_BTD, "batch", None, None)
+        return constrain(x_BTD, *axes)
 
     def _layers(self) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Inputs of the scan over layers: each layer's weights, and the numbers in which layers differ."""

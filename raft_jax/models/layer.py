@@ -23,6 +23,10 @@ from raft_jax.sharding import constrain
 QKV, OUTPUT = ("query_LDNH", "key_LDKH", "value_LDKH"), ("output_LNHD",)
 GATE_UP, DOWN = ("gate_LDF", "up_LDF"), ("down_LFD",)
 SAME_INPUT = (QKV, OUTPUT, GATE_UP, DOWN)  # each group has one input; decoding may fuse it
+# Logical axes of the activations [B, T, D] between layers. Over whole sequences the rows are sharded, and each layer's
+# weights are gathered. For one token per row it is cheaper to move the activations: their width is sharded as the
+# weights are, so that every device multiplies by its own part of a weight, and the partial products are summed.
+BATCH, DECODE = ("batch", None, None), ("decode_batch", None, "width")
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": partial(jax.nn.gelu, approximate=True)}
 
 
@@ -50,8 +54,13 @@ def project(config: DecoderConfig, x_BTD, weights, rope):
     return query * scale, key, value
 
 
-def attention_output_and_mlp(config: DecoderConfig, x_BTD, mixed_BTNH, weights) -> jax.Array:
-    """x plus the attention output plus the gated feed-forward; with `post_norms` each is normed before it is added."""
+def attention_output_and_mlp(
+    config: DecoderConfig, x_BTD, mixed_BTNH, weights, axes: tuple[str | None, ...] = BATCH
+) -> jax.Array:
+    """x plus the attention output plus the gated feed-forward; with `post_norms` each is normed before it is added.
+
+    `axes` are the logical axes of x and of the result.
+    """
 
     def behind(out_BTD, name):
         return rms_norm(config, out_BTD, weights[name]) if config.post_norms else out_BTD
@@ -59,15 +68,15 @@ def attention_output_and_mlp(config: DecoderConfig, x_BTD, mixed_BTNH, weights) 
     adapted = partial(_adapted, config, weights)
     mixed_BTI = mixed_BTNH.reshape(*x_BTD.shape[:2], -1)
     output_BTD = adapted(*OUTPUT, *_products(config, mixed_BTI, weights, OUTPUT), mixed_BTNH)
-    x_BTD = x_BTD + behind(output_BTD, "attention_post_norm_LD")
+    x_BTD = constrain(x_BTD + behind(output_BTD, "attention_post_norm_LD"), *axes)
     normed = rms_norm(config, x_BTD, weights["mlp_norm_LD"])
     gate, up = (
         checkpoint_name(adapted(name, y, normed), SAVED)
         for name, y in zip(GATE_UP, _products(config, normed, weights, GATE_UP, xla_cpu.matmul), strict=True)
     )
-    inner_BTF = ACTIVATIONS[config.activation](gate) * up
+    inner_BTF = constrain(ACTIVATIONS[config.activation](gate) * up, axes[0], None, "ffn")
     output_BTD = adapted(*DOWN, *_products(config, inner_BTF, weights, DOWN, xla_cpu.matmul), inner_BTF)
-    return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), "batch", None, None)
+    return constrain(x_BTD + behind(output_BTD, "mlp_post_norm_LD"), *axes)
 
 
 def _products(config: DecoderConfig, x_BTI, weights, names: tuple[str, ...], multiply=jnp.matmul) -> list[jax.Array]:

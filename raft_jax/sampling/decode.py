@@ -6,10 +6,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from raft_jax.models import Model
 from raft_jax.models.attention import MASKED
-from raft_jax.models.xla_cpu import tiled
+from raft_jax.models.vocabulary import from_table, to_table
+from raft_jax.models.xla_cpu import product, tiled
 from raft_jax.sharding import num_shards
 from raft_jax.tokens import Tokens
 
@@ -89,7 +91,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p {top_p} must be above 0 and up to 1")
-    stop_ids = jnp.array(model.tokenizer.stop_ids, jnp.int32)
+    stop_ids = np.array(model.tokenizer.stop_ids, np.int32)
     pad_id = model.tokenizer.pad_id
 
     @jax.jit
@@ -102,7 +104,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
         keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.maximum(row_ids, 0))
 
         def sample(hidden_BD, index):
-            logits_BV = model.logits(hidden_BD, unembedding)
+            logits_BV = model.capped(from_table(product(to_table(hidden_BD), unembedding, jnp.float32)))
             uniform_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, index)))(keys_B)
             return sample_token(logits_BV, uniform_B, temperature, top_p)
 

@@ -12,7 +12,7 @@ from raft_jax.data.batches import pad
 from raft_jax.losses import linear_cross_entropy, sequence_mean
 from raft_jax.models import Model
 from raft_jax.sampling.engine import bucket, rows_per_batch
-from raft_jax.sharding import num_shards, put_batch, to_host, use_mesh
+from raft_jax.sharding import mesh_axes, put_batch, to_host, use_mesh
 from raft_jax.tokens import Tokens, predicting
 
 
@@ -29,7 +29,7 @@ class Scorer:
                 hidden_BAD,
                 model.unembedding(params),
                 answer.ids,
-                vocab_shards=num_shards("vocabulary"),
+                vocab_shards=mesh_axes("vocabulary"),
                 **model.head_settings,
             )
             return -answer_means(nll_BA, answer.mask)

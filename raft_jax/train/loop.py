@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from raft_jax.errors import InputError
 from raft_jax.methods import Method
 from raft_jax.metrics import MetricsLog
 from raft_jax.models import Model
+from raft_jax.models.config import unpadded_shape
 from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.run_folder import MethodFolder
@@ -71,7 +73,8 @@ def train(
     student, teacher_params = make_student(model, settings.lora, mesh), model.params
     key = jax.random.key(seed)
     state = first_state(student, optimizer, teacher_params, jax.random.fold_in(key, 2))
-    checkpoints = Checkpoints(files.checkpoints, settings.keep_checkpoints)
+    unpadded = partial(unpadded_shape, model.config)
+    checkpoints = Checkpoints(files.checkpoints, settings.keep_checkpoints, unpadded)
     done, state = checkpoints.restore(state) or (0, state)
     if done > num_steps:
         raise InputError(

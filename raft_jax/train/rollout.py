@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import token_capacity
 from raft_jax.sampling.decode import make_generate
+from raft_jax.sharding import platform
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.student import Student
 
@@ -24,9 +25,7 @@ def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shard
     num_micro_batches, rollout = settings.num_micro_batches, settings.rollout
     rows = settings.batch_size // (num_batch_shards * num_micro_batches)
     # The program runs in every step, so the longer compilation of the unrolled one pays off.
-    generate = make_generate(
-        student.model, rollout.max_new_tokens, top_p=rollout.top_p, unroll=jax.default_backend() == "cpu"
-    )
+    generate = make_generate(student.model, rollout.max_new_tokens, top_p=rollout.top_p, unroll=platform() == "cpu")
 
     @jax.jit
     def sample(params, teacher_params, prompt, row_ids, key, temperature):

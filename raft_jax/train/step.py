@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from raft_jax.losses import linear_cross_entropy, linear_top_k_forward_kl, sequence_weight, update_balance
-from raft_jax.sharding import num_shards
+from raft_jax.sharding import mesh_axes
 from raft_jax.tokens import Batch, Tokens, predicting
 from raft_jax.train.accumulate import accumulated_vjp
 from raft_jax.train.state import TrainState
@@ -63,7 +63,7 @@ class LossConfig:
     @property
     def linear(self) -> dict[str, Any]:
         """Keyword arguments of all linear losses."""
-        return {"vocab_shards": num_shards("vocabulary"), **self.head_settings}
+        return {"vocab_shards": mesh_axes("vocabulary"), **self.head_settings}
 
 
 def sft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BAD) -> tuple[jax.Array, dict]:
@@ -80,18 +80,18 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
     rollout = batch.rollout
     (teacher_BCD,) = config.completion_hidden(teacher_params, batch.teacher_prompt, rollout)
     unpad, _ = make_unpadding(rollout.mask, rollout.max_tokens)
-    loss_BT, metrics = linear_top_k_forward_kl(
+    total, metrics = linear_top_k_forward_kl(
         unpad(student_BCD),
         config.unembedding(params),
         jax.lax.stop_gradient(unpad(teacher_BCD)),
         jax.lax.stop_gradient(config.unembedding(teacher_params)),
         k=config.top_k,
         temperature=config.temperature,
+        weight_BT=unpad(config.token_weights(rollout)),
         return_metrics=True,
         **config.linear,
     )
-    weight_BT, mask_BT = unpad(config.token_weights(rollout)), unpad(rollout.mask)
-    total = jnp.sum(jnp.where(weight_BT == 0, 0, weight_BT * loss_BT))
+    mask_BT = unpad(rollout.mask)
     return total, {name: jnp.sum(jnp.where(mask_BT, values_BT, 0)) for name, values_BT in metrics.items()}
 
 
