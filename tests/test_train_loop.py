@@ -84,9 +84,18 @@ def undisturbed(model, rows, tmp_path_factory):
     return run(model, rows, tmp_path_factory.mktemp("undisturbed"))
 
 
-def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp_path):
+@pytest.fixture(scope="module")
+def raft(model, rows, tmp_path_factory):
+    """Four steps of the whole method on one device, and the base model before them."""
     before = jax.device_get(model.params)
-    params, lines = run(model, rows, tmp_path, "raft")
+    return *run(model, rows, tmp_path_factory.mktemp("raft"), "raft", **WHOLE), before
+
+
+WHOLE = {"batch_size": 8, "epochs": 4.0}
+
+
+def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, raft):
+    params, lines, before = raft
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
         assert line.keys() == {
@@ -112,7 +121,7 @@ def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp
         }
         assert line["loss"] == pytest.approx(line["sft_loss"] + line["weight"] * line["kl_loss"], rel=1e-5)
         assert line["weight"] == pytest.approx(line["sft_average"] / (line["kl_average"] + 1e-8), rel=1e-5)
-        assert 4 <= line["rollout_tokens"] <= 32 and line["empty_rollouts"] == 0 and line["learning_rate"] == 1e-3
+        assert 8 <= line["rollout_tokens"] <= 64 and line["empty_rollouts"] == 0 and line["learning_rate"] == 1e-3
         assert 0 < line["teacher_mass"] <= 1 and 0 < line["student_mass"] <= 1 and 0 <= line["agreement"] <= 1
         assert line["seconds"] > line["rollout_seconds"] > 0
     average = 0.0
@@ -125,16 +134,16 @@ def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, rows, tmp
     assert not np.array_equal(params["query_LDNH"], before["query_LDNH"])
 
 
-def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path):
+def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path, raft):
     """Rollout and train step: the numbers of one device, from parameters that are cut."""
-    one, expected = run(model, rows, tmp_path / "one", "raft", batch_size=8)
+    one, expected, _ = raft
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     batch = Batches(rows, 8, seed=5, pad_id=0, length_buckets=settings().length_buckets, num_shards=4).at(0)
     sides = batch.prompt, batch.answer, batch.teacher_prompt
     # Of two rows on each device, padding is left out.
     assert sum(side.max_tokens for side in sides) < 2 * sum(side.length for side in sides)
     cut = replace(model, params=jax.device_put(model.params, parameter_shardings(model.config, mesh)))
-    trained = train(cut, rows, METHODS["raft"], settings(batch_size=8), tmp_path / "eight", seed=5, mesh=mesh)
+    trained = train(cut, rows, METHODS["raft"], settings(**WHOLE), tmp_path / "eight", seed=5, mesh=mesh)
     for params in (trained, cut.params):
         assert params["query_LDNH"].sharding.num_devices == 8
         assert params["query_LDNH"].addressable_shards[0].data.size == model.params["query_LDNH"].size // 4
