@@ -1,9 +1,13 @@
 """Compilation for tests of what a program computes, not of how LLVM lays out its loops."""
 
 import functools
+import importlib
 
 import jax
 from jaxlib import version
+
+# In jax 0.7 the one, from 0.8 on the other.
+enable_x64 = (jax if hasattr(jax, "enable_x64") else importlib.import_module("jax.experimental")).enable_x64
 
 # The older code for fused loops compiles three times as fast; jaxlib 0.11 has it no more, nor the option.
 OLD_FUSIONS = {"xla_cpu_use_fusion_emitters": False} if version.__version_info__ < (0, 11) else {}

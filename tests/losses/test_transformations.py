@@ -3,11 +3,12 @@
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import MASK, assert_close, each, every_loss, unreduced_and_grad
-from quick import as_one, quick_jit
+from quick import as_one, enable_x64, quick_jit
 from rows import ROWS, B, T, V
 
 from raft_jax import losses
@@ -91,7 +92,7 @@ def test_strict_dtypes_and_ranks(row):
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         jax.eval_shape(step, student, fixed)
         jax.eval_shape(step, narrow(student), narrow(fixed))
-        with jax.enable_x64(True):
+        with enable_x64(True):
             grads = jax.eval_shape(step, wide(student), wide(fixed))
             assert all(x.dtype == np.float64 for x in jax.tree.leaves(grads))
 
