@@ -93,17 +93,29 @@ def refined(undisturbed, tmp_path):
     return tmp_path / "run"
 
 
-def test_killed_while_refining_and_while_training(tmp_path, start, undisturbed):
+def test_killed_while_refining_and_while_training_and_the_newest_checkpoint_damaged(tmp_path, start, undisturbed):
+    """One run that meets all of it: each start costs what a run does. tests/test_train_loop.py kills training alone."""
     run_dir = tmp_path / "run"
     stop_after(start(run_dir), run_dir / "refined/ledger.jsonl", 1, signal.SIGKILL)
     ledger_then = (run_dir / "refined/ledger.jsonl").read_text("utf-8")
-    stop_after(start(run_dir), run_dir / "raft/metrics.jsonl", 3, signal.SIGKILL)
+    stop_after(start(run_dir), run_dir / "raft/metrics.jsonl", 5, signal.SIGKILL)
     ledger = (run_dir / "refined/ledger.jsonl").read_text("utf-8")
     assert ledger.startswith(ledger_then[: ledger_then.rfind("\n") + 1])
     done = [(record["stage"], record["key"]) for record in lines(run_dir / "refined/ledger.jsonl")]
     assert len(done) == len(set(done))
-    finish(start(run_dir))
+    damage_the_newest(run_dir / "raft/checkpoints")
+    assert "falling back" in finish(start(run_dir))
     assert results(run_dir) == results(undisturbed)
+
+
+def damage_the_newest(checkpoints: Path) -> None:
+    """One bit of its largest file."""
+    step = max(int(path.name.partition(".")[0]) for path in checkpoints.glob("*.sha256.json"))
+    files = (path for path in (checkpoints / str(step)).rglob("*") if path.is_file())
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(bytes(content))
 
 
 def test_asked_to_stop_it_saves_and_goes_on_there(refined, start, undisturbed):
@@ -113,16 +125,4 @@ def test_asked_to_stop_it_saves_and_goes_on_there(refined, start, undisturbed):
     kept = len(lines(refined / "raft/metrics.jsonl"))
     assert (refined / f"raft/checkpoints/{kept}").is_dir()
     finish(start(refined, "train.checkpoint_every=100"))
-    assert results(refined) == results(undisturbed)
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(refined, start, undisturbed):
-    stop_after(start(refined), refined / "raft/metrics.jsonl", 5, signal.SIGKILL)
-    steps = [int(path.name.partition(".")[0]) for path in (refined / "raft/checkpoints").glob("*.sha256.json")]
-    folder = refined / "raft/checkpoints" / str(max(steps))
-    largest = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(bytes(content))
-    assert "falling back" in finish(start(refined))
     assert results(refined) == results(undisturbed)
