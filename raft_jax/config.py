@@ -11,52 +11,11 @@ from typing import Any, cast
 from raft_jax.errors import InputError, require_train
 from raft_jax.files import read_text
 from raft_jax.methods import METHODS
-from raft_jax.settings_text import flat, parse_yaml, require_literal
+from raft_jax.settings_text import ALIASES, flat, parse_yaml, require_literal
 
 DTYPES = ("float32", "bfloat16")
-# What other programs and the paper call our keys, for the error about an unknown one.
-ALIASES = {
-    "lr": "train.learning_rate",
-    "bs": "train.batch_size",
-    "batch": "train.batch_size",
-    "wd": "train.weight_decay",
-    "per_device_train_batch_size": "train.batch_size",
-    "steps": "train.max_steps",
-    "num_steps": "train.max_steps",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "warmup": "train.warmup_steps",
-    "gradient_accumulation_steps": "train.num_micro_batches",
-    "grad_accum": "train.num_micro_batches",
-    "max_grad_norm": "train.max_gradient_norm",
-    "clip": "train.max_gradient_norm",
-    "save_steps": "train.checkpoint_every",
-    "save_total_limit": "train.keep_checkpoints",
-    "lora_r": "train.lora.rank",
-    "lora_rank": "train.lora.rank",
-    "r": "train.lora.rank",
-    "lora_alpha": "train.lora.alpha",
-    "target_modules": "train.lora.targets",
-    "k": "train.top_k",
-    "topk": "train.top_k",
-    "beta": "train.ema_decay",
-    "lambda": "train.fixed_weight",
-    "tau": "refine.threshold",
-    "temp": "train.temperature",
-    "model_name": "model.source",
-    "name": "model.source",
-    "model_name_or_path": "model.source",
-    "base_model": "model.source",
-    "dataset": "data.path",
-    "file": "data.path",
-    "val_size": "data.held_out",
-    "output_dir": "run_dir",
-    "out": "run_dir",
-    "method": "methods",
-    "bf16": "model.dtype",
-    "precision": "model.dtype",
-    "gradient_checkpointing": "model.remat",
-}
+STUDENT = "student"  # as a role of the refinement: the model of model.source
+PROGRAMS = ("similarity", "coverage", "likelihood")  # judges that are programs
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
@@ -132,7 +91,10 @@ class RefineConfig:
     terse_words: int = 8  # a gold answer of fewer words is rewritten with, and compared after, its question
     accept: float = 0.8  # a mean score that ends the rounds early
     accept_floor: float = 0.6  # a fused answer of a lower mean is never chosen, nor one below the gold answer's own
-    judges: list[str] = field(default_factory=lambda: ["similarity", "coverage", "likelihood"])  # a fusion's score
+    rewriter: str = STUDENT  # writes the rewritings (Eq. 1): the student, an endpoint, or another model's source
+    fuser: str = STUDENT  # merges gold answer and rewriting: the same choices
+    judges: list[str] = field(default_factory=lambda: list(PROGRAMS))  # score a fusion: programs, and what fuser allows
+    prompts: str | None = None  # a folder with prompts of your own, see `raft-jax prompts`; null: those that come along
     temperature: float = 0.7  # of rewriting and fusion
     top_p: float = 1.0  # the same; 1 samples from the whole vocabulary
     max_new_tokens: int | None = None  # a text that is cut here is unusable; null: data.max_answer_tokens
@@ -153,8 +115,6 @@ class RefineConfig:
             self.max_new_tokens,
             "1 or more, or null for data.max_answer_tokens",
         )
-        known = ("similarity", "coverage", "likelihood")
-        _require(bool(self.judges) and set(self.judges) <= set(known), "refine.judges", self.judges, ", ".join(known))
 
 
 @dataclass(frozen=True)
@@ -306,6 +266,53 @@ class ExportConfig:
         _require(self.dtype in DTYPES, "export.dtype", self.dtype, ", ".join(DTYPES))
 
 
+class _NotShown:
+    """A value that is not repeated in an error, as it may hold a secret."""
+
+    def __repr__(self) -> str:
+        return "not shown here, as it may hold a secret"
+
+
+@dataclass(frozen=True)
+class EndpointConfig:
+    """A model on a server with OpenAI's chat completions; `refine.rewriter`, `.fuser` and `.judges` name it.
+
+    NAME is of your choice, as in `endpoints.strong.model=Qwen3-32B refine.fuser=strong`. Results depend on `model`,
+    `temperature`, `max_tokens` and `extra_body`; the other keys may change without anything being asked again.
+    """
+
+    base_url: str = "???"  # such as http://127.0.0.1:8000/v1; /chat/completions is added
+    model: str = "???"  # the server's name for the model
+    api_key_env: str | None = None  # name of the environment variable that holds the key; null: no key is sent
+    temperature: float | None = None  # null: refine.temperature for texts, 0 for judges
+    max_tokens: int = 4096  # of a reply, what a model thinks included; a longer one is cut and not used
+    concurrency: int = 16  # requests in flight at most; fewer while the server answers 429
+    timeout: float = 300.0  # seconds that one request may take
+    extra_body: dict[str, Any] = field(default_factory=dict)  # more keys of each request; null leaves one of ours out
+    price_in: float | None = None  # of a million tokens of prompt, in any currency
+    price_out: float | None = None  # of a million tokens of reply
+
+    def require_valid(self, key: str) -> None:
+        """Raises InputError, naming the setting below `key`, if one has a value that is not allowed."""
+        hidden: Any = _NotShown()
+        address = r"https?://[^\s/?#@]+(/[^\s?#@]*)?"
+        allowed = "http:// or https://, a host and a path, without a name, a password or a query"
+        shown = hidden if re.search(r"[@?#]", self.base_url) else self.base_url
+        _require(re.fullmatch(address, self.base_url) is not None, f"{key}.base_url", shown, allowed)
+        _require(bool(self.model.strip()), f"{key}.model", self.model, "the server's name for the model")
+        name = self.api_key_env is None or re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env) is not None
+        allowed = "the name of an environment variable in capitals, such as OPENAI_API_KEY, never the key itself"
+        _require(name, f"{key}.api_key_env", hidden, allowed)
+        good = self.temperature is None or self.temperature >= 0
+        _require(good, f"{key}.temperature", self.temperature, "0 or more, or null")
+        for name in ("max_tokens", "concurrency"):
+            _require(getattr(self, name) >= 1, f"{key}.{name}", getattr(self, name), "1 or more")
+        _require(self.timeout > 0, f"{key}.timeout", self.timeout, "above 0")
+        for name in ("price_in", "price_out"):
+            value = getattr(self, name)
+            _require(value is None or value >= 0, f"{key}.{name}", value, "0 or more, or null")
+
+
 @dataclass(frozen=True)
 class Config:
     """One run."""
@@ -317,6 +324,7 @@ class Config:
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
+    endpoints: dict[str, EndpointConfig] = field(default_factory=dict, metadata={"values": EndpointConfig})
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -333,11 +341,51 @@ class Config:
             self.refine.max_new_tokens,
             f"up to data.max_answer_tokens {self.data.max_answer_tokens}, or null",
         )
+        for name, endpoint in self.endpoints.items():
+            taken = name in (STUDENT, *PROGRAMS) or not re.fullmatch(r"[A-Za-z][\w-]*", name)
+            _require(not taken, f"endpoints.{name}", name, "a name of letters, digits, _ and - that no role has")
+            endpoint.require_valid(f"endpoints.{name}")
+        self._require_roles()
+
+    def _require_roles(self) -> None:
+        """Raises InputError if a role of the refinement is none of those that there are."""
+        refine, names = self.refine, ", ".join(sorted(self.endpoints)) or "none is set"
+        allowed = f"{STUDENT}, a name of endpoints ({names}), a model's source (hf://, package:// or a path with a /)"
+        for key in ("rewriter", "fuser"):
+            role = getattr(refine, key)
+            _require(self._is_model(role), f"refine.{key}", role, allowed)
+        known = all(role in PROGRAMS or self._is_model(role) for role in refine.judges)
+        distinct = len(set(refine.judges)) == len(refine.judges)
+        _require(
+            bool(refine.judges) and known and distinct,
+            "refine.judges",
+            refine.judges,
+            f"one or more, each once, of {', '.join(PROGRAMS)}, {allowed}",
+        )
+
+    def _is_model(self, role: str) -> bool:
+        return role == STUDENT or role in self.endpoints or is_source(role)
+
+    @property
+    def model_roles(self) -> dict[str, str]:
+        """The roles that models have, by their setting: the student, an endpoint's name or a source."""
+        judges = {f"refine.judges[{n}]": role for n, role in enumerate(self.refine.judges) if role not in PROGRAMS}
+        return {"refine.rewriter": self.refine.rewriter, "refine.fuser": self.refine.fuser, **judges}
 
     @property
     def refine_max_new_tokens(self) -> int:
         """How long rewritings and fused answers may be: refine.max_new_tokens, by default as gold answers."""
         return self.refine.max_new_tokens or self.data.max_answer_tokens
+
+
+def is_source(role: str) -> bool:
+    """Whether a role of the refinement names a model's source, by its form.
+
+    Example:
+      >>> is_source("hf://Qwen/Qwen3-0.6B"), is_source("models/small.gguf"), is_source("strong")
+      (True, True, False)
+    """
+    return "/" in role or role.endswith(".gguf")
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -386,12 +434,16 @@ def _one_line(error: Exception) -> str:
     full_key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     sentence = " ".join(kept)
-    if found := re.match(r"Merge error: \w+ is not a subclass of (\w+)Config\. value: (.*)", sentence):
+    if found := re.match(
+        r"(?:Merge error|Invalid type assigned): \w+ is not a subclass of (\w+)Config\. value: (.*)", sentence
+    ):
         sentence = f"{found[1].lower()} is a group of settings, got {found[2]}"
     elif "is not a ListConfig" in sentence:
         sentence = "expected a list, as in [a, b]"
     elif (found := re.match(r"Key '(\w+)' not in '\w+'", sentence)) and found[1].lower() in ALIASES:
         sentence = f"Key '{found[1]}' is not known; here it is {ALIASES[found[1].lower()]}"
+    elif re.match(r"Key '(api_)?key' not in 'EndpointConfig'", sentence):
+        sentence = "a key belongs into an environment variable, and the variable's name into api_key_env"
     elif found := re.fullmatch(r"Key '(\w+)' not in 'Config'", sentence):
         paths = (f".{key}.".partition(f".{found[1]}.") for key in flat(_defaults()))
         elsewhere = sorted({f"{above[1:]}.{found[1]}" for above, name, _ in paths if name})

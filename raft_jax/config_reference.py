@@ -11,7 +11,7 @@ from typing import Any
 from unittest import mock
 
 from raft_jax import config
-from raft_jax.config import Config, DataConfig, ModelConfig
+from raft_jax.config import Config, DataConfig, EndpointConfig, ModelConfig
 
 HEAD = """\
 # Configuration
@@ -26,8 +26,8 @@ unknown key, a wrong type or a value that is not allowed is one line and exit co
 `null` means "none".
 
 [configs/own-data.yaml](../configs/own-data.yaml) is a commented config to begin with. See [data](data.md) for `data.*`,
-[refinement](refinement.md) for `refine.*`, [evaluation](evaluation.md) for `evaluate.*`, [models](models.md) for
-`model.*`, `encoder.*` and `train.lora.*`, [TPU](tpu.md) for `mesh.*`.
+[refinement](refinement.md) for `refine.*` and `endpoints.*`, [evaluation](evaluation.md) for `evaluate.*`,
+[models](models.md) for `model.*`, `encoder.*` and `train.lora.*`, [TPU](tpu.md) for `mesh.*`.
 """
 
 
@@ -76,6 +76,8 @@ def groups(group: type, prefix: str = "") -> list[tuple[str, type]]:
         inner = field.default_factory
         if dataclasses.is_dataclass(inner):
             found += groups(inner, f"{prefix}{field.name}.")
+        elif "values" in field.metadata:
+            found += groups(field.metadata["values"], f"{prefix}{field.name}.NAME.")
     return found
 
 
@@ -91,7 +93,7 @@ def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
             _cell(comments.get(field.name, "")),
         )
         for field in dataclasses.fields(group)
-        if not dataclasses.is_dataclass(field.default_factory)
+        if not dataclasses.is_dataclass(field.default_factory) and "values" not in field.metadata
     ]
 
 
@@ -113,7 +115,8 @@ def allowed_values() -> dict[str, str]:
         found[key] = f"{found[key]}; {allowed}" if key in found else allowed
 
     with mock.patch.object(config, "_require", record):
-        Config(run_dir="", model=ModelConfig(source=""), data=DataConfig(path=""))
+        endpoints = {"NAME": EndpointConfig(base_url="", model="")}
+        Config(run_dir="", model=ModelConfig(source=""), data=DataConfig(path=""), endpoints=endpoints)
     return found
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from raft_jax.config import Config
 from raft_jax.data.files import locate
-from raft_jax.data.prompts import Conversation, fusion_prompt, question_of, question_prompt, rewrite_prompt
+from raft_jax.data.prompts import Conversation, load_prompts, question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
 from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
@@ -17,6 +17,7 @@ from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
 from raft_jax.refine.generate import task_prompt
+from raft_jax.refine.roles import require_roles
 from raft_jax.resume import require_unchanged
 from raft_jax.run_data import RunData
 from raft_jax.sources import resolve
@@ -58,19 +59,19 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
 
 def check_refinement(data: RunData) -> None:
     """Raises InputError if a prompt for rewriting or fusion and its new tokens exceed the model's positions."""
-    length = data.config.refine_max_new_tokens
+    length, prompts = data.config.refine_max_new_tokens, load_prompts(data.config.refine.prompts)
     _require_room(
         data,
         "refine.max_new_tokens",
         length,
-        (rewrite_prompt(row.answer, row.question, row.context, row.turns) for row in data.train),
+        (prompts.rewrite(row.answer, row.question, row.context, row.turns) for row in data.train),
     )
     # The prompt for fusion contains the rewriting.
     _require_room(
         data,
         "refine.max_new_tokens",
         2 * length,
-        (fusion_prompt(row.answer, "", row.question, row.context, row.turns) for row in data.train),
+        (prompts.fuse(row.answer, "", row.question, row.context, row.turns) for row in data.train),
     )
 
 
@@ -129,6 +130,8 @@ def check(config: Config, console) -> None:
     check_training(data, methods)
     if refines:
         check_refinement(data)
+        for line in require_roles(config):
+            console.print(line)
     console.print(_steps(config, len(data.train)))
     sizes = RowLengths(
         [(found.question, found.answer) for found in data.train_fitting.kept_lengths],

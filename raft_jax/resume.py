@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raft_jax.config import Config, read_saved, to_dict, to_yaml
+from raft_jax.config import STUDENT, Config, read_saved, to_dict, to_yaml
 from raft_jax.data.files import fingerprint
+from raft_jax.data.prompts import load_prompts
 from raft_jax.errors import InputError
 from raft_jax.files import SUMS, kind_of, named_in_sums, read_json
 from raft_jax.methods import METHODS, any_refines
@@ -70,13 +72,34 @@ def _lock_file(folder: RunFolder):
 
 def all_settings(config: Config) -> dict[str, Any]:
     """Every key of a config, and for keys that name files or folders also fingerprints of their content."""
-    settings = flat(to_dict(config))
+    settings = {key: value for key, value in flat(to_dict(config)).items() if not key.startswith("endpoints.")}
+    settings |= _role_settings(config)
     for key in ("data.path", "evaluate.general_path"):
         settings[key + CONTENT] = fingerprint(settings[key])
     settings["model.source" + CONTENT] = fingerprint_files(resolve(config.model.source))
     with suppress(InputError):  # not every run needs an encoder; a stage that does reports the error
         settings["encoder.source" + CONTENT] = fingerprint_files(resolve(config.encoder.source))
     return settings
+
+
+def _role_settings(config: Config) -> dict[str, Any]:
+    """What results depend on of the endpoints that have a role, and fingerprints of other models and of prompts."""
+    found: dict[str, Any] = {}
+    for key, role in config.model_roles.items():
+        if (endpoint := config.endpoints.get(role)) is not None:
+            found[f"endpoints.{role}.model"] = endpoint.model
+            found[f"endpoints.{role}.temperature"] = endpoint.temperature
+            found[f"endpoints.{role}.max_tokens"] = endpoint.max_tokens
+            # As one value: of a key that only one side has, a change would not be seen.
+            found[f"endpoints.{role}.extra_body"] = json.dumps(endpoint.extra_body, sort_keys=True)
+        elif role != STUDENT:
+            with suppress(InputError):  # the stage that needs it reports the error
+                found[f"{key}{CONTENT}"] = fingerprint_files(resolve(role))
+    if config.refine.prompts is not None:
+        with suppress(InputError):
+            prompts = load_prompts(config.refine.prompts)
+            found[f"refine.prompts{CONTENT}"] = {f"{name}.txt": prompts.digest(name) for name in prompts.texts}
+    return found
 
 
 def settings_for(stage: str, settings: Settings) -> dict[str, Any]:

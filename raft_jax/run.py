@@ -8,15 +8,13 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
-import jax
 import jax.numpy as jnp
 
 from raft_jax import interrupt
 from raft_jax.checkpoint import remove_steps
 from raft_jax.config import Config
-from raft_jax.data.prompts import answered, fusion_prompt, question_of, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluator
@@ -24,34 +22,22 @@ from raft_jax.files import read_object, require_sums
 from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.metrics import tokens_trained
-from raft_jax.models import Model, Tokenizer, load_pretrained
+from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
 from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_source
-from raft_jax.refine.generate import LocalGenerator, RefineItem
-from raft_jax.refine.judge import CoverageJudge, LikelihoodJudge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import RefineModels, refine, summary
+from raft_jax.refine.roles import Roles, require_roles
+from raft_jax.refine.run import refine, summary
 from raft_jax.resume import all_settings, settings_for
 from raft_jax.run_data import RunData
 from raft_jax.run_folder import Evaluation, RunFolder, write_atomically
-from raft_jax.sampling import Sampler, Scorer
 from raft_jax.scores import ModelScores
 from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
 from raft_jax.sources import fingerprint_model, resolve
 from raft_jax.stages import Settings, changes
 from raft_jax.terminal import visible
 from raft_jax.train.loop import train
-
-
-def renders(tokenizer: Tokenizer, item: RefineItem, text: str) -> bool:
-    """Whether the model's chat template accepts a text as an answer and as the answer in the teacher's prompt."""
-    try:
-        tokenizer.chat_answer(answered(question_of(item), text))
-        tokenizer.chat_prompt(teacher_prompt(item.question, text, item.context, item.turns))
-    except InputError:
-        return False
-    return True
 
 
 def _num_generated(ledger: Ledger) -> int:
@@ -106,6 +92,8 @@ class Run:
         if (rows := self._published(made_with)) is not None:
             return rows
         check_refinement(self.data)
+        for line in require_roles(self.config):
+            print(visible(line), flush=True)
         ledger, began = Ledger.open(self.folder.ledger_jsonl, writes=is_writer()), time.perf_counter()
         seconds_before = self.folder.timing("refine").seconds if ledger.records() else 0
 
@@ -114,7 +102,7 @@ class Run:
             self.folder.record_time("refine", None, seconds, _num_generated(ledger))
 
         ledger.on_append = record  # so that the time of a killed process is recorded too
-        rows = refine(self.data.train, self._refine_models(), self.config.refine, ledger)
+        rows = refine(self.data.train, self.roles.models(self.encoder), self.config.refine, ledger)
         if is_writer():
             publish(rows, self.folder.refined, made_with)
         wait_for_writer("refined")
@@ -141,44 +129,22 @@ class Run:
         print(f"{self.folder.refined}: made from other {what}; refining again, with what the ledger has of it")
         return None
 
-    def _refine_models(self) -> RefineModels:
-        """The base model as rewriter and fuser, the sentence encoder, and the judges of refine.judges."""
-        settings = self.config.refine
-        sampler, key = Sampler(self.model, settings.batch_size, self.mesh), jax.random.key(self.config.seed)
-
-        def generator(prompt, stream: int) -> LocalGenerator:
-            return LocalGenerator(
-                sampler,
-                self.model.params,
-                prompt,
-                key=jax.random.fold_in(key, stream),
-                model=self.model_identity,
-                temperature=settings.temperature,
-                top_p=settings.top_p,
-                max_new_tokens=self.config.refine_max_new_tokens,
-            )
-
-        judges = {
-            "similarity": lambda: SimilarityJudge(self.encoder),
-            "coverage": CoverageJudge,
-            "likelihood": lambda: LikelihoodJudge(
-                Scorer(self.model, mesh=self.mesh), self.model.params, self.model_identity
-            ),
-        }
-        return RefineModels(
-            generator(lambda item: rewrite_prompt(item.gold, *item.asked(settings.terse_words)), 0),
-            self.encoder,
-            generator(lambda item: fusion_prompt(item.gold, item.rewrite, *item.asked(settings.terse_words)), 1),
-            [judges[name]() for name in settings.judges],
-            partial(renders, self.model.tokenizer),
-        )
+    @cached_property
+    def roles(self) -> Roles:
+        return Roles(self.config, self.model, self.model_identity, self.mesh)
 
     def _refined_with(self) -> str:
-        """A hash of everything that refined rows depend on, except for the texts of the examples."""
+        """A hash of everything that refined rows depend on, except for the texts of the examples.
+
+        Settings that came later are left out where they have their defaults, so that older folders stay valid.
+        """
         settings = dataclasses.asdict(self.config.refine)
-        del settings["batch_size"]
-        prompts = [rewrite_prompt("", "?"), fusion_prompt("", "", "?")]
+        for name in ("batch_size", "rewriter", "fuser", "prompts"):
+            del settings[name]
+        prompts = [self.roles.prompts.rewrite("", "?"), self.roles.prompts.fuse("", "", "?")]
         parts = [settings, self.config.seed, prompts, self.model_identity, self.encoder.identity]
+        if others := self.roles.identities():
+            parts.append([*others, *self.config.model_roles.values()])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def train(self) -> None:

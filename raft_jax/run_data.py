@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from raft_jax.config import Config
 from raft_jax.data.batches import TokenRow
 from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
+from raft_jax.data.prompts import load_prompts
 from raft_jax.data.refined import RefinedRow
 from raft_jax.data.tokenize import token_rows
 from raft_jax.errors import InputError
@@ -143,7 +144,7 @@ class RunData:
         Raises:
           InputError: a row and its rollout exceed the model's positions.
         """
-        tokenized = token_rows(rows, self.tokenizer, method)
+        tokenized = token_rows(rows, self.tokenizer, method, load_prompts(self.config.refine.prompts))
         rollout = self.config.train.rollout.max_new_tokens if method.distils else 0
         longest = 0
         for row in tokenized:

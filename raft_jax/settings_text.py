@@ -8,6 +8,50 @@ from typing import Any
 from raft_jax.errors import InputError, require_train
 
 MAX_VALUES = 10_000
+# What other programs and the paper call our keys, for the error about an unknown one.
+ALIASES = {
+    "lr": "train.learning_rate",
+    "bs": "train.batch_size",
+    "batch": "train.batch_size",
+    "wd": "train.weight_decay",
+    "per_device_train_batch_size": "train.batch_size",
+    "steps": "train.max_steps",
+    "num_steps": "train.max_steps",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "warmup": "train.warmup_steps",
+    "gradient_accumulation_steps": "train.num_micro_batches",
+    "grad_accum": "train.num_micro_batches",
+    "max_grad_norm": "train.max_gradient_norm",
+    "clip": "train.max_gradient_norm",
+    "save_steps": "train.checkpoint_every",
+    "save_total_limit": "train.keep_checkpoints",
+    "lora_r": "train.lora.rank",
+    "lora_rank": "train.lora.rank",
+    "r": "train.lora.rank",
+    "lora_alpha": "train.lora.alpha",
+    "target_modules": "train.lora.targets",
+    "k": "train.top_k",
+    "topk": "train.top_k",
+    "beta": "train.ema_decay",
+    "lambda": "train.fixed_weight",
+    "tau": "refine.threshold",
+    "temp": "train.temperature",
+    "model_name": "model.source",
+    "name": "model.source",
+    "model_name_or_path": "model.source",
+    "base_model": "model.source",
+    "dataset": "data.path",
+    "file": "data.path",
+    "val_size": "data.held_out",
+    "output_dir": "run_dir",
+    "out": "run_dir",
+    "method": "methods",
+    "bf16": "model.dtype",
+    "precision": "model.dtype",
+    "gradient_checkpointing": "model.remat",
+    "fusion_model": "refine.fuser",
+}
 
 
 def parse_yaml(text: str, place: str) -> dict[str, Any]:

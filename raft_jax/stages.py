@@ -15,7 +15,7 @@ Settings = Mapping[str, Any]  # dotted keys of a config, and fingerprints of fil
 # change results by rounding only.
 MODEL = ("model.source", "model.dtype", "model.thinking")
 ENCODER = ("encoder.source", "encoder.prefix")
-REFINE = (*MODEL, *ENCODER, "data", "seed", "refine")
+REFINE = (*MODEL, *ENCODER, "data", "seed", "refine", "endpoints")
 TRAIN = (*MODEL, "data", "seed", "train")
 EXPORT = (*TRAIN, "export.dtype")
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
@@ -33,6 +33,8 @@ WITHOUT_EFFECT = (
 # have to start again.
 EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype")
+# Keys that came later, with the value that they had before: records that lack them were made with it.
+BEFORE = {"refine.rewriter": "student", "refine.fuser": "student", "refine.prompts": None}
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 
 
@@ -64,6 +66,7 @@ def changes(before: Settings, now: Settings) -> dict[str, str]:
 
     A changed path is not a difference if the content at it is the same.
     """
+    before = {key: value for key, value in BEFORE.items() if "refine.threshold" in before} | dict(before)
     both = before.keys() & now.keys()
     return {
         key: _change(key, before[key], now[key], now)

@@ -16,7 +16,7 @@ import pytest
 import raft_jax
 from raft_jax import config_reference
 from raft_jax.cli import make_parser
-from raft_jax.config import Config, flat, load_config
+from raft_jax.config import Config, EndpointConfig, flat, load_config
 from raft_jax.evaluate.compare import load_general_prompts
 from raft_jax.models import Model
 
@@ -183,7 +183,8 @@ def test_the_configuration_page_has_every_key_with_a_comment():
         for prefix, group in config_reference.groups(Config)
         for key in config_reference.keys_of(prefix, group, allowed)
     ]
-    assert sorted(key.name for key in keys) == sorted(flat(config_reference_defaults()))
+    endpoint = [f"endpoints.NAME.{field.name}" for field in dataclasses.fields(EndpointConfig)]
+    assert sorted(key.name for key in keys) == sorted([*flat(config_reference_defaults()), *endpoint])
     assert not [key.name for key in keys if not key.comment]
     batch_size = next(key for key in keys if key.name == "train.batch_size")
     assert (batch_size.type, batch_size.default, batch_size.allowed) == ("int", "`16`", "1 or more")

@@ -92,7 +92,7 @@ THIRD_PARTIES = {
     "raft_jax.train.step": {"jax", "optax"},
     "raft_jax.methods": set(),
     "raft_jax.data.batches": {"numpy"},
-    "raft_jax.data.prompts": set(),
+    "raft_jax.data.prompts": {"jinja2"},
     "raft_jax.refine.ledger": set(),
 }
 

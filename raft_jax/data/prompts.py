@@ -1,9 +1,19 @@
-"""The prompts of the method as conversations: question, rewriting, fusion, teacher."""
+"""The prompts of the method as conversations: question, rewriting, fusion, judging, teacher.
+
+Their texts are the files in raft_jax/prompts, or a user's copies of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Protocol
+
+from raft_jax.errors import InputError, require_train
+from raft_jax.files import is_there, read_text
 
 Conversation = list[dict[str, str]]
 Turns = Iterable[Sequence[str]]  # (role, content): the system turn and all turns before the question
@@ -42,6 +52,150 @@ def answered(conversation: Conversation, answer: str) -> Conversation:
     return [*conversation, {"role": "assistant", "content": answer}]
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of rewriting, fusion, judges and teacher, as jinja templates.
+
+    A template with a line `---` has the system turn above and the user's turn below it; one without is the user's turn.
+
+    Attributes:
+      texts: the source of each template, by the names in `PLACEHOLDERS`.
+    """
+
+    texts: Mapping[str, str]
+
+    def digest(self, name: str) -> str:
+        """A hash of a template."""
+        return hashlib.sha256(self.texts[name].encode()).hexdigest()[:8]
+
+    def rewrite(self, answer: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
+        """See `rewrite_prompt`."""
+        return self._task("rewrite", turns, answer=answer, question=_whole(question, context))
+
+    def fuse(self, answer: str, rewrite: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
+        """See `fusion_prompt`."""
+        return self._task("fuse", turns, answer=answer, rewrite=rewrite, question=_whole(question, context))
+
+    def teacher(self, question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
+        """See `teacher_prompt`."""
+        system, user = self._rendered("teacher", answer=answer, question=_whole(question, context))
+        turns = list(turns)
+        if system and not any(role == "system" for role, _ in turns):
+            turns = [("system", system), *turns]
+        return _ask(user, turns)
+
+    def judge(
+        self, question: str, context: str, answer: str, candidate: str, candidate_first: bool = False
+    ) -> Conversation:
+        """Asks a model to score a candidate against the gold answer (App. C-D), the one or the other first."""
+        parts = [f"Reference answer:\n{answer}", f"Candidate answer:\n{candidate}"]
+        texts = "\n\n".join(reversed(parts) if candidate_first else parts)
+        system, user = self._rendered("judge", question=_whole(question, context), texts=texts)
+        return _ask(user, [("system", system)] if system else [])
+
+    def _task(self, name: str, turns: Turns, **values: str) -> Conversation:
+        """A task about a text, in the conversation of the question. The text of an existing system turn comes first."""
+        own = "\n\n".join(content for role, content in turns if role == "system")
+        others = [turn for turn in turns if turn[0] != "system"]
+        system, user = self._rendered(name, system=own, **values)
+        if own and "system" not in _used(self.texts[name]):
+            system = f"{own}\n\n{system}" if system else own
+        return _ask(user, [("system", system), *others] if system else others)
+
+    def _rendered(self, name: str, **values: str) -> tuple[str, str]:
+        """The system turn, "" if there is none, and the user's turn."""
+        system, user = _compiled(self.texts[name])
+        return system.render(values) if system else "", user.render(values)
+
+
+# What the templates have to use, and what they may use besides.
+PLACEHOLDERS = {
+    "rewrite": (("answer",), ("question", "system")),
+    "fuse": (("answer", "rewrite"), ("question", "system")),
+    "judge": (("texts",), ("question",)),
+    "teacher": (("answer", "question"), ()),
+}
+PROMPT_FILES = Path(__file__).parents[1] / "prompts"
+
+
+def load_prompts(folder: str | None = None) -> Prompts:
+    """The prompts in a folder: rewrite.txt, fuse.txt, judge.txt and teacher.txt; those it lacks are the package's own.
+
+    Raises:
+      InputError: there is no such folder, none of the files is in it, or one is no template, lacks a placeholder or has
+        one that is not known; names the file.
+
+    Example:
+      >>> load_prompts().judge("How long?", "", "30 days.", "It takes 30 days.")[-1]["content"][-30:]
+      'answer:\\nIt takes 30 days.'
+    """
+    if folder is None:
+        return _own_prompts()
+    texts = dict(_own_prompts().texts)
+    place = Path(folder).expanduser()
+    found = [name for name in PLACEHOLDERS if is_there(place / f"{name}.txt")]
+    if not found:
+        names = ", ".join(f"{name}.txt" for name in PLACEHOLDERS)
+        raise InputError(
+            f"refine.prompts: {folder} has none of {names}; `raft-jax prompts --copy {folder}` writes them there"
+        )
+    for name in found:
+        texts[name] = read_text(place / f"{name}.txt")
+        _require_placeholders(texts[name], f"refine.prompts: {place / name}.txt", *PLACEHOLDERS[name])
+    return Prompts(texts)
+
+
+@cache
+def _own_prompts() -> Prompts:
+    return Prompts({name: read_text(PROMPT_FILES / f"{name}.txt") for name in PLACEHOLDERS})
+
+
+def _require_placeholders(text: str, place: str, needed: Sequence[str], allowed: Sequence[str]) -> None:
+    from jinja2 import TemplateError
+
+    try:
+        used = _used(text)
+        _compiled(text)
+    except TemplateError as error:
+        raise InputError(f"{place}: not a template ({error}); see jinja's documentation") from error
+    if missing := [name for name in needed if name not in used]:
+        raise InputError(f"{place}: has no {{{{ {missing[0]} }}}}; put it where that text belongs")
+    if unknown := sorted(used - {*needed, *allowed}):
+        known = ", ".join((*needed, *allowed))
+        raise InputError(f"{place}: {{{{ {unknown[0]} }}}} is not known; there are {known}")
+
+
+@cache
+def _environment():
+    require_train("jinja2")
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+
+
+@cache
+def _compiled(text: str):
+    """The templates of the system turn, None if there is none, and of the user's turn."""
+    system, line, user = text.replace("\r\n", "\n").partition("\n---\n")
+    environment = _environment()
+    return (
+        (environment.from_string(system), environment.from_string(user))
+        if line
+        else (None, environment.from_string(system))
+    )
+
+
+@cache
+def _used(text: str) -> set[str]:
+    """The variables that a template uses."""
+    from jinja2 import meta
+
+    system, _, user = text.replace("\r\n", "\n").partition("\n---\n")
+    environment = _environment()
+    return set().union(*(meta.find_undeclared_variables(environment.parse(part)) for part in (system, user)))
+
+
 def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
     """Asks the model to rewrite the gold answer in its own words (Eq. 1).
 
@@ -49,33 +203,17 @@ def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Tu
     and seldom repeat the task (docs/refinement.md). The question is given for terse answers, which cannot be expanded
     to full sentences without it.
     """
-    return _task(
-        "Rewrite the input text in clear, complete sentences. Keep every fact, number and name.",
-        answer,
-        _whole(question, context),
-        turns,
-    )
+    return load_prompts().rewrite(answer, question, context, turns)
 
 
 def fusion_prompt(answer: str, rewrite: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:
     """Asks the model to merge the gold answer, which has the facts, and the rewriting, which has the style (Eq. 4)."""
-    return _task(
-        "The input text has two versions of one text. Write one version of it in clear, complete sentences. "
-        "Keep every fact, number and name of the first version.",
-        f"{answer}\n\n{rewrite}",
-        _whole(question, context),
-        turns,
-    )
+    return load_prompts().fuse(answer, rewrite, question, context, turns)
 
 
 def teacher_prompt(question: str, answer: str, context: str = "", turns: Turns = ()) -> Conversation:
     """The teacher's prompt (Eq. 7, App. H): the earlier turns, then background knowledge and question in one turn."""
-    return _ask(
-        f"Background reference knowledge:\n{answer}\n\n"
-        "Answer the following question, using the background knowledge where it helps.\n"
-        f"{_whole(question, context)}",
-        turns,
-    )
+    return load_prompts().teacher(question, answer, context, turns)
 
 
 def _whole(question: str, context: str) -> str:
@@ -86,16 +224,6 @@ def _whole(question: str, context: str) -> str:
 def _ask(text: str, turns: Turns = ()) -> Conversation:
     earlier = [{"role": role, "content": content} for role, content in turns]
     return [*earlier, {"role": "user", "content": text}]
-
-
-def _task(task: str, text: str, asked: str, turns: Turns) -> Conversation:
-    """A task about a text, in the conversation of the question. The text of an existing system turn comes first."""
-    own = [content for role, content in turns if role == "system"]
-    others = [turn for turn in turns if turn[0] != "system"]
-    about = [f"The text answers the question: {asked}"] if asked else []
-    role = "You're an AI assistant for text re-writing."
-    paragraphs = [*own, role, *about, task] if own or about else [f"{role} {task}"]
-    return _ask(text, [("system", "\n\n".join(paragraphs)), *others])
 
 
 def without_system_turn(conversation: Conversation) -> Conversation:

@@ -15,7 +15,7 @@ from raft_jax.errors import InputError, require_train
 from raft_jax.files import parse_record, sync
 
 Status = Literal[
-    "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown"
+    "ok", "empty", "truncated", "refusal", "leak", "copy", "repetition", "facts", "unrenderable", "unknown", "failed"
 ]
 # The wording in console and report.
 STATUSES: dict[Status, str] = {
@@ -29,6 +29,7 @@ STATUSES: dict[Status, str] = {
     "facts": "differs in facts or words",
     "unrenderable": "not for the chat template",
     "unknown": "unknown to the sentence encoder",
+    "failed": "no reply from the model",
 }
 
 _MANIFEST = "manifest.json"
@@ -41,7 +42,10 @@ _FORMAT = 2
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round of answer fusion: a candidate, its status with a note if it is not "ok", and the judges' scores."""
+    """One round of answer fusion: a candidate, its status with a note if it is not "ok", and the judges' scores.
+
+    `reasons` has what a judge says to its score, or why it gave none; programs say nothing.
+    """
 
     round: int
     candidate: str
@@ -49,6 +53,7 @@ class Round:
     note: str = ""
     scores: dict[str, float | None]
     mean: float | None
+    reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ class RefinedRow:
       rewrite_status: "ok" if the rewriting is usable, else why not: "truncated" (cut at the length limit), "leak" (it
         repeats its instructions), "copy" (the gold answer word for word), "repetition" (it repeats itself), "facts" (it
         has lost, added or reversed something), "unrenderable" (the chat template refuses or changes it), "unknown"
-        (most of it is unknown to the sentence encoder), "empty", "refusal".
+        (most of it is unknown to the sentence encoder), "failed" (the model did not reply), "empty", "refusal".
       rewrite_note: the problem in words; "" if there is none.
       similarity: cosine of the gold answer and the rewriting (Eq. 2) for the statuses "ok", "facts" and "copy"; else
         None.
@@ -152,7 +157,7 @@ def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> N
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
 
-    entries = [dataclasses.asdict(row) for row in rows]
+    entries = [_entry(row) for row in rows]
     text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n" for entry in entries)
     (work / _ROWS).write_bytes(text.encode())
     records = _write_tfds(entries, work)
@@ -180,6 +185,15 @@ def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> N
     for stale in [*folder.glob(".pending-*"), *folder.glob("refined-train-*.array_record-*")]:
         if stale.name not in files:
             stale.unlink()
+
+
+def _entry(row: RefinedRow) -> dict:
+    """A row as it is written; a round without reasons has no such field."""
+    entry = dataclasses.asdict(row)
+    for candidate in entry["rounds"]:
+        if not candidate["reasons"]:
+            del candidate["reasons"]
+    return entry
 
 
 def refined_with(folder: str | Path) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from raft_jax.data.batches import TokenRow
-from raft_jax.data.prompts import Conversation, answered, question_of, teacher_prompt
+from raft_jax.data.prompts import Conversation, Prompts, answered, load_prompts, question_of
 from raft_jax.data.refined import RefinedRow
 from raft_jax.methods import Method
 
@@ -35,8 +35,11 @@ def target_of(row: RefinedRow, method: Method) -> str:
     return row.answer if method.target == "fused" else row.gold
 
 
-def token_rows(rows: Sequence[RefinedRow], tokenizer: ChatTokenizer, method: Method) -> list[TokenRow]:
-    """The rows that a method trains on as token ids, numbered in their order."""
+def token_rows(
+    rows: Sequence[RefinedRow], tokenizer: ChatTokenizer, method: Method, prompts: Prompts | None = None
+) -> list[TokenRow]:
+    """The rows that a method trains on as token ids, numbered in their order; `prompts` has the teacher's."""
+    prompts = prompts or load_prompts()
     tokenized = []
     for number, row in enumerate(rows):
         target, question = target_of(row, method), question_of(row)
@@ -45,7 +48,7 @@ def token_rows(rows: Sequence[RefinedRow], tokenizer: ChatTokenizer, method: Met
         if method.distils:
             sees_answer = method.teacher_sees_answer
             teacher = tokenizer.chat_prompt(
-                teacher_prompt(row.question, target, row.context, row.turns) if sees_answer else question
+                prompts.teacher(row.question, target, row.context, row.turns) if sees_answer else question
             )
         tokenized.append(TokenRow(prompt, answer, teacher, number))
     return tokenized

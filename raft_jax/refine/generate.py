@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import jax
 
@@ -39,11 +42,21 @@ class RefineItem:
 
 @dataclass(frozen=True)
 class Generation:
-    """A generated text and whether it can be used: "ok", "empty", "truncated" (cut at the limit) or "refusal"."""
+    """A generated text and whether it can be used.
+
+    Attributes:
+      text: what was written.
+      status: "ok", "empty", "truncated" (cut at the limit), "refusal", or "failed": nothing was written.
+      num_tokens: its length.
+      note: why nothing was written.
+      record: more fields of its record in the ledger, such as the model's name and the seconds.
+    """
 
     text: str
     status: str
     num_tokens: int
+    note: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 class Generator(Protocol):
@@ -55,7 +68,7 @@ class Generator(Protocol):
 
     identity: str
 
-    def prompt(self, item: RefineItem) -> Conversation:
+    def prompt(self, item: RefineItem, /) -> Conversation:
         """The prompt for an item; an empty item gives the instructions alone."""
         ...
 
@@ -77,6 +90,9 @@ class LocalGenerator:
 
     Batches are formed from all items, whether done or not, and each row has its own random numbers, so a run that was
     killed and continued gives the same texts as an undisturbed one.
+
+    `model` identifies the model. `record`, if given, has the model's name and the hash of the prompt's template;
+    records in the ledger then say these, the hash of the settings, and what each text took.
     """
 
     def __init__(
@@ -90,11 +106,13 @@ class LocalGenerator:
         temperature: float,
         top_p: float,
         max_new_tokens: int,
+        record: dict[str, str] | None = None,
     ):
         self.sampler, self.params, self.prompt, self.key = sampler, params, prompt, key
         self.settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
         drawn = jax.random.key_data(key).tolist()
         self.identity = f"{model} {self.settings} key {drawn}"
+        self.record = record and {**record, "settings": short_hash(self.identity)}
 
     def generate(
         self, items: Sequence[RefineItem], round: int, done: Container[int]
@@ -105,6 +123,7 @@ class LocalGenerator:
         for batch in self.sampler.batches(prompts):
             if all(index in done for index in batch):
                 continue
+            began = time.perf_counter()
             completions = self.sampler.generate(
                 self.params,
                 [prompts[index] for index in batch],
@@ -112,10 +131,29 @@ class LocalGenerator:
                 names=[items[index].id for index in batch],
                 **self.settings,
             )
+            seconds = (time.perf_counter() - began) / len(batch)
             yield {
-                index: generation_of(completion, tokenizer.decode)
+                index: self._recorded(generation_of(completion, tokenizer.decode), len(prompts[index]), seconds)
                 for index, completion in zip(batch, completions, strict=True)
             }
+
+    def _recorded(self, generation: Generation, prompt_tokens: int, seconds: float) -> Generation:
+        """A generation with the fields of its record in the ledger, if this generator has any."""
+        if self.record is None:
+            return generation
+        finish = "length" if generation.status == "truncated" else "stop"
+        took = {"prompt_tokens": prompt_tokens, "seconds": round(seconds, 3), "finish": finish, "retries": 0}
+        return replace(generation, record={**self.record, **took})
+
+
+def short_hash(*parts: Any) -> str:
+    """Eight hexadecimal digits that identify some values.
+
+    Example:
+      >>> short_hash("a", 1) == short_hash("a", 1) != short_hash("a", 2)
+      True
+    """
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:8]
 
 
 def task_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:

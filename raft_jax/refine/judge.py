@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -33,6 +34,48 @@ class Judge(Protocol):
 
     def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
         """A number in [0, 1] for each candidate, higher is better; None if the judge cannot score it."""
+        ...
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a judge that is asked says of a candidate.
+
+    Attributes:
+      value: the score, in [0, 1]; None if there is none.
+      reason: the judge's reason, or why there is no score.
+      status: "final"; "unreadable", where the judge is asked again; or "failed", where nothing came back.
+      text: the reply, where it is unreadable.
+      record: more fields of its record in the ledger.
+    """
+
+    value: float | None
+    reason: str
+    status: str = "final"
+    text: str = ""
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class AskedJudge(Judge, Protocol):
+    """A judge that is asked, gives reasons, and may have to be asked again.
+
+    Attributes:
+      scores_gold: whether it also scores the gold answer.
+    """
+
+    scores_gold: bool
+
+    def judge(
+        self, items: Sequence[RefineItem], candidates: Sequence[str], heard: Sequence[list[str]]
+    ) -> Iterator[dict[int, Judgement]]:
+        """Yields judgements, keyed by the index of their item, as they come.
+
+        Args:
+          items: one for each candidate.
+          candidates: the texts.
+          heard: each item's replies without a score so far, which are not asked for again.
+        """
         ...
 
 

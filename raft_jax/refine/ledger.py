@@ -10,8 +10,22 @@ from pathlib import Path
 from raft_jax.errors import InputError
 from raft_jax.files import require_regular, sync, unreadable
 
-STAGES = ("rewrite", "similarity", "fuse", "score")
-TYPES = {"text": str, "status": str, "num_tokens": int, "value": int | float | None}
+# "ask": a judge's reply that has no score in it, and after which it is asked again.
+STAGES = ("rewrite", "similarity", "fuse", "score", "ask")
+TYPES = {
+    "text": str,
+    "status": str,
+    "num_tokens": int,
+    "value": int | float | None,
+    "reason": str,
+    "model": str,
+    "settings": str,
+    "prompt": str,
+    "prompt_tokens": int,
+    "seconds": int | float,
+    "finish": str,
+    "retries": int,
+}
 
 
 class Ledger:
@@ -32,6 +46,8 @@ class Ledger:
     def __init__(self, path: Path, records: dict[tuple[str, str], dict], writes: bool = True):
         self._path, self._writes = path, writes
         self._records = records
+        self._failures: dict[tuple[str, str], str] = {}
+        self._used: dict[tuple[str, str], None] = {}  # a set that keeps its order
         self.on_append: Callable[[], None] = lambda: None  # called when records have been added
 
     @classmethod
@@ -123,8 +139,25 @@ class Ledger:
         return self._records.get((stage, key))
 
     def __getitem__(self, name: tuple[str, str]) -> dict:
-        """The record of a stage and key, which must exist."""
+        """The record of a stage and key, which must exist; it counts as used."""
+        self._used[name] = None
         return self._records[name]
+
+    def used(self) -> list[dict]:
+        """The records that were read with `[]`: those that the results of this process are made of."""
+        return [self._records[name] for name in self._used]
+
+    def fail(self, stage: str, key: str, why: str) -> None:
+        """Notes that there is no result. This is not written to the file, so that the next process tries again."""
+        self._failures[stage, key] = why
+
+    def failure(self, stage: str, key: str) -> str:
+        """Why there is no result; "" if that was not noted."""
+        return self._failures.get((stage, key), "")
+
+    @property
+    def num_failures(self) -> int:
+        return len(self._failures)
 
     def records(self) -> list[dict]:
         """All records in the order in which they were added. They must not be modified."""

@@ -15,10 +15,12 @@ from raft_jax.data.examples import Example
 from raft_jax.data.refined import STATUSES, RefinedRow, Round, Status
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
+from raft_jax.refine.chat import FAILED
 from raft_jax.refine.facts import is_copy, mismatches
 from raft_jax.refine.generate import Generator, RefineItem
-from raft_jax.refine.judge import Judge
+from raft_jax.refine.judge import AskedJudge, Judge
 from raft_jax.refine.ledger import Ledger
+from raft_jax.refine.pace import Pace
 from raft_jax.refine.screen import repeated_instructions, repetition, without_lead_in
 
 JUDGED_AT_ONCE = 256  # rows that are scored between two writes to the ledger
@@ -29,6 +31,7 @@ class RefineModels(NamedTuple):
     """The models of the refinement; each is an interface, so any of them can be a remote model.
 
     `renders` tells whether a text can be trained on as the answer to an item: a chat template may refuse or change it.
+    `fits` tells whether it is short enough, where another model than the one that is trained may have written it.
     """
 
     rewriter: Generator
@@ -36,6 +39,14 @@ class RefineModels(NamedTuple):
     fuser: Generator
     judges: Sequence[Judge]
     renders: Callable[[RefineItem, str], bool] = lambda item, text: True
+    fits: Callable[[str], bool] = lambda text: True
+
+
+class Scored(NamedTuple):
+    """The judges' scores of a text, and what they say to them, by the judges' names."""
+
+    scores: dict[str, float | None]
+    reasons: dict[str, str]
 
 
 class Text(NamedTuple):
@@ -52,13 +63,14 @@ def refine(
     """Rewrites, filters, fuses and judges; results that are in the ledger are reused.
 
     A record is reused only if everything that it depends on (texts, prompts, settings, models) is the same. Records of
-    other data or other settings stay in the ledger and are not used.
+    other data or other settings stay in the ledger and are not used. Where a model gives no reply, the row says so, and
+    the ledger counts it in `num_failures`; the next call asks again.
 
     Returns:
       One row per example, in the same order, each with its full history.
     """
     items = [RefineItem(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
-    rewrites = _generate(models.rewriter, items, 1, "rewrite", "rewrite", models.renders, settings, ledger)
+    rewrites = _generate(models, models.rewriter, items, 1, "rewrite", "rewrite", settings, ledger)
     items = [replace(item, rewrite=written.text) for item, written in zip(items, rewrites, strict=True)]
     compared = [index for index, written in enumerate(rewrites) if written.status in ("ok", "facts", "copy")]
     similarity = dict(
@@ -73,7 +85,9 @@ def refine(
             )
     accepted = [index for index in compared if _is_accepted(rewrites[index], similarity[index], settings)]
     gold = {index: items[index].gold for index in accepted}
-    gold_scores = _scores(models.judges, items, gold, "gold answers", ledger)
+    judges = [judge for judge in models.judges if getattr(judge, "scores_gold", True)]
+    scored = _scores(judges, items, gold, "gold answers", ledger)
+    gold_scores = {index: found.scores for index, found in scored.items()}
     rounds: dict[int, list[Round]] = {index: [] for index in range(len(items))}
     active = accepted
     for number in range(1, settings.rounds + 1):
@@ -114,18 +128,28 @@ def _listed(counts: Mapping[str, int]) -> str:
     return "".join(f", {count} × {name}" for name, count in sorted(counts.items(), key=lambda pair: -pair[1]) if count)
 
 
+def text_key(generator: Generator, item: RefineItem, round: int) -> str:
+    """The key of a rewriting's or a fusion's record: id, round, and a hash of everything that the text depends on."""
+    return f"{item.id}#{round}#{_digest(generator.identity, generator.prompt(item))}"
+
+
+def score_key(judge: Judge, item: RefineItem, text: str) -> str:
+    """The key of a score's record: id, judge, and a hash of everything that the score depends on."""
+    return f"{item.id}#{judge.name}#{_digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
+
+
 def _generate(
+    models: RefineModels,
     generator: Generator,
     items: Sequence[RefineItem],
     round: int,
     stage: str,
     title: str,
-    renders: Callable[[RefineItem, str], bool],
     settings: RefineConfig,
     ledger: Ledger,
 ) -> list[Text]:
     """One text per item, from the ledger or from the generator."""
-    keys = [f"{item.id}#{round}#{_digest(generator.identity, generator.prompt(item))}" for item in items]
+    keys = [text_key(generator, item, round) for item in items]
     done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
     known = {record["key"].rpartition("#")[0] for record in ledger.records() if record["stage"] == stage}
     if changed := sum(index not in done and key.rpartition("#")[0] in known for index, key in enumerate(keys)):
@@ -134,9 +158,13 @@ def _generate(
             "changed",
             flush=True,
         )
+    pace = Pace(generator, len(items) - len(done))
     with progress(title, len(items), "rows", len(done)) as bar:
         for generations in generator.generate(items, round, done):
             fresh = {index: generation for index, generation in generations.items() if index not in done}
+            for index, generation in fresh.items():
+                if generation.status == FAILED:
+                    ledger.fail(stage, keys[index], generation.note)
             ledger.append(
                 [
                     {
@@ -145,19 +173,35 @@ def _generate(
                         "text": generation.text,
                         "status": generation.status,
                         "num_tokens": generation.num_tokens,
+                        **generation.record,
                     }
                     for index, generation in fresh.items()
+                    if generation.status != FAILED
                 ]
             )
-            bar.advance(len(fresh))
-    instructions = "\n".join(message["content"] for message in generator.prompt(RefineItem("", "", "")))
-    texts = []
-    for key, item in zip(keys, items, strict=True):
-        text = screened(ledger[stage, key], item, instructions, settings)
-        if text.status == "ok" and not renders(item, text.text):
-            text = text._replace(status="unrenderable", note="the model's chat template refuses or changes it")
-        texts.append(text)
-    return texts
+            bar.advance(len(fresh), pace.note(len(fresh), sum(made.num_tokens for made in fresh.values())))
+    instructions = instructions_of(generator)
+    return [
+        usable(models, ledger[stage, key], item, instructions, settings)
+        if (stage, key) in ledger
+        else Text("", "failed", ledger.failure(stage, key))
+        for key, item in zip(keys, items, strict=True)
+    ]
+
+
+def instructions_of(generator: Generator) -> str:
+    """The prompt of a generator without any row's own texts."""
+    return "\n".join(message["content"] for message in generator.prompt(RefineItem("", "", "")))
+
+
+def usable(models: RefineModels, record: dict, item: RefineItem, instructions: str, settings: RefineConfig) -> Text:
+    """A recorded text, screened by its words, by its length and by the chat template."""
+    text = screened(record, item, instructions, settings)
+    if text.status == "ok" and not models.renders(item, text.text):
+        return text._replace(status="unrenderable", note="the model's chat template refuses or changes it")
+    if text.status == "ok" and not models.fits(text.text):
+        return text._replace(status="truncated", note="longer than refine.max_new_tokens")
+    return text
 
 
 def screened(generation: dict, item: RefineItem, instructions: str, settings: RefineConfig) -> Text:
@@ -210,9 +254,7 @@ def _round(
     models: RefineModels, items: Sequence[RefineItem], number: int, settings: RefineConfig, ledger: Ledger
 ) -> list[Round]:
     """One round of fusion: a candidate for each item, with each judge's score."""
-    candidates = _generate(
-        models.fuser, items, number, "fuse", f"fuse, round {number}", models.renders, settings, ledger
-    )
+    candidates = _generate(models, models.fuser, items, number, "fuse", f"fuse, round {number}", settings, ledger)
     usable = {index: candidate.text for index, candidate in enumerate(candidates) if candidate.status == "ok"}
     scores = _scores(models.judges, items, usable, f"round {number}", ledger)
     return [
@@ -221,44 +263,102 @@ def _round(
             candidate=candidate.text,
             status=candidate.status,
             note=candidate.note,
-            scores=scores.get(index, {}),
-            mean=_mean(scores.get(index, {}).values()),
+            scores=found.scores,
+            mean=_mean(found.scores.values()),
+            reasons=found.reasons,
         )
         for index, candidate in enumerate(candidates)
+        for found in (scores.get(index, Scored({}, {})),)
     ]
 
 
 def _scores(
     judges: Sequence[Judge], every_item: Sequence[RefineItem], text_of: Mapping[int, str], title: str, ledger: Ledger
-) -> dict[int, dict[str, float | None]]:
+) -> dict[int, Scored]:
     """Each judge's score of one text for some of the items, by the item's index; from the ledger or from the judge."""
     items, texts = [every_item[index] for index in text_of], list(text_of.values())
-    scores: list[dict[str, float | None]] = [{} for _ in items]
+    scored = [Scored({}, {}) for _ in items]
     for judge in judges:
-        keys = [
-            f"{item.id}#{judge.name}#{_digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
-            for item, text in zip(items, texts, strict=True)
-        ]
-        # A group is always judged as a whole, even if some of its scores are in the ledger: the rounding of a score may
-        # depend on the other rows of the group.
-        every = range(len(items))
-        groups = [every[start : start + JUDGED_AT_ONCE] for start in range(0, len(items), JUDGED_AT_ONCE)]
-        left = [group for group in groups if any(("score", keys[index]) not in ledger for index in group)]
-        done = len(items) - sum(map(len, left))
-        with progress(f"judge {judge.name}, {title}", len(items), "rows", done) as bar:
-            for group in left:
-                values = judge.score([items[i] for i in group], [texts[i] for i in group])
-                ledger.append(
-                    [
-                        {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
-                        for index, value in zip(group, values, strict=True)
-                        if ("score", keys[index]) not in ledger
-                    ]
-                )
-                bar.advance(len(group))
-        for score, key in zip(scores, keys, strict=True):
-            score[judge.name] = ledger["score", key]["value"]
-    return dict(zip(text_of, scores, strict=True))
+        keys = [score_key(judge, item, text) for item, text in zip(items, texts, strict=True)]
+        title_of_judge = f"judge {judge.name}, {title}"
+        if isinstance(judge, AskedJudge):
+            _ask(judge, items, texts, keys, title_of_judge, ledger)
+        else:
+            _compute(judge, items, texts, keys, title_of_judge, ledger)
+        for found, key in zip(scored, keys, strict=True):
+            if ("score", key) not in ledger:
+                found.scores[judge.name], reason = None, ledger.failure("score", key)
+            else:
+                found.scores[judge.name], reason = ledger["score", key]["value"], ledger["score", key].get("reason")
+            if reason:
+                found.reasons[judge.name] = reason
+    return dict(zip(text_of, scored, strict=True))
+
+
+def _compute(
+    judge: Judge, items: Sequence[RefineItem], texts: Sequence[str], keys: Sequence[str], title: str, ledger: Ledger
+) -> None:
+    """Records the scores of a judge that is a program.
+
+    A group is always judged as a whole, even if some of its scores are in the ledger: the rounding of a score may
+    depend on the other rows of the group.
+    """
+    every = range(len(items))
+    groups = [every[start : start + JUDGED_AT_ONCE] for start in range(0, len(items), JUDGED_AT_ONCE)]
+    left = [group for group in groups if any(("score", keys[index]) not in ledger for index in group)]
+    done = len(items) - sum(map(len, left))
+    with progress(title, len(items), "rows", done) as bar:
+        for group in left:
+            values = judge.score([items[i] for i in group], [texts[i] for i in group])
+            ledger.append(
+                [
+                    {"stage": "score", "key": keys[index], "value": None if value is None else round(value, 6)}
+                    for index, value in zip(group, values, strict=True)
+                    if ("score", keys[index]) not in ledger
+                ]
+            )
+            bar.advance(len(group))
+
+
+def _ask(
+    judge: AskedJudge,
+    items: Sequence[RefineItem],
+    texts: Sequence[str],
+    keys: Sequence[str],
+    title: str,
+    ledger: Ledger,
+) -> None:
+    """Records the scores of a judge that is asked, and its replies without a score, after which it is asked again."""
+    left = [index for index, key in enumerate(keys) if ("score", key) not in ledger]
+    heard = [_heard(keys[index], ledger) for index in left]
+    asks = [len(replies) for replies in heard]
+    pace = Pace(judge, len(left))
+    with progress(title, len(items), "rows", len(items) - len(left)) as bar:
+        for judgements in judge.judge([items[i] for i in left], [texts[i] for i in left], heard):
+            records, final = [], 0
+            for number, judgement in judgements.items():
+                key = keys[left[number]]
+                if judgement.status == FAILED:
+                    ledger.fail("score", key, judgement.reason)
+                elif judgement.status == "unreadable":
+                    asks[number] += 1
+                    name = f"{key}#{asks[number]}"
+                    records.append({"stage": "ask", "key": name, "text": judgement.text, **judgement.record})
+                else:
+                    value = None if judgement.value is None else round(judgement.value, 6)
+                    made = {"stage": "score", "key": key, "value": value, "reason": judgement.reason}
+                    records.append(made | judgement.record)
+                final += judgement.status != "unreadable"
+            ledger.append(records)
+            bar.advance(final, pace.note(final, sum(record["num_tokens"] for record in records)))
+
+
+def _heard(key: str, ledger: Ledger) -> list[str]:
+    """The replies without a score that the ledger has for a score's key."""
+    replies: list[str] = []
+    while ("ask", name := f"{key}#{len(replies) + 1}") in ledger:
+        replies.append(ledger["ask", name]["text"])
+    return replies
 
 
 def _digest(*parts) -> str:
@@ -289,8 +389,11 @@ def _falls_short(candidate: Round, gold_scores: Mapping[str, float | None], sett
         return "not scored"
     if candidate.mean < settings.accept_floor:
         return f"below the floor {settings.accept_floor:g}"
-    if gold is not None and candidate.mean < gold:
-        return f"below the gold answer's own {gold:.3f}"
+    # A model as a judge does not score the gold answer.
+    mean = _mean(value for name, value in candidate.scores.items() if gold_scores.get(name) is not None)
+    if gold is not None and mean is not None and mean < gold:
+        by_both = f" ({mean:.3f} by the judges that score both)" if mean != candidate.mean else ""
+        return f"below the gold answer's own {gold:.3f}{by_both}"
     return ""
 
 
@@ -319,7 +422,9 @@ def _decide(
         reason = f"{_why_rejected(written, similarity, settings)}, so the gold answer stays."
     elif not scored:
         statuses = ", ".join(candidate.status for candidate in rounds)
-        reason = f"No judge could score a fused answer (rounds: {statuses}), so the gold answer stays."
+        notes = [f"; {name}: {why}" for candidate in rounds[-1:] for name, why in candidate.reasons.items()]
+        notes += [f"; {candidate.note}" for candidate in rounds[-1:] if candidate.status == "failed"]
+        reason = f"No judge could score a fused answer (rounds: {statuses}{''.join(notes)}), so the gold answer stays."
     elif best is None:
         nearest = max(scored, key=lambda candidate: (candidate.mean, -candidate.round))
         reason = (

@@ -1,0 +1,142 @@
+"""Writes rewritings and fusions by asking a chat model, and asks models on this machine as one asks a server."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
+
+import jax
+
+from raft_jax.data.prompts import Conversation
+from raft_jax.errors import InputError
+from raft_jax.refine.chat import Chat, Reply, Request, without_thoughts
+from raft_jax.refine.generate import Generation, RefineItem, short_hash, task_prompt
+from raft_jax.refine.screen import REFUSAL
+from raft_jax.sampling import Sampler
+
+
+def seed_of(*parts: object) -> int:
+    """A seed of 31 bits from some values: the same in every run.
+
+    Example:
+      >>> seed_of(0, "q1", 2) == seed_of(0, "q1", 2) != seed_of(0, "q1", 3)
+      True
+    """
+    digest = hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class ChatGenerator:
+    """A `Generator` that asks a chat model; each row and round has a seed of its own.
+
+    Args:
+      chat: the model.
+      prompt: makes the conversation of an item.
+      purpose: "rewrite" or "fuse".
+      seed: the run's.
+      temperature: where the chat model has none of its own.
+      prompt_hash: of the prompt's template.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        prompt: Callable[[RefineItem], Conversation],
+        *,
+        purpose: str,
+        seed: int,
+        temperature: float,
+        prompt_hash: str = "",
+    ):
+        self.chat, self.prompt, self.purpose, self.seed = chat, prompt, purpose, seed
+        self.temperature = temperature if chat.temperature is None else chat.temperature
+        self.identity = f"{chat.identity} temperature {self.temperature} seed {seed} {purpose}"
+        self.record = {"model": chat.model, "settings": short_hash(self.identity), "prompt": prompt_hash}
+
+    def generate(
+        self, items: Sequence[RefineItem], round: int, done: Container[int]
+    ) -> Iterator[dict[int, Generation]]:
+        left = [index for index in range(len(items)) if index not in done]
+        requests = [
+            Request(
+                self.prompt(items[index]),
+                f"{items[index].id} {self.purpose} {round}",
+                seed_of(self.seed, self.purpose, items[index].id, round),
+                self.temperature,
+            )
+            for index in left
+        ]
+        for replies in self.chat.ask(requests):
+            yield {left[number]: self._generation(reply) for number, reply in replies.items()}
+
+    def _generation(self, reply: Reply) -> Generation:
+        status = "refusal" if reply.status == "ok" and REFUSAL.search(reply.text) else reply.status
+        return Generation(reply.text, status, reply.num_tokens, reply.note, {**self.record, **reply.record()})
+
+    def note(self) -> str:
+        return self.chat.note()
+
+    @property
+    def cost(self) -> float | None:
+        return getattr(self.chat, "cost", None)
+
+
+class LocalChat:
+    """A model on this machine, asked as one asks a server; a `Chat`.
+
+    Args:
+      name: its name in records and report.
+      sampler: of the model.
+      params: its parameters.
+      key: of its random numbers.
+      model: its name.
+      identity: identifies the model and its settings.
+      max_new_tokens: longest reply.
+    """
+
+    temperature: float | None = None
+
+    def __init__(
+        self, name: str, sampler: Sampler, params, *, key: jax.Array, model: str, identity: str, max_new_tokens: int
+    ):
+        self.name, self.sampler, self.params, self.key, self.model = name, sampler, params, key, model
+        self.max_new_tokens = max_new_tokens
+        self.identity = f"{identity} up to {max_new_tokens} tokens key {jax.random.key_data(key).tolist()}"
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[dict[int, Reply]]:
+        model = self.sampler.model
+        prompts = [task_prompt(model.tokenizer, request.messages) for request in requests]
+        longest = max(map(len, prompts), default=0)
+        if longest + self.max_new_tokens > model.config.max_positions:
+            raise InputError(
+                f"{self.name}: a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit the model's "
+                f"{model.config.max_positions} positions; take another model in refine.judges"
+            )
+        for batch in self.sampler.batches(prompts):
+            began = time.perf_counter()
+            completions = self.sampler.generate(
+                self.params,
+                [prompts[index] for index in batch],
+                key=self.key,
+                names=[requests[index].name for index in batch],
+                temperature=requests[batch[0]].temperature,
+                max_new_tokens=self.max_new_tokens,
+            )
+            seconds = (time.perf_counter() - began) / len(batch)
+            yield {
+                index: _reply(completion, model.tokenizer.decode(completion.tokens), len(prompts[index]), seconds)
+                for index, completion in zip(batch, completions, strict=True)
+            }
+
+    def note(self) -> str:
+        return ""
+
+
+def _reply(completion, decoded: str, prompt_tokens: int, seconds: float) -> Reply:
+    text = without_thoughts(decoded)
+    status = "truncated" if text is None or not completion.finished else "ok" if text else "empty"
+    note = {"truncated": "cut at the limit of length", "empty": "no text in the reply"}.get(status, "")
+    finish = "stop" if completion.finished else "length"
+    return Reply(text or "", status, note, prompt_tokens, len(completion.tokens), seconds, finish)

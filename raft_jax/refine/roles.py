@@ -1,0 +1,223 @@
+"""The models of the refinement as the config names them: the student, other models, servers and programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from raft_jax.config import PROGRAMS, STUDENT, Config
+from raft_jax.data.prompts import Conversation, Prompts, answered, load_prompts, question_of
+from raft_jax.errors import InputError
+from raft_jax.models import Model, Tokenizer, load_pretrained
+from raft_jax.models.encoder import Encoder
+from raft_jax.refine.chat import Chat
+from raft_jax.refine.endpoint import Endpoint, key_of
+from raft_jax.refine.generate import Generator, LocalGenerator, RefineItem
+from raft_jax.refine.judge import CoverageJudge, Judge, LikelihoodJudge, SimilarityJudge
+from raft_jax.refine.llm_judge import LLMJudge
+from raft_jax.refine.remote import ChatGenerator, LocalChat
+from raft_jax.refine.run import RefineModels
+from raft_jax.sampling import Sampler, Scorer
+from raft_jax.sources import fingerprint_model, resolve
+
+LOCAL_JUDGEMENT = 512  # longest judgement of a model on this machine, in tokens
+
+
+class LocalModel(NamedTuple):
+    """A model on this machine, its name, and what identifies it and its settings."""
+
+    model: Model
+    name: str
+    identity: str
+
+
+class Roles:
+    """Makes the models of the refinement; each model is loaded once, and each server has one client.
+
+    Args:
+      config: the run's.
+      student: the model that is trained.
+      student_identity: identifies it and its settings.
+      mesh: of the models on this machine.
+    """
+
+    def __init__(self, config: Config, student: Model, student_identity: str, mesh: jax.sharding.Mesh | None):
+        self.config, self.mesh = config, mesh
+        self.prompts = load_prompts(config.refine.prompts)
+        self._local = {STUDENT: LocalModel(student, config.model.source, student_identity)}
+        self._key = jax.random.key(config.seed)
+
+    @cached_property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The clients of the endpoints that have a role."""
+        if (names := endpoints_in_use(self.config)) and jax.process_count() > 1:
+            raise InputError(
+                f"endpoints.{names[0]}: several processes would each ask the server; run `raft-jax refine` in one "
+                "process first, and copy its folder refined/ to the run_dir of this run"
+            )
+        return {name: Endpoint(name, self.config.endpoints[name]) for name in names}
+
+    def models(self, encoder: Encoder) -> RefineModels:
+        """The models of all roles.
+
+        Raises:
+          InputError: a model cannot be loaded, or the key of an endpoint is missing.
+        """
+        settings, prompts = self.config.refine, self.prompts
+        student = self._local[STUDENT].model.tokenizer
+        written_elsewhere = {settings.rewriter, settings.fuser} != {STUDENT}
+        return RefineModels(
+            self._generator(
+                settings.rewriter,
+                "rewrite",
+                lambda item: prompts.rewrite(item.gold, *item.asked(settings.terse_words)),
+                0,
+            ),
+            encoder,
+            self._generator(
+                settings.fuser,
+                "fuse",
+                lambda item: prompts.fuse(item.gold, item.rewrite, *item.asked(settings.terse_words)),
+                1,
+            ),
+            [self._judge(role, encoder) for role in settings.judges],
+            partial(renders, student, prompts),
+            partial(_fits, student, self.config.refine_max_new_tokens) if written_elsewhere else lambda text: True,
+        )
+
+    def identities(self) -> list[str]:
+        """What identifies the models that are not the student; empty where there are none."""
+        roles = [role for role in self.config.model_roles.values() if role != STUDENT]
+        found = [
+            self.endpoints[role].identity if role in self.endpoints else self._model(role).identity for role in roles
+        ]
+        judges = [role for role in self.config.refine.judges if role not in PROGRAMS]
+        return [*found, self.prompts.texts["judge"]] if judges else found
+
+    def _generator(
+        self, role: str, purpose: str, prompt: Callable[[RefineItem], Conversation], stream: int
+    ) -> Generator:
+        settings, template = self.config.refine, self.prompts.digest(purpose)
+        if role in self.endpoints:
+            return ChatGenerator(
+                self.endpoints[role],
+                prompt,
+                purpose=purpose,
+                seed=self.config.seed,
+                temperature=settings.temperature,
+                prompt_hash=template,
+            )
+        local = self._model(role)
+        return LocalGenerator(
+            Sampler(local.model, settings.batch_size, self.mesh),
+            local.model.params,
+            prompt,
+            key=jax.random.fold_in(self._key, stream),
+            model=local.identity,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_new_tokens=self.config.refine_max_new_tokens,
+            record={"model": local.name, "prompt": template},
+        )
+
+    def _judge(self, role: str, encoder: Encoder) -> Judge:
+        student = self._local[STUDENT]
+        programs: dict[str, Callable[[], Judge]] = {
+            "similarity": lambda: SimilarityJudge(encoder),
+            "coverage": CoverageJudge,
+            "likelihood": lambda: LikelihoodJudge(
+                Scorer(student.model, mesh=self.mesh), student.model.params, student.identity
+            ),
+        }
+        if role in programs:
+            return programs[role]()
+        return LLMJudge(
+            self._chat(role), self.prompts.judge, seed=self.config.seed, prompt_hash=self.prompts.digest("judge")
+        )
+
+    def _chat(self, role: str) -> Chat:
+        if role in self.endpoints:
+            return self.endpoints[role]
+        local = self._model(role)
+        return LocalChat(
+            role.replace("#", "_"),  # keys of the ledger have # between their parts
+            Sampler(local.model, self.config.refine.batch_size, self.mesh),
+            local.model.params,
+            key=jax.random.fold_in(self._key, 2),
+            model=local.name,
+            identity=local.identity,
+            max_new_tokens=LOCAL_JUDGEMENT,
+        )
+
+    def _model(self, role: str) -> LocalModel:
+        """A model on this machine, loaded at its first use with the settings of the student."""
+        if role not in self._local:
+            given = self.config.model
+            model = load_pretrained(role, jnp.dtype(given.dtype), self.mesh, attention=given.attention)
+            student = self._local[STUDENT].model.tokenizer
+            model.tokenizer.date, model.tokenizer.thinking = student.date, given.thinking
+            identity = f"{fingerprint_model(resolve(role))} {given.dtype} thinking {given.thinking}"
+            self._local[role] = LocalModel(model, role, identity)
+        return self._local[role]
+
+    def close(self) -> None:
+        """Ends the connections to servers."""
+        for endpoint in self.endpoints.values():
+            endpoint.close()
+
+
+def endpoints_in_use(config: Config) -> list[str]:
+    """The names of the endpoints that have a role, in the order of the roles."""
+    return list(dict.fromkeys(role for role in config.model_roles.values() if role in config.endpoints))
+
+
+def require_roles(config: Config) -> Iterator[str]:
+    """Checks models, prompts and servers of the refinement without computing anything; yields a line on each server.
+
+    Raises:
+      InputError: another model is not at its source, a prompt lacks a placeholder, a key is missing, or a server does
+        not answer or refuses the key; names the setting.
+    """
+    load_prompts(config.refine.prompts)
+    for key, role in config.model_roles.items():
+        if role != STUDENT and role not in config.endpoints:
+            try:
+                resolve(role)
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from error
+    names = endpoints_in_use(config)
+    for name in names:
+        key_of(name, config.endpoints[name])
+    for name in names:
+        settings = config.endpoints[name]
+        with _opened(Endpoint(name, settings)) as endpoint:
+            endpoint.require_answer()
+        roles = ", ".join(key for key, role in config.model_roles.items() if role == name)
+        yield f"endpoint {name}: {settings.model} at {settings.base_url} answers; {roles}"
+
+
+@contextmanager
+def _opened(endpoint: Endpoint) -> Iterator[Endpoint]:
+    try:
+        yield endpoint
+    finally:
+        endpoint.close()
+
+
+def renders(tokenizer: Tokenizer, prompts: Prompts, item: RefineItem, text: str) -> bool:
+    """Whether the model's chat template accepts a text as an answer and as the answer in the teacher's prompt."""
+    try:
+        tokenizer.chat_answer(answered(question_of(item), text))
+        tokenizer.chat_prompt(prompts.teacher(item.question, text, item.context, item.turns))
+    except InputError:
+        return False
+    return True
+
+
+def _fits(tokenizer: Tokenizer, max_new_tokens: int, text: str) -> bool:
+    return len(tokenizer.encode(text)) <= max_new_tokens
