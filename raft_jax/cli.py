@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from raft_jax import __version__, interrupt
@@ -93,13 +94,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for name, text in STAGES.items():
         verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
-        verb.set_defaults(function=_stage, stage=name)
+        verb.set_defaults(function=_stage, stage=name, preview=None)
+        if name == "refine":
+            text = "refine only the first N rows, and show each stage and what all rows would take"
+            verb.add_argument("--preview", type=int, metavar="N", help=text)
     for name, text, function in (
         ("report", "write report.html from what the run folder holds, be it finished or not", _report),
         ("check", "look at config, data and model, start nothing, and show one training example", _check),
     ):
         verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
         verb.set_defaults(function=function)
+
+    text = "show the prompts of rewriting, fusion, judges and teacher, or copy them to change them"
+    verb = verbs.add_parser(
+        "prompts", parents=[shared], help=text, description=text[0].upper() + text[1:] + " (refine.prompts=DIR)."
+    )
+    verb.add_argument("--copy", metavar="DIR", help="write the files into this folder; nothing there is replaced")
+    verb.set_defaults(function=_prompts, words=[])
 
     text = "ask a question; base and tuned model answer side by side"
     verb = verbs.add_parser(
@@ -136,6 +147,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _stage(args) -> int:
     config = load_config(args.config, args.words)
+    if args.preview is not None and args.preview < 1:
+        raise InputError(f"--preview {args.preview}: it takes a number of rows, 1 or more")
     _start_jax()
     from raft_jax.preflight import require_sources
     from raft_jax.report import print_summary
@@ -147,13 +160,15 @@ def _stage(args) -> int:
         run = Run(config, folder)
         stages = {
             "run": run.all,
-            "refine": run.refine,
+            "refine": partial(run.refine, retry=True) if args.preview is None else partial(run.preview, args.preview),
             "train": run.train,
             "export": run.train,
             "evaluate": run.evaluate,
         }
         stages[args.stage]()
         interrupt.check()
+        if args.preview is not None:
+            return 0
         run.report()
         # A log has no width; rich would assume 80 columns and wrap the table's lines.
         width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
@@ -168,6 +183,21 @@ def _report(args) -> int:
 
     run_dir = Path(load_config(args.config, args.words).run_dir).expanduser()
     print(visible(str(write_report(run_dir))))
+    return 0
+
+
+def _prompts(args) -> int:
+    from raft_jax.data.prompts import copy_prompts, load_prompts
+
+    if args.words:
+        raise InputError(f"what is {args.words[0]!r}? the folder goes after --copy")
+    if args.copy is not None:
+        for path in copy_prompts(args.copy):
+            print(visible(str(path)))
+        print(visible(f"change them, and set refine.prompts={args.copy}"))
+        return 0
+    for name, text in load_prompts().texts.items():
+        print(f"── {name}.txt\n{text}")
     return 0
 
 

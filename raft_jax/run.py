@@ -12,9 +12,10 @@ from functools import cached_property
 
 import jax.numpy as jnp
 
-from raft_jax import interrupt
+from raft_jax import interrupt, outcome
 from raft_jax.checkpoint import remove_steps
 from raft_jax.config import Config
+from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluator
@@ -26,7 +27,9 @@ from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
 from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_source
+from raft_jax.refine.account import account, preview_lines
 from raft_jax.refine.ledger import Ledger
+from raft_jax.refine.plan import plan
 from raft_jax.refine.roles import Roles, require_roles
 from raft_jax.refine.run import refine, summary
 from raft_jax.resume import all_settings, settings_for
@@ -38,6 +41,8 @@ from raft_jax.sources import fingerprint_model, resolve
 from raft_jax.stages import Settings, changes
 from raft_jax.terminal import visible
 from raft_jax.train.loop import train
+
+UNFINISHED = " unfinished"  # after the settings of rows for which a model has not replied to everything
 
 
 def _num_generated(ledger: Ledger) -> int:
@@ -86,11 +91,35 @@ class Run:
     def methods(self) -> list[Method]:
         return [METHODS[name] for name in self.config.methods]
 
-    def refine(self) -> list[RefinedRow]:
-        """Stage 1. Reads the rows if they are published already."""
+    def refine(self, retry: bool = False) -> list[RefinedRow]:
+        """Stage 1. Reads the rows if they are published already.
+
+        With `retry`, what a model did not reply to is asked again, unless a method is being trained on the rows.
+        """
         made_with = self._refined_with()
-        if (rows := self._published(made_with)) is not None:
+        retry = retry and not any(self.folder.method(name).path.exists() for name in METHODS)
+        if (rows := self._published(made_with, retry)) is not None:
             return rows
+        rows, ledger = self._refine(self.data.train)
+        works = account(ledger.used(), self.config)
+        if is_writer():
+            publish(rows, self.folder.refined, made_with + UNFINISHED * bool(ledger.num_failures))
+            self.folder.write_account(works)
+        wait_for_writer("refined")
+        print(*summary(rows), *outcome.lines(rows, self.config.refine.accept, works), sep="\n", flush=True)
+        if ledger.num_failures:
+            print(f"{ledger.num_failures} request(s) without a reply; `raft-jax refine` asks again", flush=True)
+        return rows
+
+    def preview(self, count: int) -> None:
+        """Refines the first rows into the ledger, and prints them stage by stage with what they and all rows take."""
+        examples = self.data.train[:count]
+        rows, ledger = self._refine(examples)
+        works = account(ledger.used(), self.config)
+        print(*preview_lines(rows, works, len(self.data.train)), sep="\n", flush=True)
+
+    def _refine(self, examples: Sequence[Example]) -> tuple[list[RefinedRow], Ledger]:
+        """The refined rows of some examples, and the ledger with their records."""
         check_refinement(self.data)
         for line in require_roles(self.config):
             print(visible(line), flush=True)
@@ -102,17 +131,22 @@ class Run:
             self.folder.record_time("refine", None, seconds, _num_generated(ledger))
 
         ledger.on_append = record  # so that the time of a killed process is recorded too
-        rows = refine(self.data.train, self.roles.models(self.encoder), self.config.refine, ledger)
-        if is_writer():
-            publish(rows, self.folder.refined, made_with)
-        wait_for_writer("refined")
+        try:
+            models = self.roles.models(self.encoder)
+            if line := plan(examples, models, self.config.refine, ledger):
+                print(line, flush=True)
+            rows = refine(examples, models, self.config.refine, ledger)
+        finally:
+            self.roles.close()
         if self.folder.timing("refine").tokens != _num_generated(ledger):
             record()
-        print(*summary(rows), sep="\n", flush=True)
-        return rows
+        return rows, ledger
 
-    def _published(self, made_with: str) -> list[RefinedRow] | None:
-        """The published rows, if they are of these examples and were made with these settings; else None."""
+    def _published(self, made_with: str, retry: bool) -> list[RefinedRow] | None:
+        """The published rows, if they are of these examples and were made with these settings; else None.
+
+        With `retry`, also None if a model has not replied to everything.
+        """
         if not self.folder.refined_jsonl.exists():
             return None
         try:
@@ -122,9 +156,13 @@ class Run:
             return None
         examples = self.data.train
         same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
-        if same and refined_with(self.folder.refined) == made_with:
+        valid = (made_with,) if retry else (made_with, made_with + UNFINISHED)
+        if same and refined_with(self.folder.refined) in valid:
             wait_for_writer("refined")  # the first process may have just published them, and wait for this one
             return rows
+        if same and refined_with(self.folder.refined) == made_with + UNFINISHED:
+            print(f"{self.folder.refined}: asking again for what had no reply", flush=True)
+            return None
         what = "settings or models" if same else "texts"
         print(f"{self.folder.refined}: made from other {what}; refining again, with what the ledger has of it")
         return None

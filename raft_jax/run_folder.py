@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from raft_jax.errors import InputError
 from raft_jax.files import is_there, parse_record, read_bytes, read_text
 from raft_jax.metrics import read_metrics
+from raft_jax.outcome import Work
 from raft_jax.scores import ModelScores
 from raft_jax.stages import Settings
 
@@ -35,6 +36,13 @@ class Evaluation:
 
     models: dict[str, ModelScores]
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Account:
+    """What each model of the refinement took."""
+
+    works: list[Work]
 
 
 class MethodFolder:
@@ -77,6 +85,7 @@ class RunFolder:
         self.refined = path / "refined"
         self.ledger_jsonl = self.refined / "ledger.jsonl"
         self.refined_jsonl = self.refined / "refined.jsonl"
+        self.account_json = self.refined / "account.json"
         self.refined_manifest = self.refined / "manifest.json"
 
     def __str__(self) -> str:
@@ -115,6 +124,20 @@ class RunFolder:
         timings = [timing for timing in self.timings() if (timing.stage, timing.method) != (stage, method)]
         timings.append(Timing(stage, method, round(seconds, 3), tokens, describe_machine()))
         write_atomically(self.timings_jsonl, "".join(json.dumps(asdict(timing)) + "\n" for timing in timings))
+
+    def account(self) -> list[Work]:
+        """What the models of the refinement took; empty if that is not recorded."""
+        if not is_there(self.account_json):
+            return []
+        try:
+            return list(parse_record(Account, read_bytes(self.account_json)).works)
+        except ValueError as error:
+            raise InputError(f"{self.account_json}: damaged ({error}); remove it") from error
+
+    def write_account(self, works: Sequence[Work]) -> None:
+        write_atomically(
+            self.account_json, json.dumps(asdict(Account(list(works))), indent=1, ensure_ascii=False) + "\n"
+        )
 
     def evaluation(self, *, begun: bool = False) -> Evaluation:
         """The existing scores; with `begun`, those of a new evaluation with changed settings that is not complete."""

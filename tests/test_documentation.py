@@ -63,7 +63,7 @@ def test_a_command_parses_and_its_settings_are_valid(page, words, capsys):
     args, rest = make_parser().parse_known_args(words[1:])
     assert not [word for word in rest if word.startswith("-")]
     given = [*args.words, *rest]
-    path = args.config if hasattr(args, "config") else None if args.model else given.pop(0)
+    path = args.config if hasattr(args, "config") else None if getattr(args, "model", "prompts") else given.pop(0)
     overrides = [word for word in given if re.match(r"[\w.]+=", word)]
     if path is None:
         return

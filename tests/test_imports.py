@@ -36,11 +36,13 @@ ALLOWED = {
     "raft_jax.run_folder": (
         "raft_jax.machine",
         "raft_jax.metrics",
+        "raft_jax.outcome",
         "raft_jax.scores",
         "raft_jax.sharding",
         "raft_jax.stages",
     ),
     "raft_jax.scores": (),
+    "raft_jax.outcome": ("raft_jax.data.refined",),
     "raft_jax.progress": (),
     "raft_jax.sharding": ("raft_jax.errors",),
     "raft_jax.losses": ("raft_jax.losses",),

@@ -145,6 +145,25 @@ def load_prompts(folder: str | None = None) -> Prompts:
     return Prompts(texts)
 
 
+def copy_prompts(folder: str) -> list[Path]:
+    """Writes the prompts of the package into a folder, and returns their paths.
+
+    Raises:
+      InputError: one of the files is there already, or the folder cannot be written to.
+    """
+    place = Path(folder).expanduser()
+    paths = [place / f"{name}.txt" for name in PLACEHOLDERS]
+    if there := [path for path in paths if is_there(path)]:
+        raise InputError(f"{there[0]}: is there already; remove it, or name another folder")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for path in paths:
+            path.write_text(_own_prompts().texts[path.stem], "utf-8")
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
+    return paths
+
+
 @cache
 def _own_prompts() -> Prompts:
     return Prompts({name: read_text(PROMPT_FILES / f"{name}.txt") for name in PLACEHOLDERS})

@@ -69,7 +69,7 @@ def refine(
     Returns:
       One row per example, in the same order, each with its full history.
     """
-    items = [RefineItem(e.id, e.question, e.answer, context=e.context, turns=e.turns) for e in examples]
+    items = [item_of(example) for example in examples]
     rewrites = _generate(models, models.rewriter, items, 1, "rewrite", "rewrite", settings, ledger)
     items = [replace(item, rewrite=written.text) for item, written in zip(items, rewrites, strict=True)]
     compared = [index for index, written in enumerate(rewrites) if written.status in ("ok", "facts", "copy")]
@@ -101,6 +101,11 @@ def refine(
         _decide(item, written, similarity.get(index), rounds[index], gold_scores.get(index, {}), settings)
         for index, (item, written) in enumerate(zip(items, rewrites, strict=True))
     ]
+
+
+def item_of(example: Example) -> RefineItem:
+    """A row before the refinement."""
+    return RefineItem(example.id, example.question, example.answer, context=example.context, turns=example.turns)
 
 
 def summary(rows: Sequence[RefinedRow]) -> Iterator[str]:
@@ -283,6 +288,8 @@ def _scores(
         title_of_judge = f"judge {judge.name}, {title}"
         if isinstance(judge, AskedJudge):
             _ask(judge, items, texts, keys, title_of_judge, ledger)
+            for key in keys:
+                _heard(key, ledger)  # so that these replies count as used
         else:
             _compute(judge, items, texts, keys, title_of_judge, ledger)
         for found, key in zip(scored, keys, strict=True):
@@ -389,11 +396,12 @@ def _falls_short(candidate: Round, gold_scores: Mapping[str, float | None], sett
         return "not scored"
     if candidate.mean < settings.accept_floor:
         return f"below the floor {settings.accept_floor:g}"
-    # A model as a judge does not score the gold answer.
-    mean = _mean(value for name, value in candidate.scores.items() if gold_scores.get(name) is not None)
-    if gold is not None and mean is not None and mean < gold:
-        by_both = f" ({mean:.3f} by the judges that score both)" if mean != candidate.mean else ""
-        return f"below the gold answer's own {gold:.3f}{by_both}"
+    # A judge that is a model does not score the gold answer, which it compares the candidate with.
+    by_the_same = all(
+        gold_scores.get(name) is not None for name, value in candidate.scores.items() if value is not None
+    )
+    if by_the_same and gold is not None and candidate.mean < gold:
+        return f"below the gold answer's own {gold:.3f}"
     return ""
 
 

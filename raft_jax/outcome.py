@@ -1,0 +1,169 @@
+"""What came out of a refinement and what it took, for the table at its end and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from raft_jax.data.refined import RefinedRow, Round
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a role's model did for the rows of a refinement, in this run and in those that it goes on from.
+
+    Attributes:
+      role: "rewriter", "fuser" or "judge NAME".
+      model: its model's name.
+      calls: texts and judgements, with those that had no score in them.
+      prompt_tokens: tokens of the prompts.
+      num_tokens: tokens that were generated.
+      seconds: the sum over all calls, also of those that ran at once.
+      retries: tries that came to nothing.
+      cost: in the currency of the endpoint's prices; None without prices.
+    """
+
+    role: str
+    model: str
+    calls: int
+    prompt_tokens: int
+    num_tokens: int
+    seconds: float
+    retries: int
+    cost: float | None = None
+
+
+@dataclass(frozen=True)
+class JudgeCounts:
+    """How a judge scored the candidates.
+
+    Attributes:
+      name: the judge's.
+      scored: candidates that it scored.
+      silent: candidates without a score.
+      mean: of its scores; None if there are none.
+      accepts: share of its scores that reach `refine.accept`; None if there are none.
+    """
+
+    name: str
+    scored: int
+    silent: int
+    mean: float | None
+    accepts: float | None
+
+
+def quantiles(values: Sequence[float], shares: Sequence[float] = QUANTILES) -> list[float]:
+    """Each quantile is one of the values: the smallest that so large a share of them does not exceed.
+
+    Example:
+      >>> quantiles([4.0, 1.0, 2.0, 3.0], [0.5, 0.95])
+      [2.0, 4.0]
+    """
+    ordered = sorted(values)
+    return [ordered[max(0, -int(-share * len(ordered) // 1) - 1)] for share in shares]
+
+
+def judge_counts(rows: Sequence[RefinedRow], accept: float) -> list[JudgeCounts]:
+    """The counts of each judge, in the order of their first candidate."""
+    judged = _judged(rows)
+    found = []
+    for name in dict.fromkeys(name for candidate in judged for name in candidate.scores):
+        given = [candidate.scores[name] for candidate in judged if name in candidate.scores]
+        scores = [score for score in given if score is not None]
+        share = sum(score >= accept for score in scores) / len(scores) if scores else None
+        mean = sum(scores) / len(scores) if scores else None
+        found.append(JudgeCounts(name, len(scores), len(given) - len(scores), mean, share))
+    return found
+
+
+def agreement(rows: Sequence[RefinedRow], accept: float) -> tuple[int, int]:
+    """Of the candidates that several judges scored: how many all of them accept or none does, and how many there are."""
+    sides = [
+        {score >= accept for score in scores}
+        for candidate in _judged(rows)
+        if len(scores := [score for score in candidate.scores.values() if score is not None]) > 1
+    ]
+    return sum(len(side) == 1 for side in sides), len(sides)
+
+
+def _judged(rows: Sequence[RefinedRow]) -> list[Round]:
+    return [candidate for row in rows for candidate in row.rounds if candidate.scores]
+
+
+def lines(rows: Sequence[RefinedRow], accept: float, works: Sequence[Work]) -> Iterator[str]:
+    """The table at the end of a refinement: similarities, judges, and what the models took."""
+    if similarity := [row.similarity for row in rows if row.similarity is not None]:
+        shown = ", ".join(
+            f"{share:.0%} up to {value:.3f}" for share, value in zip(QUANTILES, quantiles(similarity), strict=True)
+        )
+        yield f"  similarity of {len(similarity)} rewritings: {shown}"
+    if judges := judge_counts(rows, accept):
+        header = ("judge", "scored", "no score", "mean", f"{accept:g} or more")
+        yield from _aligned([header, *((j.name, f"{j.scored:,}", f"{j.silent:,}", *_shares(j)) for j in judges)])
+        same, several = agreement(rows, accept)
+        if several:
+            yield f"  the judges agree on {same / several:.0%} of the {several:,} candidates that several scored"
+    if works:
+        header = ("model", "", "calls", "tokens read", "written", "seconds", "retries", "cost")
+        yield from _aligned([header, *map(work_cells, works)])
+        if any(work.cost is not None for work in works):
+            yield f"  cost: {sum(work.cost or 0 for work in works):.4g}"
+
+
+def work_cells(work: Work) -> tuple[str, ...]:
+    """A row of the table of what models took."""
+    return (
+        work.role,
+        work.model,
+        f"{work.calls:,}",
+        f"{work.prompt_tokens:,}",
+        f"{work.num_tokens:,}",
+        f"{work.seconds:,.1f}",
+        f"{work.retries:,}",
+        "" if work.cost is None else f"{work.cost:.4g}",
+    )
+
+
+def _shares(judge: JudgeCounts) -> tuple[str, str]:
+    if judge.mean is None or judge.accepts is None:
+        return "", ""
+    return f"{judge.mean:.3f}", f"{judge.accepts:.0%}"
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table, indented; columns with numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numbers = [any(row[column][:1].isdigit() for row in cells[1:]) for column in range(len(widths))]
+    for row in cells:
+        columns = zip(row, widths, numbers, strict=True)
+        yield "  " + "  ".join(f"{cell:{'>' if right else '<'}{width}}" for cell, width, right in columns).rstrip()
+
+
+def merged(works: Sequence[Work]) -> list[Work]:
+    """Works of one role and model as one.
+
+    Example:
+      >>> merged([Work("fuser", "m", 1, 5, 2, 1.0, 0), Work("fuser", "m", 2, 5, 2, 0.5, 1, 3.0)])
+      [Work(role='fuser', model='m', calls=3, prompt_tokens=10, num_tokens=4, seconds=1.5, retries=1, cost=3.0)]
+    """
+    result = []
+    ordered = sorted(works, key=lambda work: (work.role, work.model))
+    for (role, model), group in groupby(ordered, key=lambda work: (work.role, work.model)):
+        parts = list(group)
+        costs = [part.cost for part in parts if part.cost is not None]
+        result.append(
+            Work(
+                role,
+                model,
+                sum(part.calls for part in parts),
+                sum(part.prompt_tokens for part in parts),
+                sum(part.num_tokens for part in parts),
+                sum(part.seconds for part in parts),
+                sum(part.retries for part in parts),
+                sum(costs) if costs else None,
+            )
+        )
+    return result
