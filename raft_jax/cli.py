@@ -150,12 +150,21 @@ def _stage(args) -> int:
     if args.preview is not None and args.preview < 1:
         raise InputError(f"--preview {args.preview}: it takes a number of rows, 1 or more")
     _start_jax()
+    from raft_jax.methods import any_refines
     from raft_jax.preflight import require_sources
+    from raft_jax.refine.roles import require_roles
     from raft_jax.report import print_summary
     from raft_jax.resume import open_run_folder
     from raft_jax.run import Run
+    from raft_jax.run_folder import RunFolder
 
     require_sources(config)
+    if (
+        args.stage != "evaluate"
+        and any_refines(config.methods)
+        and not RunFolder(config.run_dir).refined_jsonl.exists()
+    ):
+        list(require_roles(config))  # before the model is loaded
     with interrupt.handled(), open_run_folder(config) as folder:
         run = Run(config, folder)
         stages = {

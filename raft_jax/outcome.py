@@ -80,7 +80,7 @@ def judge_counts(rows: Sequence[RefinedRow], accept: float) -> list[JudgeCounts]
 
 
 def agreement(rows: Sequence[RefinedRow], accept: float) -> tuple[int, int]:
-    """Of the candidates that several judges scored: how many all of them accept or none does, and how many there are."""
+    """Of the candidates that several judges scored: how many all or none of them accept, and how many there are."""
     sides = [
         {score >= accept for score in scores}
         for candidate in _judged(rows)

@@ -17,7 +17,7 @@ from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
 from raft_jax.refine.generate import task_prompt
-from raft_jax.refine.roles import require_roles
+from raft_jax.refine.roles import require_local_roles, require_roles
 from raft_jax.resume import require_unchanged
 from raft_jax.run_data import RunData
 from raft_jax.sources import resolve
@@ -37,6 +37,7 @@ def require_sources(config: Config) -> None:
     require_source("model.source", config.model.source)
     require_source("data.path", config.data.path, locate)
     require_source("evaluate.general_path", config.evaluate.general_path)
+    require_local_roles(config)
 
 
 def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> None:

@@ -138,7 +138,8 @@ def read_judgement(text: str) -> tuple[float, str]:
     shown = one_line(text, 80)
     found = [entry for entry in _objects(text) if "score" in entry]
     if not found:
-        scores = {float(match) for match in _SCORE_IN_TEXT.findall(text)}
+        # A number at the end of JSON that is cut may lack digits.
+        scores = {float(match) for match in _SCORE_IN_TEXT.findall(text)} if "{" not in text else set()
         if len(scores) != 1:
             raise ValueError(f"{'several scores' if scores else 'no score'} in {shown!r}")
         return scores.pop(), ""

@@ -183,13 +183,7 @@ def require_roles(config: Config) -> Iterator[str]:
       InputError: another model is not at its source, a prompt lacks a placeholder, a key is missing, or a server does
         not answer or refuses the key; names the setting.
     """
-    load_prompts(config.refine.prompts)
-    for key, role in config.model_roles.items():
-        if role != STUDENT and role not in config.endpoints:
-            try:
-                resolve(role)
-            except InputError as error:
-                raise InputError(f"{key}: {error}") from error
+    require_local_roles(config)
     names = endpoints_in_use(config)
     for name in names:
         key_of(name, config.endpoints[name])
@@ -199,6 +193,17 @@ def require_roles(config: Config) -> Iterator[str]:
             endpoint.require_answer()
         roles = ", ".join(key for key, role in config.model_roles.items() if role == name)
         yield f"endpoint {name}: {settings.model} at {settings.base_url} answers; {roles}"
+
+
+def require_local_roles(config: Config) -> None:
+    """Checks prompts and the sources of other models; raises InputError as `require_roles` does."""
+    load_prompts(config.refine.prompts)
+    for key, role in config.model_roles.items():
+        if role != STUDENT and role not in config.endpoints:
+            try:
+                resolve(role)
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from error
 
 
 @contextmanager
