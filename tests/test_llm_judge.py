@@ -137,7 +137,7 @@ def test_the_order_of_the_texts_is_drawn_and_neither_round_nor_model_is_told():
 
 
 def test_judges_that_do_not_answer_leave_the_gold_answer_and_say_why(tmp_path):
-    """One judge fails on `none` and `one`; the other on `none`. A failure is not recorded, and asked again next time."""
+    """One judge fails on `none` and `one`, the other on `none`. This is not recorded, and they are asked again."""
     broken = [True]
 
     def reply(body, count):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import itertools
 import json
 import os
 import queue
@@ -24,6 +25,8 @@ from raft_jax.refine.wire import Unreadable, complaint_of, read_reply
 from raft_jax.terminal import one_line
 
 LARGEST_REPLY = 8 << 20  # bytes
+GATHER = 0.01  # seconds in which further replies are recorded together: each record waits for the disk
+POOL = 8  # connections of one of httpx2's clients, which looks at all of them before each request
 STOP = (401, 403, 404)  # answers that mean that the settings are wrong, for every request alike
 
 
@@ -167,7 +170,7 @@ class Endpoint:
     def close(self) -> None:
         """Ends the connections and the thread; a later `ask` starts them again."""
         if self._loop is not None:
-            asyncio.run_coroutine_threadsafe(self._client.aclose(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._loop = None
 
@@ -184,35 +187,47 @@ class Endpoint:
     async def _open(self) -> None:
         import httpx2
 
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        count = self.settings.concurrency
         try:
-            host = httpx2.URL(self.url).host
+            self._address = httpx2.URL(self.url)
         except httpx2.InvalidURL as error:
             raise InputError(
                 f"endpoints.{self.name}.base_url: {self.settings.base_url} is no address ({error})"
             ) from error
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        settings: dict[str, Any] = {
+            "headers": {**headers, "User-Agent": "raft-jax"},
+            "timeout": httpx2.Timeout(None, connect=10.0),
+            "limits": httpx2.Limits(max_connections=None, max_keepalive_connections=POOL),
+            # A proxy of the environment cannot reach this machine's own servers.
+            "trust_env": not _is_loopback(self._address.host),
+            "verify": httpx2.create_ssl_context(),
+        }
         try:
-            self._client = httpx2.AsyncClient(
-                headers={**headers, "User-Agent": "raft-jax"},
-                timeout=httpx2.Timeout(None, connect=10.0),
-                limits=httpx2.Limits(max_connections=None, max_keepalive_connections=count),
-                # A proxy of the environment cannot reach this machine's own servers.
-                trust_env=not _is_loopback(host),
-            )
+            pools = range(-(-self.settings.concurrency // POOL))
+            self._clients = [httpx2.AsyncClient(**settings) for _ in pools]
         except (ValueError, ImportError) as error:
             raise InputError(
                 f"endpoints.{self.name}.base_url: the proxy of the environment cannot be used ({error}); "
                 "change HTTPS_PROXY or HTTP_PROXY, or name the server's host in NO_PROXY"
             ) from error
+        sent = {"Content-Type": "application/json", "Host": self._address.netloc.decode("ascii")}
+        self._headers = httpx2.Headers({**self._clients[0].headers, **sent})
+        self._turns = itertools.cycle(self._clients)
         self._asking_for_schema = asyncio.Lock()
+
+    async def _close(self) -> None:
+        for client in self._clients:
+            await client.aclose()
 
     async def _require_answer(self) -> None:
         import httpx2
 
         url = self.settings.base_url.rstrip("/") + "/models"
         try:
-            async with asyncio.timeout(min(30.0, self.settings.timeout)), self._client.stream("GET", url) as response:
+            async with (
+                asyncio.timeout(min(30.0, self.settings.timeout)),
+                self._clients[0].stream("GET", url) as response,
+            ):
                 status = response.status_code
         except (httpx2.HTTPError, TimeoutError) as error:
             raise InputError(
@@ -295,14 +310,16 @@ class Endpoint:
     async def _send(self, request: Request, with_schema: bool) -> Reply | Failure:
         import httpx2
 
-        body = self._body(request, with_schema)
+        body = json.dumps(self._body(request, with_schema), ensure_ascii=False).encode()
+        post = httpx2.Request("POST", self._address, headers=self._headers, content=body)
         async with self._limiter.slot() as burst:
             try:
-                async with (
-                    asyncio.timeout(self.settings.timeout),
-                    self._client.stream("POST", self.url, json=body) as response,
-                ):
-                    content = await _content(response)
+                async with asyncio.timeout(self.settings.timeout):
+                    response = await next(self._turns).send(post, stream=True)
+                    try:
+                        content = await _content(response)
+                    finally:
+                        await response.aclose()
             except TimeoutError:
                 return Failure(
                     "timeout", f"no reply within {self.settings.timeout:g} s (endpoints.{self.name}.timeout)"
@@ -400,11 +417,12 @@ def cost_of(settings: EndpointConfig, prompt_tokens: int, num_tokens: int) -> fl
 
 
 def _drain(replies: queue.SimpleQueue[tuple[int, Reply]]) -> dict[int, Reply]:
-    """All replies that there are; waits a moment for the first."""
+    """All replies that there are; waits a moment for the first, and a shorter one for others to be recorded with it."""
     batch = {}
     with contextlib.suppress(queue.Empty):
         index, reply = replies.get(timeout=0.1)
         batch[index] = reply
+        time.sleep(GATHER)
         while True:
             index, reply = replies.get_nowait()
             batch[index] = reply

@@ -12,6 +12,7 @@ from raft_jax.errors import InputError
 from raft_jax.files import parse_record, read_bytes, read_text
 from raft_jax.methods import BASE, METHODS, OTHER, Style
 from raft_jax.metrics import scan_metrics
+from raft_jax.outcome import Work
 from raft_jax.run_folder import RunFolder, Timing, read_timings
 from raft_jax.scores import ModelScores
 from raft_jax.settings_text import parse_yaml
@@ -25,6 +26,7 @@ class RunRecords:
     config: dict[str, Any] = field(default_factory=dict)
     refined: list[RefinedRow] = field(default_factory=list)
     refinement_begun: bool = False
+    works: list[Work] = field(default_factory=list)
     metrics: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     timings: list[Timing] = field(default_factory=list)
     scores: dict[str, ModelScores] = field(default_factory=dict)
@@ -75,6 +77,7 @@ def read_run(run_dir: Path) -> RunRecords:
         config=_config(folder.config_yaml),
         refined=list(_refined(folder.refined_jsonl)) if folder.refined_jsonl.exists() else [],
         refinement_begun=folder.refined.is_dir(),
+        works=folder.account(),
         metrics={path.parent.name: _metrics(path, notes) for path in sorted(folder.path.glob("*/metrics.jsonl"))},
         timings=_timings(folder.timings_jsonl, notes),
         scores=folder.evaluation().models,

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raft_jax.config import flat
+from raft_jax.config import RefineConfig, flat
 from raft_jax.data.refined import STATUSES
+from raft_jax.outcome import judge_counts, work_cells
 from raft_jax.report import charts, figures
 from raft_jax.report.flags import flags_of
 from raft_jax.report.folder import RunRecords, label, read_run, style_of
@@ -123,9 +124,13 @@ def _progress(run: RunRecords) -> list[tuple[str, str]]:
 
 def _refinement(run: RunRecords) -> dict[str, Any]:
     rows = worst_first(run.refined)
+    accept = flat(run.config).get("refine.accept", RefineConfig.accept)
     return {
         "sentence": count_sentence(run.refined),
-        "counts": counts(run.refined),
+        "counts": counts(run.refined, accept),
+        "accept": accept,
+        "judges": judge_counts(run.refined, accept),
+        "works": [work_cells(work) for work in run.works],
         "rows": rows[:_MOST_ROWS],
         "count": len(rows),
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raft_jax.data.refined import STATUSES, RefinedRow
+from raft_jax.outcome import agreement, quantiles
 from raft_jax.report.flags import row_flags
 
 # Reasons why a row with a usable rewriting keeps its gold answer.
@@ -65,8 +66,8 @@ def worst_first(rows: Iterable[RefinedRow]) -> list[ShownRow]:
     return sorted(shown, key=lambda row: row.rank)
 
 
-def counts(rows: Sequence[RefinedRow]) -> list[tuple[str, str]]:
-    """The counts of a refinement as (name, value)."""
+def counts(rows: Sequence[RefinedRow], accept: float) -> list[tuple[str, str]]:
+    """The counts of a refinement as (name, value); judges agree if all or none of them give `accept` or more."""
     rounds = [row.rounds for row in rows if row.rounds]
     candidates = Counter(candidate.status for given in rounds for candidate in given)
     flagged = sum(bool(row_flags(row)) for row in rows)
@@ -85,6 +86,12 @@ def counts(rows: Sequence[RefinedRow]) -> list[tuple[str, str]]:
     shown = [(name, f"{count:,}") for name, count in named]
     if rounds:
         shown.append(("rounds of fusion, mean", f"{sum(map(len, rounds)) / len(rounds):.2f}"))
+    if similarity := [row.similarity for row in rows if row.similarity is not None]:
+        low, median, high = quantiles(similarity, (0.05, 0.5, 0.95))
+        shown.append(("similarity, 5 % / median / 95 %", f"{low:.3f} / {median:.3f} / {high:.3f}"))
+    same, several = agreement(rows, accept)
+    if several:
+        shown.append(("candidates on which the judges agree", f"{same:,} of {several:,}"))
     return shown
 
 

