@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from raft_jax.config import Config
+from raft_jax.config import STUDENT, Config
 from raft_jax.data.files import locate
 from raft_jax.data.prompts import Conversation, load_prompts, question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
@@ -59,21 +59,24 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
 
 
 def check_refinement(data: RunData) -> None:
-    """Raises InputError if a prompt for rewriting or fusion and its new tokens exceed the model's positions."""
-    length, prompts = data.config.refine_max_new_tokens, load_prompts(data.config.refine.prompts)
-    _require_room(
-        data,
-        "refine.max_new_tokens",
-        length,
-        (prompts.rewrite(row.answer, row.question, row.context, row.turns) for row in data.train),
-    )
-    # The prompt for fusion contains the rewriting.
-    _require_room(
-        data,
-        "refine.max_new_tokens",
-        2 * length,
-        (prompts.fuse(row.answer, "", row.question, row.context, row.turns) for row in data.train),
-    )
+    """Raises InputError if a prompt of the student as rewriter or fuser, and its new tokens, exceed its positions."""
+    settings, length = data.config.refine, data.config.refine_max_new_tokens
+    prompts = load_prompts(settings.prompts)
+    if settings.rewriter == STUDENT:
+        _require_room(
+            data,
+            "refine.max_new_tokens",
+            length,
+            (prompts.rewrite(row.answer, row.question, row.context, row.turns) for row in data.train),
+        )
+    if settings.fuser == STUDENT:
+        # The prompt for fusion contains the rewriting.
+        _require_room(
+            data,
+            "refine.max_new_tokens",
+            2 * length,
+            (prompts.fuse(row.answer, "", row.question, row.context, row.turns) for row in data.train),
+        )
 
 
 def check_evaluation(data: RunData) -> list[GeneralPrompt]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -66,18 +67,17 @@ def question(text: str, seed=1, schema=None) -> Request:
 
 
 def test_replies_lengths_and_schemas(base_url):
-    replies = ask(base_url, [question(f"What is {n} + {n}?") for n in range(1, 9)], max_tokens=64)
-    assert all(reply.prompt_tokens > 5 and 0 < reply.num_tokens <= 64 for reply in replies)
+    replies = ask(base_url, [question(f"What is {n} + {n}?") for n in range(1, 5)], max_tokens=24)
+    assert all(reply.prompt_tokens > 5 and 0 < reply.num_tokens <= 24 for reply in replies)
     assert {reply.status for reply in replies} <= {"ok", "truncated"}
     assert all((reply.status == "truncated") == (reply.finish == "length") for reply in replies)
     (cut,) = ask(base_url, [question("Tell a long story of the sea.")], max_tokens=5)
     assert (cut.status, cut.num_tokens, cut.finish) == ("truncated", 5, "length")
-    judged = ask(base_url, [question(f"Score text {n} from 0 to 1.", schema=SCHEMA) for n in range(6)], max_tokens=400)
-    whole = [reply for reply in judged if reply.status == "ok"]
-    assert whole
-    for reply in whole:  # the grammar makes even so small a model keep to the schema, but for its bounds
-        assert reply.text.startswith("{") and reply.text.endswith("}") and '"score"' in reply.text
-    again = ask(base_url, [question("What is 1 + 1?")], max_tokens=64)
+    judged = ask(base_url, [question(f"Score text {n} from 0 to 1.", schema=SCHEMA) for n in range(4)], max_tokens=80)
+    for reply in judged:  # the grammar makes even so small a model keep to the schema, as far as its reply goes
+        assert re.match(r'\{\s*"score"\s*:\s*-?[\d.]+', reply.text), reply.text
+        assert (reply.status == "ok") == reply.text.endswith("}")
+    again = ask(base_url, [question("What is 1 + 1?")], max_tokens=24)
     assert again[0].text == replies[0].text
 
 
@@ -89,19 +89,20 @@ def test_a_refinement_whose_fuser_and_judge_are_on_the_server(base_url, tmp_path
         "refine.fuser=llama",
         "refine.judges=[coverage,llama]",
         "refine.temperature=0.3",
-        "data.max_train=6",
+        "refine.rounds=1",
+        "data.max_train=3",
         "data.max_answer_tokens=200",
-        "refine.max_new_tokens=200",
+        "refine.max_new_tokens=100",
         f"endpoints.llama.base_url={base_url}",
         "endpoints.llama.model=smollm2",
-        "endpoints.llama.max_tokens=300",
+        "endpoints.llama.max_tokens=60",
     ]
-    assert main(["refine", *arguments, "--preview", "2"]) == 0
+    assert main(["refine", *arguments, "--preview", "1"]) == 0
     assert main(["refine", *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "kept 2 rewrites" in printed and "request(s) without a reply" not in printed
+    assert "kept 1 rewrites" in printed and "request(s) without a reply" not in printed
     rows = load_refined(tmp_path / "run/refined")
-    assert len(rows) == 6 and all(row.rewrite_status != "failed" for row in rows)
+    assert len(rows) == 3 and all(row.rewrite_status != "failed" for row in rows)
     records = lines_of(tmp_path / "run/refined/ledger.jsonl")
     assert all(record["num_tokens"] > 0 and record["seconds"] > 0 for record in records if record["stage"] == "fuse")
     for row in rows:

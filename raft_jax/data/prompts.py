@@ -126,7 +126,7 @@ def load_prompts(folder: str | None = None) -> Prompts:
         one that is not known; names the file.
 
     Example:
-      >>> load_prompts().judge("How long?", "", "30 days.", "It takes 30 days.")[-1]["content"][-30:]
+      >>> load_prompts().judge("How long?", "", "30 days.", "It takes 30 days.")[-1]["content"][-25:]
       'answer:\\nIt takes 30 days.'
     """
     if folder is None:
