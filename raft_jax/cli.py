@@ -112,6 +112,12 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--copy", metavar="DIR", help="write the files into this folder; nothing there is replaced")
     verb.set_defaults(function=_prompts, words=[])
 
+    _add_generate(verbs, shared)
+    return parser
+
+
+def _add_generate(verbs, shared) -> None:
+    """Adds the verb that asks models a question."""
     text = "ask a question; base and tuned model answer side by side"
     verb = verbs.add_parser(
         "generate",
@@ -142,7 +148,6 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (the default) is greedy")
     verb.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, at temperatures above 0")
     verb.set_defaults(function=_generate)
-    return parser
 
 
 def _stage(args) -> int:

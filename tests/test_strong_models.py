@@ -252,6 +252,30 @@ def test_what_had_no_reply_is_named_and_asked_again_by_refine_alone(run, monkeyp
         assert main(["refine", *arguments]) == 0 and len(server.asked) == asked
 
 
+def test_other_models_on_this_machine_fuse_and_judge(run, monkeypatch, capsys):
+    """The student judges, and another folder with a model fuses; both are random, and no judgement is JSON."""
+    monkeypatch.setattr("raft_jax.refine.roles.LOCAL_JUDGEMENT", 16)
+    prompts = run / "short"
+    prompts.mkdir()
+    (prompts / "judge.txt").write_text("{{ texts }}")
+    arguments = [str(run / "config.yaml"), f"run_dir={run}/local", f"refine.fuser={run}/model"]
+    arguments += ["refine.judges=[likelihood,student]", f"refine.prompts={prompts}", "refine.max_new_tokens=48"]
+    assert main(["refine", *arguments]) == 0
+    rows = load_refined(run / "local/refined")
+    candidates = [candidate for row in rows for candidate in row.rounds if candidate.scores]
+    assert candidates
+    for candidate in candidates:
+        assert candidate.scores["likelihood"] is not None and candidate.scores["student"] is None
+        assert candidate.reasons["student"].startswith("no score after 3 asks")
+    printed = capsys.readouterr().out
+    fuser = next(line.split() for line in printed.splitlines() if line.startswith("  fuser "))
+    assert fuser[1] == f"{run}/model"
+    ledger = (run / "local/refined/ledger.jsonl").read_bytes()
+    (run / "local/refined/refined.jsonl").unlink()
+    assert main(["refine", *arguments]) == 0 and (run / "local/refined/ledger.jsonl").read_bytes() == ledger
+    assert load_refined(run / "local/refined") == rows
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
