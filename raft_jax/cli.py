@@ -174,7 +174,7 @@ def _stage(args) -> int:
         run = Run(config, folder)
         stages = {
             "run": run.all,
-            "refine": partial(run.refine, retry=True) if args.preview is None else partial(run.preview, args.preview),
+            "refine": run.refine if args.preview is None else partial(run.preview, args.preview),
             "train": run.train,
             "export": run.train,
             "evaluate": run.evaluate,

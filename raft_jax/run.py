@@ -91,7 +91,7 @@ class Run:
     def methods(self) -> list[Method]:
         return [METHODS[name] for name in self.config.methods]
 
-    def refine(self, retry: bool = False) -> list[RefinedRow]:
+    def refine(self, retry: bool = True) -> list[RefinedRow]:
         """Stage 1. Reads the rows if they are published already.
 
         With `retry`, what a model did not reply to is asked again, unless a method is being trained on the rows.
@@ -195,7 +195,7 @@ class Run:
         if refines:
             check_refinement(self.data)
         check_training(self.data, methods, self.mesh.shape["data"] * self.mesh.shape["fsdp"])
-        rows = self.refine() if refines else self.data.gold
+        rows = self.refine(retry=False) if refines else self.data.gold
         for method in methods:
             interrupt.check()
             tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
