@@ -320,6 +320,7 @@ class Config:
     run_dir: str = "???"  # the folder of all results; the same command continues an interrupted run
     seed: int = 0  # of sampling and shuffling
     methods: list[str] = field(default_factory=lambda: ["raft"])  # what is trained and compared
+    compilation_cache: str = "auto"  # of programs: auto (TPU and GPU: in your cache folder; CPU: none), off or a folder
     model: ModelConfig = field(default_factory=ModelConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     data: DataConfig = field(default_factory=DataConfig)

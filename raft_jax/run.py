@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from raft_jax import interrupt, outcome
 from raft_jax.checkpoint import remove_steps
+from raft_jax.compile_cache import use_compile_cache
 from raft_jax.config import Config
 from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
@@ -56,6 +57,7 @@ class Run:
         self.config, self.folder = config, folder
         self.settings = all_settings(config)
         self.results = read_object(folder.results_json, optional=True)
+        use_compile_cache(config.compilation_cache)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
     @cached_property
