@@ -20,7 +20,8 @@ def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shard
     """Builds `sample_rollout(params, teacher_params, batch, key) -> Tokens`.
 
     `max_tokens` of the result is the largest number of real rollout tokens that a device has in one micro-batch,
-    rounded up to one of a few values to limit recompilation.
+    rounded up to one of a few values to limit recompilation. It is None where each of several devices has one row: the
+    longest of all rows would decide, which is rarely short, and each value would be another program.
     """
     num_micro_batches, rollout = settings.num_micro_batches, settings.rollout
     rows = settings.batch_size // (num_batch_shards * num_micro_batches)
@@ -39,6 +40,8 @@ def make_sample_rollout(student: Student, settings: TrainConfig, num_batch_shard
         # Rollouts of all micro-batches are sampled together.
         prompt = replace(batch.prompt, max_tokens=num_micro_batches * batch.prompt.max_tokens)
         tokens, count = sample(params, teacher_params, prompt, batch.row_ids, key, temperature)
+        if rows == 1 and num_batch_shards > 1:
+            return tokens
         return replace(tokens, max_tokens=token_capacity(int(count), rows * rollout.max_new_tokens))
 
     return sample_rollout
