@@ -458,6 +458,16 @@ def test_seconds_of_a_resumed_stage_add_up(run_dir: Path):
     assert tables_of(run_dir)["stages"].rows[0] == ("refine", "", "100.0", "21,000", "210")
 
 
+def test_mfu_is_shown_where_it_was_measured(run_dir: Path):
+    assert tables_of(run_dir)["stages"].columns[-1] == "tokens/s"
+    path = run_dir / "raft/metrics.jsonl"
+    lines = read_lines(path)
+    write_lines(path, [line | {"mfu": 0.5 if line["step"] == 1 else 0.31} for line in lines])
+    table = tables_of(run_dir)["stages"]
+    assert table.columns[-1] == "MFU"
+    assert {row[:2]: row[-1] for row in table.rows if row[-1]} == {("train", "RAFT"): "31%"}
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 140])
 def test_printed_summary_fits_and_keeps_paths_whole(finished: Path, width: int):
     file = io.StringIO()

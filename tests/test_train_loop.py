@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from raft_jax.methods import METHODS
 from raft_jax.metrics import MetricsLog, read_metrics, tokens_trained
 from raft_jax.models import parameter_shardings
 from raft_jax.sharding import make_mesh
-from raft_jax.train import loop
+from raft_jax.tokens import Batch, Tokens
+from raft_jax.train import loop, rollout
 from raft_jax.train.loop import TrainingDiverged, train
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 
@@ -349,3 +351,20 @@ def test_adapters_are_trained_beside_the_teacher(model, rows, tmp_path, name):
     again, more = run(model, rows, tmp_path / "two", name, lora=lora)
     assert without_times(more) == without_times(lines)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(params))
+
+
+@pytest.mark.parametrize(
+    ("num_shards", "num_micro_batches", "max_tokens"),
+    # The most real tokens of a device in a micro-batch, rounded up to a quarter of its rows times 16.
+    [(1, 1, 96), (4, 1, 32), (2, 2, 32), (1, 8, 16), (8, 1, None), (4, 2, None)],
+)
+def test_capacity_of_rollouts(monkeypatch, num_shards, num_micro_batches, max_tokens):
+    lengths = np.array([16, 9, 12, 3, 8, 16, 11, 6])  # of the 8 rows, 16 at most
+    tokens = Tokens(jnp.zeros((8, 16), jnp.int32), jnp.asarray(np.arange(16) < lengths[:, None]))
+    monkeypatch.setattr(rollout, "make_generate", lambda *_, **__: lambda *_: tokens)
+    student = SimpleNamespace(model=None, forward_params=lambda params, teacher_params: params)
+    settings = TrainConfig(batch_size=8, num_micro_batches=num_micro_batches, rollout=RolloutConfig(max_new_tokens=16))
+    sample = rollout.make_sample_rollout(student, settings, num_shards)
+    prompt = Tokens(jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4), bool), 8)
+    batch = Batch(prompt, prompt, prompt, jnp.arange(8))
+    assert sample({}, {}, batch, jax.random.key(0)).max_tokens == max_tokens

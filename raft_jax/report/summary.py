@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from raft_jax.report.folder import RunRecords, label, read_run
@@ -241,10 +242,19 @@ def _stages(run: RunRecords) -> Table:
     rows = [_stage(stage, label(method) if method else "", *entry) for (stage, method), entry in totals.items()]
     if rows:
         rows.append(_stage("all", "", *(sum(entry[index] for entry in totals.values()) for index in (0, 1))))
+    columns = ("stage", "method", "seconds", "tokens", "tokens/s")
+    # Metrics have an MFU on accelerators whose speed is known.
+    used = {method: [line["mfu"] for line in lines if "mfu" in line] for method, lines in run.metrics.items()}
+    if any(used.values()):
+        columns = (*columns, "MFU")
+        cells = [
+            f"{median(used[method]):.0%}" if stage == "train" and used.get(method) else "" for stage, method in totals
+        ]
+        rows = [(*row, cell) for row, cell in zip(rows, [*cells, ""], strict=True)]
     return Table(
         name="stages",
         title="Time",
-        columns=("stage", "method", "seconds", "tokens", "tokens/s"),
+        columns=columns,
         rows=tuple(rows),
         methods=tuple(method for _, method in totals) + (("",) if rows else ()),
         text_columns=2,

@@ -28,6 +28,7 @@ from raft_jax.train.rollout import make_sample_rollout
 from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from raft_jax.train.step import LossConfig, make_train_step
 from raft_jax.train.student import Student, make_student
+from raft_jax.train.throughput import Throughput
 
 
 class TrainingDiverged(InputError):
@@ -84,13 +85,14 @@ def train(
     log = MetricsLog(files.metrics_jsonl, keep=done)
     train_step = jit_train_step(student, optimizer, method, settings)
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
-    rollout_key = jax.random.fold_in(key, 1)
+    rollout_key, throughput = jax.random.fold_in(key, 1), Throughput(model.params, mesh.devices)
 
     shown = progress(f"train {method.name}", num_steps, "steps", done)
     with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # deferred: the loop saves before it stops
         for step in range(done, num_steps):
             began = time.perf_counter()
-            batch = put_batch(batches.at(step), mesh)
+            host_batch = batches.at(step)
+            batch = put_batch(host_batch, mesh)
             rollout_seconds = 0.0
             if method.distils:
                 rollout = sample_rollout(state.params, teacher_params, batch, jax.random.fold_in(rollout_key, step))
@@ -102,7 +104,8 @@ def train(
             done = step + 1
             learning_rate = settings.learning_rate * min(1, done / max(settings.warmup_steps, 1))
             times = {"seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds}
-            log.append({"step": done, **metrics, "learning_rate": learning_rate, **times})
+            mfu = throughput.metrics(host_batch, metrics.get("rollout_tokens", 0), **times)
+            log.append({"step": done, **metrics, "learning_rate": learning_rate, **times, **mfu})
             bar.advance(note=_note(metrics))
             stop = any_process(interrupt.requested() is not None)
             if done % settings.checkpoint_every == 0 or done == num_steps or stop:

@@ -1,0 +1,75 @@
+"""Model FLOPs utilisation (MFU): the operations that a step's tokens need, over what the devices can do in its time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from raft_jax.tokens import Batch, Tokens
+
+# Dense bfloat16 operations per second of one JAX device, by the beginning of its name; the makers' figures.
+PEAKS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 1153.5e12,  # half of a chip: JAX sees its two cores
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+FORWARD, TRAINED = 2, 6  # operations per weight and token; a backward pass takes twice a forward pass
+
+
+def peak_of(devices: np.ndarray) -> float | None:
+    """Operations per second of all devices of a mesh; None for a kind that is not known, such as a CPU."""
+    kinds = [device.device_kind for device in devices.flat]
+    peaks = [max((name for name in PEAKS if kind.startswith(name)), key=len, default=None) for kind in kinds]
+    return None if None in peaks else sum(PEAKS[name] for name in peaks if name is not None)
+
+
+def num_weights(params: Mapping[str, jax.Array]) -> int:
+    """Weights in matrix products, by the names of a decoder's parameters: no norms and biases, and a table only as the
+    unembedding."""
+    left_out = {"embedding_VD"} if "unembedding_DV" in params else set()
+    return sum(
+        math.prod(array.shape)
+        for name, array in params.items()
+        if name not in left_out and "norm" not in name and "bias" not in name
+    )
+
+
+class Throughput:
+    """The MFU of a run's steps; without recomputation, attention's scores and the sampling itself, as is usual."""
+
+    def __init__(self, params: Mapping[str, jax.Array], devices: np.ndarray):
+        self._num_weights, self._peak = num_weights(params), peak_of(devices)
+
+    def metrics(self, batch: Batch, rollout_tokens: float, seconds: float, rollout_seconds: float) -> dict[str, float]:
+        """`mfu` of the whole step, and `rollout_mfu` and `train_mfu` of its parts; nothing on unknown devices.
+
+        Args:
+          batch: host arrays, without the rollout.
+          rollout_tokens: number of sampled tokens; 0 in a step without rollouts.
+          seconds, rollout_seconds: of the step, and of the rollout in it.
+        """
+        if self._peak is None:
+            return {}
+        prompt, answer, teacher_prompt = map(_count, (batch.prompt, batch.answer, batch.teacher_prompt))
+        sampled = FORWARD * (prompt + rollout_tokens) if rollout_tokens else 0.0
+        trained = TRAINED * (prompt + answer + rollout_tokens)
+        if rollout_tokens:
+            trained += FORWARD * (teacher_prompt + rollout_tokens)
+        whole = self._num_weights / self._peak
+        shares = {"mfu": whole * (sampled + trained) / seconds}
+        shares["train_mfu"] = whole * trained / (seconds - rollout_seconds)
+        return shares | ({"rollout_mfu": whole * sampled / rollout_seconds} if rollout_tokens else {})
+
+
+def _count(tokens: Tokens) -> int:
+    return int(np.count_nonzero(tokens.real))
