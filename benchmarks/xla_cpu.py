@@ -2,7 +2,7 @@
 
     python benchmarks/xla_cpu.py
 
-The train step without its rollout (sample data, batch 4) for "norm" and "matmul", and a rollout for "tiles".
+The train step without its rollout (sample data, batch 4) for "norm" and "matmul", and a rollout for "tiles" and "cache".
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def main() -> None:
         )
 
     print("| workaround | program | with, s | without, s | saves |\n|---|---|---|---|---|")
-    for workaround, program, make in (("norm", "step", train), ("matmul", "step", train), ("tiles", "rollout", decode)):
+    programs_of = {"norm": ("step", train), "matmul": ("step", train), "tiles": ("rollout", decode)}
+    for workaround, (program, make) in (programs_of | {"cache": ("rollout", decode)}).items():
         programs = {}
         for name, without in (("with", set()), ("without", {workaround})):
             xla_cpu.WITHOUT = without
