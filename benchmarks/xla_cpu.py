@@ -2,7 +2,7 @@
 
     python benchmarks/xla_cpu.py
 
-The train step without its rollout (sample data, batch 4) for "norm" and "matmul", and a rollout for "tiles" and "cache".
+The train step without its rollout (sample data, batch 4) for "norm" and "matmul"; a rollout for "tiles" and "cache".
 """
 
 from __future__ import annotations

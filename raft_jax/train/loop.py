@@ -85,7 +85,8 @@ def train(
     log = MetricsLog(files.metrics_jsonl, keep=done)
     train_step = jit_train_step(student, optimizer, method, settings)
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
-    rollout_key, throughput = jax.random.fold_in(key, 1), Throughput(model.params, mesh.devices)
+    rollout_key = jax.random.fold_in(key, 1)
+    throughput = Throughput(model.params, mesh.devices, adapters=settings.lora.rank > 0)
 
     shown = progress(f"train {method.name}", num_steps, "steps", done)
     with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # deferred: the loop saves before it stops

@@ -23,7 +23,8 @@ PEAKS = {
     "NVIDIA H200": 989e12,
     "NVIDIA B200": 2250e12,
 }
-FORWARD, TRAINED = 2, 6  # operations per weight and token; a backward pass takes twice a forward pass
+FORWARD = 2  # operations per weight and token
+BACKWARD = 2  # the same, for the gradient of the activations, and again for that of the weights
 
 
 def peak_of(devices: np.ndarray) -> float | None:
@@ -47,8 +48,10 @@ def num_weights(params: Mapping[str, jax.Array]) -> int:
 class Throughput:
     """The MFU of a run's steps; without recomputation, attention's scores and the sampling itself, as is usual."""
 
-    def __init__(self, params: Mapping[str, jax.Array], devices: np.ndarray):
+    def __init__(self, params: Mapping[str, jax.Array], devices: np.ndarray, *, adapters: bool = False):
+        """With `adapters`, the weights themselves have no gradient; the adapters are not counted."""
         self._num_weights, self._peak = num_weights(params), peak_of(devices)
+        self._trained = FORWARD + BACKWARD * (1 if adapters else 2)
 
     def metrics(self, batch: Batch, rollout_tokens: float, seconds: float, rollout_seconds: float) -> dict[str, float]:
         """`mfu` of the whole step, and `rollout_mfu` and `train_mfu` of its parts; nothing on unknown devices.
@@ -62,7 +65,7 @@ class Throughput:
             return {}
         prompt, answer, teacher_prompt = map(_count, (batch.prompt, batch.answer, batch.teacher_prompt))
         sampled = FORWARD * (prompt + rollout_tokens) if rollout_tokens else 0.0
-        trained = TRAINED * (prompt + answer + rollout_tokens)
+        trained = self._trained * (prompt + answer + rollout_tokens)
         if rollout_tokens:
             trained += FORWARD * (teacher_prompt + rollout_tokens)
         whole = self._num_weights / self._peak
