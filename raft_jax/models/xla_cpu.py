@@ -1,7 +1,7 @@
 """Four workarounds for XLA's CPU backend. Programs for other devices are built without them.
 
-- "norm": RMSNorm's gradient as matrix-vector products. The fused sums that XLA makes of the automatic gradient take 3 %
-  of a train step.
+- "norm": RMSNorm's gradient as matrix-vector products. The fused sums that XLA makes of the automatic gradient take up
+  to a tenth of a train step.
 - "matmul": a weight's gradient with the narrower of its two factors transposed. XLA transposes the wider one, and
   computes SiLU or its gradient with it in a strided copy, which takes a tenth of a train step.
 - "tiles": for decoding, fused weights (matrices with the same input) in a tiled layout. XLA's product of a few rows
@@ -9,8 +9,8 @@
 - "cache": attention of one new token over the cache as sums, which XLA fuses with the read of the cache. A matrix
   product would copy the cache first.
 
-`python benchmarks/xla_cpu.py` measures the saving of each, and tests/test_xla_cpu.py checks that none changes a result
-beyond rounding.
+`python benchmarks/xla_cpu.py` measures the saving of each, and tests/test_decoder_xla_cpu.py checks that none changes a
+result beyond rounding.
 
 Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks of C.
 """
