@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
+
 from raft_jax.data.refined import RefinedRow, Round
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -62,8 +64,7 @@ def quantiles(values: Sequence[float], shares: Sequence[float] = QUANTILES) -> l
       >>> quantiles([4.0, 1.0, 2.0, 3.0], [0.5, 0.95])
       [2.0, 4.0]
     """
-    ordered = sorted(values)
-    return [ordered[max(0, -int(-share * len(ordered) // 1) - 1)] for share in shares]
+    return np.quantile(np.asarray(values), shares, method="inverted_cdf").tolist()
 
 
 def judge_counts(rows: Sequence[RefinedRow], accept: float) -> list[JudgeCounts]:

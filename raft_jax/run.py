@@ -38,7 +38,7 @@ from raft_jax.run_data import RunData
 from raft_jax.run_folder import Evaluation, RunFolder, write_atomically
 from raft_jax.scores import ModelScores
 from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
-from raft_jax.sources import fingerprint_model, resolve
+from raft_jax.sources import model_identity
 from raft_jax.stages import Settings, changes
 from raft_jax.terminal import visible
 from raft_jax.train.loop import train
@@ -73,7 +73,7 @@ class Run:
     def model_identity(self) -> str:
         """Identifies the model, its tokenizer and its settings, for results that depend on them."""
         given = self.config.model
-        return f"{fingerprint_model(resolve(given.source))} {given.dtype} thinking {given.thinking}"
+        return model_identity(given.source, given.dtype, given.thinking)
 
     @cached_property
     def encoder(self):

@@ -103,6 +103,11 @@ def fingerprint_files(path: Path) -> dict[str, str]:
     return found | {COMMIT: path.name} if path.parent.name == "snapshots" else found
 
 
+def model_identity(source: str, dtype: str, thinking: bool | None) -> str:
+    """Identifies a model, its tokenizer and the settings that it is used with, for results that depend on them."""
+    return f"{fingerprint_model(resolve(source))} {dtype} thinking {thinking}"
+
+
 def fingerprint_model(path: Path) -> str:
     """One hash of all files that a model or an encoder is read from: weights, tokenizer, chat template and config."""
     lines = [f"{name} {digest}\n" for name, digest in sorted(fingerprint_files(path).items()) if name != COMMIT]

@@ -196,13 +196,8 @@ def _environment():
 @cache
 def _compiled(text: str):
     """The templates of the system turn, None if there is none, and of the user's turn."""
-    system, line, user = text.replace("\r\n", "\n").partition("\n---\n")
-    environment = _environment()
-    return (
-        (environment.from_string(system), environment.from_string(user))
-        if line
-        else (None, environment.from_string(system))
-    )
+    *system, user = map(_environment().from_string, _turns(text))
+    return (*system, user) if system else (None, user)
 
 
 @cache
@@ -210,9 +205,13 @@ def _used(text: str) -> set[str]:
     """The variables that a template uses."""
     from jinja2 import meta
 
-    system, _, user = text.replace("\r\n", "\n").partition("\n---\n")
-    environment = _environment()
-    return set().union(*(meta.find_undeclared_variables(environment.parse(part)) for part in (system, user)))
+    parsed = map(_environment().parse, _turns(text))
+    return set().union(*map(meta.find_undeclared_variables, parsed))
+
+
+def _turns(text: str) -> list[str]:
+    """The templates of the system turn, if there is one, and of the user's turn."""
+    return text.replace("\r\n", "\n").split("\n---\n", 1)
 
 
 def rewrite_prompt(answer: str, question: str = "", context: str = "", turns: Turns = ()) -> Conversation:

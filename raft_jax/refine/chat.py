@@ -74,12 +74,16 @@ class Chat(Protocol):
       model: the model's name.
       identity: identifies model and settings; replies that are recorded under another identity are not reused.
       temperature: its own temperature; None where each role has its own.
+      cost: of the replies so far, in the currency of its prices; None without prices.
     """
 
     name: str
     model: str
     identity: str
     temperature: float | None
+
+    @property
+    def cost(self) -> float | None: ...
 
     def ask(self, requests: Sequence[Request]) -> Iterator[dict[int, Reply]]:
         """Yields replies, keyed by the index of their request, as they come."""

@@ -146,14 +146,19 @@ class LocalGenerator:
         return replace(generation, record={**self.record, **took})
 
 
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that identify some values."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
 def short_hash(*parts: Any) -> str:
-    """Eight hexadecimal digits that identify some values.
+    """The first eight digits of `digest`.
 
     Example:
       >>> short_hash("a", 1) == short_hash("a", 1) != short_hash("a", 2)
       True
     """
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:8]
+    return digest(*parts)[:8]
 
 
 def task_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:

@@ -64,13 +64,7 @@ class LLMJudge:
     def judge(
         self, items: Sequence[RefineItem], candidates: Sequence[str], heard: Sequence[list[str]]
     ) -> Iterator[dict[int, Judgement]]:
-        """Yields judgements, keyed by the index of their item, as they come.
-
-        Args:
-          items: one for each candidate.
-          candidates: the texts.
-          heard: the unreadable replies of each item so far, which are not asked for again.
-        """
+        """See `AskedJudge.judge`."""
         heard = [list(texts) for texts in heard]
         waiting = list(range(len(items)))
         while waiting:
@@ -112,13 +106,6 @@ class LLMJudge:
                 messages = [*before, {**last, "content": f"{last['content']}\n\n{CORRECTION}"}]
         name = f"{item.id} judge {self.name} {short_hash(candidate)} {len(heard)}"
         return Request(messages, name, seed + len(heard), self.temperature, SCHEMA)
-
-    def note(self) -> str:
-        return self.chat.note()
-
-    @property
-    def cost(self) -> float | None:
-        return getattr(self.chat, "cost", None)
 
 
 def read_judgement(text: str) -> tuple[float, str]:

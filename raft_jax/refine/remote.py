@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 
@@ -24,8 +22,7 @@ def seed_of(*parts: object) -> int:
       >>> seed_of(0, "q1", 2) == seed_of(0, "q1", 2) != seed_of(0, "q1", 3)
       True
     """
-    digest = hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
+    return int(short_hash(*parts), 16) >> 1
 
 
 class ChatGenerator:
@@ -75,13 +72,6 @@ class ChatGenerator:
         status = "refusal" if reply.status == "ok" and REFUSAL.search(reply.text) else reply.status
         return Generation(reply.text, status, reply.num_tokens, reply.note, {**self.record, **reply.record()})
 
-    def note(self) -> str:
-        return self.chat.note()
-
-    @property
-    def cost(self) -> float | None:
-        return getattr(self.chat, "cost", None)
-
 
 class LocalChat:
     """A model on this machine, asked as one asks a server; a `Chat`.
@@ -97,6 +87,7 @@ class LocalChat:
     """
 
     temperature: float | None = None
+    cost: float | None = None
 
     def __init__(
         self, name: str, sampler: Sampler, params, *, key: jax.Array, model: str, identity: str, max_new_tokens: int

@@ -23,7 +23,7 @@ from raft_jax.refine.llm_judge import LLMJudge
 from raft_jax.refine.remote import ChatGenerator, LocalChat
 from raft_jax.refine.run import RefineModels
 from raft_jax.sampling import Sampler, Scorer
-from raft_jax.sources import fingerprint_model, resolve
+from raft_jax.sources import model_identity, resolve
 
 LOCAL_JUDGEMENT = 512  # longest judgement of a model on this machine, in tokens
 
@@ -161,8 +161,7 @@ class Roles:
             model = load_pretrained(role, jnp.dtype(given.dtype), self.mesh, attention=given.attention)
             student = self._local[STUDENT].model.tokenizer
             model.tokenizer.date, model.tokenizer.thinking = student.date, given.thinking
-            identity = f"{fingerprint_model(resolve(role))} {given.dtype} thinking {given.thinking}"
-            self._local[role] = LocalModel(model, role, identity)
+            self._local[role] = LocalModel(model, role, model_identity(role, given.dtype, given.thinking))
         return self._local[role]
 
     def close(self) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,7 +15,7 @@ from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.refine.chat import FAILED
 from raft_jax.refine.facts import is_copy, mismatches
-from raft_jax.refine.generate import Generator, RefineItem
+from raft_jax.refine.generate import Generator, RefineItem, digest
 from raft_jax.refine.judge import AskedJudge, Judge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.pace import Pace
@@ -135,12 +133,12 @@ def _listed(counts: Mapping[str, int]) -> str:
 
 def text_key(generator: Generator, item: RefineItem, round: int) -> str:
     """The key of a rewriting's or a fusion's record: id, round, and a hash of everything that the text depends on."""
-    return f"{item.id}#{round}#{_digest(generator.identity, generator.prompt(item))}"
+    return f"{item.id}#{round}#{digest(generator.identity, generator.prompt(item))}"
 
 
 def score_key(judge: Judge, item: RefineItem, text: str) -> str:
     """The key of a score's record: id, judge, and a hash of everything that the score depends on."""
-    return f"{item.id}#{judge.name}#{_digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
+    return f"{item.id}#{judge.name}#{digest(judge.identity, item.source, item.gold, item.rewrite, text)}"
 
 
 def _generate(
@@ -163,7 +161,7 @@ def _generate(
             "changed",
             flush=True,
         )
-    pace = Pace(generator, len(items) - len(done))
+    pace = Pace(getattr(generator, "chat", None), len(items) - len(done))
     with progress(title, len(items), "rows", len(done)) as bar:
         for generations in generator.generate(items, round, done):
             fresh = {index: generation for index, generation in generations.items() if index not in done}
@@ -240,7 +238,7 @@ def _similarities(
         return f"{question}\n{text}" if question else text
 
     pairs = [(read(item, item.gold), read(item, item.rewrite)) for item in items]
-    keys = [f"{item.id}#{_digest(encoder.identity, *pair)}" for item, pair in zip(items, pairs, strict=True)]
+    keys = [f"{item.id}#{digest(encoder.identity, *pair)}" for item, pair in zip(items, pairs, strict=True)]
     if any(("similarity", key) not in ledger for key in keys):
         with progress("similarity", 2 * len(items), "texts") as bar:
             gold, rewrites = zip(*pairs, strict=True)
@@ -339,7 +337,7 @@ def _ask(
     left = [index for index, key in enumerate(keys) if ("score", key) not in ledger]
     heard = [_heard(keys[index], ledger) for index in left]
     asks = [len(replies) for replies in heard]
-    pace = Pace(judge, len(left))
+    pace = Pace(getattr(judge, "chat", None), len(left))
     with progress(title, len(items), "rows", len(items) - len(left)) as bar:
         for judgements in judge.judge([items[i] for i in left], [texts[i] for i in left], heard):
             records, final = [], 0
@@ -366,11 +364,6 @@ def _heard(key: str, ledger: Ledger) -> list[str]:
     while ("ask", name := f"{key}#{len(replies) + 1}") in ledger:
         replies.append(ledger["ask", name]["text"])
     return replies
-
-
-def _digest(*parts) -> str:
-    """A hash of everything that a result depends on."""
-    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
