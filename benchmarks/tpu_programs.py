@@ -26,7 +26,8 @@ from hlo import Module
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from raft_jax.config import Config, load_config
+from raft_jax.config import Config
+from raft_jax.config_file import load_config
 from raft_jax.losses import linear_cross_entropy, linear_top_k_forward_kl
 from raft_jax.methods import METHODS
 from raft_jax.models import Model, parameter_shardings, vocab_padding

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 from raft_jax import __version__, interrupt
-from raft_jax.config import DTYPES, load_config
+from raft_jax.config import DTYPES
+from raft_jax.config_file import load_config
 from raft_jax.errors import InputError, require_train
 from raft_jax.terminal import one_line, visible
 

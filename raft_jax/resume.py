@@ -9,7 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raft_jax.config import STUDENT, Config, read_saved, to_dict, to_yaml
+from raft_jax.config import STUDENT, Config
+from raft_jax.config_file import read_saved, to_dict, to_yaml
 from raft_jax.data.files import fingerprint
 from raft_jax.data.prompts import load_prompts
 from raft_jax.errors import InputError

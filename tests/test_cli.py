@@ -20,7 +20,7 @@ import yaml
 from raft_jax import generate as generate_module
 from raft_jax import progress as progress_module
 from raft_jax.cli import main
-from raft_jax.config import load_config
+from raft_jax.config_file import load_config
 from raft_jax.models import load_pretrained
 from raft_jax.preflight import require_sources
 from raft_jax.progress import progress

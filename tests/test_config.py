@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from raft_jax.config import ALIASES, load_config, read_saved, to_dict, to_yaml
+from raft_jax.config_file import load_config, read_saved, to_dict, to_yaml
 from raft_jax.errors import InputError
 from raft_jax.methods import METHODS
-from raft_jax.settings_text import flat
+from raft_jax.settings_text import ALIASES, flat
 
 MINIMAL = "run_dir: runs/x\nmodel: {source: a}\ndata: {path: b}\n"
 

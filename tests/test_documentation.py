@@ -16,9 +16,11 @@ import pytest
 import raft_jax
 from raft_jax import config_reference
 from raft_jax.cli import make_parser
-from raft_jax.config import Config, EndpointConfig, flat, load_config
+from raft_jax.config import Config, EndpointConfig
+from raft_jax.config_file import load_config
 from raft_jax.evaluate.compare import load_general_prompts
 from raft_jax.models import Model
+from raft_jax.settings_text import flat
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import make_model
 
-from raft_jax.config import load_config
+from raft_jax.config_file import load_config
 from raft_jax.estimate import (
     ModelSize,
     RowLengths,

@@ -147,7 +147,7 @@ for name in sys.argv[1:]:
 @pytest.mark.parametrize(
     "call",
     [
-        "raft_jax.config.load_config('config.yaml')",
+        "raft_jax.config_file.load_config('config.yaml')",
         "raft_jax.settings_text.parse_yaml('a: 1', 'config.yaml')",
         "raft_jax.sources.resolve('hf://owner/name')",
         "raft_jax.data.examples.load_examples('folder')",

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 
-from raft_jax.config import load_config
+from raft_jax.config_file import load_config
 from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 from raft_jax.lengths import Lengths, fitting, limits_that_keep, quantiles

@@ -19,7 +19,7 @@ from made_up_run import scores
 from safetensors.numpy import load_file
 
 from raft_jax.cli import main
-from raft_jax.config import load_config
+from raft_jax.config_file import load_config
 from raft_jax.data.examples import Example, sampling_order
 from raft_jax.data.prompts import fusion_prompt, question_prompt, rewrite_prompt, teacher_prompt
 from raft_jax.data.refined import RefinedRow, load_refined

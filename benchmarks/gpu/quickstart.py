@@ -10,7 +10,7 @@ from pathlib import Path
 import carried
 import tiny as toy
 
-from raft_jax.config import load_config
+from raft_jax.config_file import load_config
 from raft_jax.metrics import read_metrics
 from raft_jax.resume import open_run_folder
 from raft_jax.run import Run

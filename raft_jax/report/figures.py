@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from raft_jax.config import flat
 from raft_jax.report import charts
 from raft_jax.report.folder import RunRecords, label
+from raft_jax.settings_text import flat
 
 
 @dataclass(frozen=True)

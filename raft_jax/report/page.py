@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from raft_jax.config import RefineConfig, flat
+from raft_jax.config import RefineConfig
 from raft_jax.data.refined import STATUSES
 from raft_jax.outcome import judge_counts, work_cells
 from raft_jax.report import charts, figures
@@ -20,6 +20,7 @@ from raft_jax.report.refinement import count_sentence, counts, worst_first
 from raft_jax.report.summary import MISSING, estimate, number, summary_tables
 from raft_jax.report.verdict import verdicts
 from raft_jax.scores import DomainAnswer, GeneralAnswer
+from raft_jax.settings_text import flat
 
 _FOLDER = Path(__file__).parent
 _MOST_ROWS = 300  # refined rows on the page, worst first
