@@ -127,7 +127,7 @@ def main():
             top_p=1.0,
             max_new_tokens=args.max_new_tokens,
         )
-        (generations,) = generator.generate(items, 1, ())
+        generations = {index: text for batch in generator.generate(items, 1, ()) for index, text in batch.items()}
         instructions = "\n".join(message["content"] for message in prompt(RefineItem("", "", "")))
         return [
             screened(asdict(generations[index]), item, instructions, RefineConfig()) for index, item in enumerate(items)

@@ -33,7 +33,7 @@ from raft_jax.methods import METHODS
 from raft_jax.models import Model, parameter_shardings, vocab_padding
 from raft_jax.models.config import parameter_table
 from raft_jax.models.families import config_from_hf
-from raft_jax.sampling import make_generate
+from raft_jax.sampling.decode import Settings, empty, make_decode, make_generate
 from raft_jax.sharding import make_mesh, mesh_axes, partition_spec
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.loop import jit_train_step, optimizer_of
@@ -130,16 +130,25 @@ class Programs:
         return self._generate(self.tokens(PROMPT, self.shared), self.config.train.rollout.max_new_tokens)
 
     def refine(self):
-        B = REFINED_AT_ONCE
-        prompt = Tokens(self.array(jnp.int32, B, TEACHER_PROMPT), self.array(bool, B, TEACHER_PROMPT))
-        return self._generate(prompt, self.config.refine.max_new_tokens)
+        """Decoding of as many tokens as an answer may have, from a cache of prompts."""
+        B, num_tokens = REFINED_AT_ONCE, self.config.refine.max_new_tokens
+        decode = make_decode(self.model, Settings(num_tokens))
+
+        def run(params, done_B, key, temperature):
+            decoding = empty(self.model, params, B, TEACHER_PROMPT + num_tokens)._replace(done_B=done_B)
+            return decode(params, decoding, key, temperature, B, num_tokens)
+
+        return jax.jit(run).lower(self.params, self.array(bool, B), *self._drawing())
 
     def _generate(self, prompt: Tokens, num_tokens: int):
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        key = jax.ShapeDtypeStruct((), KEY_DTYPE, sharding=whole)
-        temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+        key, temperature = self._drawing()
         row_ids = self.array(jnp.int32, len(prompt.ids))
         return make_generate(self.model, num_tokens).lower(self.params, prompt, row_ids, key, temperature)
+
+    def _drawing(self):
+        """Key and temperature, which every device has."""
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        return [jax.ShapeDtypeStruct((), dtype, sharding=whole) for dtype in (KEY_DTYPE, jnp.float32)]
 
 
 PROGRAMS = ("rollout", "losses", "step", "refine")

@@ -2,7 +2,7 @@
 
     python benchmarks/xla_cpu.py
 
-The train step without its rollout (sample data, batch 4) for "norm" and "matmul"; a rollout for "tiles" and "cache".
+The train step without its rollout (sample data, batch 4) for "norm" and "matmul"; a rollout for "tiles".
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
 
     print("| workaround | program | with, s | without, s | saves |\n|---|---|---|---|---|")
     programs_of = {"norm": ("step", train), "matmul": ("step", train), "tiles": ("rollout", decode)}
-    for workaround, (program, make) in (programs_of | {"cache": ("rollout", decode)}).items():
+    for workaround, (program, make) in programs_of.items():
         programs = {}
         for name, without in (("with", set()), ("without", {workaround})):
             xla_cpu.WITHOUT = without

@@ -73,7 +73,8 @@ class Compiled:
     def __init__(self, config: DecoderConfig):
         self.config, self.params = config, random_params(config)
         model = Model(config, self.params)
-        self.apply, self.step = jax.jit(model.apply), jax.jit(model.step)
+        self.apply, self.extend = jax.jit(model.apply), jax.jit(model.extend)
+        self.empty_cache = model.empty_cache
         self.hidden = quick_jit(model.hidden, static_argnames="branches")
         self.prefill = quick_jit(model.prefill, static_argnums=2)
 
@@ -218,34 +219,62 @@ def test_leaving_padding_out_changes_nothing(model, room):
     assert np.isnan(model.hidden(model.params, Tokens(tokens, mask, int(mask.sum()) - 1))).all()
 
 
-@pytest.mark.parametrize(("start", "unroll"), [(6, False), (2, True)], ids=["loop", "unrolled"])
-def test_cached_decoding_is_the_full_forward(model, start, unroll):
-    layers = Model(model.config, model.params).unstacked(model.params, 3) if unroll else None
+@pytest.mark.parametrize(("at_once", "unroll"), [(1, False), (1, True), (3, False), (3, True)])
+def test_cached_decoding_is_the_full_forward(model, at_once, unroll):
+    """Prompts of different lengths, padded on the right, and what follows each of them, some tokens at a time."""
+    layers = Model(model.config, model.params).unstacked(model.params, 3 * at_once) if unroll else None
     if unroll:
         assert sum(isinstance(weight, Tiled) for weight in layers[0].values()) == 4 * (model.config.width == 64)
-    lengths = (13, 9, 13 - start + 1)  # the last row begins with the prompt's last token
-    tokens, mask = pad_rows(lengths, left=True)
-    num_tokens = int(mask[:, :start].sum()) if unroll else None
-    hidden_BTD, cache = model.prefill(model.params, Tokens(tokens[:, :start], mask[:, :start], num_tokens), 15)
+    starts = np.array([6, 2, 1])
+    prompt = Tokens(TOKENS[:, :6], np.arange(6) < starts[:, None], int(starts.sum()) if unroll else None)
+    hidden_BTD, cache = model.prefill(model.params, prompt, 15)
     cache = cache.unstacked() if unroll else cache
-    found = [hidden_BTD]
-    for t in range(start, 13):
-        hidden_B1D, cache = model.step(model.params, tokens[:, t : t + 1], mask[:, t : t + 1], cache, layers)
-        found.append(hidden_B1D)
-    found = model.head(np.concatenate(found, axis=1))
-    np.testing.assert_allclose(found[mask], model.logits(tokens, mask)[mask], atol=2e-5)
-    assert int(cache.length) == 13 and np.asarray(cache.mask_BS).sum(-1).tolist() == list(lengths)
+    found = [[hidden_BTD[row, :start]] for row, start in enumerate(starts)]
+    for _ in range(0, 6, at_once):
+        places_BT = np.asarray(cache.length_B)[:, None] + np.arange(at_once)
+        new = np.take_along_axis(TOKENS, places_BT, axis=1)
+        hidden_BTD, cache = model.extend(model.params, new, cache, layers)
+        cache = cache.longer(jnp.full(3, at_once))
+        for row in range(3):
+            found[row].append(hidden_BTD[row])
+    assert cache.length_B.tolist() == (starts + 6).tolist()
+    for row, parts in enumerate(found):
+        expected = reference(model.config, model.params, TOKENS[row, : starts[row] + 6])
+        np.testing.assert_allclose(model.head(np.concatenate(parts)), expected, atol=1e-4)
 
 
-def test_a_masked_step_is_not_seen_later(model):
-    """Decoding goes on with masked tokens where a row is done; its cache must stay as it was."""
+def test_tokens_that_do_not_count_are_not_seen_later(model):
+    """Decoding goes on where a row is done, and drafts may be wrong; the cache must stay as it was."""
     _, cache = model.prefill(model.params, Tokens(TOKENS[:, :6]), 15)
-    _, cache = model.step(model.params, TOKENS[:, 6:7], np.array([[False], [True], [False]]), cache)
-    hidden_B1D, _ = model.step(model.params, TOKENS[:, 7:8], np.ones((3, 1), bool), cache)
-    for row, skipped in enumerate((True, False, True)):
-        text = np.delete(TOKENS[row, :8], 6) if skipped else TOKENS[row, :8]
-        expected = reference(model.config, model.params, text)[-1]
-        np.testing.assert_allclose(model.head(hidden_B1D[row, 0]), expected, atol=1e-4)
+    _, cache = model.extend(model.params, TOKENS[:, 6:9], cache)
+    kept = np.array([0, 3, 1])
+    cache = cache.longer(kept)
+    hidden_BTD, _ = model.extend(model.params, TOKENS[:, 9:11], cache)
+    for row, count in enumerate(kept):
+        text = np.concatenate([TOKENS[row, : 6 + count], TOKENS[row, 9:11]])
+        expected = reference(model.config, model.params, text)[-2:]
+        np.testing.assert_allclose(model.head(hidden_BTD[row]), expected, atol=1e-4)
+
+
+def test_windows_and_softcap_over_a_cache_are_those_of_a_whole_pass():
+    config = replace(CONFIGS["qwen2"], attention_softcap=5.0, windows=(3, 64, 3))
+    model = Model(config, random_params(config))
+    whole = model.hidden(model.params, Tokens(TOKENS))
+    starts = np.array([6, 2, 4])
+    _, cache = model.prefill(model.params, Tokens(TOKENS[:, :6], np.arange(6) < starts[:, None]), 13)
+    for at_once in (1, 4):
+        new = np.take_along_axis(TOKENS, np.asarray(cache.length_B)[:, None] + np.arange(at_once), axis=1)
+        hidden_BTD, cache = model.extend(model.params, new, cache)
+        cache = cache.longer(at_once)
+        for row, start in enumerate(starts):
+            place = start if at_once == 1 else start + 1
+            np.testing.assert_allclose(hidden_BTD[row], whole[row, place : place + at_once], atol=2e-5)
+
+
+def test_a_cache_may_begin_empty(model):
+    cache = model.empty_cache(model.params, 3, 9)
+    hidden_BTD, _ = model.extend(model.params, TOKENS[:, :7], cache)
+    np.testing.assert_allclose(model.head(hidden_BTD), model.logits(TOKENS[:, :7]), atol=2e-5)
 
 
 def test_recomputed_layers_give_the_same_gradients():
@@ -305,9 +334,7 @@ def test_bfloat16_stays_bfloat16(model):
     halved = {name: jnp.asarray(array, jnp.bfloat16) for name, array in model.params.items()}
     hidden, cache = jax.eval_shape(lambda: Model(model.config, halved).prefill(halved, Tokens(TOKENS), 15))
     assert hidden.dtype == cache.key_LBKHS.dtype == cache.value_LBKSH.dtype == jnp.bfloat16
-    step, _ = jax.eval_shape(
-        lambda cache: Model(model.config, halved).step(halved, TOKENS[:, :1], TOKENS[:, :1] >= 0, cache), cache
-    )
+    step, _ = jax.eval_shape(lambda cache: Model(model.config, halved).extend(halved, TOKENS[:, :1], cache), cache)
     assert step.dtype == jnp.bfloat16
     logits = np.asarray(model.apply(halved, TOKENS, None, TOKENS >= 0))
     assert logits.dtype == np.float32

@@ -1,6 +1,5 @@
 """The workarounds for XLA on CPU: products by tiles against NumPy in float64, and each beside the plain program."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -79,29 +78,6 @@ def test_gradients_are_those_of_the_plain_program(without, workaround):
     assert plain.lower(params).as_text() != text  # it was in the program
     for name, expected in plain(params).items():
         np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg=name)
-
-
-@pytest.mark.parametrize("changes", [{}, {"attention_softcap": 5.0, "windows": (3, 64)}], ids=["plain", "softcap"])
-def test_attention_over_a_cache_is_that_of_the_plain_program(without, changes):
-    """Sums on CPU, matrix products elsewhere: both beside a pass over the whole rows, which has no cache."""
-    config = replace(CONFIG, **changes)
-    params = init_parameters(config, jax.random.key(3))
-    model = Model(config, params)
-    ids = jnp.asarray(RANDOM.integers(0, 128, (3, 9)))
-    mask = jnp.arange(9) >= jnp.array([[0], [2], [4]])
-
-    def last_by_cache(params):
-        _, cache = model.prefill(params, Tokens(ids[:, :-1], mask[:, :-1]), 12)
-        return model.step(params, ids[:, -1:], mask[:, -1:], cache)[0]
-
-    ours = jax.jit(last_by_cache)
-    text, sums = ours.lower(params).as_text(), ours(params)
-    without("cache")
-    plain = jax.jit(lambda params: last_by_cache(params))
-    assert plain.lower(params).as_text() != text
-    whole = model.hidden(params, Tokens(ids, mask))[:, -1:]
-    np.testing.assert_allclose(plain(params), whole, atol=2e-5)
-    np.testing.assert_allclose(sums, whole, atol=2e-5)
 
 
 def test_tokens_decoded_by_tiles_are_those_of_the_plain_program(without):

@@ -25,7 +25,7 @@ from raft_jax.models.families import FAMILIES, config_from_hf, settings  # noqa:
 from raft_jax.tokens import Tokens  # noqa: E402
 
 T, PROMPT = 20, 9
-LENGTHS = (T, 14, 12)  # of the rows, when they are padded; the last two begin within the prompt
+LENGTHS = (T, 14, 12)  # of the rows, when they are padded
 SIZES = {
     "vocab_size": make_tokenizer().vocab_size,
     "hidden_size": 32,
@@ -140,18 +140,18 @@ def full(config, params, tokens, mask):
 
 
 @partial(quick_jit, static_argnums=0)
-def cached(config, params, tokens, mask):
-    """Logits of a prompt and, one at a time, of what follows it."""
+def cached(config, params, prompt, rest):
+    """Logits of prompts, padded on the right, and of what follows them, one token at a time."""
     model = Model(config, params)
-    hidden_BPD, cache = model.prefill(params, Tokens(tokens[:, :PROMPT], mask[:, :PROMPT]), T)
+    hidden_BPD, cache = model.prefill(params, prompt, prompt.length + rest.shape[1])
 
-    def step(cache, column):
-        hidden_B1D, cache = model.step(params, column[0][:, None], column[1][:, None], cache)
-        return cache, hidden_B1D[:, 0]
+    def step(cache, token_B):
+        hidden_B1D, cache = model.extend(params, token_B[:, None], cache)
+        return cache.longer(1), hidden_B1D[:, 0]
 
-    _, rest_TBD = jax.lax.scan(step, cache, (tokens[:, PROMPT:].T, mask[:, PROMPT:].T))
-    hidden_BTD = jnp.concatenate([hidden_BPD, rest_TBD.swapaxes(0, 1)], axis=1)
-    return model.logits(hidden_BTD, model.unembedding(params))
+    _, rest_TBD = jax.lax.scan(step, cache, rest.T)
+    unembedding = model.unembedding(params)
+    return model.logits(hidden_BPD, unembedding), model.logits(rest_TBD.swapaxes(0, 1), unembedding)
 
 
 def padded(left: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -187,7 +187,7 @@ def test_bfloat16_stays_bfloat16(name):
     model = Model(config, params)
     mask = np.ones(TOKENS.shape, bool)
     hidden, cache = jax.eval_shape(lambda params: model.prefill(params, Tokens(TOKENS, mask), T + 1), params)
-    step, _ = jax.eval_shape(lambda params, cache: model.step(params, TOKENS[:, :1], mask[:, :1], cache), params, cache)
+    step, _ = jax.eval_shape(lambda params, cache: model.extend(params, TOKENS[:, :1], cache), params, cache)
     assert {hidden.dtype, step.dtype, cache.key_LBKHS.dtype, cache.value_LBKSH.dtype} == {jnp.dtype("bfloat16")}
     logits = jax.eval_shape(lambda params: model.apply(params, TOKENS), params)
     assert logits.dtype == jnp.float32 and logits.shape == (*TOKENS.shape, config.vocab_size)
@@ -209,8 +209,12 @@ def test_in_and_out(tmp_path, name, seed):
         found = np.asarray(full(config, params, tokens, mask))
         assert np.isfinite(found).all()
         assert_close(found[mask], np.concatenate(rows))
-    tokens, mask = padded(left=True)
-    assert_close(np.asarray(cached(config, params, tokens, mask))[mask], np.concatenate(rows))
+    sizes = np.array(LENGTHS) - (T - PROMPT)  # of the prompts, which are followed by equally many tokens
+    prompt = Tokens(TOKENS[:, :PROMPT], np.arange(PROMPT) < sizes[:, None])
+    rest = np.stack([row[size : size + T - PROMPT] for row, size in zip(TOKENS, sizes, strict=True)])
+    parts = [np.asarray(part) for part in cached(config, params, prompt, rest)]
+    found = [part for row, size in enumerate(sizes) for part in (parts[0][row, :size], parts[1][row])]
+    assert_close(np.concatenate(found), np.concatenate(rows))
 
     export_hf(model, params, tmp_path / "ours", dtype=jnp.float32)
     again, report = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)

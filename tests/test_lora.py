@@ -77,7 +77,7 @@ def test_adapters_add_what_merging_adds():
         model.params | adapters, Tokens(TOKENS[:, :-1], mask[:, :-1]), 12
     )
     for layers in (None, model.unstacked(model.params | adapters, 2)):
-        last, _ = quick_jit(model.step)(model.params | adapters, TOKENS[:, -1:], mask[:, -1:], cache, layers)
+        last, _ = quick_jit(model.extend)(model.params | adapters, TOKENS[:, -1:], cache, layers)
         np.testing.assert_allclose(last[:, 0], found[:, -1], atol=2e-5)
 
 

@@ -452,21 +452,18 @@ class FakeSampler:
         self.batch_size, self.calls = batch_size, []
         self.model = type("Model", (), {"tokenizer": FakeTokenizer()})
 
-    def batches(self, prompts):
-        return [
-            list(range(start, min(start + self.batch_size, len(prompts))))
-            for start in range(0, len(prompts), self.batch_size)
-        ]
-
-    def generate(self, params, prompts, *, key, names, **settings):
+    def stream(self, params, prompts, *, key, names, done, **settings):
         import jax
 
-        self.calls.append((names, settings))
+        left = [index for index in range(len(prompts)) if index not in done]
+        self.calls.append(([names[index] for index in left], settings))
         draw = int(jax.random.randint(key, (), 0, 1000))
-        return [Completion([ord(c) for c in f"{name} {draw}"], True) for name in names]
+        for start in range(0, len(left), self.batch_size):
+            batch = left[start : start + self.batch_size]
+            yield {index: Completion([ord(c) for c in f"{names[index]} {draw}"], True) for index in batch}
 
 
-def test_the_local_writer_skips_whole_batches_and_draws_anew_each_round():
+def test_the_local_writer_skips_what_is_done_and_draws_anew_each_round():
     import jax
 
     items = [RefineItem(id, f"q{id}", GOLD) for id in "abcde"]
@@ -485,11 +482,10 @@ def test_the_local_writer_skips_whole_batches_and_draws_anew_each_round():
     sampler = FakeSampler(2)
     whole = [generations for generations in generator(sampler).generate(items, 1, set())]
     assert [list(generations) for generations in whole] == [[0, 1], [2, 3], [4]]
-    assert sampler.calls[0] == (["a", "b"], {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 5})
-    # One row of the second batch is missing: the batch is written as it was, not another one.
+    assert sampler.calls == [(list("abcde"), {"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 5})]
     sampler = FakeSampler(2)
-    assert list(generator(sampler).generate(items, 1, {0, 1, 2, 4})) == [whole[1]]
-    assert [names for names, _ in sampler.calls] == [["c", "d"]]
+    assert [dict.fromkeys(rows) for rows in generator(sampler).generate(items, 1, {0, 1, 2, 4})] == [{3: None}]
+    assert [names for names, _ in sampler.calls] == [["d"]]
     other = next(iter(generator(FakeSampler(2)).generate(items, 2, set())))
     assert other[0].text != whole[0][0].text
 

@@ -10,7 +10,7 @@ from tiny import compile_cache, make_config, make_model, make_tokenizer, random_
 
 from raft_jax.data.batches import pad
 from raft_jax.models import Model, parameter_shardings
-from raft_jax.sampling import Completion, Sampler, Scorer, sample_token
+from raft_jax.sampling import Completion, Sampler, Scorer, make_generate, sample_token
 from raft_jax.sampling.engine import row_number
 from raft_jax.sharding import make_mesh
 
@@ -156,10 +156,10 @@ def test_greedy_answers_are_those_of_full_forwards(prompts):
     assert found == [Completion(answer[: end + 1], end < 14) for answer, end in zip(expected, ends, strict=True)]
 
 
-def test_the_mask_ends_with_the_stop_token(model, sampler, prompts):
+def test_the_mask_ends_with_the_stop_token(model, prompts):
     prompt = pad(prompts, 64, model.tokenizer.pad_id, left=True)
     row_B = np.array([0, 1, 2, 3, 4, 5, -1], np.int32)
-    rollout = sampler.program(14)(model.params, prompt, row_B, KEY, jnp.float32(1))
+    rollout = make_generate(model, 14)(model.params, prompt, row_B, KEY, jnp.float32(1))
     lengths = rollout.mask.sum(axis=1).tolist()
     assert lengths[-1] == 0 < min(lengths[:-1]) < 14  # a negative row is filler; some rows end early
     stops_BC = jnp.isin(rollout.ids, jnp.array(model.tokenizer.stop_ids))
@@ -169,18 +169,28 @@ def test_the_mask_ends_with_the_stop_token(model, sampler, prompts):
         assert set(tokens[length:].tolist()) <= {model.tokenizer.pad_id}
 
 
+def test_a_batch_in_one_program_draws_what_the_sampler_draws(model, sampler, prompts):
+    """Rollouts are sampled in one program, rewritings by the Sampler."""
+    names = [str(index) for index in range(4)]
+    expected = sampler.generate(model.params, prompts[:4], key=KEY, names=names, max_new_tokens=14)
+    prompt = pad(prompts[:4], 64, model.tokenizer.pad_id, left=True)
+    row_ids = np.array([row_number(name) for name in names], np.int32)
+    for unroll in (False, True):
+        rollout = make_generate(model, 14, unroll=unroll)(model.params, prompt, row_ids, KEY, jnp.float32(1))
+        found = [ids[mask].tolist() for ids, mask in zip(np.asarray(rollout.ids), rollout.mask, strict=True)]
+        assert found == [completion.tokens for completion in expected]
+
+
 def counting(model) -> tuple[Model, Counter]:
     """The model, and a count of the programs that are built around it and of the steps that they run."""
     counts = Counter()
 
     class Counting(Model):
-        def prefill(self, *arguments):
-            counts["programs"] += 1
-            return super().prefill(*arguments)
-
-        def step(self, *arguments):
-            jax.debug.callback(lambda: counts.update(["steps"]))
-            return super().step(*arguments)
+        def extend(self, params, tokens_BT, cache, layers=None):
+            kind = "decode" if tokens_BT.shape[1] == 1 else "prompt"
+            counts[f"{kind} programs"] += 1
+            jax.debug.callback(lambda: counts.update([f"{kind} runs"]))
+            return super().extend(params, tokens_BT, cache, layers)
 
     return Counting(model.config, model.params, model.tokenizer), counts
 
@@ -190,16 +200,73 @@ def test_decoding_ends_when_every_row_is_done(model, prompts):
     found = Sampler(counted, batch_size=8).generate(model.params, prompts, key=KEY, max_new_tokens=200)
     jax.effects_barrier()
     assert all(completion.finished for completion in found)
-    assert counts["steps"] == max(len(completion.tokens) for completion in found) < 200
+    # The first token of each answer comes with its prompt.
+    assert counts["decode runs"] == max(len(completion.tokens) for completion in found) - 1 < 199
+
+
+def test_places_of_rows_that_are_done_are_taken_by_others(model, prompts):
+    """Two rows at a time: fewer steps than in batches, in which the shorter answer waits for the longer."""
+    counted, counts = counting(model)
+    sampler = Sampler(counted, batch_size=2)
+    found = sampler.generate(model.params, prompts, key=KEY, max_new_tokens=40)
+    jax.effects_barrier()
+    order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
+    steps = [len(found[index].tokens) - 1 for index in order]
+    busy = [0, 0]  # each row takes the place that is free first
+    for count in steps:
+        busy[busy.index(min(busy))] += count
+    in_batches = sum(max(steps[start : start + 2]) for start in range(0, len(steps), 2))
+    assert counts["decode runs"] == sampler.steps == max(busy) < in_batches
+    assert sampler.tokens == sum(len(completion.tokens) for completion in found)
 
 
 def test_many_lengths_make_few_programs(model):
     counted, counts = counting(model)
     sampler = Sampler(counted, batch_size=4)
-    prompts = [[5] * length for length in range(1, 65)]
+    prompts = [[5 + length % 3] * length for length in range(1, 65)]
     for seed, temperature in ((0, 1.0), (1, 0.0), (2, 0.5)):
         sampler.generate(model.params, prompts, key=jax.random.key(seed), temperature=temperature, max_new_tokens=2)
-    assert counts["programs"] == 2  # of 32 and 64 tokens
+    # prompts of 32 and of 64 tokens; each program is traced once, and its scan over layers is within the model
+    assert (counts["prompt programs"], counts["decode programs"]) == (2, 1)
+
+
+def test_what_all_prompts_begin_with_is_computed_once(model, prompts):
+    counted, counts = counting(model)
+    shared = list(range(5, 45))
+    longer = [shared + prompt for prompt in prompts]
+    found = Sampler(counted, batch_size=4).generate(model.params, longer, key=KEY, max_new_tokens=14)
+    assert counts["prompt programs"] >= 2  # the prefix, and the rest of prompts of one length or more
+    for index, prompt in enumerate(longer):
+        alone = Sampler(model, batch_size=1)
+        assert alone.generate(model.params, [prompt], key=KEY, names=[str(index)], max_new_tokens=14) == [found[index]]
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (0.5, 1.0), (1.0, 0.9)])
+def test_drafts_change_no_token(model, prompts, num_drafts, temperature, top_p):
+    settings = {"key": KEY, "temperature": temperature, "top_p": top_p, "max_new_tokens": 30}
+    without, drafting = Sampler(model, batch_size=4), Sampler(model, batch_size=4, num_drafts=num_drafts)
+    assert drafting.generate(model.params, prompts, **settings) == without.generate(model.params, prompts, **settings)
+    assert drafting.tokens == without.tokens and drafting.steps <= without.steps
+
+
+def test_drafts_that_are_right_save_steps(prompts):
+    """A model that repeats its prompt: each token's successor in the prompt is likely after it."""
+    tokenizer = make_tokenizer()
+    config = make_config(tokenizer.vocab_size)
+    params = {name: jnp.zeros_like(array) for name, array in random_parameters(config, 0).items()}
+    # Without attention and feed-forward the hidden state is the token's embedding, and the unembedding shifts by one.
+    size, width = params["embedding_VD"].shape
+    rows = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    params |= {"embedding_VD": jnp.asarray(rows), "unembedding_DV": jnp.asarray(np.roll(rows, 1, axis=0).T)}
+    params["final_norm_D"] = jnp.ones(width)
+    model = Model(config, params, tokenizer)
+    prompt = [*range(10, 40), 10]
+    for num_drafts, steps in ((0, 19), (4, 4)):
+        sampler = Sampler(model, batch_size=1, num_drafts=num_drafts)
+        (found,) = sampler.generate(params, [prompt], key=KEY, temperature=0.0, max_new_tokens=20)
+        assert found.tokens == list(range(11, 31)) and sampler.steps == steps
 
 
 def test_draws_follow_each_rows_own_random_numbers(model, sampler, prompts):
@@ -259,17 +326,22 @@ def test_parameters_that_are_cut_over_a_mesh_draw_the_same(model, sampler, promp
     assert Sampler(model, batch_size=4, mesh=mesh).generate(params, prompts, key=KEY, max_new_tokens=14) == expected
 
 
-def test_batches_and_callbacks(model, sampler, prompts):
+def test_callbacks_and_rows_that_are_done(model, sampler, prompts):
     seen = {}
 
     def on_batch(indices, completions):
-        assert 1 <= len(indices) <= 4 and all(isinstance(completion, Completion) for completion in completions)
+        assert indices and all(isinstance(completion, Completion) for completion in completions)
+        assert not seen.keys() & set(indices)
         seen.update(zip(indices, completions, strict=True))
 
     found = sampler.generate(model.params, prompts, key=KEY, max_new_tokens=14, on_batch=on_batch)
     assert [seen[index] for index in range(len(prompts))] == found
-    assert sorted(index for batch in sampler.batches(prompts) for index in batch) == list(range(len(prompts)))
     assert sampler.generate(model.params, [], key=KEY, max_new_tokens=14) == []
+    for done in ({0, 1, 2, 4}, {5}, set(range(7))):
+        rest = {}
+        for batch in sampler.stream(model.params, prompts, key=KEY, max_new_tokens=14, done=done):
+            rest |= batch
+        assert rest == {index: found[index] for index in range(7) if index not in done}
 
 
 def test_a_prompt_may_use_the_last_position(model):

@@ -63,12 +63,16 @@ class Model:
         """Hidden states of prompts and a cache filled with them; see Decoder.prefill."""
         return Decoder(self.config, params).prefill(prompt, length)
 
-    def step(self, params, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
-        """Hidden states of the next token and the updated cache; see Decoder.step."""
-        return Decoder(self.config, params).step(token_B1, mask_B1, cache, layers)
+    def empty_cache(self, params, num_rows: int, length: int) -> Cache:
+        """A cache without tokens; see Decoder.empty_cache."""
+        return Decoder(self.config, params).empty_cache(num_rows, length)
+
+    def extend(self, params, tokens_BT, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
+        """Hidden states of the next tokens and the cache with them; see Decoder.extend."""
+        return Decoder(self.config, params).extend(tokens_BT, cache, layers)
 
     def unstacked(self, params, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
-        """The weights layer by layer, for `step`; see Decoder.unstacked."""
+        """The weights layer by layer, for `extend`; see Decoder.unstacked."""
         return Decoder(self.config, params).unstacked(num_rows)
 
     def unembedding(self, params) -> jax.Array:

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from raft_jax.models import xla_cpu
 from raft_jax.models.config import DecoderConfig
 from raft_jax.sharding import partition_spec
 
@@ -169,31 +168,34 @@ def _attend_by_kernel(config: DecoderConfig, window, query_BTNH, key_BKHS, value
     return jax.lax.switch(branch, [attend(size) for size in sizes], *arguments)
 
 
-def decode_attention(
-    config: DecoderConfig, query_B1NH, key_BKH1, value_BK1H, past_key_BKHS, past_value_BKSH, visible_BS
+def attend_cache(
+    config: DecoderConfig, query_BTNH, key_BKHT, value_BKTH, past_key_BKHS, past_value_BKSH, length_B, window
 ) -> jax.Array:
-    """Attention output `[B, 1, N, H]` of one new token, which attends to itself and to the cache."""
-    B, _, N, H = query_B1NH.shape
-    scores, mix = xla_cpu.cache_products() or (_cache_scores, _cache_mix)
-    query_BKGH = _grouped(query_B1NH, key_BKH1.shape[1])[:, 0]
-    past_BKGS = softcap(scores(query_BKGH, past_key_BKHS), config.attention_softcap)
-    past_BKGS = jnp.where(visible_BS[:, None, None], past_BKGS, MASKED)
-    own_BKG1 = jnp.sum(query_BKGH[..., None].astype(jnp.float32) * key_BKH1[:, :, None], axis=3)
-    own_BKG1 = softcap(own_BKG1, config.attention_softcap)
-    highest = jnp.maximum(jnp.max(past_BKGS, axis=-1, keepdims=True), own_BKG1)
-    past_BKGS, own_BKG1 = jnp.exp(past_BKGS - highest), jnp.exp(own_BKG1 - highest)
-    mixed_BKGH = mix(past_BKGS, past_value_BKSH) + own_BKG1 * value_BK1H
-    mixed_BKGH = mixed_BKGH / (jnp.sum(past_BKGS, axis=-1, keepdims=True) + own_BKG1)
-    return mixed_BKGH.astype(value_BK1H.dtype).reshape(B, 1, N, H)
+    """Attention output `[B, T, N, H]` of the next T tokens of each row, which attend to the cache and to each other.
 
-
-def _cache_scores(query_BKGH, key_BKHS) -> jax.Array:
-    return jnp.einsum("bkgh,bkhs->bkgs", query_BKGH, key_BKHS, preferred_element_type=jnp.float32)
-
-
-def _cache_mix(weight_BKGS, value_BKSH) -> jax.Array:
-    weight_BKGS = weight_BKGS.astype(value_BKSH.dtype)
-    return jnp.einsum("bkgs,bksh->bkgh", weight_BKGS, value_BKSH, preferred_element_type=jnp.float32)
+    Args:
+      length_B: number of tokens of each row in the cache; slots from there on are not seen.
+      window: as in `attend`.
+    """
+    B, T, N, H = query_BTNH.shape
+    K, S = past_key_BKHS.shape[1], past_key_BKHS.shape[-1]
+    query_BKMH = _grouped(query_BTNH, K).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
+    score = partial(jnp.einsum, "bkmh,bkhs->bkms", query_BKMH, preferred_element_type=jnp.float32)
+    scores_BKMS = jnp.concatenate([score(past_key_BKHS), score(key_BKHT)], axis=-1)
+    slots_S, ages_TT = jnp.arange(S), jnp.arange(T)[:, None] - jnp.arange(T)
+    past_BTS = jnp.broadcast_to(slots_S < length_B[:, None, None], (B, T, S))
+    own_TT = ages_TT >= 0
+    if window is not None:
+        past_BTS &= length_B[:, None, None] + jnp.arange(T)[:, None] - slots_S < window
+        own_TT &= ages_TT < window
+    seen_BTS = jnp.concatenate([past_BTS, jnp.broadcast_to(own_TT, (B, T, T))], axis=-1)
+    scores_BKGTS = softcap(scores_BKMS, config.attention_softcap).reshape(B, K, N // K, T, S + T)
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None], scores_BKGTS, MASKED)
+    weight_BKMS = jax.nn.softmax(scores_BKGTS, axis=-1).reshape(B, K, -1, S + T)
+    mix = partial(jnp.einsum, "bkms,bksh->bkmh", preferred_element_type=jnp.float32)
+    past_BKMS, own_BKMT = jnp.split(weight_BKMS.astype(value_BKTH.dtype), [S], axis=-1)
+    mixed_BKMH = mix(past_BKMS, past_value_BKSH) + mix(own_BKMT, value_BKTH)
+    return mixed_BKMH.astype(value_BKTH.dtype).reshape(B, N, T, H).swapaxes(1, 2)
 
 
 def _grouped(query_BTNH, num_kv_heads: int) -> jax.Array:

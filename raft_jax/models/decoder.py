@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from raft_jax.models.attention import SAVED, attend, by_cudnn, decode_attention, for_attention
+from raft_jax.models.attention import SAVED, attend, attend_cache, by_cudnn, for_attention
 from raft_jax.models.config import DecoderConfig, ParameterInfo, parameter_table
 from raft_jax.models.layer import BATCH, DECODE, SAME_INPUT, as_matrix, attention_output_and_mlp, project, rms_norm
 from raft_jax.models.rope import of_kind, rope_tables
@@ -56,17 +56,21 @@ def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) ->
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far. All rows write to the same slot, so prompts are left-padded."""
+    """Keys and values of the tokens so far. A token's slot is its position in its row, so rows may differ in length."""
 
-    # Keys have positions last, so that the scores of one new token are a sum over rows of the array, not columns.
+    # Keys have positions last, so that a score is a sum over rows of the array, not columns.
     key_LBKHS: jax.Array | tuple[jax.Array, ...]
     value_LBKSH: jax.Array | tuple[jax.Array, ...]
-    mask_BS: jax.Array  # bool: True at slots that hold a real token
-    length: jax.Array  # int32 scalar: number of slots written
+    length_B: jax.Array  # int32: number of tokens in each row; slots from there on have no meaning
+    limit_B: jax.Array  # int32: number of tokens that each row may come to have (ropes with long frequencies ask)
 
     def unstacked(self) -> Cache:
         """Keys and values as one array per layer, for layers that are run one by one."""
         return self._replace(key_LBKHS=tuple(self.key_LBKHS), value_LBKSH=tuple(self.value_LBKSH))
+
+    def longer(self, num_tokens_B: jax.Array) -> Cache:
+        """The cache in which the next tokens of each row, which are written already, count."""
+        return self._replace(length_B=self.length_B + num_tokens_B)
 
 
 def positions_from_mask(mask_BT: jax.Array, branches: tuple[int, int] | None = None) -> jax.Array:
@@ -97,7 +101,7 @@ def segment_lengths(mask_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
 
 
 class Decoder(nnx.Module):
-    """The decoder's parameters, stacked over layers, and its passes: over whole sequences, and of one token."""
+    """The decoder's parameters, stacked over layers, and its passes: over whole sequences, and of the next tokens."""
 
     def __init__(self, config: DecoderConfig, parameters: Mapping[str, jax.Array]):
         self.config = config
@@ -125,25 +129,39 @@ class Decoder(nnx.Module):
         return self._forward(tokens, positions_BT, branches)[0]
 
     def prefill(self, prompt: Tokens, length: int) -> tuple[jax.Array, Cache]:
-        """Hidden states of whole prompts, padded on the left, and a cache of `length` slots that begins with them."""
+        """Hidden states of whole prompts, padded on the right, and a cache of `length` slots that begins with them."""
         num_new = length - prompt.length
         hidden_BTD, (keys, values) = self._forward(prompt, keep_cache=True, num_new=num_new)
         keys = constrain(jnp.pad(keys, ((0, 0),) * 4 + ((0, num_new),)), *CACHE)
         values = constrain(jnp.pad(values, ((0, 0),) * 3 + ((0, num_new), (0, 0))), *CACHE)
-        return hidden_BTD, Cache(keys, values, jnp.pad(prompt.real, ((0, 0), (0, num_new))), jnp.int32(prompt.length))
+        length_B = jnp.sum(prompt.real != 0, axis=1, dtype=jnp.int32)
+        return hidden_BTD, Cache(keys, values, length_B, length_B + num_new)
 
-    def step(self, token_B1, mask_B1, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
-        """Hidden states `[B, 1, D]` of the next token, and the cache with that token added.
+    def empty_cache(self, num_rows: int, length: int) -> Cache:
+        """A cache of `length` slots without a token; rows may come to fill it."""
+        config, dtype = self.config, self.embedding_VD.dtype
+        sizes = (config.num_layers, num_rows, config.num_kv_heads)
+        keys = constrain(jnp.zeros((*sizes, config.head_width, length), dtype), *CACHE)
+        values = constrain(jnp.zeros((*sizes, length, config.head_width), dtype), *CACHE)
+        return Cache(keys, values, jnp.zeros(num_rows, jnp.int32), jnp.full(num_rows, length, jnp.int32))
 
-        With `layers` from `unstacked`, the layers run one by one instead of in a scan, over an unstacked cache.
+    def extend(self, tokens_BT, cache: Cache, layers=None) -> tuple[jax.Array, Cache]:
+        """Hidden states `[B, T, D]` of the next T tokens of each row, and the cache with these tokens written.
+
+        Their slots must exist. `Cache.longer` then says how many of them are kept; the others are overwritten. With
+        `layers` from `unstacked`, the layers run one by one instead of in a scan, over an unstacked cache.
         """
-        config, positions_BS = self.config, positions_from_mask(cache.mask_BS)
-        position_B1 = jnp.sum(cache.mask_BS, axis=-1, keepdims=True, dtype=jnp.int32)
-        ropes = rope_tables(config.ropes, position_B1, position_B1 + cache.mask_BS.shape[1] - cache.length)
-        place = cache.length
+        config, place_B = self.config, cache.length_B
+        T = tokens_BT.shape[1]
+        positions_BT = place_B[:, None] + jnp.arange(T)
+        ropes = rope_tables(config.ropes, positions_BT, jnp.broadcast_to(cache.limit_B[:, None], positions_BT.shape))
 
         def written(new, past, axis):
-            return jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), place, axis)
+            def write(new, past, place):  # one row, and so one dimension less
+                return jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), place, axis)
+
+            rows = past.ndim - 4
+            return jax.vmap(write, (rows, rows, 0), rows)(new, past, place_B)
 
         def write(key, value, past_key, past_value):
             return written(key, past_key, -1), written(value, past_value, -2)
@@ -156,36 +174,33 @@ class Decoder(nnx.Module):
                     project(config, x_BTD, weights, of_kind(ropes, numbers.get("rope", 0))), HEADS, strict=True
                 )
             )
-            key, value = for_attention(key, value)
-            visible_BS = cache.mask_BS  # excludes the new token, even if it is already written
-            if "window" in numbers:
-                visible_BS &= position_B1 - positions_BS < numbers["window"]
-            *new, past_key_BKHS, past_value_BKSH = first(key, value, *past)
-            mixed = decode_attention(config, query, key, value, past_key_BKHS, past_value_BKSH, visible_BS)
+            *new, past_key_BKHS, past_value_BKSH = first(*for_attention(key, value), *past)
+            mixed = attend_cache(config, query, *new, past_key_BKHS, past_value_BKSH, place_B, numbers.get("window"))
             mixed = constrain(mixed, DECODE[0], None, "heads", None)
             return attention_output_and_mlp(config, x_BTD, mixed, weights, DECODE), new
 
-        x_BTD, keys, values = self._embed(token_B1, DECODE), cache.key_LBKHS, cache.value_LBKSH
+        x_BTD, keys, values = self._embed(tokens_BT, DECODE), cache.key_LBKHS, cache.value_LBKSH
         if layers is None:
             # The scan over layers only reads the cache, which is written once after it; a write inside would copy it.
             x_BTD, new = jax.lax.scan(layer, x_BTD, (self._layers(), keys, values))
             keys, values = write(*new, keys, values)
         else:
             # Layers that run one by one write in place before they read: after a read XLA on CPU would copy the cache.
-            def write_first(key, value, *past):
-                return 2 * write(key, value, *past)
-
             kept = []
+
+            def write_first(key, value, *past):
+                kept.append(write(key, value, *past))
+                return key, value, *kept[-1]
+
             for i, weights in enumerate(layers):
                 numbers = {name: of_L[i] for name, of_L in self._numbers().items()}
-                x_BTD, written_layer = layer(x_BTD, ((weights, numbers), keys[i], values[i]), write_first)
-                kept.append(written_layer)
+                x_BTD, _ = layer(x_BTD, ((weights, numbers), keys[i], values[i]), write_first)
             keys, values = zip(*kept, strict=True)
-        cache = Cache(keys, values, written(mask_B1, cache.mask_BS, -1), place + 1)
+        cache = cache._replace(key_LBKHS=keys, value_LBKSH=values)
         return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
     def unstacked(self, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
-        """The weights layer by layer, for decoding steps of `num_rows` rows on CPU; see `fused_layers`."""
+        """The weights layer by layer, for `extend` by `num_rows` tokens on CPU; see `fused_layers`."""
         stacked, _ = self._layers()
         return fused_layers(stacked, SAME_INPUT, as_matrix, num_rows)
 

@@ -1,4 +1,4 @@
-"""Four workarounds for XLA's CPU backend. Programs for other devices are built without them.
+"""Three workarounds for XLA's CPU backend. Programs for other devices are built without them.
 
 - "norm": RMSNorm's gradient as matrix-vector products. The fused sums that XLA makes of the automatic gradient take up
   to a tenth of a train step.
@@ -6,8 +6,6 @@
   computes SiLU or its gradient with it in a strided copy, which takes a tenth of a train step.
 - "tiles": for decoding, fused weights (matrices with the same input) in a tiled layout. XLA's product of a few rows
   reads a matrix at half of the memory bandwidth; sums over tiles that stay in a core's own caches use nearly all of it.
-- "cache": attention of one new token over the cache as sums, which XLA fuses with the read of the cache. A matrix
-  product would copy the cache first.
 
 `python benchmarks/xla_cpu.py` measures the saving of each, and tests/test_decoder_xla_cpu.py checks that none changes a
 result beyond rounding.
@@ -85,17 +83,6 @@ def _matmul_backward(saved, grad_BTO):
 
 _matmul = jax.custom_vjp(jnp.matmul)
 _matmul.defvjp(lambda x_BTI, weight_IO: (jnp.matmul(x_BTI, weight_IO), (x_BTI, weight_IO)), _matmul_backward)
-
-
-def cache_products() -> tuple[Callable, Callable] | None:
-    """Sums in place of the two matrix products of attention over a cache: of queries `[B, K, G, H]` and keys
-    `[B, K, H, S]`, and of weights `[B, K, G, S]` and values `[B, K, S, H]`. None where products are as good."""
-    if not uses("cache"):
-        return None
-    return (
-        lambda query, key: jnp.sum(query[..., None].astype(jnp.float32) * key[:, :, None], axis=3),
-        lambda weight, value: jnp.sum(weight[..., None] * value[:, :, None], axis=3),
-    )
 
 
 class Tiled(NamedTuple):

@@ -88,8 +88,8 @@ class Generator(Protocol):
 class LocalGenerator:
     """Generates with a model on this machine.
 
-    Batches are formed from all items, whether done or not, and each row has its own random numbers, so a run that was
-    killed and continued gives the same texts as an undisturbed one.
+    Each row has its own random numbers, and its place among the others does not matter, so a run that was killed and
+    continued gives the same texts as an undisturbed one.
 
     `model` identifies the model. `record`, if given, has the model's name and the hash of the prompt's template;
     records in the ledger then say these, the hash of the settings, and what each text took.
@@ -119,23 +119,15 @@ class LocalGenerator:
     ) -> Iterator[dict[int, Generation]]:
         tokenizer = self.sampler.model.tokenizer
         prompts = [task_prompt(tokenizer, self.prompt(item)) for item in items]
-        key = jax.random.fold_in(self.key, round)
-        for batch in self.sampler.batches(prompts):
-            if all(index in done for index in batch):
-                continue
-            began = time.perf_counter()
-            completions = self.sampler.generate(
-                self.params,
-                [prompts[index] for index in batch],
-                key=key,
-                names=[items[index].id for index in batch],
-                **self.settings,
-            )
+        names, key = [item.id for item in items], jax.random.fold_in(self.key, round)
+        began = time.perf_counter()
+        for batch in self.sampler.stream(self.params, prompts, key=key, names=names, done=done, **self.settings):
             seconds = (time.perf_counter() - began) / len(batch)
             yield {
                 index: self._recorded(generation_of(completion, tokenizer.decode), len(prompts[index]), seconds)
-                for index, completion in zip(batch, completions, strict=True)
+                for index, completion in batch.items()
             }
+            began = time.perf_counter()
 
     def _recorded(self, generation: Generation, prompt_tokens: int, seconds: float) -> Generation:
         """A generation with the fields of its record in the ledger, if this generator has any."""

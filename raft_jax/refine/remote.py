@@ -105,21 +105,21 @@ class LocalChat:
                 f"{self.name}: a prompt of {longest} tokens and {self.max_new_tokens} new ones do not fit the model's "
                 f"{model.config.max_positions} positions; take another model in refine.judges"
             )
-        for batch in self.sampler.batches(prompts):
-            began = time.perf_counter()
-            completions = self.sampler.generate(
-                self.params,
-                [prompts[index] for index in batch],
-                key=self.key,
-                names=[requests[index].name for index in batch],
-                temperature=requests[batch[0]].temperature,
-                max_new_tokens=self.max_new_tokens,
-            )
+        began = time.perf_counter()
+        for batch in self.sampler.stream(
+            self.params,
+            prompts,
+            key=self.key,
+            names=[request.name for request in requests],
+            temperature=requests[0].temperature if requests else 0.0,
+            max_new_tokens=self.max_new_tokens,
+        ):
             seconds = (time.perf_counter() - began) / len(batch)
             yield {
                 index: _reply(completion, model.tokenizer.decode(completion.tokens), len(prompts[index]), seconds)
-                for index, completion in zip(batch, completions, strict=True)
+                for index, completion in batch.items()
             }
+            began = time.perf_counter()
 
     def note(self) -> str:
         return ""

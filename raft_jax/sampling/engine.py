@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +14,14 @@ import numpy as np
 
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
-from raft_jax.sampling.decode import make_generate
+from raft_jax.models.decoder import Cache
+from raft_jax.sampling.decode import Decoding, Settings, begin, decoding_weights, empty, make_decode, make_draw
 from raft_jax.sharding import put_batch, to_host, use_mesh
 from raft_jax.tokens import Tokens
 
+ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
+STEPS = 64  # decoding steps between two looks at what is done
+SHARED = 16  # the length of the shared prefix is a multiple of this
 # Prompt lengths are rounded up to one of these, so that a run compiles only a few programs.
 LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
@@ -53,31 +59,22 @@ def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | 
 
 
 class Sampler:
-    """Generates answers to prompts, batch by batch.
+    """Generates answers to prompts.
 
-    Batches are formed from the prompts in order of length, so a call's shapes and results depend on its arguments only:
-    the same key gives the same tokens.
+    `batch_size` rows are decoded at once; as soon as some are done, the next prompts take their places. What all
+    prompts begin with is computed once. A row's tokens depend on the row's prompt and name, the key, the prompts of the
+    call and the batch size, not on which other rows are done when it begins.
     """
 
-    def __init__(self, model: Model, batch_size: int = 32, mesh: jax.sharding.Mesh | None = None):
+    def __init__(self, model: Model, batch_size: int = 32, mesh: jax.sharding.Mesh | None = None, num_drafts: int = 0):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         self.model = model
         self.batch_size = batch_size
         self.mesh = mesh
-        self._compiled: dict[tuple[int, float], Callable[..., Tokens]] = {}
-
-    def program(self, max_new_tokens: int, top_p: float = 1.0) -> Callable[..., Tokens]:
-        """The jitted sampler for one output length and top_p (see make_generate)."""
-        found = (max_new_tokens, top_p)
-        if found not in self._compiled:
-            self._compiled[found] = make_generate(self.model, max_new_tokens, top_p=top_p)
-        return self._compiled[found]
-
-    def batches(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Indices of the prompts in batches of `batch_size` (the last may be smaller), shortest prompts first."""
-        order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        self.num_drafts = num_drafts
+        self.steps = self.tokens = 0  # decoding steps so far, and the tokens that they gave
+        self._programs: dict[Settings, Programs] = {}
 
     def generate(
         self,
@@ -91,7 +88,31 @@ class Sampler:
         max_new_tokens: int,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt.
+        """One completion per prompt; arguments and errors are those of `stream`.
+
+        `on_batch` is called with the indices and completions of rows that are done, each once.
+        """
+        found: dict[int, Completion] = {}
+        settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        for batch in self.stream(params, prompts, key=key, names=names, **settings):
+            found |= batch
+            if on_batch:
+                on_batch(list(batch), list(batch.values()))
+        return [found[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        params,
+        prompts: Sequence[Sequence[int]],
+        *,
+        key: jax.Array,
+        names: Sequence[str] | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        max_new_tokens: int,
+        done: Container[int] = (),
+    ) -> Iterator[dict[int, Completion]]:
+        """Yields completions by the indices of their prompts, as they are done.
 
         Args:
           params: the model's parameters.
@@ -101,7 +122,7 @@ class Sampler:
           temperature: 0 is greedy.
           top_p: 1 samples from the whole vocabulary.
           max_new_tokens: maximum length of a completion.
-          on_batch: called after each batch with the rows' indices and completions.
+          done: indices of prompts that need no completion.
 
         Raises:
           ValueError: an empty prompt, or one that with max_new_tokens exceeds the model's positions.
@@ -116,26 +137,147 @@ class Sampler:
                     f"prompt {name} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} the model's "
                     f"{self.model.config.max_positions} positions leave room for {limit}"
                 )
-        completions: list[Completion | None] = [None] * len(prompts)
-        num_rows = rows_per_batch(self.batch_size, len(prompts), self.mesh)
-        for batch in self.batches(prompts):
-            rollout = self._run(params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens)
-            tokens, mask = to_host(rollout.ids), to_host(rollout.mask)
-            for row, index in enumerate(batch):
-                ids = tokens[row][mask[row]].tolist()
-                completions[index] = Completion(ids, ids[-1] in self.model.tokenizer.stop_ids)
-            if on_batch:
-                on_batch(batch, [completions[index] for index in batch])
-        return completions
-
-    def _run(self, params, prompts, batch, num_rows, names, key, temperature, top_p, max_new_tokens) -> Tokens:
-        filler = num_rows - len(batch)
-        rows = [prompts[index] for index in batch] + [prompts[batch[0]]] * filler
-        length = min(bucket(max(map(len, rows))), self.model.config.max_positions - max_new_tokens)
-        prompt = pad(rows, length, self.model.tokenizer.pad_id, left=True)
-        numbers = np.array([row_number(names[index]) for index in batch] + [-1] * filler, np.int32)
-        arrays = (prompt, numbers)
-        if self.mesh is not None:
-            arrays = put_batch(arrays, self.mesh)
+        settings = Settings(max_new_tokens, top_p, self.num_drafts)
+        waiting = [index for index in range(len(prompts)) if index not in done]
+        if not waiting:
+            return
+        programs = self._programs.setdefault(settings, Programs(self.model, settings))
+        rows = Rows(self, programs, params, prompts, names, key, jnp.float32(temperature))
         with use_mesh(self.mesh):
-            return self.program(max_new_tokens, top_p)(params, *arrays, key, jnp.float32(temperature))
+            rows.open()
+        # Long prompts first: their answers tend to be long, too, and the last places are then free at about one time.
+        waiting.sort(key=lambda index: (-len(prompts[index]), index))
+        while waiting or rows.taken:
+            with use_mesh(self.mesh):  # left before each yield, so that the caller's context is its own
+                while waiting and len(rows.free) >= min(rows.at_once, len(waiting)):
+                    waiting = rows.admit(waiting)
+                finished = rows.decode(min(rows.at_once, len(waiting)) if waiting else rows.num_rows)
+            self.steps, self.tokens = self.steps + rows.steps, self.tokens + sum(map(_length, finished.values()))
+            if finished:
+                yield finished
+
+
+class Programs:
+    """The jitted programs of a model and settings: the shared prefix, the admission of new rows, decoding."""
+
+    def __init__(self, model: Model, settings: Settings):
+        self.model, self.settings = model, settings
+        self.decode = jax.jit(make_decode(model, settings), donate_argnums=1)
+        self.admit = jax.jit(self._admit, donate_argnums=1)
+        self.prefix = jax.jit(self._prefix)
+        self.empty = jax.jit(partial(empty, model), static_argnums=(1, 2))
+        self.weights = jax.jit(partial(decoding_weights, model), static_argnums=1)
+
+    def _prefix(self, params, ids_RX) -> Cache:
+        """A cache of the tokens that all prompts begin with, in each of some rows."""
+        cache = self.model.empty_cache(params, *ids_RX.shape)
+        if not ids_RX.shape[1]:
+            return cache
+        _, cache = self.model.extend(params, ids_RX, cache)
+        return cache.longer(jnp.int32(ids_RX.shape[1]))
+
+    def _admit(self, params, decoding: Decoding, prefix: Cache, prompt: Tokens, places_R, row_ids_R, key, temperature):
+        """Puts new prompts, padded on the right, into the given places; a place that does not exist is skipped."""
+        X, P = prefix.key_LBKHS.shape[-1], prompt.length
+        S = decoding.text_BS.shape[1] - 1
+        keys = jnp.pad(prefix.key_LBKHS, ((0, 0),) * 4 + ((0, P - X),))
+        values = jnp.pad(prefix.value_LBKSH, ((0, 0),) * 3 + ((0, P - X), (0, 0)))
+        count_R = jnp.sum(prompt.real, axis=1, dtype=jnp.int32) - X
+        limit_R = X + count_R + self.settings.max_new_tokens
+        hidden, cache = self.model.extend(params, prompt.ids[:, X:], Cache(keys, values, prefix.length_B, limit_R))
+        last_RD = jnp.take_along_axis(hidden, count_R[:, None, None] - 1, axis=1)[:, 0]
+        draw = make_draw(self.model, self.model.unembedding(params), self.settings.top_p, key, temperature)
+        text_RS = jnp.pad(prompt.ids, ((0, 0), (0, S + 1 - P)))
+        new = begin(self.model, last_RD, cache.longer(count_R), text_RS, row_ids_R, draw, self.settings.max_new_tokens)
+        old = decoding.cache
+        cache = Cache(
+            old.key_LBKHS.at[:, places_R, :, :, :P].set(new.cache.key_LBKHS, mode="drop"),
+            old.value_LBKSH.at[:, places_R, :, :P].set(new.cache.value_LBKSH, mode="drop"),
+            *(
+                before.at[places_R].set(after, mode="drop")
+                for before, after in ((old.length_B, new.cache.length_B), (old.limit_B, new.cache.limit_B))
+            ),
+        )
+        rest = jax.tree.map(lambda before, after: before.at[places_R].set(after, mode="drop"), decoding[1:], new[1:])
+        return Decoding(cache, *rest)
+
+
+class Rows:
+    """The rows of one call of `Sampler.stream`: which prompt has which place, and the arrays on the devices."""
+
+    def __init__(self, sampler: Sampler, programs: Programs, params, prompts, names, key, temperature):
+        self.programs, self.params, self.key, self.temperature = programs, params, key, temperature
+        self.prompts, self.names, self.mesh = prompts, names, sampler.mesh
+        self.num_rows = rows_per_batch(sampler.batch_size, len(prompts), sampler.mesh)
+        self.at_once = rows_per_batch(max(1, self.num_rows // ADMITTED), self.num_rows, sampler.mesh)
+        self.taken: dict[int, int] = {}  # place → index of its prompt
+        self.steps = 0
+        self.lengths = self._lengths()
+
+    @property
+    def free(self) -> list[int]:
+        return [place for place in range(self.num_rows) if place not in self.taken]
+
+    def open(self) -> None:
+        """Computes the shared prefix, and makes room for the rows."""
+        settings = self.programs.settings
+        self.num_shared = self._num_shared()
+        length = max(self.lengths) + settings.max_new_tokens + settings.num_drafts
+        ids_RX = np.tile(np.array(self.prompts[0][: self.num_shared], np.int32), (self.at_once, 1))
+        self.prefix = self.programs.prefix(self.params, self._put(ids_RX))
+        self.decoding = self.programs.empty(self.params, self.num_rows, length)
+
+    def admit(self, waiting: list[int]) -> list[int]:
+        """Gives free places to the first of the waiting prompts and others of its padded length; returns the rest."""
+        same = [index for index in waiting if self.lengths[index] == self.lengths[waiting[0]]]
+        chosen = same[: min(self.at_once, len(self.free))]
+        filler = self.at_once - len(chosen)
+        rows = [self.prompts[index] for index in [*chosen, *chosen[:1] * filler]]
+        prompt = pad(rows, self.lengths[chosen[0]], self.programs.model.tokenizer.pad_id, left=False)
+        places = self.free[: len(chosen)]
+        places_R = np.array(places + [self.num_rows] * filler, np.int32)
+        row_ids_R = np.array([row_number(self.names[index]) for index in chosen] + [-1] * filler, np.int32)
+        arrays = self._put((prompt, places_R, row_ids_R))
+        self.decoding = self.programs.admit(
+            self.params, self.decoding, self.prefix, *arrays, self.key, self.temperature
+        )
+        self.taken |= dict(zip(places, chosen, strict=True))
+        return [index for index in waiting if index not in chosen]
+
+    def decode(self, enough: int) -> dict[int, Completion]:
+        """Decodes until so many places are free, or for some steps; returns the completions that are done."""
+        arguments = self.key, self.temperature, jnp.int32(enough), jnp.int32(STEPS)
+        self.decoding, steps = self.programs.decode(self.params, self.decoding, *arguments)
+        done_B = to_host(self.decoding.done_B)
+        self.steps = int(to_host(steps))
+        finished = [place for place in self.taken if done_B[place]]
+        if not finished:
+            return {}
+        text_BS, prompt_B, length_B = map(
+            to_host, (self.decoding.text_BS, self.decoding.prompt_B, self.decoding.length_B)
+        )
+        stop_ids, found = self.programs.model.tokenizer.stop_ids, {}
+        for place in finished:
+            tokens = text_BS[place, prompt_B[place] : length_B[place]].tolist()
+            found[self.taken.pop(place)] = Completion(tokens, tokens[-1] in stop_ids)
+        return found
+
+    def _put(self, arrays):
+        return arrays if self.mesh is None else put_batch(arrays, self.mesh)
+
+    def _num_shared(self) -> int:
+        """Number of tokens that all prompts begin with and that no prompt ends with, a multiple of SHARED."""
+        if any(rope.long_frequencies is not None for rope in self.programs.model.config.ropes):
+            return 0  # LongRoPE rotates equal tokens of short and long sequences differently
+        shortest = min(self.prompts, key=len)
+        same = (all(prompt[place] == token for prompt in self.prompts) for place, token in enumerate(shortest[:-1]))
+        return sum(itertools.takewhile(bool, same)) // SHARED * SHARED
+
+    def _lengths(self) -> list[int]:
+        """The padded length of each prompt."""
+        longest = self.programs.model.config.max_positions - self.programs.settings.max_new_tokens
+        return [min(bucket(len(prompt)), longest) for prompt in self.prompts]
+
+
+def _length(completion: Completion) -> int:
+    return len(completion.tokens)
