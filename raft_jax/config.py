@@ -13,6 +13,7 @@ from raft_jax.methods import METHODS
 DTYPES = ("float32", "bfloat16")
 STUDENT = "student"  # as a role of the refinement: the model of model.source
 PROGRAMS = ("similarity", "coverage", "likelihood")  # judges that are programs
+ANSWER_PROGRAMS = ("similarity", "coverage")  # those that can judge an answer that is no fusion
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
@@ -233,10 +234,18 @@ class EvaluateConfig:
     max_new_tokens: int = 256  # of an answer to a held-out question; a longer one is cut
     general_new_tokens: int = 64  # length of the base model's continuations of the general prompts
     batch_size: int = 32  # prompts answered at once
+    check: str | None = "check"  # the data's column of checks that a program can do; null: none
+    label: str | None = None  # the data's column of labels, such as yes, no and maybe; null: none
+    judges: list[str] = field(default_factory=list)  # accept or reject answers: similarity, coverage, as refine.judges
+    accept: float = 0.7  # a judge accepts an answer from this score on; the majority of the judges decides
 
     def __post_init__(self):
         for key in ("max_new_tokens", "general_new_tokens", "batch_size"):
             _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), "1 or more")
+        for key in ("check", "label"):
+            value = getattr(self, key)
+            _require(value is None or bool(value.strip()), f"evaluate.{key}", value, "the name of a column, or null")
+        _require(0 <= self.accept <= 1, "evaluate.accept", self.accept, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -346,7 +355,7 @@ class Config:
         self._require_roles()
 
     def _require_roles(self) -> None:
-        """Raises InputError if a role of the refinement is none of those that there are."""
+        """Raises InputError if a role of the refinement or a judge of answers is none of those that there are."""
         refine, names = self.refine, ", ".join(sorted(self.endpoints)) or "none is set"
         allowed = f"{STUDENT}, a name of endpoints ({names}), a model's source (hf://, package:// or a path with a /)"
         for key in ("rewriter", "fuser"):
@@ -359,6 +368,15 @@ class Config:
             "refine.judges",
             refine.judges,
             f"one or more, each once, of {', '.join(PROGRAMS)}, {allowed}",
+        )
+
+        others = [role for role in self.evaluate.judges if role not in ANSWER_PROGRAMS and not self._is_model(role)]
+        distinct = len(set(self.evaluate.judges)) == len(self.evaluate.judges)
+        _require(
+            not others and distinct,
+            "evaluate.judges",
+            self.evaluate.judges,
+            f"any, each once, of {', '.join(ANSWER_PROGRAMS)}, {allowed}",
         )
 
     def _is_model(self, role: str) -> bool:

@@ -13,6 +13,8 @@ from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
 from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
+from raft_jax.evaluate.expected import load_expected
+from raft_jax.evaluate.judges import require_judges
 from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
@@ -89,6 +91,9 @@ def check_evaluation(data: RunData) -> list[GeneralPrompt]:
         settings.general_new_tokens,
         (question_prompt(prompt.prompt) for prompt in general),
     )
+    expected = load_expected(data.config, data.test)
+    labelled = [example for example in data.test if example.id in expected.labels]
+    _require_room(data, "evaluate.label", settings.max_new_tokens, map(expected.choice_prompt, labelled))
     for example in data.test:
         length = sum(map(len, prompt_and_answer(data.tokenizer, question_of(example), example.answer)))
         if length > data.max_positions:
@@ -101,7 +106,7 @@ def check_evaluation(data: RunData) -> list[GeneralPrompt]:
 
 
 def _require_room(data: RunData, key: str, num_new_tokens: int, conversations: Iterable[Conversation]) -> None:
-    longest = max(len(task_prompt(data.tokenizer, conversation)) for conversation in conversations)
+    longest = max((len(task_prompt(data.tokenizer, conversation)) for conversation in conversations), default=0)
     if longest + num_new_tokens > data.max_positions:
         raise InputError(
             f"a prompt of {longest} tokens and {num_new_tokens} new ones do not fit the model's "
@@ -136,6 +141,8 @@ def check(config: Config, console) -> None:
         check_refinement(data)
         for line in require_roles(config):
             console.print(line)
+    for line in require_judges(config):
+        console.print(line)
     console.print(_steps(config, len(data.train)))
     sizes = RowLengths(
         [(found.question, found.answer) for found in data.train_fitting.kept_lengths],

@@ -20,6 +20,8 @@ from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluator
+from raft_jax.evaluate.expected import load_expected
+from raft_jax.evaluate.judges import Judges, require_judges
 from raft_jax.files import read_object, require_sums
 from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.methods import METHODS, Method, any_refines
@@ -241,11 +243,42 @@ class Run:
                 self._write_evaluation(scores, begun=True)
             os.replace(self.folder.evaluation_new_json, self.folder.evaluation_json)
         wait_for_writer("evaluation")
+        if self.config.evaluate.judges:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Adds the judges' verdicts to the scores; verdicts that are recorded are not asked for again."""
+        before, began = self.folder.evaluation(), time.perf_counter()
+        ledger = Ledger.open(self.folder.verdicts_jsonl, writes=is_writer())
+        num_known, timed = len(ledger.records()), self.folder.timing("judge").seconds
+        base = (self.model, self.model_identity)
+        judges = Judges(self.config, base, lambda: self.encoder, ledger, self.mesh)
+        try:
+            scores = {name: judges.judged(name, found, self.data.test) for name, found in before.models.items()}
+        finally:
+            judges.close()
+        if len(ledger.records()) > num_known:
+            self.folder.record_time("judge", None, timed + time.perf_counter() - began, _num_generated(ledger))
+        self._replace_scores(before, scores)
+        if ledger.num_failures:
+            print(f"{ledger.num_failures} answer(s) without a verdict; `raft-jax evaluate` asks again", flush=True)
+
+    def _replace_scores(self, before: Evaluation, scores: Mapping[str, ModelScores]) -> None:
+        """Writes scores that were completed, and the cards of their models, where they have changed."""
+        changed = [name for name in scores if scores[name] != before.models[name]]
+        if changed:
+            self.folder.write_evaluation(Evaluation(dict(scores), before.settings))
+        for name in changed:
+            self._write_cards(scores, evaluated=name)
+        wait_for_writer("scores")
 
     def _evaluate(self, names: Sequence[str], scores: dict[str, ModelScores], *, begun: bool) -> None:
         """Evaluates models, and writes the scores after each one."""
         settings, general = self.config.evaluate, check_evaluation(self.data)
-        evaluator = Evaluator(self.model, self.encoder, self.data.test, general, settings, self.mesh)
+        for line in require_judges(self.config):
+            print(visible(line), flush=True)
+        expected = load_expected(self.config, self.data.test)
+        evaluator = Evaluator(self.model, self.encoder, self.data.test, general, settings, self.mesh, expected)
         for name in names:
             interrupt.check()
             began = time.perf_counter()
@@ -268,6 +301,7 @@ class Run:
 
     def all(self) -> None:
         check_evaluation(self.data)
+        list(require_judges(self.config))
         _ = self.encoder  # loaded now, so that an unreadable encoder is reported before training, not after it
         self.train()
         self.evaluate()

@@ -33,12 +33,27 @@ class Estimate:
 
 @dataclass(frozen=True)
 class DomainScores:
-    """Scores on the held-out questions; `cut` is the number of answers truncated at the limit of length."""
+    """Scores on the held-out questions.
+
+    Attributes:
+      gold_logprob, token_f1, similarity: against the gold answers.
+      cut: number of answers truncated at the limit of length.
+      checked: share of the answers with a check that pass it.
+      label_likelihood: share of the labelled questions whose label is the most likely one.
+      label_text: share of the labelled questions whose label is the first one in the answer.
+      accepted: domain accuracy, the share of answers that a majority of the judges accepts.
+      agreement: Krippendorff's alpha of the judges' verdicts on this model's answers; None if it is undefined.
+    """
 
     gold_logprob: Estimate
     token_f1: Estimate
     similarity: Estimate
     cut: int = 0
+    checked: Estimate = Estimate()
+    label_likelihood: Estimate = Estimate()
+    label_text: Estimate = Estimate()
+    accepted: Estimate = Estimate()
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,17 @@ class WeightDistance:
 
 @dataclass(frozen=True)
 class DomainAnswer:
-    """A greedy answer to a held-out question; `similarity` is None if the encoder does not know the words."""
+    """A greedy answer to a held-out question.
+
+    Attributes:
+      similarity: None if the encoder does not know the words.
+      cut: whether the answer is truncated at the limit of length.
+      correct: whether it passes the check of its row; None without one.
+      label: of its row, "" without one; `likely_label` is the most likely one under the model, `text_label` the first
+        in the answer, "" if there is none.
+      judges: each judge's score, None if it gave none, and `reasons` what it said.
+      accepted: whether a majority of the judges accepts it; None if none gave a score.
+    """
 
     id: str
     question: str
@@ -71,6 +96,13 @@ class DomainAnswer:
     similarity: float | None
     gold_logprob: float
     cut: bool = False
+    correct: bool | None = None
+    label: str = ""
+    likely_label: str = ""
+    text_label: str = ""
+    judges: dict[str, float | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    accepted: bool | None = None
 
 
 @dataclass(frozen=True)

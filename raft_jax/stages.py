@@ -28,13 +28,19 @@ WITHOUT_EFFECT = (
     "train.keep_checkpoints",
     "train.keep_finished",
     "evaluate.batch_size",
+    # Verdicts are recorded by what they depend on, and scores that are made from them are made again at every start.
+    "evaluate.judges",
+    "evaluate.accept",
 )
 # If these are raised, training continues and the export is made again. If any other key has changed, training would
 # have to start again.
 EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype")
 # Keys that came later, with the value that they had before: records that lack them were made with it.
-BEFORE = {"refine.rewriter": "student", "refine.fuser": "student", "refine.prompts": None}
+BEFORE = {
+    "refine.threshold": {"refine.rewriter": "student", "refine.fuser": "student", "refine.prompts": None},
+    "evaluate.max_new_tokens": {"evaluate.label": None},
+}  # by a key that the records of the same stage have always had
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 
 
@@ -66,7 +72,8 @@ def changes(before: Settings, now: Settings) -> dict[str, str]:
 
     A changed path is not a difference if the content at it is the same.
     """
-    before = {key: value for key, value in BEFORE.items() if "refine.threshold" in before} | dict(before)
+    for always, added in BEFORE.items():
+        before = {**(added if always in before else {}), **before}
     both = before.keys() & now.keys()
     return {
         key: _change(key, before[key], now[key], now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
 from raft_jax.evaluate.divergence import make_divergence, weight_distance
+from raft_jax.evaluate.expected import NOTHING, Expected, label_in
 from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
@@ -85,8 +86,9 @@ class Evaluator:
         general: Sequence[GeneralPrompt],
         settings: EvaluateConfig,
         mesh: jax.sharding.Mesh | None = None,
+        expected: Expected = NOTHING,
     ):
-        self.model, self.encoder, self.settings = model, encoder, settings
+        self.model, self.encoder, self.settings, self.expected = model, encoder, settings, expected
         self.questions, self.general = list(questions), list(general)
         self.sampler = Sampler(model, settings.batch_size, mesh)
         self.scorer = Scorer(model, settings.batch_size, mesh)
@@ -108,6 +110,7 @@ class Evaluator:
     def evaluate(self, name: str, params) -> ModelScores:
         """The scores of one model, which docs/evaluation.md defines."""
         answers, num_domain_tokens = self._answer_questions(name, params)
+        answers = self._with_labels(name, params, answers)
         general, num_general_tokens = self._answer_general(name, params)
         similar = [answer.similarity for answer in answers if answer.similarity is not None]
         return ModelScores(
@@ -116,6 +119,9 @@ class Evaluator:
                 Estimate.of([answer.token_f1 for answer in answers]),
                 Estimate.of(similar),
                 sum(answer.cut for answer in answers),
+                Estimate.of([answer.correct for answer in answers if answer.correct is not None]),
+                Estimate.of([answer.likely_label == answer.label for answer in answers if answer.label]),
+                Estimate.of([answer.text_label == answer.label for answer in answers if answer.label]),
             ),
             GeneralScores(
                 Estimate.of([answer.divergence for answer in general]),
@@ -146,12 +152,47 @@ class Evaluator:
                 None if np.isnan(cosine) else float(cosine),
                 float(logprob),
                 not completion.finished,
+                is_correct(self.expected.checks.get(example.id), text),
             )
             for example, text, completion, cosine, logprob in zip(
                 self.questions, texts, completions, cosines, logprobs, strict=True
             )
         ]
         return answers, _num_tokens(completions)
+
+    def _with_labels(self, name: str, params, answers: list[DomainAnswer]) -> list[DomainAnswer]:
+        """The answers with the labels that they give, and those that the model finds most likely when asked for one.
+
+        A label's likelihood is that of the whole answer, the end of the turn included.
+        """
+        expected = self.expected
+        labelled = [example for example in self.questions if example.id in expected.labels]
+        if not labelled:
+            return answers
+        pairs = [
+            prompt_and_answer(self.model.tokenizer, expected.choice_prompt(example), choice)
+            for example in labelled
+            for choice in expected.choices
+        ]
+        prompts, choices = map(list, zip(*pairs, strict=True))
+        with progress(f"{name} reads labels", len(pairs), "labels") as bar:
+            means = self.scorer.mean_logprob(params, prompts, choices, bar.advance)
+        logprobs = (means * np.array(list(map(len, choices)))).reshape(len(labelled), len(expected.choices))
+        likely = {
+            example.id: expected.choices[best]
+            for example, best in zip(labelled, np.argmax(logprobs, axis=1), strict=True)
+        }
+        return [
+            replace(
+                answer,
+                label=expected.labels[answer.id],
+                likely_label=likely[answer.id],
+                text_label=label_in(answer.answer, expected.choices) or "",
+            )
+            if answer.id in likely
+            else answer
+            for answer in answers
+        ]
 
     def _answer_general(self, name: str, params) -> tuple[list[GeneralAnswer], int]:
         """Greedy answers to the general prompts with their scores, and their total number of tokens.

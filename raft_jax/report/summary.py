@@ -58,8 +58,13 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
     from rich.table import Table as RichTable
     from rich.text import Text
 
+    from raft_jax.report.more_scores import more_scores
+
     run = read_run(run_dir)
-    for table in summary_tables(run):
+    tables = summary_tables(run)
+    if (more := more_scores(run)).rows:
+        tables.insert(1, more)
+    for table in tables:
         if names is not None and table.name not in names:
             continue
         console.print(Text(f"\n{table.title}", style="bold"))

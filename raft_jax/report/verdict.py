@@ -26,6 +26,7 @@ class Measure:
 
 
 DOMAIN = (
+    Measure("answers", "accepted", "domain accuracy", " percentage points", digits=1, scale=100.0),
     Measure("answers", "gold_logprob", "log-likelihood of the gold answers", " nats per token"),
     Measure("answers", "token_f1", "token F1"),
     Measure("answers", "similarity", "similarity to the gold answers"),

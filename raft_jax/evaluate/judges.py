@@ -1,0 +1,156 @@
+"""Domain accuracy: the judges of stage 1 accept or reject a model's answers; each verdict is recorded once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+
+from raft_jax.config import ANSWER_PROGRAMS, STUDENT, Config
+from raft_jax.data.examples import Example
+from raft_jax.data.prompts import load_prompts
+from raft_jax.errors import InputError
+from raft_jax.evaluate.agreement import krippendorff_alpha, majority
+from raft_jax.models import Model, load_pretrained
+from raft_jax.models.encoder import Encoder
+from raft_jax.refine.chat import Chat
+from raft_jax.refine.endpoint import Endpoint, key_of
+from raft_jax.refine.judge import CoverageJudge, Judge, SimilarityJudge
+from raft_jax.refine.ledger import Ledger
+from raft_jax.refine.llm_judge import LLMJudge
+from raft_jax.refine.remote import LocalChat
+from raft_jax.refine.roles import LOCAL_JUDGEMENT
+from raft_jax.refine.run import _scores as judged_texts
+from raft_jax.refine.run import item_of
+from raft_jax.sampling import Sampler
+from raft_jax.scores import DomainAnswer, Estimate, ModelScores
+from raft_jax.sources import model_identity, resolve
+
+STREAM = 3  # of the random numbers of judges on this machine; the refinement has 0 to 2
+
+
+class Judges:
+    """The judges of `evaluate.judges`, and the ledger with their verdicts.
+
+    A verdict's key is a hash of the judge's identity (model, settings, prompt, seed), the question, the gold answer and
+    the answer. So no answer is judged twice, whichever model gave it, and a judge is not asked again after a change of
+    other settings.
+
+    Args:
+      config: the run's.
+      base: the base model, and its identity.
+      encoder: makes the sentence encoder, where a judge needs it.
+      ledger: of the verdicts.
+      mesh: of judges on this machine.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        base: tuple[Model, str],
+        encoder: Callable[[], Encoder],
+        ledger: Ledger,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.config, self.ledger, self.mesh = config, ledger, mesh
+        self._base, self._encoder = base, encoder
+        self._endpoints: list[Endpoint] = []
+        self.judges = [self._judge(role) for role in config.evaluate.judges]
+
+    def _judge(self, role: str) -> Judge:
+        if role in ANSWER_PROGRAMS:
+            return SimilarityJudge(self._encoder()) if role == "similarity" else CoverageJudge()
+        prompts = load_prompts(self.config.refine.prompts)
+        return LLMJudge(self._chat(role), prompts.judge, seed=self.config.seed, prompt_hash=prompts.digest("judge"))
+
+    def _chat(self, role: str) -> Chat:
+        given = self.config.model
+        if role in self.config.endpoints:
+            if jax.process_count() > 1:
+                raise InputError(
+                    f"evaluate.judges: several processes would each ask endpoints.{role}; run `raft-jax evaluate` in "
+                    "one process, or set evaluate.judges=[]"
+                )
+            self._endpoints.append(Endpoint(role, self.config.endpoints[role]))
+            return self._endpoints[-1]
+        model, identity = self._base
+        if role != STUDENT:
+            tokenizer = model.tokenizer
+            model = load_pretrained(role, jnp.dtype(given.dtype), self.mesh, attention=given.attention)
+            model.tokenizer.date, model.tokenizer.thinking = tokenizer.date, given.thinking
+            identity = model_identity(role, given.dtype, given.thinking)
+        return LocalChat(
+            role.replace("#", "_"),  # keys of the ledger have # between their parts
+            Sampler(model, self.config.evaluate.batch_size, self.mesh),
+            model.params,
+            key=jax.random.fold_in(jax.random.key(self.config.seed), STREAM),
+            model=given.source if role == STUDENT else role,
+            identity=identity,
+            max_new_tokens=LOCAL_JUDGEMENT,
+        )
+
+    def judged(self, name: str, scores: ModelScores, questions: Sequence[Example]) -> ModelScores:
+        """The scores of a model with the judges' verdicts on its answers; earlier verdicts in them are replaced.
+
+        Args:
+          name: the model's, for the progress lines; judges are not told it.
+          scores: with its answers.
+          questions: with what the answers were given to.
+        """
+        by_id = {question.id: question for question in questions}
+        answers = [answer for answer in scores.answers if answer.id in by_id]
+        items = [item_of(by_id[answer.id]) for answer in answers]
+        texts = {index: answer.answer for index, answer in enumerate(answers) if answer.answer.strip()}
+        found = judged_texts(self.judges, items, texts, f"answers of {name}", self.ledger) if texts else {}
+        empty = dict.fromkeys((judge.name for judge in self.judges), 0.0)  # an empty answer answers nothing
+        judged = {
+            answer.id: replace(
+                answer,
+                judges=found[index].scores if index in found else dict(empty),
+                reasons=found[index].reasons if index in found else {},
+            )
+            for index, answer in enumerate(answers)
+        }
+        return with_verdicts(scores, [judged.get(answer.id, answer) for answer in scores.answers], self.config)
+
+    def close(self) -> None:
+        """Ends the connections to servers."""
+        for endpoint in self._endpoints:
+            endpoint.close()
+
+
+def with_verdicts(scores: ModelScores, answers: Sequence[DomainAnswer], config: Config) -> ModelScores:
+    """Scores with judged answers: whether each is accepted, the share of those that are, and the judges' agreement."""
+    accept, names = config.evaluate.accept, config.evaluate.judges
+    answers = [replace(answer, accepted=majority(answer.judges.values(), accept)) for answer in answers]
+    verdicts = [
+        [None if (score := answer.judges.get(name)) is None else float(score >= accept) for answer in answers]
+        for name in dict.fromkeys(name for answer in answers for name in answer.judges)
+    ]
+    agreement = krippendorff_alpha(verdicts) if len(names) > 1 else None
+    accepted = Estimate.of([answer.accepted for answer in answers if answer.accepted is not None])
+    return replace(scores, domain=replace(scores.domain, accepted=accepted, agreement=agreement), answers=answers)
+
+
+def require_judges(config: Config) -> Iterator[str]:
+    """Checks the judges of answers without computing anything; yields a line on each server.
+
+    Raises:
+      InputError: a model is not at its source, a key is missing, or a server does not answer or refuses the key.
+    """
+    load_prompts(config.refine.prompts)
+    for number, role in enumerate(config.evaluate.judges):
+        setting = f"evaluate.judges[{number}]"
+        if (settings := config.endpoints.get(role)) is not None:
+            key_of(role, settings)
+            with closing(Endpoint(role, settings)) as endpoint:
+                endpoint.require_answer()
+            yield f"endpoint {role}: {settings.model} at {settings.base_url} answers; {setting}"
+        elif role not in (STUDENT, *ANSWER_PROGRAMS):
+            try:
+                resolve(role)
+            except InputError as error:
+                raise InputError(f"{setting}: {error}") from error
