@@ -70,6 +70,8 @@ ALLOWED = {
     ),
     "raft_jax.train.accumulate": ("raft_jax.tokens",),
     "raft_jax.methods": (),
+    "raft_jax.evaluate.statistics": (),
+    "raft_jax.evaluate.agreement": (),
 }
 STAGES = ("raft_jax.refine", "raft_jax.evaluate", "raft_jax.report", "raft_jax.train")
 # Third parties; where nothing is said, whatever the package depends on. The standard library is free.
@@ -98,6 +100,8 @@ THIRD_PARTIES = {
     "raft_jax.data.batches": {"numpy"},
     "raft_jax.data.prompts": {"jinja2"},
     "raft_jax.refine.ledger": set(),
+    "raft_jax.evaluate.statistics": {"numpy", "scipy"},
+    "raft_jax.evaluate.agreement": {"numpy"},
 }
 
 
