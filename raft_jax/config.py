@@ -238,6 +238,13 @@ class EvaluateConfig:
     label: str | None = None  # the data's column of labels, such as yes, no and maybe; null: none
     judges: list[str] = field(default_factory=list)  # accept or reject answers: similarity, coverage, as refine.judges
     accept: float = 0.7  # a judge accepts an answer from this score on; the majority of the judges decides
+    tasks: list[str] = field(
+        default_factory=list
+    )  # of lm-evaluation-harness: names, task files, ifeval:ROWS, mmlu:ROWS
+    limit: int | None = None  # the first so many questions of each task; null: all
+    num_fewshot: int | None = None  # examples in a task's prompts; null: as the task has it
+    task_new_tokens: int | None = None  # of an answer to a task; null: as the task has it, such as 1,280 for ifeval
+    chat_template: bool = True  # whether a task's prompts go through the model's chat template
 
     def __post_init__(self):
         for key in ("max_new_tokens", "general_new_tokens", "batch_size"):
@@ -246,6 +253,11 @@ class EvaluateConfig:
             value = getattr(self, key)
             _require(value is None or bool(value.strip()), f"evaluate.{key}", value, "the name of a column, or null")
         _require(0 <= self.accept <= 1, "evaluate.accept", self.accept, "0 to 1")
+        distinct = len(set(self.tasks)) == len(self.tasks) and all(task.strip() for task in self.tasks)
+        _require(distinct, "evaluate.tasks", list(self.tasks), "names of tasks or files, each once")
+        for key, least in (("limit", 1), ("num_fewshot", 0), ("task_new_tokens", 1)):
+            value = getattr(self, key)
+            _require(value is None or value >= least, f"evaluate.{key}", value, f"{least} or more, or null")
 
 
 @dataclass(frozen=True)

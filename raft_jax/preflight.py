@@ -15,6 +15,7 @@ from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.evaluate.expected import load_expected
 from raft_jax.evaluate.judges import require_judges
+from raft_jax.evaluate.tasks import require_tasks
 from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
@@ -101,6 +102,7 @@ def check_evaluation(data: RunData) -> list[GeneralPrompt]:
                 f"{example.id}: question and gold answer have {length} tokens, and the model has "
                 f"{data.max_positions} positions; lower data.max_answer_tokens"
             )
+    require_tasks(settings)
     require_source("encoder.source", data.config.encoder.source)
     return general
 

@@ -21,7 +21,9 @@ from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_wit
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluator
 from raft_jax.evaluate.expected import load_expected
+from raft_jax.evaluate.harness import make_lm
 from raft_jax.evaluate.judges import Judges, require_judges
+from raft_jax.evaluate.tasks import TaskRunner, require_tasks
 from raft_jax.files import read_object, require_sums
 from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.methods import METHODS, Method, any_refines
@@ -245,6 +247,8 @@ class Run:
         wait_for_writer("evaluation")
         if self.config.evaluate.judges:
             self._judge()
+        if self.config.evaluate.tasks:
+            self._run_tasks()
 
     def _judge(self) -> None:
         """Adds the judges' verdicts to the scores; verdicts that are recorded are not asked for again."""
@@ -262,6 +266,35 @@ class Run:
         self._replace_scores(before, scores)
         if ledger.num_failures:
             print(f"{ledger.num_failures} answer(s) without a verdict; `raft-jax evaluate` asks again", flush=True)
+
+    def _run_tasks(self) -> None:
+        """Adds the tasks of lm-evaluation-harness to the scores; a task that is recorded for a model is not run."""
+        settings, before = self.config.evaluate, self.folder.evaluation()
+        require_tasks(settings)
+        scores = dict(before.models)
+        for name in before.models:
+            runner = TaskRunner(settings, self.folder.tasks / name, self._identity_of(name))
+            if runner.missing():
+                interrupt.check()
+                lm = make_lm(
+                    self.model, self._params_of(name), name=name, batch_size=settings.batch_size, mesh=self.mesh
+                )
+                began, timed = time.perf_counter(), self.folder.timing("tasks", name).seconds
+                for spec in runner.missing():
+                    runner.run(spec, lm)
+                    seconds = timed + time.perf_counter() - began
+                    self.folder.record_time("tasks", name, seconds, 0)
+                del lm
+            scores[name] = dataclasses.replace(scores[name], tasks=runner.scores())
+            self._replace_scores(before, scores)
+            before = self.folder.evaluation()
+
+    def _identity_of(self, name: str) -> str:
+        """Identifies a model and the settings that it is used with, as `model_identity` does the base model."""
+        given = self.config.model
+        if name == "base":
+            return self.model_identity
+        return model_identity(str(self.folder.method(name).export), given.dtype, given.thinking)
 
     def _replace_scores(self, before: Evaluation, scores: Mapping[str, ModelScores]) -> None:
         """Writes scores that were completed, and the cards of their models, where they have changed."""

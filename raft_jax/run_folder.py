@@ -81,6 +81,7 @@ class RunFolder:
         self.timings_jsonl = path / "timings.jsonl"
         self.evaluation_json = path / "evaluation.json"
         self.evaluation_new_json = path / "evaluation.new.json"  # with changed settings, until it is complete
+        self.tasks = path / "evaluation" / "tasks"  # NAME/TASK.json: a task's scores and samples for one model
         self.verdicts_jsonl = path / "evaluation" / "verdicts.jsonl"  # of judges on answers to held-out questions
         self.report_html = path / "report.html"
         self.refined = path / "refined"

@@ -119,8 +119,22 @@ class GeneralAnswer:
 
 
 @dataclass(frozen=True)
+class TaskScore:
+    """A metric of a task of lm-evaluation-harness, its standard error if it has one, and the number of questions."""
+
+    value: float
+    stderr: float | None
+    count: int
+
+
+@dataclass(frozen=True)
 class ModelScores:
-    """All scores and answers of one model; `tokens` is the number of tokens generated for them."""
+    """All scores and answers of one model.
+
+    Attributes:
+      tokens: number of tokens generated for the answers.
+      tasks: the metrics of each task of `evaluate.tasks`, by their names.
+    """
 
     domain: DomainScores
     general: GeneralScores
@@ -128,3 +142,4 @@ class ModelScores:
     answers: list[DomainAnswer]
     general_answers: list[GeneralAnswer]
     tokens: int
+    tasks: dict[str, dict[str, TaskScore]] = field(default_factory=dict)

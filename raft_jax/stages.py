@@ -28,9 +28,14 @@ WITHOUT_EFFECT = (
     "train.keep_checkpoints",
     "train.keep_finished",
     "evaluate.batch_size",
-    # Verdicts are recorded by what they depend on, and scores that are made from them are made again at every start.
+    # Verdicts and tasks are recorded by what they depend on, and added to the scores at every start.
     "evaluate.judges",
     "evaluate.accept",
+    "evaluate.tasks",
+    "evaluate.limit",
+    "evaluate.num_fewshot",
+    "evaluate.task_new_tokens",
+    "evaluate.chat_template",
 )
 # If these are raised, training continues and the export is made again. If any other key has changed, training would
 # have to start again.

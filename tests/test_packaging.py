@@ -53,14 +53,15 @@ def test_alone_it_brings_jax_and_numpy():
     assert {requirement.name for requirement in requirements()} == {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("extra", ["cuda", "tpu", "test"])
+@pytest.mark.parametrize("extra", ["cuda", "tpu", "test", "eval"])
 def test_other_extras_bring_what_training_needs(extra):
     names = {requirement.name for requirement in requirements(extra)}
     assert names >= {requirement.name for requirement in requirements("train")} > {"flax", "optax", "omegaconf"}
 
 
 def test_whatever_is_imported_is_brought():
-    """Of all import statements, those inside functions too; pyarrow is asked for by name where a file needs it."""
+    """Of all import statements, those inside functions too. pyarrow is asked for by name where a file needs it, and the
+    harness and what it brings are the extra eval's."""
     found = set()
     for path in (ROOT / "raft_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -75,7 +76,8 @@ def test_whatever_is_imported_is_brought():
         for module in found - {"raft_jax"} - sys.stdlib_module_names
         if not {canonicalize_name(name) for name in distributions.get(module, ())} & brought.keys()
     }
-    assert missing <= {"pyarrow"}
+    assert missing <= {"pyarrow", "lm_eval", "datasets", "nltk"}
+    assert {"lm-eval", "nltk"} <= {canonicalize_name(requirement.name) for requirement in requirements("eval")}
 
 
 # With jax and numpy alone

@@ -1,4 +1,4 @@
-"""The table of scores that a run has only where its settings ask for them: judged, checked and labelled answers."""
+"""The table of scores that a run has only where its settings ask for them: answers judged and checked, tasks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 from raft_jax.report.folder import RunRecords, label
 from raft_jax.report.summary import MISSING, Table, estimate, number
-from raft_jax.scores import ModelScores
+from raft_jax.scores import Estimate, ModelScores
 
 # (column, what it shows of a model, what it means)
-COLUMNS: tuple[tuple[str, Callable[[ModelScores], str], str], ...] = (
+Column = tuple[str, Callable[[ModelScores], str], str]
+COLUMNS: tuple[Column, ...] = (
     (
         "domain accuracy",
         lambda model: estimate(model.domain.accepted),
@@ -40,17 +41,33 @@ COLUMNS: tuple[tuple[str, Callable[[ModelScores], str], str], ...] = (
 
 def more_scores(run: RunRecords) -> Table:
     """The table; without rows where no model has such scores."""
-    found = [(name, cells) for name, show, _ in COLUMNS if (cells := _column(run, show))]
-    notes = [f"{name}: {meaning}" for name, show, meaning in COLUMNS if _column(run, show)]
+    columns = (*COLUMNS, *_task_columns(run))
+    found = [(name, cells) for name, show, _ in columns if (cells := _column(run, show))]
+    notes = [f"{name}: {meaning}" for name, show, meaning in columns if meaning and _column(run, show)]
     rows = zip(*(cells for _, cells in found), strict=True) if found else ()
     return Table(
         name="more",
-        title="Judged and checked",
+        title="Judged, checked and tested",
         columns=("model", *(name for name, _ in found)),
         rows=tuple((label(name), *cells) for name, cells in zip(run.models, rows, strict=True)) if found else (),
         methods=tuple(run.models) if found else (),
         note=f"Mean ± standard error. {'; '.join(notes)}.{''.join(_unjudged(run))}" if found else "",
     )
+
+
+def _task_columns(run: RunRecords) -> Iterator[Column]:
+    """The first metric of each task of lm-evaluation-harness; its name is a part of the column's."""
+    for task in dict.fromkeys(task for model in run.models.values() for task in model.tasks):
+        metrics = next(model.tasks[task] for model in run.models.values() if task in model.tasks)
+        if not metrics:
+            continue
+        metric = next(iter(metrics))
+
+        def show(model: ModelScores, task: str = task, metric: str = metric) -> str:
+            found = model.tasks.get(task, {}).get(metric)
+            return MISSING if found is None else estimate(Estimate(found.value, found.stderr, found.count))
+
+        yield f"{task.partition(':')[0]} {metric.replace('_', ' ')}", show, ""
 
 
 def _column(run: RunRecords, show: Callable[[ModelScores], str]) -> list[str]:
