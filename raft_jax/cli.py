@@ -30,7 +30,7 @@ TABLES = {
     "refine": ("outputs",),
     "train": ("training", "outputs"),
     "export": ("outputs",),
-    "evaluate": ("scores", "more", "outputs"),
+    "evaluate": ("scores", "more", "forgetting", "outputs"),
 }
 LOG_WIDTH = 120
 LONGEST_LINE = 4000  # characters of an error message

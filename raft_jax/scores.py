@@ -32,6 +32,21 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Writing:
+    """How answers are written.
+
+    Attributes:
+      ended: share of the answers that end before the limit of length.
+      length: in tokens.
+      distinct: share of an answer's runs of three words that are different; low where it goes round in circles.
+    """
+
+    ended: Estimate = Estimate()
+    length: Estimate = Estimate()
+    distinct: Estimate = Estimate()
+
+
+@dataclass(frozen=True)
 class DomainScores:
     """Scores on the held-out questions.
 
@@ -43,6 +58,8 @@ class DomainScores:
       label_text: share of the labelled questions whose label is the first one in the answer.
       accepted: domain accuracy, the share of answers that a majority of the judges accepts.
       agreement: Krippendorff's alpha of the judges' verdicts on this model's answers; None if it is undefined.
+      divergence: KL(base ‖ model) on the base model's own answers to the questions, nats per token.
+      writing: how the answers are written.
     """
 
     gold_logprob: Estimate
@@ -54,6 +71,8 @@ class DomainScores:
     label_text: Estimate = Estimate()
     accepted: Estimate = Estimate()
     agreement: float | None = None
+    divergence: Estimate = Estimate()
+    writing: Writing = Writing()
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,7 @@ class GeneralScores:
     divergence: Estimate
     accuracy: Estimate
     cut: int = 0
+    writing: Writing = Writing()
 
 
 @dataclass(frozen=True)
@@ -86,6 +106,7 @@ class DomainAnswer:
         in the answer, "" if there is none.
       judges: each judge's score, None if it gave none, and `reasons` what it said.
       accepted: whether a majority of the judges accepts it; None if none gave a score.
+      divergence: on the base model's own answer to the question; None where it was not measured.
     """
 
     id: str
@@ -103,6 +124,7 @@ class DomainAnswer:
     judges: dict[str, float | None] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     accepted: bool | None = None
+    divergence: float | None = None
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 from raft_jax.evaluate import compare
-from raft_jax.evaluate.accuracy import is_correct, token_f1
+from raft_jax.evaluate.accuracy import distinct, is_correct, token_f1
 from raft_jax.evaluate.compare import Evaluator, GeneralPrompt, load_general_prompts
 from raft_jax.evaluate.divergence import make_divergence, weight_distance
 from raft_jax.files import parse_record
@@ -80,6 +80,14 @@ def test_checks_that_are_none_or_unknown():
     assert is_correct(None, "anything") is None
     with pytest.raises(ValueError, match="'fuzzy' is not known; known: contains_any, number, regex, exact"):
         is_correct({"kind": "fuzzy", "value": 1}, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "n", "expected"),
+    [("a b a b a b", 2, 2 / 5), ("a b a b a b", 3, 2 / 4), ("One two three", 3, 1), ("A a", 1, 0.5), ("a b", 3, None)],
+)
+def test_runs_of_words_that_are_different(text, n, expected):
+    assert distinct(text, n) == expected
 
 
 def as_arrays(params):
@@ -206,7 +214,13 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     assert [entry.correct for entry in base.general_answers] == [True, None] and FakeSampler.calls == 2
 
     tuned = evaluation.evaluate("raft", "tuned")
-    assert told == [("base", "tuned", ["four 4", "say hi"], [["4"], ["hi"]])]  # on the base model's own words
+    assert told == [  # on the base model's own words
+        ("base", "tuned", ["so\n\nQ one", "Q two"], [["one"], ["two"]]),
+        ("base", "tuned", ["four 4", "say hi"], [["4"], ["hi"]]),
+    ]
+    assert base.domain.divergence == Estimate(0, 0, 2) and tuned.domain.divergence.mean == 0.5
+    assert (tuned.domain.writing.ended.mean, tuned.general.writing.ended.mean) == (1, 0.5)
+    assert base.general.writing.length == Estimate(1, 0, 2) and base.general.writing.distinct == Estimate()
     assert tuned.general.divergence.mean == 0.5 and tuned.weight_distance.mean == 1
     assert [entry.answer for entry in tuned.general_answers] == ["4", "HI"] and FakeSampler.calls == 4
     assert (tuned.domain.cut, tuned.general.cut) == (0, 1)

@@ -28,6 +28,7 @@ from raft_jax.report import charts, print_summary, summary_tables, write_report
 from raft_jax.report.figures import moving_average
 from raft_jax.report.flags import flags_of
 from raft_jax.report.folder import read_run
+from raft_jax.report.more_scores import forgetting, more_scores
 from raft_jax.report.page import _FACTS, facts, flat
 from raft_jax.report.refinement import count_sentence, worst_first
 from raft_jax.report.summary import Table
@@ -529,3 +530,19 @@ def test_import_is_light():
     code = f"import sys, raft_jax.report; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_answers_gained_and_lost_are_counted_against_the_base_model(tmp_path):
+    """Of a folder of an older version, which has right and wrong answers, but no divergence on domain prompts."""
+    run_dir = make_run(tmp_path / "run")
+    models = json.loads((run_dir / "evaluation.json").read_text())["models"]
+    table = forgetting(read_run(run_dir))
+    assert table.columns == ("model", "general: gained, lost (p)") and table.rows[0] == ("base", "–")
+    base = [answer["correct"] for answer in models["base"]["general_answers"]]
+    for row, name in zip(table.rows[1:], ("sft", "raft"), strict=True):
+        now = [answer["correct"] for answer in models[name]["general_answers"]]
+        pairs = [(was, right) for was, right in zip(base, now, strict=True) if was is not None]
+        gained, lost = pairs.count((False, True)), pairs.count((True, False))
+        assert gained and lost and row[1].startswith(f"{gained}, {lost} (")
+    assert "Forgetting in detail" in write_report(run_dir).read_text("utf-8")
+    assert more_scores(read_run(run_dir)).rows == ()

@@ -27,6 +27,18 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
+def distinct(text: str, n: int = 3) -> float | None:
+    """Share of the runs of n words in a text that are different; 1 without repetition, None for fewer than n words.
+
+    Example:
+      >>> distinct("to be or not to be", 2)
+      0.8
+    """
+    words = text.casefold().split()
+    runs = [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
+    return len(set(runs)) / len(runs) if runs else None
+
+
 def _words(text: str) -> list[str]:
     text = text.lower().translate(str.maketrans("", "", string.punctuation))
     return [word for word in text.split() if word not in ("a", "an", "the")]

@@ -16,14 +16,14 @@ from raft_jax.data.files import lines_of, parse_json
 from raft_jax.data.prompts import question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
-from raft_jax.evaluate.accuracy import is_correct, require_check, token_f1
+from raft_jax.evaluate.accuracy import distinct, is_correct, require_check, token_f1
 from raft_jax.evaluate.divergence import make_divergence, weight_distance
 from raft_jax.evaluate.expected import NOTHING, Expected, label_in
 from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
 from raft_jax.sampling import Completion, Sampler, Scorer
-from raft_jax.scores import DomainAnswer, DomainScores, Estimate, GeneralAnswer, GeneralScores, ModelScores
+from raft_jax.scores import DomainAnswer, DomainScores, Estimate, GeneralAnswer, GeneralScores, ModelScores, Writing
 from raft_jax.sources import resolve
 from raft_jax.terminal import one_line
 
@@ -98,6 +98,7 @@ class Evaluator:
         self.question_prompts, self.gold_answers = map(list, zip(*pairs, strict=True))
         self.general_prompts = [tokenizer.chat_prompt(question_prompt(prompt.prompt)) for prompt in self.general]
         self._base_continuations: list[Completion] | None = None
+        self._base_answers: list[Completion] | None = None
 
     def base_continuations(self) -> list[Completion]:
         """The base model's own greedy answers to the general prompts."""
@@ -107,11 +108,19 @@ class Evaluator:
             )
         return self._base_continuations
 
+    def base_answers(self) -> list[Completion]:
+        """The base model's own greedy answers to the held-out questions."""
+        if self._base_answers is None:
+            self._base_answers = self._greedy(
+                self.model.params, self.question_prompts, self.settings.max_new_tokens, "base on questions"
+            )
+        return self._base_answers
+
     def evaluate(self, name: str, params) -> ModelScores:
         """The scores of one model, which docs/evaluation.md defines."""
-        answers, num_domain_tokens = self._answer_questions(name, params)
+        answers, domain_completions = self._answer_questions(name, params)
         answers = self._with_labels(name, params, answers)
-        general, num_general_tokens = self._answer_general(name, params)
+        general, general_completions = self._answer_general(name, params)
         similar = [answer.similarity for answer in answers if answer.similarity is not None]
         return ModelScores(
             DomainScores(
@@ -122,21 +131,33 @@ class Evaluator:
                 Estimate.of([answer.correct for answer in answers if answer.correct is not None]),
                 Estimate.of([answer.likely_label == answer.label for answer in answers if answer.label]),
                 Estimate.of([answer.text_label == answer.label for answer in answers if answer.label]),
+                divergence=Estimate.of([answer.divergence for answer in answers if answer.divergence is not None]),
+                writing=_writing(domain_completions, [answer.answer for answer in answers]),
             ),
             GeneralScores(
                 Estimate.of([answer.divergence for answer in general]),
                 Estimate.of([answer.correct for answer in general if answer.correct is not None]),
                 sum(answer.cut for answer in general),
+                _writing(general_completions, [answer.answer for answer in general]),
             ),
             weight_distance(params, self.model.params),
             answers,
             general,
-            num_domain_tokens + num_general_tokens,
+            _num_tokens(domain_completions) + _num_tokens(general_completions),
         )
 
-    def _answer_questions(self, name: str, params) -> tuple[list[DomainAnswer], int]:
-        """Greedy answers to the held-out questions with their scores, and their total number of tokens."""
-        completions = self._greedy(params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions")
+    def _answer_questions(self, name: str, params) -> tuple[list[DomainAnswer], list[Completion]]:
+        """Greedy answers to the held-out questions with their scores, and as completions.
+
+        The divergence is measured on the base model's answers.
+        """
+        base = completions = self.base_answers()
+        divergences = np.zeros(len(base), np.float32)
+        if params is not self.model.params:
+            completions = self._greedy(
+                params, self.question_prompts, self.settings.max_new_tokens, f"{name} on questions"
+            )
+            divergences = self._divergence_on(name, params, self.question_prompts, base)
         texts, gold = self._texts(completions), [example.answer for example in self.questions]
         with progress(f"{name} reads gold answers", len(gold), "answers") as bar:
             logprobs = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
@@ -153,12 +174,13 @@ class Evaluator:
                 float(logprob),
                 not completion.finished,
                 is_correct(self.expected.checks.get(example.id), text),
+                divergence=float(divergence),
             )
-            for example, text, completion, cosine, logprob in zip(
-                self.questions, texts, completions, cosines, logprobs, strict=True
+            for example, text, completion, cosine, logprob, divergence in zip(
+                self.questions, texts, completions, cosines, logprobs, divergences, strict=True
             )
         ]
-        return answers, _num_tokens(completions)
+        return answers, completions
 
     def _with_labels(self, name: str, params, answers: list[DomainAnswer]) -> list[DomainAnswer]:
         """The answers with the labels that they give, and those that the model finds most likely when asked for one.
@@ -194,18 +216,20 @@ class Evaluator:
             for answer in answers
         ]
 
-    def _answer_general(self, name: str, params) -> tuple[list[GeneralAnswer], int]:
-        """Greedy answers to the general prompts with their scores, and their total number of tokens.
+    def _divergence_on(self, name: str, params, prompts, base: Sequence[Completion]) -> np.ndarray:
+        with progress(f"{name} against base", len(base), "answers") as bar:
+            answers = [answer.tokens for answer in base]
+            return self.divergence(self.model.params, params, prompts, answers, bar.advance)
+
+    def _answer_general(self, name: str, params) -> tuple[list[GeneralAnswer], list[Completion]]:
+        """Greedy answers to the general prompts with their scores, and as completions.
 
         The divergence is measured on the base model's answers.
         """
         base = completions = self.base_continuations()
         divergences = np.zeros(len(base), np.float32)
         if params is not self.model.params:
-            with progress(f"{name} against base", len(base), "answers") as bar:
-                divergences = self.divergence(
-                    self.model.params, params, self.general_prompts, [answer.tokens for answer in base], bar.advance
-                )
+            divergences = self._divergence_on(name, params, self.general_prompts, base)
             completions = self._greedy(
                 params, self.general_prompts, self.settings.general_new_tokens, f"{name} on general prompts"
             )
@@ -223,7 +247,7 @@ class Evaluator:
                 self.general, self._texts(completions), completions, divergences, strict=True
             )
         ]
-        return answers, _num_tokens(completions)
+        return answers, completions
 
     def _texts(self, completions: Sequence[Completion]) -> list[str]:
         return [self.model.tokenizer.decode(completion.tokens).strip() for completion in completions]
@@ -238,6 +262,14 @@ class Evaluator:
                 max_new_tokens=max_new_tokens,
                 on_batch=lambda batch, _: bar.advance(len(batch)),
             )
+
+
+def _writing(completions: Sequence[Completion], texts: Sequence[str]) -> Writing:
+    return Writing(
+        Estimate.of([completion.finished for completion in completions]),
+        Estimate.of([len(completion.tokens) for completion in completions]),
+        Estimate.of([share for text in texts if (share := distinct(text)) is not None]),
+    )
 
 
 def _num_tokens(completions: Sequence[Completion]) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from raft_jax.evaluate.statistics import gained_and_lost
 from raft_jax.report.folder import RunRecords, label
 from raft_jax.report.summary import MISSING, Table, estimate, number
-from raft_jax.scores import Estimate, ModelScores
+from raft_jax.scores import Estimate, ModelScores, Writing
 
 # (column, what it shows of a model, what it means)
 Column = tuple[str, Callable[[ModelScores], str], str]
@@ -82,3 +83,58 @@ def _unjudged(run: RunRecords) -> Iterator[str]:
         judged = [answer for answer in model.answers if answer.judges]
         if silent := sum(answer.accepted is None for answer in judged):
             yield f" No judge scored {silent} of {len(judged)} answers of {label(name)}: they are left out."
+
+
+def forgetting(run: RunRecords) -> Table:
+    """What the divergence on general prompts does not show: on the domain's prompts, in the writing, in the answers."""
+    columns = (
+        ("domain divergence", lambda model: estimate(model.domain.divergence, 4)),
+        ("ended", lambda model: _both(model, lambda writing: writing.ended, 2)),
+        ("length", lambda model: _both(model, lambda writing: writing.length, 0)),
+        ("distinct", lambda model: _both(model, lambda writing: writing.distinct, 2)),
+    )
+    found = [(name, cells) for name, show in columns if (cells := _column(run, show))]
+    changes = [(f"{name}: gained, lost (p)", _changes(run, part, key)) for name, part, key in CHANGED]
+    found += [(name, cells) for name, cells in changes if any(cell != MISSING for cell in cells)]
+    rows = zip(*(cells for _, cells in found), strict=True) if found else ()
+    return Table(
+        name="forgetting",
+        title="Forgetting in detail",
+        columns=("model", *(name for name, _ in found)),
+        rows=tuple((label(name), *cells) for name, cells in zip(run.models, rows, strict=True)) if found else (),
+        methods=tuple(run.models) if found else (),
+        note="Domain divergence: KL(base ‖ model) on the base model's own answers to the held-out questions. Domain / "
+        "general: share of answers that end before the limit of length, mean length in tokens, share of an answer's "
+        "runs of three words that are different. Gained, lost: right answers that the base model has wrong, and the "
+        "reverse; p is McNemar's exact test's.",
+    )
+
+
+# Right and wrong answers that are compared with the base model's: (name, part of the scores, field).
+CHANGED = (
+    ("accepted", "answers", "accepted"),
+    ("checks", "answers", "correct"),
+    ("general", "general_answers", "correct"),
+)
+
+
+def _both(model: ModelScores, pick: Callable[[Writing], Estimate], digits: int) -> str:
+    means = [pick(writing).mean for writing in (model.domain.writing, model.general.writing)]
+    return MISSING if None in means else " / ".join(f"{mean:.{digits}f}" for mean in means)
+
+
+def _changes(run: RunRecords, part: str, key: str) -> list[str]:
+    """The answers that each model has gained and lost against the base model; a dash for the base model itself."""
+    right = {
+        name: {answer.id: value for answer in getattr(model, part) if (value := getattr(answer, key)) is not None}
+        for name, model in run.models.items()
+    }
+    base, cells = right.get("base", {}), []
+    for name, now in right.items():
+        shared = [id for id in now if id in base]
+        if name == "base" or not shared:
+            cells.append(MISSING)
+            continue
+        gained, lost, p_value = gained_and_lost([base[id] for id in shared], [now[id] for id in shared])
+        cells.append(f"{gained}, {lost} ({p_value:.2f})")
+    return cells

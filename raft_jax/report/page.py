@@ -16,7 +16,7 @@ from raft_jax.outcome import judge_counts, work_cells
 from raft_jax.report import charts, figures
 from raft_jax.report.flags import flags_of
 from raft_jax.report.folder import RunRecords, label, read_run, style_of
-from raft_jax.report.more_scores import more_scores
+from raft_jax.report.more_scores import forgetting, more_scores
 from raft_jax.report.refinement import count_sentence, counts, worst_first
 from raft_jax.report.summary import MISSING, estimate, number, summary_tables
 from raft_jax.report.verdict import verdicts
@@ -86,6 +86,7 @@ def render(run: RunRecords) -> str:
         verdicts=verdicts(run),
         tables={table.name: table for table in summary_tables(run)},
         more=more_scores(run),
+        forgetting=forgetting(run),
         tradeoff=figures.tradeoff(run),
         curves=figures.curves(run),
         distance=figures.distance(run),

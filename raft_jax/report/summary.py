@@ -58,12 +58,11 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    from raft_jax.report.more_scores import more_scores
+    from raft_jax.report.more_scores import forgetting, more_scores
 
     run = read_run(run_dir)
     tables = summary_tables(run)
-    if (more := more_scores(run)).rows:
-        tables.insert(1, more)
+    tables[1:1] = [table for table in (more_scores(run), forgetting(run)) if table.rows]
     for table in tables:
         if names is not None and table.name not in names:
             continue
