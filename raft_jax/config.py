@@ -238,9 +238,7 @@ class EvaluateConfig:
     label: str | None = None  # the data's column of labels, such as yes, no and maybe; null: none
     judges: list[str] = field(default_factory=list)  # accept or reject answers: similarity, coverage, as refine.judges
     accept: float = 0.7  # a judge accepts an answer from this score on; the majority of the judges decides
-    tasks: list[str] = field(
-        default_factory=list
-    )  # of lm-evaluation-harness: names, task files, ifeval:ROWS, mmlu:ROWS
+    tasks: list[str] = field(default_factory=list)  # of lm-evaluation-harness, and ifeval:FILE, mmlu:FILE
     limit: int | None = None  # the first so many questions of each task; null: all
     num_fewshot: int | None = None  # examples in a task's prompts; null: as the task has it
     task_new_tokens: int | None = None  # of an answer to a task; null: as the task has it, such as 1,280 for ifeval
