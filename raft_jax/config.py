@@ -59,6 +59,7 @@ class DataConfig:
     id: str | None = "id"  # null: rows are numbered
     split: str = "split"  # the column that says what a row is for; without it held_out decides
     context: str = "context"  # the column of what is put before the question
+    system: str = "system"  # the column of the system turn
     train_split: str = "train"  # used where the file has the split column
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     held_out: int = 32  # rows set aside where it has none

@@ -27,7 +27,7 @@ def _a_few(names: Sequence[str]) -> str:
 def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[list[Example], list[Example]]:
     """Training and held-out examples according to the settings data.*; see `load_examples` for `bad_rows`."""
     data = config.data
-    columns = Columns(data.question, data.answer, data.id, data.split, data.context)
+    columns = Columns(data.question, data.answer, data.id, data.split, data.context, data.system)
     if split_counts(data.path, columns):
         train_rows = load_examples(data.path, columns, data.train_split, bad_rows=bad_rows)
         test_rows = load_examples(data.path, columns, data.test_split, bad_rows=bad_rows)

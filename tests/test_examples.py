@@ -243,7 +243,16 @@ EARLIER = (("user", "Who?"), ("assistant", "I."))
             {"messages": turns("Why?", "So."), "question": None, "answer": None, "prompt": None, "completion": None},
             ("Why?", "So.", ""),
         ),
-        ({"question": "Why?", "answer": "So.", "tools": ["saw"], "weight": 0, "system": "metric"}, ("Why?", "So.", "")),
+        ({"question": "Why?", "answer": "So.", "tools": ["saw"], "weight": 0}, ("Why?", "So.", "")),
+        (
+            {"question": "Why?", "answer": "So.", "system": "You are a clerk.", "context": "Form 10."},
+            ("Why?", "So.", "Form 10.", (CLERK,)),
+        ),
+        (
+            {"prompt": [SYSTEM, *turns("Why?")], "completion": "So.", "system": SYSTEM["content"]},
+            ("Why?", "So.", "", (CLERK,)),
+        ),
+        ({"question": "Why?", "answer": "So.", "system": ""}, ("Why?", "So.", "")),
         ({"question": "Why?", "answer": "So.", "context": "Form 10.", "messages": 3}, ("Why?", "So.", "Form 10.")),
         ({"question": "Why?", "answer": "So.", "context": None}, ("Why?", "So.", "")),
         ({"question": "Why?", "answer": "So.", "context": ""}, ("Why?", "So.", "")),
@@ -347,6 +356,12 @@ def test_halves_of_characters_are_refused_everywhere(tmp_path, row):
         ({"prompt": turns("Why?", "So"), "completion": "."}, "turns by user, assistant, assistant; "),
         ({"prompt": "Why?", "completion": []}, "completion must be a list of turns (role and content), got an empty"),
         ({"prompt": "Why?", "completion": {"text": "So."}}, "completion must be text, got an object"),
+        (
+            {"messages": [SYSTEM, *turns("Why?", "So.")], "system": "You are a judge."},
+            "a system turn, and another text in the column 'system'; remove one, or set data.system",
+        ),
+        ({"prompt": [SYSTEM, *turns("Why?")], "completion": "So.", "system": "You are a judge."}, "a system turn, and"),
+        ({"question": "Why?", "answer": "So.", "system": ["metric"]}, "system must be text, got a list of texts"),
     ],
 )
 def test_shapes_that_cannot_be_mapped(tmp_path, row, message):
@@ -355,13 +370,15 @@ def test_shapes_that_cannot_be_mapped(tmp_path, row, message):
 
 def test_named_columns(tmp_path):
     row = {"n": 5, "ask": "Why?", "reply": "So.", "fold": "x", "page": "Form 10.", "context": [1]}
+    row |= {"role": "You are a clerk.", "system": ["metric"]}
     path = write(tmp_path, [row])
-    named = Columns(question="ask", answer="reply", id="n", split="fold", context="page")
-    assert load_examples(path, named, split="x") == [Example("5", "Why?", "So.", "Form 10.")]
-    assert ":1: context must be text, got a list; write" in error_of(path, columns=Columns("ask", "reply"))
-    assert load_examples(path, Columns("ask", "reply", context="")) == [Example("000001", "Why?", "So.")]
-    for field in ("question", "answer", "id", "context"):
-        chosen = Columns(**{"question": "ask", "answer": "reply", "context": "page", field: "absent"})
+    named = Columns(question="ask", answer="reply", id="n", split="fold", context="page", system="role")
+    assert load_examples(path, named, split="x") == [Example("5", "Why?", "So.", "Form 10.", (CLERK,))]
+    assert ":1: context must be text, got a list; write" in error_of(path, columns=Columns("ask", "reply", system=""))
+    without = Columns("ask", "reply", context="", system="")
+    assert load_examples(path, without) == [Example("000001", "Why?", "So.")]
+    for field in ("question", "answer", "id", "context", "system"):
+        chosen = Columns(**{"question": "ask", "answer": "reply", "context": "page", "system": "", field: "absent"})
         message = error_of(path, columns=chosen)
         assert "no column 'absent'" in message and f"set data.{field}" in message
     chat = write(tmp_path, [{"talk": turns("Why?", "So.")}])

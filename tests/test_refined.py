@@ -127,8 +127,15 @@ def test_the_published_folder_is_a_source_of_examples(tmp_path):
     publish(make_rows(2), tmp_path)
     assert load_examples(f"tfds://{tmp_path}", split="train") == [
         Example(id="q0", question="Question 0?\u2028", answer="Candidate first 0"),
-        Example(id="q1", question="Question 1?\u2028", answer="Candidate first 1", context="Während der Fahrt"),
+        Example(
+            id="q1",
+            question="Question 1?\u2028",
+            answer="Candidate first 1",
+            context="Während der Fahrt",
+            turns=(("system", "Be brief."),),
+        ),
     ]
+    assert load_examples(tmp_path / "refined.jsonl") == load_examples(f"tfds://{tmp_path}", split="train")
 
 
 def test_equal_rows_give_equal_bytes(tmp_path):

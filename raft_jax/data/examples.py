@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ class Columns:
     """The names of the columns.
 
     `question` and `answer` may name the same column if it holds conversations.
-    Columns with the default names of `id`, `split` and `context` may be missing; a column with another name must exist.
-    An empty name means that there is no such column: with `context=""` a column called context is not read.
+    Columns with the default names of `id`, `split`, `context` and `system` may be missing; a column with another name
+    must exist. An empty name means that there is no such column: with `context=""` a column called context is not read.
     """
 
     question: str = "question"
@@ -29,6 +30,7 @@ class Columns:
     id: str | None = "id"  # None: rows are numbered
     split: str = "split"
     context: str = "context"
+    system: str = "system"
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ _SYNONYMS = {
     "question": ("prompt", "instruction", "query", "input", "problem"),
     "answer": ("completion", "output", "response", "target", "solution", "chosen"),
 }
+# Columns that tell a row of a refined data set, in which the earlier turns are in a column of their own.
+_REFINED = ("rewrite_status", "turns")
 # ShareGPT's names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant"}
 # Keys of a turn, or of the row of a conversation, that are errors: only texts are used, so their values would be lost.
@@ -222,7 +226,8 @@ def _in_hash_order(ids: Iterable[str], salt: str) -> list[str]:
 
 
 def _read(path_or_uri: str | Path, columns: Columns) -> list[Row]:
-    others = [name for name in (columns.id, columns.split, columns.context, "system", "weight") if name]
+    others = [name for name in (columns.id, columns.split, columns.context, columns.system) if name]
+    others += ["weight", *_REFINED]
     return read_rows(str(path_or_uri), Wanted(_shapes(columns), others, _LOST_WITH_ROW, columns.split))
 
 
@@ -328,22 +333,25 @@ def _example(id: str, row: Row, shape: tuple[str, str], columns: Columns) -> Exa
     if any(isinstance(row.values[name], list) for name in shape):
         _require_nothing_lost(row.values, _LOST_WITH_ROW, row.where, "the row")
         _require_trained(row.values, ("weight",), row.where, "the row")
-        turns = _with_system(turns, row)
+    turns = _with_system([*_refined_turns(row), *turns], row, columns)
     roles = [role for role, _ in turns]
     if roles[-2:] != ["user", "assistant"] or "system" in roles[1:]:
         raise BadRow(
             f"{row.where}: turns by {_listed(roles)}; system may only be first, and the last "
             "two must be user (the question) and assistant (the answer)"
         )
-    context = ""
-    if _has([row], columns, "context"):
-        if columns.context not in row.values:
-            raise _missing(row, columns.context, "context", '="" to use none')
-        # Null, or an empty field of a CSV file: this row has no context.
-        if row.values[columns.context] not in (None, ""):
-            context = _text(row.values[columns.context], row.where, columns.context)
     *earlier, (_, question), (_, answer) = turns
-    return Example(id, question, answer, context, tuple(earlier))
+    return Example(id, question, answer, _optional(row, columns, "context"), tuple(earlier))
+
+
+def _optional(row: Row, columns: Columns, field: str) -> str:
+    """The text of a column that some rows lack; "" where it is null, or an empty field of a CSV file."""
+    if not _has([row], columns, field):
+        return ""
+    name = getattr(columns, field)
+    if name not in row.values:
+        raise _missing(row, name, field, '="" to use none')
+    return "" if row.values[name] in (None, "") else _text(row.values[name], row.where, name)
 
 
 def _listed(roles: Sequence[str]) -> str:
@@ -394,14 +402,32 @@ def _turn_in_words(turn: Any, role_key: str, content_key: str) -> str:
     return f"the role {quoted(turn[role_key])} and {'text' if isinstance(content, str) else kind_of(content)}"
 
 
-def _with_system(turns: list[tuple[str, str]], row: Row) -> list[tuple[str, str]]:
-    """Adds the system turn that some files of conversations have in a column of its own."""
-    system = row.values.get("system")
-    if system in (None, "") or turns[0] == ("system", system):
+def _with_system(turns: list[tuple[str, str]], row: Row, columns: Columns) -> list[tuple[str, str]]:
+    """Adds the system turn of a row that has it in a column of its own."""
+    system = _optional(row, columns, "system")
+    if not system or turns[0] == ("system", system):
         return turns
     if turns[0][0] == "system":
-        raise BadRow(f"{row.where}: a system turn, and another text in the column 'system'; remove one")
-    return [("system", _text(system, row.where, "system")), *turns]
+        raise BadRow(
+            f"{row.where}: a system turn, and another text in the column {quoted(columns.system)}; remove one, or set "
+            'data.system="" to use no column'
+        )
+    return [("system", system), *turns]
+
+
+def _refined_turns(row: Row) -> list[tuple[str, str]]:
+    """The earlier turns of a row of a refined data set: pairs of role and content, in its ArrayRecord as JSON."""
+    if any(not row.values.get(name) for name in _REFINED):
+        return []
+    turns = row.values["turns"]
+    try:
+        pairs = json.loads(turns) if isinstance(turns, str) else turns
+        named = [{"role": role, "content": content} for role, content in pairs]
+    except (ValueError, TypeError) as error:
+        raise BadRow(
+            f"{row.where}: turns of a refined row must be pairs of role and content; restore the row"
+        ) from error
+    return _turns(named, None, row.where, "turns") if named else []
 
 
 def _require_nothing_lost(values: dict[str, Any], names: Iterable[str], where: str, place: str) -> None:
