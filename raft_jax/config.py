@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16")
 STUDENT = "student"  # as a role of the refinement: the model of model.source
 PROGRAMS = ("similarity", "coverage", "likelihood")  # judges that are programs
 ANSWER_PROGRAMS = ("similarity", "coverage")  # those that can judge an answer that is no fusion
+SEVERAL_ANSWERS = ("first", "each")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
@@ -60,6 +61,7 @@ class DataConfig:
     split: str = "split"  # the column that says what a row is for; without it held_out decides
     context: str = "context"  # the column of what is put before the question
     system: str = "system"  # the column of the system turn
+    several_answers: str = "first"  # of a row whose answer is a list: first uses that one, each makes each a row
     train_split: str = "train"  # used where the file has the split column
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     held_out: int = 32  # rows set aside where it has none
@@ -72,6 +74,8 @@ class DataConfig:
 
     def __post_init__(self):
         _require(0 <= self.seed < 2**32, "data.seed", self.seed, "0 to 2**32 - 1")
+        allowed = SEVERAL_ANSWERS
+        _require(self.several_answers in allowed, "data.several_answers", self.several_answers, ", ".join(allowed))
         for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
         for key in ("max_train", "max_test"):

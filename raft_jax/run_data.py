@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from raft_jax.config import Config
+from raft_jax.data.answers import each_answer, first_answers, require_distinct_ids
 from raft_jax.data.batches import TokenRow
 from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
 from raft_jax.data.prompts import load_prompts
@@ -24,17 +26,35 @@ def _a_few(names: Sequence[str]) -> str:
     return ", ".join([*names[:NAMED], *more])
 
 
-def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> tuple[list[Example], list[Example]]:
+class GivenRows(NamedTuple):
+    """The rows of the data before any is left out for its length.
+
+    Attributes:
+      train: training examples, each with one answer.
+      test: held-out examples, the same.
+      several: ids of the rows that have several answers.
+    """
+
+    train: list[Example]
+    test: list[Example]
+    several: list[str]
+
+
+def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> GivenRows:
     """Training and held-out examples according to the settings data.*; see `load_examples` for `bad_rows`."""
     data = config.data
     columns = Columns(data.question, data.answer, data.id, data.split, data.context, data.system)
     if split_counts(data.path, columns):
-        train_rows = load_examples(data.path, columns, data.train_split, bad_rows=bad_rows)
-        test_rows = load_examples(data.path, columns, data.test_split, bad_rows=bad_rows)
+        train = load_examples(data.path, columns, data.train_split, bad_rows=bad_rows)
+        test = load_examples(data.path, columns, data.test_split, bad_rows=bad_rows)
     else:
         examples = load_examples(data.path, columns, bad_rows=bad_rows)
-        train_rows, test_rows = split_held_out(examples, data.held_out, data.seed)
-    return train_rows, test_rows
+        train, test = split_held_out(examples, data.held_out, data.seed)
+    several = [example.id for example in (*train, *test) if example.more_answers]
+    one_each = {"first": first_answers, "each": each_answer}[data.several_answers]
+    train, test = one_each(train), one_each(test)
+    require_distinct_ids([*train, *test], data.path)
+    return GivenRows(train, test, several)
 
 
 class RunData:
@@ -44,7 +64,7 @@ class RunData:
         self.config, self.tokenizer, self.max_positions = config, tokenizer, max_positions
         self.bad_rows: dict[str, str] = {}  # id → what is wrong
         self.given = read_data(config, self.bad_rows if config.data.skip_bad_rows else None)
-        train, test = self.given
+        train, test, self.several = self.given
         self.train_fitting = self._fitting("training", train, config.data.max_train)
         self.test_fitting = self._fitting("held-out", test, config.data.max_test)
         self.train, self.test = self.train_fitting.kept, self.test_fitting.kept
@@ -67,8 +87,10 @@ class RunData:
 
     @property
     def incomplete(self) -> bool:
-        """Whether bad or too long rows were left out, or held-out questions are also training questions."""
-        return bool(self.bad_rows or self.train_fitting.too_long or self.test_fitting.too_long or self.remembered)
+        """Whether something of the data is not used, or held-out questions are also training questions."""
+        too_long = self.train_fitting.too_long or self.test_fitting.too_long
+        unused_answers = self.several and self.config.data.several_answers == "first"
+        return bool(self.bad_rows or too_long or self.remembered or unused_answers)
 
     def describe(self) -> Iterator[str]:
         """Lines about the rows that are used and left out, with a few examples of each kind."""
@@ -93,6 +115,12 @@ class RunData:
             yield from (f"  {one_line(problem)}" for problem in shown)
             if len(self.bad_rows) > NAMED:
                 yield f"  … and {len(self.bad_rows) - NAMED} more"
+        if self.several:
+            how = {
+                "first": "the first is used; data.several_answers=each makes each a row",
+                "each": "each is a row, as data.several_answers=each",
+            }[data.several_answers]
+            yield one_line(f"rows with several answers: {len(self.several)} ({_a_few(self.several)}); {how}")
         if self.remembered:
             yield one_line(
                 f"held-out questions that are training questions, too: {len(self.remembered)} "

@@ -43,9 +43,12 @@ EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype")
 # Keys that came later, with the value that they had before: records that lack them were made with it.
 BEFORE = {
-    "refine.threshold": {"refine.rewriter": "student", "refine.fuser": "student", "refine.prompts": None},
-    "evaluate.max_new_tokens": {"evaluate.label": None},
-}  # by a key that the records of the same stage have always had
+    "data.several_answers": "first",
+    "refine.rewriter": "student",
+    "refine.fuser": "student",
+    "refine.prompts": None,
+    "evaluate.label": None,
+}
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 
 
@@ -77,8 +80,8 @@ def changes(before: Settings, now: Settings) -> dict[str, str]:
 
     A changed path is not a difference if the content at it is the same.
     """
-    for always, added in BEFORE.items():
-        before = {**(added if always in before else {}), **before}
+    sections = {key.partition(".")[0] for key in before}
+    before = {key: value for key, value in BEFORE.items() if key.partition(".")[0] in sections} | dict(before)
     both = before.keys() & now.keys()
     return {
         key: _change(key, before[key], now[key], now)

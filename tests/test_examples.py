@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from raft_jax.data import files
+from raft_jax.data.answers import each_answer, first_answers
 from raft_jax.data.examples import (
     Columns,
     Example,
@@ -262,6 +263,35 @@ def test_shapes(tmp_path, row, expected):
     assert load_examples(write(tmp_path, [row])) == [Example("000001", *expected)]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+@pytest.mark.parametrize("columns", [("question", "answer"), ("prompt", "completion")])
+def test_several_answers(tmp_path, name, columns):
+    answers = [["So.", "Thus.", "So."], ["So."], ["Thus.", "So."]]
+    rows = [dict(zip((*columns, "tools"), ("Why?", texts, ["saw"]), strict=True)) for texts in answers]
+    path = write(tmp_path, rows, name) if name == "rows.jsonl" else tmp_path / name
+    if name == "rows.parquet":
+        import pyarrow as pa
+        import pyarrow.parquet
+
+        pa.parquet.write_table(pa.Table.from_pylist(rows), path)
+    found = load_examples(path)
+    assert [(example.answer, example.more_answers) for example in found] == [
+        ("So.", ("Thus.",)),
+        ("So.", ()),
+        ("Thus.", ("So.",)),
+    ]
+    assert [example.answer for example in first_answers(found)] == ["So.", "So.", "Thus."]
+    rows = each_answer(found)
+    assert [(row.id, row.answer) for row in rows] == [
+        ("000001#1", "So."),
+        ("000001#2", "Thus."),
+        ("000002", "So."),
+        ("000003#1", "Thus."),
+        ("000003#2", "So."),
+    ]
+    assert {(row.question, row.more_answers) for row in rows} == {("Why?", ())}
+
+
 def test_each_row_has_its_shape(tmp_path):
     path = write(tmp_path, [{"messages": turns("Why?", "So.")}, {"prompt": "Who?", "completion": "I."}])
     assert load_examples(path) == [Example("000001", "Why?", "So."), Example("000002", "Who?", "I.")]
@@ -354,7 +384,11 @@ def test_halves_of_characters_are_refused_everywhere(tmp_path, row):
         ({"messages": ["Why?", "So."]}, "turn 1 of messages must have a role (system, user, assistant)"),
         ({"messages": turns("Why?", " \n")}, "turn 2 of messages is empty"),
         ({"prompt": turns("Why?", "So"), "completion": "."}, "turns by user, assistant, assistant; "),
-        ({"prompt": "Why?", "completion": []}, "completion must be a list of turns (role and content), got an empty"),
+        ({"prompt": "Why?", "completion": []}, "completion is an empty list; give at least one answer, or remove the"),
+        ({"question": "Why?", "answer": ["So.", " "]}, "answer 2 of answer is empty"),
+        ({"question": "Why?", "answer": [None, "So."]}, "answer 1 of answer must be text, got null"),
+        ({"question": "Why?", "answer": ["So.", ["So."]]}, "answer 2 of answer must be text, got a list of texts"),
+        ({"question": ["Why?"], "answer": "So."}, "question must be one text, or a list of turns"),
         ({"prompt": "Why?", "completion": {"text": "So."}}, "completion must be text, got an object"),
         (
             {"messages": [SYSTEM, *turns("Why?", "So.")], "system": "You are a judge."},
@@ -447,8 +481,8 @@ GOOD = b'{"id": "a", "question": "Why?", "answer": "So."}\n'
         (b'{"id": "b", "question": "Why?", "answer": null}', "answer must be text, got null"),
         (b'{"id": "b", "question": "Why?", "answer": {"text": "So."}}', "answer must be text, got an object"),
         (
-            b'{"id": "b", "question": "Why?", "answer": ["So."]}',
-            "answer must be one text, or a list of turns (role and content), got a list of texts; choose one of them",
+            b'{"id": "b", "question": ["Why?"], "answer": "So."}',
+            "question must be one text, or a list of turns (role and content), got a list of texts; choose one of them",
         ),
         (b'{"id": "b", "question": "Why \\ud800?", "answer": "So."}', "question holds half a character"),
         (b'{"id": "", "question": "Why?", "answer": "So."}', "id is empty"),

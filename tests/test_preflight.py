@@ -44,6 +44,44 @@ def test_bad_rows_are_counted_at_the_start_of_a_run(tmp_path):
     assert [":17: answer is empty" in lines[3], ":19: answer is empty" in lines[5]] == [True, True]
 
 
+def several_answers(number: int, *answers: str) -> dict:
+    return {**tiny.ROWS[number], "answer": list(answers)}
+
+
+def test_several_answers_are_named_and_the_first_or_each_is_used(tmp_path):
+    path = tiny.write_run(tmp_path)
+    given = [several_answers(0, "Rule 1.", "Form 1."), *tiny.ROWS[1:2], several_answers(2, "Rule 3.", "Form 3.")]
+    tiny.write_jsonl(tmp_path / "data.jsonl", [*given, *tiny.ROWS[3:]])
+    first = RunData(load_config(path), tiny.make_tokenizer(), 512)
+    assert first.incomplete and [row.id for row in (*first.train, *first.test)][:2] == ["q01", "q02"]
+    assert "rows with several answers: 2 (q01, q03); the first is used; data.several_answers=each" in "\n".join(
+        first.describe()
+    )
+    each = RunData(load_config(path, ["data.several_answers=each"]), tiny.make_tokenizer(), 512)
+    assert [(row.id, row.answer) for row in each.train[:3]] == [
+        ("q01#1", "Rule 1."),
+        ("q01#2", "Form 1."),
+        ("q02", tiny.ROWS[1]["answer"]),
+    ]
+    assert [row.id for row in each.test[:2]] == ["q03#1", "q03#2"]
+    assert not each.incomplete and "each is a row" in "\n".join(each.describe())
+    # Without a split column, all answers to a held-out question are held out.
+    rows = [{"id": str(number), "question": f"Q{number}?", "answer": ["A.", "B."]} for number in range(12)]
+    tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    data = RunData(load_config(path, ["data.several_answers=each", "data.held_out=4"]), tiny.make_tokenizer(), 512)
+    assert len(data.test) == 8 and not {row.question for row in data.test} & {row.question for row in data.train}
+
+
+def test_an_id_that_an_answer_would_share_with_a_row_is_named(tmp_path):
+    path = tiny.write_run(tmp_path)
+    taken = {**tiny.ROWS[2], "id": "q01#2"}
+    rows = [several_answers(0, "Rule 1.", "Form 1."), *tiny.ROWS[1:], taken]
+    tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    assert len(RunData(load_config(path), tiny.make_tokenizer(), 512).test) == 5
+    with pytest.raises(InputError, match=r"the id 'q01#2' is that of a row, and of an answer of the row 'q01'; rename"):
+        RunData(load_config(path, ["data.several_answers=each"]), tiny.make_tokenizer(), 512)
+
+
 def test_lengths_and_limits():
     assert quantiles([3]) == [3] * 5 and quantiles([1] * 98 + [7, 9]) == [1, 1, 1, 7, 9]
     # Of 20 rows one may go: the longest question, or the longest answer, not both.

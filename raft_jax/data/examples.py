@@ -43,6 +43,7 @@ class Example:
       answer: the gold answer.
       context: the text that the question refers to, from the context column; "" if there is none.
       turns: the turns before the question as (role, content): the system turn, and earlier questions and answers.
+      more_answers: further gold answers of the row, each unlike the others.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Example:
     answer: str
     context: str = ""
     turns: tuple[tuple[str, str], ...] = ()  # (role, content) of the turns before the question
+    more_answers: tuple[str, ...] = ()
 
 
 class BadRow(InputError):
@@ -116,6 +118,8 @@ def load_examples(
     holds a conversation; ShareGPT's `conversations`. A row has the first shape whose columns exist in it and are not
     all null. If `columns` names other columns for question and answer, only those are read.
 
+    An answer may be a list of texts: several answers to one question (`more_answers`).
+
     A question or an answer may be a list of chat turns, as role and content or as ShareGPT's from and value. The last
     turn must be the assistant's and is the answer; the turn before it must be the user's and is the question. Earlier
     turns go into `turns`. Other roles, content that is not text, and turns with data besides text, such as tool calls,
@@ -143,7 +147,7 @@ def load_examples(
       >>> path = Path(tempfile.mkdtemp()) / "faq.jsonl"
       >>> _ = path.write_text('{"prompt": "How long?", "completion": "Thirty days."}')
       >>> load_examples(path)
-      [Example(id='000001', question='How long?', answer='Thirty days.', context='', turns=())]
+      [Example(id='000001', question='How long?', answer='Thirty days.', context='', turns=(), more_answers=())]
     """
     if limit is not None and limit < 1:
         raise InputError(f"limit {limit}: must be at least 1, or absent to read all rows")
@@ -323,14 +327,18 @@ def _usual_shape(rows: Sequence[Row], columns: Columns) -> tuple[str, str]:
 
 
 def _example(id: str, row: Row, shape: tuple[str, str], columns: Columns) -> Example:
-    turns = []
+    turns, more_answers, conversation = [], (), False
     for name, field, role in zip(shape, ("question", "answer"), ("user", "assistant"), strict=True):
         if name not in row.values:
             raise _missing(row, name, field)
-        turns += _turns(row.values[name], None if shape[0] == shape[1] else role, row.where, name)
-        if shape[0] == shape[1]:
+        value, whole = row.values[name], shape[0] == shape[1]
+        if field == "answer" and isinstance(value, list) and not any(isinstance(turn, dict) for turn in value):
+            value, *more_answers = _answers(value, row.where, name)
+        conversation = conversation or isinstance(value, list)
+        turns += _turns(value, None if whole else role, row.where, name)
+        if whole:
             break
-    if any(isinstance(row.values[name], list) for name in shape):
+    if conversation:
         _require_nothing_lost(row.values, _LOST_WITH_ROW, row.where, "the row")
         _require_trained(row.values, ("weight",), row.where, "the row")
     turns = _with_system([*_refined_turns(row), *turns], row, columns)
@@ -341,7 +349,15 @@ def _example(id: str, row: Row, shape: tuple[str, str], columns: Columns) -> Exa
             "two must be user (the question) and assistant (the answer)"
         )
     *earlier, (_, question), (_, answer) = turns
-    return Example(id, question, answer, _optional(row, columns, "context"), tuple(earlier))
+    return Example(id, question, answer, _optional(row, columns, "context"), tuple(earlier), tuple(more_answers))
+
+
+def _answers(values: list, where: str, name: str) -> list[str]:
+    """Several answers to one question; equal ones count once."""
+    if not values:
+        raise BadRow(f"{where}: {shown(name)} is an empty list; give at least one answer, or remove the row")
+    texts = [_text(value, where, f"answer {number} of {name}") for number, value in enumerate(values, start=1)]
+    return list(dict.fromkeys(texts))
 
 
 def _optional(row: Row, columns: Columns, field: str) -> str:
