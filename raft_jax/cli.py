@@ -217,6 +217,7 @@ def _prompts(args) -> int:
 
 
 def _check(args) -> int:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # what is computed is little; devices are left to runs
     from raft_jax.preflight import check
 
     # Names and texts from the user's files must not be read as rich's markup, nor "a:key:b" as an emoji.

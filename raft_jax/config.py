@@ -14,6 +14,7 @@ DTYPES = ("float32", "bfloat16")
 STUDENT = "student"  # as a role of the refinement: the model of model.source
 PROGRAMS = ("similarity", "coverage", "likelihood")  # judges that are programs
 ANSWER_PROGRAMS = ("similarity", "coverage")  # those that can judge an answer that is no fusion
+DROP_DUPLICATES = ("none", "exact", "near")
 SEVERAL_ANSWERS = ("first", "each")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
@@ -62,6 +63,8 @@ class DataConfig:
     context: str = "context"  # the column of what is put before the question
     system: str = "system"  # the column of the system turn
     several_answers: str = "first"  # of a row whose answer is a list: first uses that one, each makes each a row
+    drop_duplicates: str = "none"  # leave out rows with the question of an earlier row: none, exact, or also near ones
+    duplicate_similarity: float = 0.95  # the encoder's cosine from which on two questions are near duplicates
     train_split: str = "train"  # used where the file has the split column
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     held_out: int = 32  # rows set aside where it has none
@@ -74,8 +77,10 @@ class DataConfig:
 
     def __post_init__(self):
         _require(0 <= self.seed < 2**32, "data.seed", self.seed, "0 to 2**32 - 1")
-        allowed = SEVERAL_ANSWERS
-        _require(self.several_answers in allowed, "data.several_answers", self.several_answers, ", ".join(allowed))
+        for key, allowed in (("several_answers", SEVERAL_ANSWERS), ("drop_duplicates", DROP_DUPLICATES)):
+            _require(getattr(self, key) in allowed, f"data.{key}", getattr(self, key), ", ".join(allowed))
+        similarity = self.duplicate_similarity
+        _require(0 < similarity <= 1, "data.duplicate_similarity", similarity, "a cosine, above 0, up to 1")
         for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
             _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
         for key in ("max_train", "max_test"):

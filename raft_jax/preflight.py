@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from raft_jax.config import STUDENT, Config
+from raft_jax.data.examples import Example
 from raft_jax.data.files import locate
 from raft_jax.data.prompts import Conversation, load_prompts, question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
+from raft_jax.duplicates import near_questions
 from raft_jax.errors import InputError
 from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
 from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
@@ -17,6 +20,7 @@ from raft_jax.evaluate.expected import load_expected
 from raft_jax.evaluate.judges import require_judges
 from raft_jax.evaluate.tasks import require_tasks
 from raft_jax.methods import METHODS, Method, any_refines
+from raft_jax.models.encoder import load_encoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
 from raft_jax.refine.generate import task_prompt
@@ -120,8 +124,9 @@ def check(config: Config, console) -> None:
     """Checks config, data and model without starting a run, and prints one training example and the tokens in the loss.
 
     Raises:
-      InputError: a problem that a run would report before it computes anything. Not checked, because no device is used:
-        the mesh, the values of the weights, and the content of the encoder's folder.
+      InputError: a problem that a run would report before it computes anything. Not checked, because only near
+        duplicates that are to be left out are computed: the mesh, the values of the weights, and the content of the
+        encoder's folder.
     """
     require_sources(config)
     require_unchanged(config)
@@ -131,7 +136,7 @@ def check(config: Config, console) -> None:
     tokenizer = tokenizer_of(weights, decoder.vocab_size)
     tokenizer.thinking = config.model.thinking
     check_keys(weights, decoder)
-    data = RunData(config, tokenizer, decoder.max_positions)
+    data = RunData(config, tokenizer, decoder.max_positions, partial(_near_duplicates, config))
     methods = [METHODS[name] for name in config.methods]
     refines = any_refines(config.methods)
     console.print(f"data: {config.data.path}")
@@ -154,6 +159,14 @@ def check(config: Config, console) -> None:
     for line in estimate_lines(config, model_size(decoder, config), sizes, free_disk=_free_disk(config.run_dir)):
         console.print(line)
     _print_example(data, tokenizer, console)
+
+
+def _near_duplicates(config: Config, examples: Sequence[Example]) -> dict[str, str]:
+    """`near_questions` with the run's encoder, which is loaded for this alone."""
+    given = config.encoder
+    require_source("encoder.source", given.source)
+    encoder = load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
+    return near_questions(examples, encoder, config.data.duplicate_similarity)
 
 
 def _free_disk(run_dir: str) -> int:

@@ -18,6 +18,7 @@ from raft_jax.compile_cache import use_compile_cache
 from raft_jax.config import Config
 from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
+from raft_jax.duplicates import asked, near_questions
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluator
 from raft_jax.evaluate.expected import load_expected
@@ -39,7 +40,7 @@ from raft_jax.refine.roles import Roles, require_roles
 from raft_jax.refine.run import refine, summary
 from raft_jax.resume import all_settings, settings_for
 from raft_jax.run_data import RunData
-from raft_jax.run_folder import Evaluation, RunFolder, write_atomically
+from raft_jax.run_folder import Evaluation, NearDuplicates, RunFolder, write_atomically
 from raft_jax.scores import ModelScores
 from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
 from raft_jax.sources import model_identity
@@ -88,10 +89,21 @@ class Run:
     @cached_property
     def data(self) -> RunData:
         """The examples that are used; the others are printed once."""
-        data = RunData(self.config, self.model.tokenizer, self.model.config.max_positions)
+        data = RunData(self.config, self.model.tokenizer, self.model.config.max_positions, self._near_duplicates)
         if data.incomplete:
             print(visible("\n".join(data.describe())), flush=True)
         return data
+
+    def _near_duplicates(self, examples: Sequence[Example]) -> dict[str, str]:
+        """`near_questions`; recorded, so that a machine that rounds otherwise leaves out the same rows."""
+        similarity, encoder = self.config.data.duplicate_similarity, self.encoder
+        given = [[list(asked(example)), example.id] for example in examples]
+        made_with = hashlib.sha256(json.dumps([given, similarity, encoder.identity]).encode()).hexdigest()
+        known = self.folder.near_duplicates()
+        if known is None or known.made_with != made_with:
+            known = NearDuplicates(made_with, near_questions(examples, encoder, similarity))
+            self.folder.write_near_duplicates(known)
+        return known.rows
 
     @property
     def methods(self) -> list[Method]:
@@ -106,6 +118,8 @@ class Run:
         retry = retry and not any(self.folder.method(name).path.exists() for name in METHODS)
         if (rows := self._published(made_with, retry)) is not None:
             return rows
+        for line in self.data.describe_near_duplicates(self.encoder):
+            print(visible(line), flush=True)
         rows, ledger = self._refine(self.data.train)
         works = account(ledger.used(), self.config)
         if is_writer():

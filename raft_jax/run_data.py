@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from raft_jax.config import Config
-from raft_jax.data.answers import each_answer, first_answers, require_distinct_ids
+from raft_jax.data.answers import each_answer, first_answers, require_free_ids
 from raft_jax.data.batches import TokenRow
 from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
 from raft_jax.data.prompts import load_prompts
 from raft_jax.data.refined import RefinedRow
 from raft_jax.data.tokenize import token_rows
+from raft_jax.duplicates import FindNear, asked, near_questions, same_questions
 from raft_jax.errors import InputError
 from raft_jax.lengths import KEPT, QUANTILES, Fitting, describe_lengths, fitting, quantiles
 from raft_jax.methods import Method
+from raft_jax.models.encoder import Encoder
 from raft_jax.models.tokenizer import Tokenizer
 from raft_jax.terminal import one_line
 
@@ -26,6 +28,15 @@ def _a_few(names: Sequence[str]) -> str:
     return ", ".join([*names[:NAMED], *more])
 
 
+def _pairs(rows: Mapping[str, str]) -> str:
+    return _a_few([f"{id} as {earlier}" for id, earlier in rows.items()])
+
+
+def _within(rows: Mapping[str, str], held_out: Container[str]) -> dict[str, str]:
+    """The pairs of which both rows are training rows, or both held-out ones."""
+    return {id: earlier for id, earlier in rows.items() if (id in held_out) == (earlier in held_out)}
+
+
 class GivenRows(NamedTuple):
     """The rows of the data before any is left out for its length.
 
@@ -33,15 +44,28 @@ class GivenRows(NamedTuple):
       train: training examples, each with one answer.
       test: held-out examples, the same.
       several: ids of the rows that have several answers.
+      repeated: the rows with the question of an earlier row, as id → id of that row. Held-out rows count as earlier.
+      dropped: the rows that data.drop_duplicates leaves out, in the same form.
     """
 
     train: list[Example]
     test: list[Example]
     several: list[str]
+    repeated: dict[str, str]
+    dropped: dict[str, str]
 
 
-def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> GivenRows:
-    """Training and held-out examples according to the settings data.*; see `load_examples` for `bad_rows`."""
+def read_data(config: Config, bad_rows: dict[str, str] | None = None, find_near: FindNear | None = None) -> GivenRows:
+    """Training and held-out examples according to the settings data.*.
+
+    Args:
+      config: the run's.
+      bad_rows: see `load_examples`.
+      find_near: finds near duplicates; needed where they are left out.
+
+    Raises:
+      InputError: the data cannot be read, or no training row is left.
+    """
     data = config.data
     columns = Columns(data.question, data.answer, data.id, data.split, data.context, data.system)
     if split_counts(data.path, columns):
@@ -51,27 +75,41 @@ def read_data(config: Config, bad_rows: dict[str, str] | None = None) -> GivenRo
         examples = load_examples(data.path, columns, bad_rows=bad_rows)
         train, test = split_held_out(examples, data.held_out, data.seed)
     several = [example.id for example in (*train, *test) if example.more_answers]
-    one_each = {"first": first_answers, "each": each_answer}[data.several_answers]
-    train, test = one_each(train), one_each(test)
-    require_distinct_ids([*train, *test], data.path)
-    return GivenRows(train, test, several)
+    every = [*test, *train]
+    repeated, dropped = same_questions(every), {}
+    if data.drop_duplicates != "none":
+        dropped = dict(repeated)
+        if data.drop_duplicates == "near":
+            if find_near is None:
+                raise ValueError("data.drop_duplicates=near needs find_near")
+            dropped |= find_near(every)
+        train, test = ([example for example in rows if example.id not in dropped] for rows in (train, test))
+        if not train:
+            raise InputError(
+                f"{data.path}: every training question is a held-out one, too, so that data.drop_duplicates="
+                f"{data.drop_duplicates} leaves none; set data.train_split and data.test_split to different rows"
+            )
+    if data.several_answers == "each":
+        require_free_ids([*train, *test], data.path)
+        train, test = each_answer(train), each_answer(test)
+    else:
+        train, test = first_answers(train), first_answers(test)
+    return GivenRows(train, test, several, repeated, dropped)
 
 
 class RunData:
     """A run's examples within the limits of length. No text is ever truncated: too long examples are left out."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, max_positions: int):
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_positions: int, find_near: FindNear | None = None):
         self.config, self.tokenizer, self.max_positions = config, tokenizer, max_positions
         self.bad_rows: dict[str, str] = {}  # id → what is wrong
-        self.given = read_data(config, self.bad_rows if config.data.skip_bad_rows else None)
-        train, test, self.several = self.given
+        self.given = read_data(config, self.bad_rows if config.data.skip_bad_rows else None, find_near)
+        train, test, *_ = self.given
         self.train_fitting = self._fitting("training", train, config.data.max_train)
         self.test_fitting = self._fitting("held-out", test, config.data.max_test)
         self.train, self.test = self.train_fitting.kept, self.test_fitting.kept
-        trained = {(example.question, example.context, example.turns) for example in self.train}
-        self.remembered = [
-            example.id for example in self.test if (example.question, example.context, example.turns) in trained
-        ]
+        trained = set(map(asked, self.train))
+        self.remembered = [example.id for example in self.test if asked(example) in trained]
 
     def _fitting(self, name: str, examples: Sequence[Example], limit: int | None) -> Fitting:
         found = fitting(examples, self.tokenizer, self.config, limit)
@@ -89,8 +127,10 @@ class RunData:
     def incomplete(self) -> bool:
         """Whether something of the data is not used, or held-out questions are also training questions."""
         too_long = self.train_fitting.too_long or self.test_fitting.too_long
-        unused_answers = self.several and self.config.data.several_answers == "first"
-        return bool(self.bad_rows or too_long or self.remembered or unused_answers)
+        unused_answers = self.given.several and self.config.data.several_answers == "first"
+        return bool(
+            self.bad_rows or too_long or self.remembered or self.given.repeated or self.given.dropped or unused_answers
+        )
 
     def describe(self) -> Iterator[str]:
         """Lines about the rows that are used and left out, with a few examples of each kind."""
@@ -115,17 +155,53 @@ class RunData:
             yield from (f"  {one_line(problem)}" for problem in shown)
             if len(self.bad_rows) > NAMED:
                 yield f"  … and {len(self.bad_rows) - NAMED} more"
-        if self.several:
+        yield from self._describe_duplicates()
+        if several := self.given.several:
             how = {
                 "first": "the first is used; data.several_answers=each makes each a row",
                 "each": "each is a row, as data.several_answers=each",
             }[data.several_answers]
-            yield one_line(f"rows with several answers: {len(self.several)} ({_a_few(self.several)}); {how}")
+            yield one_line(f"rows with several answers: {len(several)} ({_a_few(several)}); {how}")
+
+    def _describe_duplicates(self) -> Iterator[str]:
+        """Lines about rows that ask the same."""
+        setting, dropped = self.config.data.drop_duplicates, self.given.dropped
+        if dropped:
+            yield one_line(
+                f"rows with the question of an earlier row, left out by data.drop_duplicates={setting}: "
+                f"{len(dropped)} ({_pairs(dropped)})"
+            )
+        held_out = {example.id for example in self.given.test}
+        if not dropped and (repeated := _within(self.given.repeated, held_out)):
+            yield one_line(
+                f"rows with the question of an earlier row: {len(repeated)} ({_pairs(repeated)}); "
+                "data.drop_duplicates=exact leaves them out"
+            )
         if self.remembered:
             yield one_line(
                 f"held-out questions that are training questions, too: {len(self.remembered)} "
-                f"({_a_few(self.remembered)}); what is measured on them may be remembered, not learned"
+                f"({_a_few(self.remembered)}); what is measured on them may be remembered, not learned; "
+                "data.drop_duplicates=exact leaves the training rows out"
             )
+
+    def describe_near_duplicates(self, encoder: Encoder) -> Iterator[str]:
+        """Lines about rows that are used and ask nearly the same; none where such rows are left out."""
+        data = self.config.data
+        if data.drop_duplicates == "near":
+            return
+        found = near_questions([*self.test, *self.train], encoder, data.duplicate_similarity)
+        held_out = {example.id for example in self.test}
+        within = _within(found, held_out)
+        across = {id: earlier for id, earlier in found.items() if id not in within}
+        for what, pairs in (
+            ("rows with nearly the question of an earlier row", within),
+            ("training rows with nearly the question of a held-out row", across),
+        ):
+            if pairs:
+                yield one_line(
+                    f"{what} (cosine of data.duplicate_similarity={data.duplicate_similarity:g} or more): "
+                    f"{len(pairs)} ({_pairs(pairs)}); data.drop_duplicates=near leaves them out"
+                )
 
     def describe_lengths(self, refines: bool) -> Iterator[str]:
         """Lines about lengths in tokens, and warnings if the limits of generation would truncate many answers."""

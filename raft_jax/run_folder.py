@@ -45,6 +45,14 @@ class Account:
     works: list[Work]
 
 
+@dataclass(frozen=True)
+class NearDuplicates:
+    """The rows that ask nearly what an earlier row asks, as id → id, and what questions and encoder these are of."""
+
+    made_with: str
+    rows: dict[str, str]
+
+
 class MethodFolder:
     """The files of one method in a run folder."""
 
@@ -78,6 +86,7 @@ class RunFolder:
         self.config_yaml = path / "config.yaml"
         self.results_json = path / "results.json"
         self.date_file = path / "date"
+        self.duplicates_json = path / "duplicates.json"
         self.timings_jsonl = path / "timings.jsonl"
         self.evaluation_json = path / "evaluation.json"
         self.evaluation_new_json = path / "evaluation.new.json"  # with changed settings, until it is complete
@@ -140,6 +149,20 @@ class RunFolder:
         write_atomically(
             self.account_json, json.dumps(asdict(Account(list(works))), indent=1, ensure_ascii=False) + "\n"
         )
+
+    def near_duplicates(self) -> NearDuplicates | None:
+        """The near duplicates that were found before; None if that is not recorded."""
+        if not is_there(self.duplicates_json):
+            return None
+        try:
+            return parse_record(NearDuplicates, read_bytes(self.duplicates_json))
+        except ValueError as error:
+            raise InputError(
+                f"{self.duplicates_json}: damaged ({error}); remove it, and they are found again"
+            ) from error
+
+    def write_near_duplicates(self, found: NearDuplicates) -> None:
+        write_atomically(self.duplicates_json, json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
 
     def evaluation(self, *, begun: bool = False) -> Evaluation:
         """The existing scores; with `begun`, those of a new evaluation with changed settings that is not complete."""

@@ -43,6 +43,7 @@ EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype")
 # Keys that came later, with the value that they had before: records that lack them were made with it.
 BEFORE = {
+    "data.drop_duplicates": "none",
     "data.several_answers": "first",
     "refine.rewriter": "student",
     "refine.fuser": "student",
@@ -67,6 +68,13 @@ def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]
     if refined:
         keys = (*keys, *REFINE)
     ignored = WITHOUT_EFFECT if kind == "evaluate" else (*WITHOUT_EFFECT, *HELD_OUT)
+    drops = settings.get("data.drop_duplicates", "none")
+    if drops == "near":  # the encoder decides which rows there are
+        keys = (*keys, *ENCODER)
+    else:
+        ignored = (*ignored, "data.duplicate_similarity")
+    if drops != "none":  # training rows with a held-out question are left out
+        ignored = tuple(key for key in ignored if key != "data.test_split")
     return {
         name: value
         for name, value in settings.items()

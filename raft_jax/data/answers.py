@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from raft_jax.data.examples import Example
@@ -15,7 +15,7 @@ def first_answers(examples: Iterable[Example]) -> list[Example]:
     return [replace(example, more_answers=()) for example in examples]
 
 
-def each_answer(examples: Iterable[Example]) -> list[Example]:
+def each_answer(examples: Sequence[Example]) -> list[Example]:
     """A row of its own for each answer: those of a row with several have the ids ID#1, ID#2, …
 
     Example:
@@ -26,22 +26,26 @@ def each_answer(examples: Iterable[Example]) -> list[Example]:
     rows = []
     for example in examples:
         answers = (example.answer, *example.more_answers)
-        ids = (
-            [f"{example.id}#{number}" for number in range(1, len(answers) + 1)]
-            if example.more_answers
-            else [example.id]
-        )
-        rows += [replace(example, id=id, answer=text, more_answers=()) for id, text in zip(ids, answers, strict=True)]
+        rows += [
+            replace(example, id=id, answer=text, more_answers=())
+            for id, text in zip(_ids(example), answers, strict=True)
+        ]
     return rows
 
 
-def require_distinct_ids(examples: Iterable[Example], source: str) -> None:
-    """Raises InputError if the id that `each_answer` gave an answer is that of another row."""
-    seen = set()
+def require_free_ids(examples: Sequence[Example], source: str) -> None:
+    """Raises InputError if an id that `each_answer` gives to an answer is that of another row."""
+    taken = {example.id for example in examples if not example.more_answers}
     for example in examples:
-        if example.id in seen:
+        if example.more_answers and (shared := [id for id in _ids(example) if id in taken]):
             raise InputError(
-                f"{source}: the id {quoted(example.id)} is that of a row, and of an answer of the row "
-                f"{quoted(example.id.rpartition('#')[0])}; rename one, or set data.several_answers=first"
+                f"{source}: the id {quoted(shared[0])} is that of a row, and of an answer of the row "
+                f"{quoted(example.id)}; rename one, or set data.several_answers=first"
             )
-        seen.add(example.id)
+
+
+def _ids(example: Example) -> list[str]:
+    """The ids of the rows that a row becomes."""
+    if not example.more_answers:
+        return [example.id]
+    return [f"{example.id}#{number}" for number in range(1, len(example.more_answers) + 2)]
