@@ -206,7 +206,7 @@ def test_writers_and_judges_see_gold_rewriting_and_context(ledger):
 
 @pytest.mark.parametrize("judged_at_once", [1, 256])
 def test_nothing_is_done_twice(tmp_path, monkeypatch, judged_at_once):
-    monkeypatch.setattr("raft_jax.refine.run.JUDGED_AT_ONCE", judged_at_once)
+    monkeypatch.setattr("raft_jax.refine.scoring.JUDGED_AT_ONCE", judged_at_once)
     data, config = examples("a", "b", "c"), settings(rounds=2)
     whole = tmp_path / "whole.jsonl"
     expected = refine(data, parts(), config, Ledger.open(whole))

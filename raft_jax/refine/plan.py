@@ -11,7 +11,8 @@ from raft_jax.config import RefineConfig
 from raft_jax.data.examples import Example
 from raft_jax.refine.generate import Generator, RefineItem
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import RefineModels, instructions_of, item_of, score_key, screened, text_key
+from raft_jax.refine.run import RefineModels, instructions_of, item_of, screened, text_key
+from raft_jax.refine.scoring import score_key
 
 ANYTHING = "their texts, the prompt, the settings or the model changed"
 
