@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -57,6 +58,72 @@ class JudgeCounts:
     accepts: float | None
 
 
+@dataclass(frozen=True)
+class QualityCounts:
+    """How natural one kind of text is to the student, beside the gold answers of the same rows.
+
+    Attributes:
+      name: "rewritings" or "fused answers".
+      rows: how many there are.
+      perplexity: exp of minus the mean over rows of the mean log-likelihood per token.
+      gold_perplexity: the same of their gold answers.
+      length: mean of their characters as multiples of the gold answers'.
+      coverage: mean share of the gold answers' numbers and names; None where none has any.
+      less_likely: rows whose gold answer is more likely per token.
+    """
+
+    name: str
+    rows: int
+    perplexity: float
+    gold_perplexity: float
+    length: float
+    coverage: float | None
+    less_likely: int
+
+
+def perplexity(logprob: float) -> float:
+    """exp of minus a mean log-likelihood per token; infinite where a float cannot hold it.
+
+    Example:
+      >>> round(perplexity(-0.6931472), 6)
+      2.0
+    """
+    return math.exp(-logprob) if logprob > -700 else math.inf
+
+
+def quality_counts(rows: Sequence[RefinedRow]) -> list[QualityCounts]:
+    """The counts of usable rewritings and of fused answers, where there are such with log-likelihoods."""
+    found = []
+    for key, name in (("rewrite", "rewritings"), ("fused", "fused answers")):
+        pairs = [(row.quality[key], row.quality["gold"]) for row in rows if row.quality and key in row.quality]
+        known = [(text, text.logprob, gold.logprob) for text, gold in pairs]
+        known = [(text, mine, golds) for text, mine, golds in known if mine is not None and golds is not None]
+        if not known:
+            continue
+        texts, mine, golds = zip(*known, strict=True)
+        shares = [text.coverage for text in texts if text.coverage is not None]
+        found.append(
+            QualityCounts(
+                name,
+                len(texts),
+                perplexity(sum(mine) / len(mine)),
+                perplexity(sum(golds) / len(golds)),
+                sum(text.length for text in texts) / len(texts),
+                sum(shares) / len(shares) if shares else None,
+                sum(own < gold for own, gold in zip(mine, golds, strict=True)),
+            )
+        )
+    return found
+
+
+def less_natural(row: RefinedRow) -> bool:
+    """Whether a row's fused answer is less likely to the student, per token, than its gold answer."""
+    fused, gold = ((row.quality or {}).get(name) for name in ("fused", "gold"))
+    return bool(
+        fused and gold and fused.logprob is not None and gold.logprob is not None and fused.logprob < gold.logprob
+    )
+
+
 def quantiles(values: Sequence[float], shares: Sequence[float] = QUANTILES) -> list[float]:
     """Each quantile is one of the values: the smallest that so large a share of them does not exceed.
 
@@ -95,7 +162,7 @@ def _judged(rows: Sequence[RefinedRow]) -> list[Round]:
 
 
 def lines(rows: Sequence[RefinedRow], accept: float, works: Sequence[Work]) -> Iterator[str]:
-    """The table at the end of a refinement: similarities, judges, and what the models took."""
+    """The table at the end of a refinement: similarities, judges, how natural the texts are, what the models took."""
     if similarity := [row.similarity for row in rows if row.similarity is not None]:
         shown = ", ".join(
             f"{share:.0%} up to {value:.3f}" for share, value in zip(QUANTILES, quantiles(similarity), strict=True)
@@ -107,11 +174,43 @@ def lines(rows: Sequence[RefinedRow], accept: float, works: Sequence[Work]) -> I
         same, several = agreement(rows, accept)
         if several:
             yield f"  the judges agree on {same / several:.0%} of the {several:,} candidates that several scored"
+    if counts := quality_counts(rows):
+        yield from _aligned([QUALITY_COLUMNS, *map(quality_cells, counts)])
+        fused = [count for count in counts if count.name == "fused answers"]
+        if fused and fused[0].less_likely:
+            yield (
+                f"  {fused[0].less_likely:,} of {fused[0].rows:,} fused answers are less natural to the student than "
+                "the gold answer, so training on them moves it further, not less"
+            )
     if works:
         header = ("model", "", "calls", "tokens read", "written", "seconds", "retries", "cost")
         yield from _aligned([header, *map(work_cells, works)])
         if any(work.cost is not None for work in works):
             yield f"  cost: {sum(work.cost or 0 for work in works):.4g}"
+
+
+QUALITY_COLUMNS = (
+    "text",
+    "rows",
+    "perplexity",
+    "of their gold answers",
+    "length to gold",
+    "numbers and names kept",
+    "less likely than gold",
+)
+
+
+def quality_cells(count: QualityCounts) -> tuple[str, ...]:
+    """A row of the table of how natural texts are to the student."""
+    return (
+        count.name,
+        f"{count.rows:,}",
+        f"{count.perplexity:.4g}",
+        f"{count.gold_perplexity:.4g}",
+        f"{count.length:.2f}",
+        "" if count.coverage is None else f"{count.coverage:.0%}",
+        f"{count.less_likely:,}",
+    )
 
 
 def work_cells(work: Work) -> tuple[str, ...]:

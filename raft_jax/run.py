@@ -36,6 +36,7 @@ from raft_jax.preflight import check_evaluation, check_refinement, check_trainin
 from raft_jax.refine.account import account, preview_lines
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.plan import plan
+from raft_jax.refine.quality import with_quality
 from raft_jax.refine.roles import Roles, require_roles
 from raft_jax.refine.run import refine, summary
 from raft_jax.resume import all_settings, settings_for
@@ -156,6 +157,7 @@ class Run:
             if line := plan(examples, models, self.config.refine, ledger):
                 print(line, flush=True)
             rows = refine(examples, models, self.config.refine, ledger)
+            rows = with_quality(rows, self.roles.likelihood, ledger)
         finally:
             self.roles.close()
         if self.folder.timing("refine").tokens != _num_generated(ledger):

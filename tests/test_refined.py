@@ -11,7 +11,7 @@ import pytest
 
 from raft_jax.data import refined
 from raft_jax.data.examples import Example, load_examples
-from raft_jax.data.refined import RefinedRow, Round, load_refined, publish, refined_with
+from raft_jax.data.refined import RefinedRow, Round, TextQuality, load_refined, publish, refined_with
 from raft_jax.errors import InputError
 
 
@@ -52,6 +52,7 @@ def make_rows(num_rows=3, word="first"):
                 chosen="fusion" if accepted else "gold",
                 chosen_round=1 if accepted else None,
                 reason="It was the best.",
+                quality={"gold": TextQuality(logprob=-2.5, length=1.0, coverage=None)} if accepted else None,
             )
         )
     return rows
@@ -100,7 +101,7 @@ def test_tfds_reads_the_same_rows(tmp_path):
             "reason",
         ):
             assert values[name].decode() == expected[name]
-        for name in ("turns", "rounds", "gold_scores"):
+        for name in ("turns", "rounds", "gold_scores", "quality"):
             assert json.loads(values[name]) == expected[name]
         assert bool(values["accepted"]) is row.accepted
         assert values["chosen_round"] == (row.chosen_round or 0)

@@ -256,7 +256,7 @@ def test_rows_are_counted_by_kind_and_the_worst_come_first(finished: Path):
 
 def test_rows_of_an_earlier_format_are_shown(run_dir: Path):
     path = run_dir / "refined" / "refined.jsonl"
-    new = ("context", "turns", "rewrite_note", "gold_scores", "gold_mean")
+    new = ("context", "turns", "rewrite_note", "gold_scores", "gold_mean", "quality")
     rows = [{key: value for key, value in row.items() if key not in new} for row in read_lines(path)]
     for row in rows:
         row["rounds"] = [{key: value for key, value in one.items() if key != "note"} for one in row["rounds"]]

@@ -36,7 +36,7 @@ _MANIFEST = "manifest.json"
 _ROWS = "refined.jsonl"
 _TEXTS = ("id", "question", "context", "gold", "rewrite", "rewrite_status", "rewrite_note")
 _TEXTS += ("answer", "chosen", "reason")
-_NESTED = ("turns", "rounds", "gold_scores")
+_NESTED = ("turns", "rounds", "gold_scores", "quality")
 _FORMAT = 2
 
 
@@ -54,6 +54,21 @@ class Round:
     scores: dict[str, float | None]
     mean: float | None
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextQuality:
+    """How a text compares with the gold answer.
+
+    Attributes:
+      logprob: the student's mean log-likelihood per token before training, given the question, in nats.
+      length: its characters, as a multiple of the gold answer's.
+      coverage: share of the gold answer's numbers and names that it has; None if the gold answer has none.
+    """
+
+    logprob: float | None
+    length: float
+    coverage: float | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +97,8 @@ class RefinedRow:
       chosen: the source of `answer`.
       chosen_round: the round of the chosen candidate, counted from 1; None if the gold answer was kept.
       reason: the reason for the choice, in a sentence.
+      quality: of "gold", and where there are such texts of "rewrite" (a usable one) and "fused" (a chosen one); None in
+        rows of older versions.
     """
 
     id: str
@@ -101,6 +118,7 @@ class RefinedRow:
     chosen: Literal["fusion", "gold"]
     chosen_round: int | None
     reason: str
+    quality: dict[str, TextQuality] | None = None
 
     @classmethod
     def unrefined(cls, example: Example, reason: str) -> RefinedRow:
@@ -134,7 +152,8 @@ def publish(rows: list[RefinedRow], folder: str | Path, settings: str = "") -> N
 
     Besides `refined.jsonl`, the folder holds an ArrayRecord data set that
     `tfds.builder_from_directory(folder).as_data_source("train")` reads without TensorFlow. In it, text is bytes, a
-    number that is None is NaN, a chosen_round of None is 0, and `turns`, `rounds` and `gold_scores` are JSON.
+    number that is None is NaN, a chosen_round of None is 0, and `turns`, `rounds`, `gold_scores` and
+    `quality` are JSON.
     Other files in the folder are not changed. Equal rows and settings give equal bytes.
 
     A process that is killed at any moment leaves the previous version or the new one, never a mixture: every file is

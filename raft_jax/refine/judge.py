@@ -116,15 +116,29 @@ class LikelihoodJudge:
         self.scorer, self.params, self.identity = scorer, params, model
 
     def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
-        tokenizer = self.scorer.model.tokenizer
         texts = [*candidates, *(item.rewrite for item in items)]
-        pairs = [
-            prompt_and_answer(tokenizer, question_of(item), text)
-            for item, text in zip([*items, *items], texts, strict=True)
-        ]
-        prompts, answers = zip(*pairs, strict=True)
-        candidate, rewrite = np.split(self.scorer.mean_logprob(self.params, prompts, answers), 2)
+        candidate, rewrite = np.split(mean_logprobs(self.scorer, self.params, [*items, *items], texts), 2)
         return [min(1.0, float(value)) for value in np.exp(np.minimum(candidate - rewrite, 0))]
+
+
+class LogLikelihood:
+    """The base model's mean log-likelihood per token of a text given the question, nats; a `Judge` but for [0, 1]."""
+
+    name = "log-likelihood"
+
+    def __init__(self, scorer: Scorer, params, model: str = ""):
+        self.scorer, self.params, self.identity = scorer, params, f"mean log-likelihood {model}"
+
+    def score(self, items: Sequence[RefineItem], candidates: Sequence[str]) -> list[float | None]:
+        return [float(value) for value in mean_logprobs(self.scorer, self.params, items, candidates)]
+
+
+def mean_logprobs(scorer: Scorer, params, items: Sequence[RefineItem], texts: Sequence[str]) -> np.ndarray:
+    """Mean log-likelihood per token of each text as the answer to its item's question, `[num_texts]` float32, nats."""
+    tokenizer = scorer.model.tokenizer
+    pairs = [prompt_and_answer(tokenizer, question_of(item), text) for item, text in zip(items, texts, strict=True)]
+    prompts, answers = zip(*pairs, strict=True)
+    return scorer.mean_logprob(params, prompts, answers)
 
 
 def coverage(gold: str, candidate: str) -> float | None:

@@ -18,7 +18,7 @@ from raft_jax.models.encoder import Encoder
 from raft_jax.refine.chat import Chat
 from raft_jax.refine.endpoint import Endpoint, key_of
 from raft_jax.refine.generate import Generator, LocalGenerator, RefineItem
-from raft_jax.refine.judge import CoverageJudge, Judge, LikelihoodJudge, SimilarityJudge
+from raft_jax.refine.judge import CoverageJudge, Judge, LikelihoodJudge, LogLikelihood, SimilarityJudge
 from raft_jax.refine.llm_judge import LLMJudge
 from raft_jax.refine.remote import ChatGenerator, LocalChat
 from raft_jax.refine.run import RefineModels
@@ -90,6 +90,16 @@ class Roles:
             partial(_fits, student, self.config.refine_max_new_tokens) if written_elsewhere else lambda text: True,
         )
 
+    @cached_property
+    def likelihood(self) -> LogLikelihood:
+        """The student's log-likelihood of texts."""
+        student = self._local[STUDENT]
+        return LogLikelihood(self._scorer, student.model.params, student.identity)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self._local[STUDENT].model, mesh=self.mesh)
+
     def identities(self) -> list[str]:
         """What identifies the models that are not the student; empty where there are none."""
         roles = [role for role in self.config.model_roles.values() if role != STUDENT]
@@ -130,9 +140,7 @@ class Roles:
         programs: dict[str, Callable[[], Judge]] = {
             "similarity": lambda: SimilarityJudge(encoder),
             "coverage": CoverageJudge,
-            "likelihood": lambda: LikelihoodJudge(
-                Scorer(student.model, mesh=self.mesh), student.model.params, student.identity
-            ),
+            "likelihood": lambda: LikelihoodJudge(self._scorer, student.model.params, student.identity),
         }
         if role in programs:
             return programs[role]()

@@ -12,7 +12,7 @@ from typing import Any
 
 from raft_jax.config import RefineConfig
 from raft_jax.data.refined import STATUSES
-from raft_jax.outcome import judge_counts, work_cells
+from raft_jax.outcome import QUALITY_COLUMNS, judge_counts, perplexity, quality_cells, quality_counts, work_cells
 from raft_jax.report import charts, figures
 from raft_jax.report.flags import flags_of
 from raft_jax.report.folder import RunRecords, label, read_run, style_of
@@ -73,7 +73,9 @@ def render(run: RunRecords) -> str:
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(label=label, variable=charts.variable, number=number, estimate=estimate)
+    environment.filters.update(
+        label=label, variable=charts.variable, number=number, estimate=estimate, perplexity=perplexity
+    )
     # The page's content security policy allows only a script with this hash.
     script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -134,6 +136,8 @@ def _refinement(run: RunRecords) -> dict[str, Any]:
         "counts": counts(run.refined, accept),
         "accept": accept,
         "judges": judge_counts(run.refined, accept),
+        "quality_columns": QUALITY_COLUMNS,
+        "quality": [quality_cells(count) for count in quality_counts(run.refined)],
         "works": [work_cells(work) for work in run.works],
         "rows": rows[:_MOST_ROWS],
         "count": len(rows),

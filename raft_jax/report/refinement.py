@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from raft_jax.data.refined import STATUSES, RefinedRow
-from raft_jax.outcome import agreement, quantiles
+from raft_jax.outcome import agreement, less_natural, quantiles
 from raft_jax.report.flags import row_flags
 
 # Reasons why a row with a usable rewriting keeps its gold answer.
@@ -82,6 +82,7 @@ def counts(rows: Sequence[RefinedRow], accept: float) -> list[tuple[str, str]]:
         ("target is a fusion", sum(row.chosen == "fusion" for row in rows)),
         ("target is the gold answer", sum(row.chosen == "gold" for row in rows)),
         *([("flagged targets", flagged)] if flagged else []),
+        *([("fused answers less natural than gold", less)] if (less := sum(map(less_natural, rows))) else []),
     ]
     shown = [(name, f"{count:,}") for name, count in named]
     if rounds:

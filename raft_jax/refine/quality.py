@@ -1,0 +1,60 @@
+"""How natural the texts of a refinement are to the student, beside their gold answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from raft_jax.data.refined import RefinedRow, TextQuality
+from raft_jax.refine.generate import RefineItem
+from raft_jax.refine.judge import Judge, coverage
+from raft_jax.refine.ledger import Ledger
+from raft_jax.refine.scoring import compute_scores, score_key
+
+SCORED = ("ok", "unknown")  # statuses of rewritings that the chat template takes and that are whole
+
+
+def with_quality(rows: Sequence[RefinedRow], likelihood: Judge, ledger: Ledger) -> list[RefinedRow]:
+    """The rows with the `quality` of their gold answers, usable rewritings and chosen fusions.
+
+    Log-likelihoods are recorded in the ledger as they come, and not computed again.
+
+    Args:
+      rows: refined rows.
+      likelihood: gives the student's mean log-likelihood per token of texts, given the question.
+      ledger: of the refinement.
+    """
+    texts = {
+        "gold": {index: row.gold for index, row in enumerate(rows)},
+        "rewrite": {index: row.rewrite for index, row in enumerate(rows) if row.rewrite_status in SCORED},
+        "fused": {index: row.answer for index, row in enumerate(rows) if row.chosen == "fusion"},
+    }
+    items = list(map(_item_of, rows))
+    found: list[dict[str, TextQuality]] = [{} for _ in rows]
+    for name, text_of in texts.items():
+        logprobs = _logprobs(likelihood, items, text_of, f"log-likelihood, {name}", ledger)
+        for index, text in text_of.items():
+            gold = rows[index].gold
+            length = round(len(text) / len(gold), 6)
+            found[index][name] = TextQuality(logprob=logprobs[index], length=length, coverage=_share(gold, text))
+    return [replace(row, quality=quality) for row, quality in zip(rows, found, strict=True)]
+
+
+def _logprobs(
+    likelihood: Judge, items: Sequence[RefineItem], text_of: Mapping[int, str], title: str, ledger: Ledger
+) -> dict[int, float | None]:
+    chosen, texts = [items[index] for index in text_of], list(text_of.values())
+    keys = [score_key(likelihood, item, text) for item, text in zip(chosen, texts, strict=True)]
+    compute_scores(likelihood, chosen, texts, keys, title, ledger)
+    return {index: ledger["score", key]["value"] for index, key in zip(text_of, keys, strict=True)}
+
+
+def _item_of(row: RefinedRow) -> RefineItem:
+    """What a text of a row is judged with, without the rewriting: that of a gold answer does not depend on it."""
+    turns = tuple((role, content) for role, content in row.turns)
+    return RefineItem(row.id, row.question, row.gold, context=row.context, turns=turns)
+
+
+def _share(gold: str, text: str) -> float | None:
+    found = coverage(gold, text)
+    return None if found is None else round(found, 6)
