@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from raft_jax.data.refined import RefinedRow, TextQuality
@@ -29,24 +29,27 @@ def with_quality(rows: Sequence[RefinedRow], likelihood: Judge, ledger: Ledger) 
         "rewrite": {index: row.rewrite for index, row in enumerate(rows) if row.rewrite_status in SCORED},
         "fused": {index: row.answer for index, row in enumerate(rows) if row.chosen == "fusion"},
     }
-    items = list(map(_item_of, rows))
+    logprobs = _logprobs(
+        rows, [(index, text) for of in texts.values() for index, text in of.items()], likelihood, ledger
+    )
     found: list[dict[str, TextQuality]] = [{} for _ in rows]
     for name, text_of in texts.items():
-        logprobs = _logprobs(likelihood, items, text_of, f"log-likelihood, {name}", ledger)
         for index, text in text_of.items():
             gold = rows[index].gold
             length = round(len(text) / len(gold), 6)
-            found[index][name] = TextQuality(logprob=logprobs[index], length=length, coverage=_share(gold, text))
+            found[index][name] = TextQuality(logprob=logprobs[index, text], length=length, coverage=_share(gold, text))
     return [replace(row, quality=quality) for row, quality in zip(rows, found, strict=True)]
 
 
 def _logprobs(
-    likelihood: Judge, items: Sequence[RefineItem], text_of: Mapping[int, str], title: str, ledger: Ledger
-) -> dict[int, float | None]:
-    chosen, texts = [items[index] for index in text_of], list(text_of.values())
-    keys = [score_key(likelihood, item, text) for item, text in zip(chosen, texts, strict=True)]
-    compute_scores(likelihood, chosen, texts, keys, title, ledger)
-    return {index: ledger["score", key]["value"] for index, key in zip(text_of, keys, strict=True)}
+    rows: Sequence[RefinedRow], pairs: Sequence[tuple[int, str]], likelihood: Judge, ledger: Ledger
+) -> dict[tuple[int, str], float | None]:
+    """The log-likelihood of each pair of a row's index and a text, from the ledger or computed."""
+    distinct = list(dict.fromkeys(pairs))
+    items, texts = [_item_of(rows[index]) for index, _ in distinct], [text for _, text in distinct]
+    keys = [score_key(likelihood, item, text) for item, text in zip(items, texts, strict=True)]
+    compute_scores(likelihood, items, texts, keys, "log-likelihood", ledger)
+    return {pair: ledger["score", key]["value"] for pair, key in zip(distinct, keys, strict=True)}
 
 
 def _item_of(row: RefinedRow) -> RefineItem:
