@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from raft_jax.data.prompts import Conversation
 
+REFUSED = "refused"  # finish of a request that the server refused, such as one of more tokens than it takes
 FAILED = "failed"  # status of a request that got no reply; it is not recorded, and tried again by the next refinement
 
 
@@ -22,6 +23,7 @@ class Request:
       seed: for a server's random numbers.
       temperature: 0 is greedy.
       schema: a JSON schema for the reply, where the server takes one.
+      max_tokens: of the reply in a second try; None: the model's own limit.
     """
 
     messages: Conversation
@@ -29,6 +31,7 @@ class Request:
     seed: int
     temperature: float
     schema: dict[str, Any] | None = None
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Reply:
       prompt_tokens: length of the prompt, 0 if the server does not say.
       num_tokens: length of the reply, what the model thinks included.
       seconds: from sending the first try to the last byte.
-      finish: the server's finish reason.
+      finish: the server's finish reason, or "refused" if it refused the request itself.
       retries: tries before the one that this reply is of.
     """
 
@@ -74,6 +77,7 @@ class Chat(Protocol):
       model: the model's name.
       identity: identifies model and settings; replies that are recorded under another identity are not reused.
       temperature: its own temperature; None where each role has its own.
+      max_tokens: its limit of a reply; None if it cannot be raised.
       cost: of the replies so far, in the currency of its prices; None without prices.
     """
 
@@ -81,6 +85,7 @@ class Chat(Protocol):
     model: str
     identity: str
     temperature: float | None
+    max_tokens: int | None
 
     @property
     def cost(self) -> float | None: ...

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from raft_jax import interrupt
 from raft_jax.config import EndpointConfig
 from raft_jax.errors import InputError, require_train
-from raft_jax.refine.chat import FAILED, Reply, Request
+from raft_jax.refine.chat import FAILED, REFUSED, Reply, Request
 from raft_jax.refine.limiter import LONGEST_PAUSE, Limiter, retry_after
 from raft_jax.refine.wire import Unreadable, complaint_of, read_reply
 from raft_jax.terminal import one_line
@@ -96,6 +96,9 @@ class Endpoint:
         require_train("httpx2")
         self.name, self.settings, self.patience = name, settings, patience or Patience()
         self.model, self.temperature = settings.model, settings.temperature
+        # Where extra_body sets limits of its own, it is not known which of them would have to be raised.
+        limited = {"max_tokens", "max_completion_tokens"} & settings.extra_body.keys()
+        self.max_tokens = None if limited else settings.max_tokens
         self.url = settings.base_url.rstrip("/") + "/chat/completions"
         kept = {"model": settings.model, "max_tokens": settings.max_tokens, "extra_body": settings.extra_body}
         self.identity = json.dumps(kept, sort_keys=True, ensure_ascii=False)
@@ -270,15 +273,16 @@ class Endpoint:
             tries += 1
             left[reply.kind] = left.get(reply.kind, 0) - 1
             if left[reply.kind] <= 0:
-                return self._failed(reply, tries, time.perf_counter() - began)
+                return self._failed(request, reply, tries, time.perf_counter() - began)
             self.usage.retries += 1
             delay = min(self.patience.first_delay * 2 ** (tries - 1), self.patience.longest_delay)
             await _sleep(max(delay * random.uniform(0.5, 1.0), reply.retry_after or 0.0), stop)
 
-    def _failed(self, failure: Failure, tries: int, seconds: float) -> Reply:
+    def _failed(self, request: Request, failure: Failure, tries: int, seconds: float) -> Reply:
         """The reply that says why there is none. Raises InputError if that is so again and again."""
         # A request that alone is refused, such as one that is too long, is no reason to stop others.
-        if failure.kind != "refused" or not self.usage.replies:
+        refused = failure.kind == "refused"
+        if not refused or not (self.usage.replies or request.max_tokens):
             self._without_reply += 1
         note = f"{failure.note}, {tries} {'try' if tries == 1 else 'tries'}"
         if self._without_reply >= self.patience.give_up_after:
@@ -286,7 +290,7 @@ class Endpoint:
                 f"endpoints.{self.name}: {self._without_reply} requests in a row without a reply (the last: {note}); "
                 "see to the server or these settings, then the same command goes on from here"
             )
-        return Reply("", FAILED, note, seconds=seconds, retries=tries - 1)
+        return Reply("", FAILED, note, seconds=seconds, finish=REFUSED if refused else "", retries=tries - 1)
 
     async def _try(self, request: Request) -> Reply | Failure:
         """One try; with a schema, as often as it takes to find out whether the server takes schemas."""
@@ -361,7 +365,7 @@ class Endpoint:
             "model": self.model,
             "messages": request.messages,
             "temperature": request.temperature,
-            "max_tokens": self.settings.max_tokens,
+            "max_tokens": request.max_tokens or self.settings.max_tokens,
             "seed": request.seed,
         }
         if with_schema:

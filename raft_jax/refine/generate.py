@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -16,6 +16,8 @@ from raft_jax.errors import InputError
 from raft_jax.models import Tokenizer
 from raft_jax.refine.screen import REFUSAL
 from raft_jax.sampling import Completion, Sampler
+
+SECOND_TRY = 2  # the limit of a second try, as a multiple of the first one's
 
 
 @dataclass(frozen=True)
@@ -85,11 +87,21 @@ class Generator(Protocol):
         ...
 
 
+@runtime_checkable
+class LongerGenerator(Generator, Protocol):
+    """A generator that can be given a second try at texts that its limit of length has cut."""
+
+    def longer(self) -> Generator | None:
+        """The same with the limit of a second try; None if its limit cannot be raised."""
+        ...
+
+
 class LocalGenerator:
     """Generates with a model on this machine.
 
     Each row has its own random numbers, and its place among the others does not matter, so a run that was killed and
-    continued gives the same texts as an undisturbed one.
+    continued gives the same texts as an undisturbed one. The random numbers do not depend on the limit of length: a
+    text that is cut begins like the one with a higher limit.
 
     `model` identifies the model. `record`, if given, has the model's name and the hash of the prompt's template;
     records in the ledger then say these, the hash of the settings, and what each text took.
@@ -110,9 +122,17 @@ class LocalGenerator:
     ):
         self.sampler, self.params, self.prompt, self.key = sampler, params, prompt, key
         self.settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
+        self._model, self._record = model, record
         drawn = jax.random.key_data(key).tolist()
         self.identity = f"{model} {self.settings} key {drawn}"
         self.record = record and {**record, "settings": short_hash(self.identity)}
+
+    def longer(self) -> LocalGenerator:
+        """The same with the limit of a second try."""
+        settings = self.settings | {"max_new_tokens": SECOND_TRY * self.settings["max_new_tokens"]}
+        return LocalGenerator(
+            self.sampler, self.params, self.prompt, key=self.key, model=self._model, record=self._record, **settings
+        )
 
     def generate(
         self, items: Sequence[RefineItem], round: int, done: Container[int]

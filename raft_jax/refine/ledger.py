@@ -25,6 +25,7 @@ TYPES = {
     "seconds": int | float,
     "finish": str,
     "retries": int,
+    "try": int,
 }
 
 

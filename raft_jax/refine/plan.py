@@ -11,7 +11,15 @@ from raft_jax.config import RefineConfig
 from raft_jax.data.examples import Example
 from raft_jax.refine.generate import Generator, RefineItem
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.run import RefineModels, instructions_of, item_of, screened, text_key
+from raft_jax.refine.run import (
+    RefineModels,
+    instructions_of,
+    item_of,
+    key_of_second_try,
+    screened,
+    second_try,
+    text_key,
+)
 from raft_jax.refine.scoring import score_key
 
 ANYTHING = "their texts, the prompt, the settings or the model changed"
@@ -40,8 +48,12 @@ def plan(examples: Sequence[Example], models: RefineModels, settings: RefineConf
 
 
 def _earlier(ledger: Ledger) -> dict[tuple[str, str], dict]:
-    """The latest record of each stage and of each key without its hash: of row and round, or of row and judge."""
-    return {(record["stage"], record["key"].rpartition("#")[0]): record for record in ledger.records()}
+    """The latest record of each stage and of each key without its hash: of row and round, or of row and judge.
+
+    Second tries are not among them: they have the settings of another limit.
+    """
+    first = (record for record in ledger.records() if "try" not in record)
+    return {(record["stage"], record["key"].rpartition("#")[0]): record for record in first}
 
 
 def _work_of(
@@ -57,6 +69,8 @@ def _work_of(
     record = ledger.get("rewrite", text_key(models.rewriter, item, 1))
     yield "rewrites", "" if record else _cause(before, models.rewriter, "rewriter", "rewrite.txt")
     if record:
+        again = key_of_second_try(second_try(models.rewriter), item, 1, record)
+        record = ledger.get("rewrite", again) or record
         item = replace(item, rewrite=screened(record, item, instructions_of(models.rewriter), settings).text)
     round = 1
     while (before := earlier.get(("fuse", f"{item.id}#{round}"))) is not None:

@@ -10,7 +10,7 @@ import jax
 from raft_jax.data.prompts import Conversation
 from raft_jax.errors import InputError
 from raft_jax.refine.chat import Chat, Reply, Request, without_thoughts
-from raft_jax.refine.generate import Generation, RefineItem, short_hash, task_prompt
+from raft_jax.refine.generate import SECOND_TRY, Generation, RefineItem, short_hash, task_prompt
 from raft_jax.refine.screen import REFUSAL
 from raft_jax.sampling import Sampler
 
@@ -35,6 +35,7 @@ class ChatGenerator:
       seed: the run's.
       temperature: where the chat model has none of its own.
       prompt_hash: of the prompt's template.
+      max_tokens: of a reply in a second try; None: the chat model's own limit.
     """
 
     def __init__(
@@ -46,11 +47,29 @@ class ChatGenerator:
         seed: int,
         temperature: float,
         prompt_hash: str = "",
+        max_tokens: int | None = None,
     ):
         self.chat, self.prompt, self.purpose, self.seed = chat, prompt, purpose, seed
+        self.max_tokens = max_tokens
         self.temperature = temperature if chat.temperature is None else chat.temperature
         self.identity = f"{chat.identity} temperature {self.temperature} seed {seed} {purpose}"
+        if max_tokens is not None:
+            self.identity += f" up to {max_tokens} tokens"
         self.record = {"model": chat.model, "settings": short_hash(self.identity), "prompt": prompt_hash}
+
+    def longer(self) -> ChatGenerator | None:
+        """The same with the limit of a second try; None where the limit is not the chat model's own."""
+        if self.chat.max_tokens is None:
+            return None
+        return ChatGenerator(
+            self.chat,
+            self.prompt,
+            purpose=self.purpose,
+            seed=self.seed,
+            temperature=self.temperature,
+            prompt_hash=self.record["prompt"],
+            max_tokens=SECOND_TRY * self.chat.max_tokens,
+        )
 
     def generate(
         self, items: Sequence[RefineItem], round: int, done: Container[int]
@@ -62,6 +81,7 @@ class ChatGenerator:
                 f"{items[index].id} {self.purpose} {round}",
                 seed_of(self.seed, self.purpose, items[index].id, round),
                 self.temperature,
+                max_tokens=self.max_tokens,
             )
             for index in left
         ]
@@ -87,6 +107,7 @@ class LocalChat:
     """
 
     temperature: float | None = None
+    max_tokens: int | None = None
     cost: float | None = None
 
     def __init__(

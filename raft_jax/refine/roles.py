@@ -17,7 +17,7 @@ from raft_jax.models import Model, Tokenizer, load_pretrained
 from raft_jax.models.encoder import Encoder
 from raft_jax.refine.chat import Chat
 from raft_jax.refine.endpoint import Endpoint, key_of
-from raft_jax.refine.generate import Generator, LocalGenerator, RefineItem
+from raft_jax.refine.generate import SECOND_TRY, Generator, LocalGenerator, RefineItem, task_prompt
 from raft_jax.refine.judge import CoverageJudge, Judge, LikelihoodJudge, LogLikelihood, SimilarityJudge
 from raft_jax.refine.llm_judge import LLMJudge
 from raft_jax.refine.remote import ChatGenerator, LocalChat
@@ -87,7 +87,25 @@ class Roles:
             ),
             [self._judge(role, encoder) for role in settings.judges],
             partial(renders, student, prompts),
-            partial(_fits, student, self.config.refine_max_new_tokens) if written_elsewhere else lambda text: True,
+            partial(_fits, student, self.config.refine_max_new_tokens)
+            if written_elsewhere
+            else lambda text, times: True,
+            self._has_room,
+        )
+
+    def _has_room(self, item: RefineItem) -> bool:
+        """Whether models on this machine take a rewriting of the length of a second try, and then a fusion."""
+        settings, prompts, limit = self.config.refine, self.prompts, self.config.refine_max_new_tokens
+        asked = item.asked(settings.terse_words)
+        longest = SECOND_TRY * limit
+        needed = [
+            (STUDENT, question_of(item), longest),  # where the rewriting is trained on
+            (settings.rewriter, prompts.rewrite(item.gold, *asked), longest),
+            (settings.fuser, prompts.fuse(item.gold, "", *asked), longest + limit),
+        ]
+        return all(
+            role in self.endpoints or _takes(self._model(role).model, conversation, num_tokens)
+            for role, conversation, num_tokens in needed
         )
 
     @cached_property
@@ -231,5 +249,10 @@ def renders(tokenizer: Tokenizer, prompts: Prompts, item: RefineItem, text: str)
     return True
 
 
-def _fits(tokenizer: Tokenizer, max_new_tokens: int, text: str) -> bool:
-    return len(tokenizer.encode(text)) <= max_new_tokens
+def _fits(tokenizer: Tokenizer, max_new_tokens: int, text: str, times: int) -> bool:
+    return len(tokenizer.encode(text)) <= times * max_new_tokens
+
+
+def _takes(model: Model, conversation: Conversation, num_tokens: int) -> bool:
+    """Whether so many tokens after a prompt are within the model's positions."""
+    return len(task_prompt(model.tokenizer, conversation)) + num_tokens <= model.config.max_positions

@@ -13,9 +13,9 @@ from raft_jax.data.examples import Example
 from raft_jax.data.refined import STATUSES, RefinedRow, Round, Status
 from raft_jax.models.encoder import Encoder, similarities
 from raft_jax.progress import progress
-from raft_jax.refine.chat import FAILED
+from raft_jax.refine.chat import FAILED, REFUSED
 from raft_jax.refine.facts import is_copy, mismatches
-from raft_jax.refine.generate import Generator, RefineItem, digest
+from raft_jax.refine.generate import SECOND_TRY, Generator, LongerGenerator, RefineItem, digest
 from raft_jax.refine.judge import Judge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.pace import Pace
@@ -29,7 +29,8 @@ class RefineModels(NamedTuple):
     """The models of the refinement; each is an interface, so any of them can be a remote model.
 
     `renders` tells whether a text can be trained on as the answer to an item: a chat template may refuse or change it.
-    `fits` tells whether it is short enough, where another model than the one that is trained may have written it.
+    `fits` tells whether it has at most so many times refine.max_new_tokens, where another model than the one that is
+    trained may have written it. `has_room` tells whether the models take a rewriting of the length of a second try.
     """
 
     rewriter: Generator
@@ -37,7 +38,8 @@ class RefineModels(NamedTuple):
     fuser: Generator
     judges: Sequence[Judge]
     renders: Callable[[RefineItem, str], bool] = lambda item, text: True
-    fits: Callable[[str], bool] = lambda text: True
+    fits: Callable[[str, int], bool] = lambda text, times: True
+    has_room: Callable[[RefineItem], bool] = lambda item: True
 
 
 class Text(NamedTuple):
@@ -139,22 +141,85 @@ def _generate(
     settings: RefineConfig,
     ledger: Ledger,
 ) -> list[Text]:
-    """One text per item, from the ledger or from the generator."""
+    """One text per item, from the ledger or from the generator; rewritings that are cut get a second try."""
     keys = [text_key(generator, item, round) for item in items]
-    done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
     known = {record["key"].rpartition("#")[0] for record in ledger.records() if record["stage"] == stage}
-    if changed := sum(index not in done and key.rpartition("#")[0] in known for index, key in enumerate(keys)):
+    if changed := sum((stage, key) not in ledger and key.rpartition("#")[0] in known for key in keys):
         print(
             f"{title}: {changed} of {len(items)} rows anew, as their text, the prompt, the settings or the model "
             "changed",
             flush=True,
         )
+    _write(generator, items, keys, round, stage, title, ledger)
+    second = second_try(generator) if stage == "rewrite" else None
+    if second and (cut := [item for item, key in zip(items, keys, strict=True) if _is_cut(ledger.get(stage, key))]):
+        cut = list(filter(models.has_room, cut))
+        again = [text_key(second, item, round) for item in cut]
+        _write(second, cut, again, round, stage, f"{title}, second try", ledger, number=2)
+        finished = sum((stage, key) in ledger and not _is_cut(ledger.get(stage, key)) for key in again)
+        print(f"{title}: {len(cut)} cut at the limit, {finished} of them finished within twice the limit", flush=True)
+    instructions = instructions_of(generator)
+    return [_text_of(models, generator, second, item, round, stage, instructions, settings, ledger) for item in items]
+
+
+def second_try(generator: Generator) -> Generator | None:
+    """The generator of a second try at texts that are cut; None if there is none."""
+    return generator.longer() if isinstance(generator, LongerGenerator) else None
+
+
+def key_of_second_try(second: Generator | None, item: RefineItem, round: int, record: dict) -> str:
+    """The key of the second try at a text whose first try is `record`; "" if there is none to be made."""
+    return text_key(second, item, round) if second and _is_cut(record) else ""
+
+
+def _is_cut(record: dict | None) -> bool:
+    return record is not None and record["status"] == "truncated"
+
+
+def _text_of(
+    models: RefineModels,
+    generator: Generator,
+    second: Generator | None,
+    item: RefineItem,
+    round: int,
+    stage: str,
+    instructions: str,
+    settings: RefineConfig,
+    ledger: Ledger,
+) -> Text:
+    """The text of the last try at an item that came to something, screened."""
+    key = text_key(generator, item, round)
+    if (stage, key) not in ledger:
+        return Text("", "failed", ledger.failure(stage, key))
+    record = ledger[stage, key]
+    if again := key_of_second_try(second, item, round, record):
+        if (stage, again) not in ledger:
+            return Text(record["text"], "truncated", ledger.failure(stage, again))
+        record = ledger[stage, again]
+    return usable(models, record, item, instructions, settings, longer=stage == "rewrite")
+
+
+def _write(
+    generator: Generator,
+    items: Sequence[RefineItem],
+    keys: Sequence[str],
+    round: int,
+    stage: str,
+    title: str,
+    ledger: Ledger,
+    number: int = 1,
+) -> None:
+    """Records one text per item, but for those that the ledger has; `number` says which try this is."""
+    done = {index for index, key in enumerate(keys) if (stage, key) in ledger}
+    marked = {"try": number} if number > 1 else {}
     pace = Pace(getattr(generator, "chat", None), len(items) - len(done))
     with progress(title, len(items), "rows", len(done)) as bar:
         for generations in generator.generate(items, round, done):
             fresh = {index: generation for index, generation in generations.items() if index not in done}
             for index, generation in fresh.items():
-                if generation.status == FAILED:
+                # A server that does not take so long a limit will not take it when it is asked again.
+                refused = number > 1 and generation.record.get("finish") == REFUSED
+                if generation.status == FAILED and not refused:
                     ledger.fail(stage, keys[index], generation.note)
             ledger.append(
                 [
@@ -164,6 +229,7 @@ def _generate(
                         "text": generation.text,
                         "status": generation.status,
                         "num_tokens": generation.num_tokens,
+                        **marked,
                         **generation.record,
                     }
                     for index, generation in fresh.items()
@@ -171,13 +237,6 @@ def _generate(
                 ]
             )
             bar.advance(len(fresh), pace.note(len(fresh), sum(made.num_tokens for made in fresh.values())))
-    instructions = instructions_of(generator)
-    return [
-        usable(models, ledger[stage, key], item, instructions, settings)
-        if (stage, key) in ledger
-        else Text("", "failed", ledger.failure(stage, key))
-        for key, item in zip(keys, items, strict=True)
-    ]
 
 
 def instructions_of(generator: Generator) -> str:
@@ -185,12 +244,18 @@ def instructions_of(generator: Generator) -> str:
     return "\n".join(message["content"] for message in generator.prompt(RefineItem("", "", "")))
 
 
-def usable(models: RefineModels, record: dict, item: RefineItem, instructions: str, settings: RefineConfig) -> Text:
-    """A recorded text, screened by its words, by its length and by the chat template."""
+def usable(
+    models: RefineModels, record: dict, item: RefineItem, instructions: str, settings: RefineConfig, longer: bool
+) -> Text:
+    """A recorded text, screened by its words, by its length and by the chat template.
+
+    With `longer` it may have the length of a second try, where the models have room for it.
+    """
     text = screened(record, item, instructions, settings)
     if text.status == "ok" and not models.renders(item, text.text):
         return text._replace(status="unrenderable", note="the model's chat template refuses or changes it")
-    if text.status == "ok" and not models.fits(text.text):
+    longer = longer and not models.fits(text.text, 1) and models.has_room(item)
+    if text.status == "ok" and not models.fits(text.text, SECOND_TRY if longer else 1):
         return text._replace(status="truncated", note="longer than refine.max_new_tokens")
     return text
 
