@@ -23,8 +23,8 @@ from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.llm_judge import LLMJudge
 from raft_jax.refine.remote import LocalChat
 from raft_jax.refine.roles import LOCAL_JUDGEMENT
-from raft_jax.refine.run import _scores as judged_texts
 from raft_jax.refine.run import item_of
+from raft_jax.refine.scoring import scores_of
 from raft_jax.sampling import Sampler
 from raft_jax.scores import DomainAnswer, Estimate, ModelScores
 from raft_jax.sources import model_identity, resolve
@@ -104,7 +104,7 @@ class Judges:
         answers = [answer for answer in scores.answers if answer.id in by_id]
         items = [item_of(by_id[answer.id]) for answer in answers]
         texts = {index: answer.answer for index, answer in enumerate(answers) if answer.answer.strip()}
-        found = judged_texts(self.judges, items, texts, f"answers of {name}", self.ledger) if texts else {}
+        found = scores_of(self.judges, items, texts, f"answers of {name}", self.ledger) if texts else {}
         empty = dict.fromkeys((judge.name for judge in self.judges), 0.0)  # an empty answer answers nothing
         judged = {
             answer.id: replace(
