@@ -182,6 +182,7 @@ class TrainConfig:
     top_k: int = 512  # K of Eq. 9
     ema_decay: float = 0.9  # beta of Eq. 11
     fixed_weight: float | None = None  # lambda as a constant; null balances by Eq. 12 (on_policy: 1)
+    anchor_weight: float = 0.1  # alpha of sft_kl and asft: of the KL to the base model on the answers' tokens
     reduction: str = "sequence"  # mean over each answer, then over answers; "token": over all tokens of the batch
     loss_chunk_size: int | None = None  # tokens per device whose logits are held at once; null: 512
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -222,6 +223,7 @@ class TrainConfig:
             self.fixed_weight,
             "0 or more, or null",
         )
+        _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
         _require(
             self.max_gradient_norm is None or self.max_gradient_norm > 0,
             "train.max_gradient_norm",
@@ -234,6 +236,16 @@ class TrainConfig:
             self.loss_chunk_size,
             "1 or more, or null",
         )
+
+
+@dataclass(frozen=True)
+class FapmConfig:
+    """The method fapm, which prunes what sft trained."""
+
+    sparsity: float = 0.9  # share of each weight matrix that goes back to the base model's values
+
+    def __post_init__(self):
+        _require(0 <= self.sparsity <= 1, "fapm.sparsity", self.sparsity, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -353,6 +365,7 @@ class Config:
     refine: RefineConfig = field(default_factory=RefineConfig)
     endpoints: dict[str, EndpointConfig] = field(default_factory=dict, metadata={"values": EndpointConfig})
     train: TrainConfig = field(default_factory=TrainConfig)
+    fapm: FapmConfig = field(default_factory=FapmConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

@@ -271,10 +271,13 @@ class _Work:
         rollouts of methods that distil; the optimiser's memory accesses; compilation.
         """
         train = self.config.train
+        if METHODS[name].pruned_from is not None:
+            return 0.0
         size = train.batch_size
         prompt, answer = (fmean(lengths) for lengths in zip(*rows.train, strict=True))
         passes = 4 if self.config.model.remat else 3
-        tokens, teacher, rollout = size * (prompt + answer), 0.0, 0.0
+        tokens, rollout = size * (prompt + answer), 0.0
+        teacher = self.forward(tokens) if METHODS[name].anchors else 0.0
         if METHODS[name].distils:
             new = train.rollout.max_new_tokens
             rollout = self.generate([round(prompt)] * size, new, size, programs=0)

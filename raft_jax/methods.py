@@ -31,10 +31,10 @@ class Method:
       name: the name in configs and file names.
       title: the full name, for a model card.
       target: the answer that the method trains on: "gold" (y), "rewrite" (Eq. 3) or "fused" (Eq. 4).
-      terms: the terms of the loss, see raft_jax.train.step.TERMS.
+      terms: the terms of the loss, see raft_jax.train.step.TERMS; none if the method is not trained.
       style: how reports show its model.
       teacher_sees_answer: whether the teacher's prompt has the target before the question (Eq. 7).
-      fixed_weight: the constant λ of its KL term; None to balance the terms by Eq. 12.
+      pruned_from: the method whose exported model this one prunes, in place of training (raft_jax.train.fapm).
     """
 
     name: str
@@ -43,7 +43,7 @@ class Method:
     terms: tuple[str, ...]
     style: Style
     teacher_sees_answer: bool = False
-    fixed_weight: float | None = None
+    pruned_from: str | None = None
 
     @property
     def distils(self) -> bool:
@@ -51,13 +51,23 @@ class Method:
         return "kl" in self.terms
 
     @property
+    def anchors(self) -> bool:
+        """Whether the loss has a KL term to the base model on the target's own tokens."""
+        return "anchor" in self.terms
+
+    @property
     def refines(self) -> bool:
         """Whether the targets come from refinement (Eqs. 1-4)."""
         return self.target != "gold"
 
     def constant_weight(self, fixed_weight: float | None) -> float | None:
-        """λ, given the setting `train.fixed_weight`, which takes precedence; None if Eq. 12 balances the terms."""
-        return self.fixed_weight if fixed_weight is None else fixed_weight
+        """λ, given the setting `train.fixed_weight`, which takes precedence; None if Eq. 12 balances the terms.
+
+        The KL of a teacher that sees the question only starts near 0, and Eq. 12 would give a λ of several hundred.
+        """
+        if fixed_weight is not None:
+            return fixed_weight
+        return None if self.teacher_sees_answer else 1.0
 
 
 METHODS = {
@@ -87,8 +97,28 @@ METHODS = {
             "gold",
             ("sft", "kl"),
             Style("on-policy", ("#b02a6b", "#f086b5"), "P", (6, 2, 1, 2)),
-            # Its KL starts near 0, so Eq. 12 would give a λ of several hundred.
-            fixed_weight=1.0,
+        ),
+        Method(
+            "sft_kl",
+            "SFT on the gold answers with a KL to the base model on the same tokens",
+            "gold",
+            ("sft", "anchor"),
+            Style("SFT + KL", ("#8a5a00", "#e0b35c"), "h", (8, 2)),
+        ),
+        Method(
+            "asft",
+            "Anchored SFT on the gold answers (ASFT, arXiv:2509.23753)",
+            "gold",
+            ("dft", "anchor"),
+            Style("ASFT", ("#1f5fbf", "#86b3f5"), "p", (4, 1, 1, 1)),
+        ),
+        Method(
+            "fapm",
+            "SFT on the gold answers, its task vector pruned (FAPM, arXiv:2509.08255)",
+            "gold",
+            (),
+            Style("FAPM", ("#a1342b", "#f0928a"), "*", (2, 2)),
+            pruned_from="sft",
         ),
     )
 }

@@ -27,6 +27,7 @@ from raft_jax.refine.generate import task_prompt
 from raft_jax.refine.roles import require_local_roles, require_roles
 from raft_jax.resume import require_unchanged
 from raft_jax.run_data import RunData
+from raft_jax.run_folder import RunFolder
 from raft_jax.sources import resolve
 from raft_jax.terminal import one_line, visible
 
@@ -47,6 +48,16 @@ def require_sources(config: Config) -> None:
     require_local_roles(config)
 
 
+def require_pruned(folder: RunFolder, method: Method, is_current: bool = True) -> None:
+    """Raises InputError unless the folder holds the export, made with the same settings, that a method prunes."""
+    source = method.pruned_from
+    if source and not (is_current and folder.method(source).is_exported):
+        raise InputError(
+            f"methods: {method.name} prunes what {source} trained, and {folder} holds no {source} of this config; "
+            f"add {source} to methods"
+        )
+
+
 def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> None:
     """Raises InputError if the rows do not fill a batch, a row is too long, or the batch size does not divide.
 
@@ -62,6 +73,8 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
             "change train.batch_size, train.num_micro_batches or the mesh"
         )
     for method in methods:
+        if method.pruned_from is not None:
+            continue
         data.tokens(data.gold, method, 0 if method.target == "gold" else data.config.refine_max_new_tokens)
 
 
@@ -143,6 +156,9 @@ def check(config: Config, console) -> None:
     for line in [*data.describe(), *data.describe_lengths(refines)]:
         console.print(line)
     general = check_evaluation(data)
+    for method in methods:
+        if method.pruned_from not in config.methods:
+            require_pruned(RunFolder(config.run_dir), method)
     check_training(data, methods)
     if refines:
         check_refinement(data)

@@ -199,9 +199,11 @@ def _left_behind(folder: RunFolder, config: Config) -> Iterator[tuple[Path, str]
             if f"export {name}" in recorded or ("export", name) in timed:
                 yield method.export, again + ", training what no checkpoint holds"
             continue
-        yield method.metrics_jsonl, "the report lacks its curves"
+        trained = name not in METHODS or METHODS[name].pruned_from is None
+        if trained:
+            yield method.metrics_jsonl, "the report lacks its curves"
         yield method.export / SUMS, "the files beside it are no longer checked"
-        if config.train.lora.rank:
+        if config.train.lora.rank and trained:
             yield method.adapter, f"remove {method.export}, too, and {again}"
         for file in named_in_sums(method.export):
             yield file, f"remove {method.export}, and {again}"

@@ -32,7 +32,7 @@ from raft_jax.metrics import tokens_trained
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
-from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_source
+from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_pruned, require_source
 from raft_jax.refine.account import account, preview_lines
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.plan import plan
@@ -47,6 +47,7 @@ from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
 from raft_jax.sources import model_identity
 from raft_jax.stages import Settings, changes
 from raft_jax.terminal import visible
+from raft_jax.train.fapm import fapm
 from raft_jax.train.loop import train
 
 UNFINISHED = " unfinished"  # after the settings of rows for which a model has not replied to everything
@@ -212,6 +213,10 @@ class Run:
         methods = [method for method in self.methods if not self._is_current(f"export {method.name}")]
         if not methods:
             return
+        methods.sort(key=lambda method: method.pruned_from is not None)  # after the method that it prunes
+        for method in methods:
+            if (source := method.pruned_from) and source not in self.config.methods:
+                require_pruned(self.folder, method, self._is_current(f"export {source}"))
         return_memory_after_compiling()
         refines = any_refines(self.config.methods)
         if refines:
@@ -220,8 +225,11 @@ class Run:
         rows = self.refine(retry=False) if refines else self.data.gold
         for method in methods:
             interrupt.check()
-            tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
             self._record_settings(f"train {method.name}")
+            if method.pruned_from is not None:
+                self._export(method, self._pruned(method.pruned_from))
+                continue
+            tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
             params = train(
                 self.model, tokens, method, self.config.train, folder.path, seed=self.config.seed, mesh=self.mesh
             )
@@ -229,6 +237,11 @@ class Run:
             seconds = sum(line.get("seconds", 0) for line in metrics)
             self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
+
+    def _pruned(self, source: str):
+        """The weights of a method's export, pruned by FAPM."""
+        tuned = self._params_of(source, jnp.float32)
+        return fapm(tuned, self.model.params, self.config.fapm.sparsity)
 
     def evaluate(self) -> None:
         """Evaluates the base model and every exported one on the same questions; skips models that have scores.
@@ -394,13 +407,15 @@ class Run:
 
         return model_card(self.config, method, len(self.data.train), scores)
 
-    def _params_of(self, name: str):
+    def _params_of(self, name: str, dtype=None):
+        """The weights of the base model or of a method's export; the latter by default in the base model's dtype."""
         if name == "base":
             return self.model.params
         folder = self.folder.method(name)
         try:
             require_sums(folder.export)
-            return load_pretrained(str(folder.export), jnp.dtype(self.config.model.dtype), self.mesh).params
+            dtype = dtype or jnp.dtype(self.config.model.dtype)
+            return load_pretrained(str(folder.export), dtype, self.mesh).params
         except InputError as error:
             how = "exports" if folder.checkpoints.exists() else "trains and exports"
             raise InputError(f"{error} (remove {folder.export}, and the same command {how} it again)") from error

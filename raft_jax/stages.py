@@ -18,6 +18,7 @@ ENCODER = ("encoder.source", "encoder.prefix")
 REFINE = (*MODEL, *ENCODER, "data", "seed", "refine", "endpoints")
 TRAIN = (*MODEL, "data", "seed", "train")
 EXPORT = (*TRAIN, "export.dtype")
+OF_METHOD = {"fapm": ("fapm",)}  # further keys of a method's export
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
 HELD_OUT = ("data.max_test", "data.test_split")  # the keys of data.* that only the evaluation depends on
 WITHOUT_EFFECT = (
@@ -40,7 +41,7 @@ WITHOUT_EFFECT = (
 # If these are raised, training continues and the export is made again. If any other key has changed, training would
 # have to start again.
 EXTENDS = ("train.epochs", "train.max_steps")
-REDONE = (*EXTENDS, "export.dtype")
+REDONE = (*EXTENDS, "export.dtype", "fapm.sparsity")
 # Keys that came later, with the value that they had before: records that lack them were made with it.
 BEFORE = {
     "data.drop_duplicates": "none",
@@ -65,6 +66,8 @@ def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]
     keys = {"refine": REFINE, "train": TRAIN, "export": EXPORT, "evaluate": EVALUATE}[kind]
     if kind == "evaluate" and name != "base":
         keys = (*keys, *EXPORT)
+    if kind in ("export", "evaluate"):
+        keys = (*keys, *OF_METHOD.get(name, ()))
     if refined:
         keys = (*keys, *REFINE)
     ignored = WITHOUT_EFFECT if kind == "evaluate" else (*WITHOUT_EFFECT, *HELD_OUT)

@@ -49,6 +49,29 @@ def sft_loss(params, row):
     return -np.mean(np.log(probs_AV[np.arange(len(answer)), answer])), backward(params, tokens, saved, slope_TV)
 
 
+def dft_loss(params, row):
+    """DFT for one row: each token's cross entropy times its probability, which is a constant to the gradient."""
+    tokens, answer = np.array([*row["prompt"], *row["answer"]]), np.array(row["answer"])
+    logits_TV, saved = forward(params, tokens)
+    places = np.arange(len(row["prompt"]) - 1, len(tokens) - 1)
+    probs_AV = softmax(logits_TV[places])
+    chosen_A = probs_AV[np.arange(len(answer)), answer]
+    slope_TV = np.zeros_like(logits_TV)
+    slope_TV[places] = chosen_A[:, None] * (probs_AV - np.eye(probs_AV.shape[1])[answer]) / len(answer)
+    return np.mean(chosen_A * -np.log(chosen_A)), backward(params, tokens, saved, slope_TV)
+
+
+def anchor_loss(params, base, row):
+    """For one row: mean over the answer's tokens of KL(base || student), both given the question."""
+    tokens = np.array([*row["prompt"], *row["answer"]])
+    logits_TV, saved = forward(params, tokens)
+    places = np.arange(len(row["prompt"]) - 1, len(tokens) - 1)
+    p_AV, q_AV = softmax(logits_TV[places]), softmax(forward(base, tokens)[0][places])
+    slope_TV = np.zeros_like(logits_TV)
+    slope_TV[places] = (p_AV - q_AV) / len(places)
+    return np.mean(np.sum(q_AV * np.log(q_AV / p_AV), axis=-1)), backward(params, tokens, saved, slope_TV)
+
+
 def kl_loss(params, teacher, row, rollout, top_k, temperature):
     """Eqs. 7-10 for one row: the teacher has read the answer, and both see the same prefix of the rollout."""
     if not rollout:
@@ -99,6 +122,43 @@ def train_step(
         name: np.mean([a[name] + weight * b[name] for (_, a), (_, b) in zip(sft, kl, strict=True)], axis=0)
         for name in params
     }
+    next_state = updated_state(state, grads, learning_rate, weight_decay, b1, b2, adam_epsilon)
+    return next_state | {"averages": averages}, {
+        "loss": sft_value + weight * kl_value,
+        "sft_loss": sft_value,
+        "kl_loss": kl_value,
+        "weight": weight,
+        "sft_average": unbiased["sft"],
+        "kl_average": unbiased["kl"],
+        "gradient_norm": norm(grads),
+    }
+
+
+def anchored_step(state, base, rows, *, first_term, anchor_weight, learning_rate, weight_decay):
+    """One step of SFT (or DFT) with a KL to the base model: the next state, and the numbers of the step."""
+    params = state["params"]
+    likelihood = [{"sft": sft_loss, "dft": dft_loss}[first_term](params, row) for row in rows]
+    anchor = [anchor_loss(params, base, row) for row in rows]
+    grads = {
+        name: np.mean([a[name] + anchor_weight * b[name] for (_, a), (_, b) in zip(likelihood, anchor, strict=True)], 0)
+        for name in params
+    }
+    values = [np.mean([loss for loss, _ in losses]) for losses in (likelihood, anchor)]
+    return updated_state(state, grads, learning_rate, weight_decay), {
+        "loss": values[0] + anchor_weight * values[1],
+        f"{first_term}_loss": values[0],
+        "anchor_loss": values[1],
+        "gradient_norm": norm(grads),
+    }
+
+
+def norm(grads):
+    return np.sqrt(sum(np.sum(grad**2) for grad in grads.values()))
+
+
+def updated_state(state, grads, learning_rate, weight_decay, b1=0.9, b2=0.999, adam_epsilon=1e-8):
+    """One step of AdamW."""
+    params, step = state["params"], state["step"] + 1
     first = {name: b1 * state["first"][name] + (1 - b1) * grads[name] for name in params}
     second = {name: b2 * state["second"][name] + (1 - b2) * grads[name] ** 2 for name in params}
 
@@ -107,22 +167,26 @@ def train_step(
         decay = weight_decay * params[name] if params[name].ndim > 1 else 0
         return params[name] - learning_rate * (move + decay)
 
-    next_state = {
-        "params": {name: updated(name) for name in params},
-        "first": first,
-        "second": second,
-        "averages": averages,
-        "step": step,
-    }
-    return next_state, {
-        "loss": sft_value + weight * kl_value,
-        "sft_loss": sft_value,
-        "kl_loss": kl_value,
-        "weight": weight,
-        "sft_average": unbiased["sft"],
-        "kl_average": unbiased["kl"],
-        "gradient_norm": np.sqrt(sum(np.sum(grad**2) for grad in grads.values())),
-    }
+    params = {name: updated(name) for name in params}
+    return {**state, "params": params, "first": first, "second": second, "step": step}
+
+
+def fapm(tuned, base, sparsity):
+    """FAPM for one matrix: the entries of the task vector with the lowest scores go back to the base model's."""
+    mean = np.mean(np.abs(base))
+
+    def scored(t, b):
+        if b == 0:
+            return 0.0 if t == 0 else -np.inf
+        return abs(t - b) - mean * abs(t - b) / abs(b)
+
+    score = [scored(t, b) for t, b in zip(tuned.flat, base.flat, strict=True)]
+    num_kept = base.size - int(np.floor(sparsity * base.size + 0.5))
+    kept = sorted(range(base.size), key=lambda place: -score[place])[:num_kept]
+    pruned = base.copy()
+    for place in kept:
+        pruned.flat[place] = tuned.flat[place]
+    return pruned
 
 
 def first_state(params):

@@ -93,6 +93,7 @@ def test_a_train_step_takes_what_was_measured(batch_size, rollout, seconds, memo
         ("train.epochs=5", "train", True),
         ("train.keep_checkpoints=3", "disk_peak", True),
         ("methods=[sft]", "train", False),
+        ("methods=[raft,sft,asft]", "train", True),
         ("mesh.fsdp=4", "memory", False),
     ],
 )

@@ -37,6 +37,9 @@ TIMES = ("seconds", "rollout_seconds")
 SECRET = "hf_canaryInTheEnvironment"
 
 
+COMPARED = ("raft", "sft", "sdft", "fused_sft", "on_policy")
+
+
 @pytest.fixture(scope="module")
 def command(program_environment):
     def run(*arguments: object) -> str:
@@ -57,10 +60,10 @@ def command(program_environment):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, command) -> tuple[Path, str]:
-    """A folder with a finished run of all methods, and what the run printed."""
+    """A folder with a finished run of the paper's methods that are trained, and what the run printed."""
     folder = tmp_path_factory.mktemp("finished")
     train = {"max_steps": 2, "checkpoint_every": 1, "keep_finished": True}
-    config = tiny.write_run(folder, methods=list(METHODS), train=train)
+    config = tiny.write_run(folder, methods=list(COMPARED), train=train)
     return folder, command("run", config)
 
 
@@ -121,7 +124,7 @@ def test_the_rows_have_their_history(finished):
 
 def test_every_method_trains_on_its_own_targets(finished):
     folder, _ = finished
-    found = {name: metrics(folder, name) for name in METHODS}
+    found = {name: metrics(folder, name) for name in COMPARED}
     first = {name: steps[0]["sft_loss"] for name, steps in found.items()}
     assert all([line["step"] for line in steps] == [1, 2] for steps in found.values())
     # All start from the same weights, on the same rows: equal targets give equal losses.
@@ -139,7 +142,7 @@ def test_every_method_trains_on_its_own_targets(finished):
 def test_every_model_has_its_marks(finished):
     folder, _ = finished
     models = json.loads((folder / "run" / "evaluation.json").read_text())["models"]
-    assert list(models) == ["base", *METHODS]
+    assert list(models) == ["base", *COMPARED]
     for name, marks in models.items():
         is_base = name == "base"
         assert (marks["general"]["divergence"]["mean"] == 0) == (marks["weight_distance"]["mean"] == 0) == is_base
@@ -152,7 +155,7 @@ def test_every_model_has_its_marks(finished):
 def test_every_model_is_exported(finished):
     folder, _ = finished
     base = load_file(folder / "model" / "model.safetensors")
-    for name in METHODS:
+    for name in COMPARED:
         hf = folder / "run" / name / "hf"
         tuned = load_file(hf / "model.safetensors")
         assert tuned.keys() == base.keys() and any((tuned[key] != base[key]).any() for key in base)
@@ -169,7 +172,7 @@ def test_no_secret_of_the_environment_is_kept(finished):
 def test_the_log_is_plain_and_ends_with_the_table(finished):
     folder, output = finished
     assert "\x1b" not in output and "\r" not in output and "Traceback" not in output
-    for title in ("rewrite", "fuse, round 1", *(f"train {name}" for name in METHODS)):
+    for title in ("rewrite", "fuse, round 1", *(f"train {name}" for name in COMPARED)):
         assert re.search(rf"^{title}: 0/\d+ (rows|steps)$", output, re.MULTILINE), title
         assert re.search(rf"^{title}: (\d+)/\1 (rows|steps), [\d.]+/s", output, re.MULTILINE), title
     told = r"^refined 12 rows: \d+ have a fused answer, \d+ keep the gold one\n  rewritings: \d+ accepted, .*\d"
@@ -209,7 +212,7 @@ def test_a_moved_run_goes_on_but_a_changed_one_is_refused(copy, capsys):
 
 def test_rows_that_nothing_is_trained_on_are_refined_again_where_settings_changed(copy, capsys):
     run, config = copy / "run", str(copy / "config.yaml")
-    for name in (*METHODS, "evaluation.json"):
+    for name in (*COMPARED, "evaluation.json"):
         shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
     rows, ledger = load_refined(run / "refined"), (run / "refined/ledger.jsonl").read_bytes()
     assert main(["refine", config, "refine.accept_floor=1.0"]) == 0
@@ -240,7 +243,7 @@ def test_a_damaged_data_set_comes_back_from_the_ledger(copy, capsys):
 def test_a_model_card_says_what_it_is_and_how_good(finished):
     run = finished[0] / "run"
     marks = json.loads((run / "evaluation.json").read_text("utf-8"))["models"]
-    for name in METHODS:
+    for name in COMPARED:
         card = (run / name / "hf/README.md").read_text("utf-8")
         assert f"# {METHODS[name].title}\n" in card and "12 rows of" in card and "| learning rate | 0.001 |" in card
         assert ("distillation" in card) == METHODS[name].distils
@@ -358,6 +361,9 @@ TARGETS = {
     "sdft": ("rewritten a", "gold b"),
     "fused_sft": ("fused a", "gold b"),
     "on_policy": ("gold a", "gold b"),
+    "sft_kl": ("gold a", "gold b"),
+    "asft": ("gold a", "gold b"),
+    "fapm": ("gold a", "gold b"),
 }
 
 

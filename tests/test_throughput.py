@@ -55,4 +55,6 @@ def test_shares():
     assert without == pytest.approx({name: 6 * weights * 10 / 2 / 197e12 for name in ("mfu", "train_mfu")})
     adapted = Throughput(params, devices("TPU v5 lite"), adapters=True).metrics(batch, 0, 2.0, 0.0)
     assert adapted == pytest.approx({name: 4 / 6 * value for name, value in without.items()})
+    anchored = Throughput(params, devices("TPU v5 lite"), anchors=True).metrics(batch, 0, 2.0, 0.0)
+    assert anchored == pytest.approx({name: 8 / 6 * value for name, value in without.items()})
     assert Throughput(params, devices("cpu")).metrics(batch, 8, 4.0, 3.0) == {}

@@ -30,9 +30,8 @@ LEARNING_RATE = 0.01
 def build(dtype=np.float32, jit=jax.jit, **settings):
     """A jitted train step and its first state."""
     optimizer = make_optimizer(LEARNING_RATE, weight_decay=settings.pop("weight_decay", 0.1))
-    losses = LossConfig(
-        completions_of(tiny.toy_hidden), tiny.toy_unembedding, top_k=6, reduction=settings.pop("reduction", "sequence")
-    )
+    changes = {name: settings.pop(name) for name in ("reduction", "anchor_weight", "top_k", "kl") if name in settings}
+    losses = LossConfig(completions_of(tiny.toy_hidden), tiny.toy_unembedding, **{"top_k": 6, **changes})
     step = make_train_step(losses, optimizer, **settings)
     params = jax.tree.map(lambda array: jnp.asarray(array, dtype), tiny.toy_parameters(0))
     return jit(step), init_state(params, optimizer)
@@ -76,11 +75,72 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
             assert metrics["weight"] == np.float32(fixed_weight)
 
 
+@pytest.mark.parametrize(("first_term", "num_micro_batches"), [("sft", 1), ("dft", 1), ("dft", 2)])
+def test_anchored_steps_equal_the_twin(first_term, num_micro_batches):
+    with jax.enable_x64(True):
+        step, state = build(
+            np.float64,
+            terms=(first_term, "anchor"),
+            anchor_weight=0.3,
+            num_micro_batches=num_micro_batches,
+        )
+        expected, base = numpy_reference.first_state(tiny.toy_parameters(0)), tiny.toy_parameters(1)
+        for number in range(3):
+            rows, rollouts = random_rows(number)
+            batch = padded(rows, rollouts)._replace(rollout=None)
+            nll = [numpy_reference.sft_loss(expected["params"], row)[0] for row in rows]
+            state, metrics = step(state, teacher_params(np.float64), batch)
+            expected, numbers = numpy_reference.anchored_step(
+                expected,
+                base,
+                rows,
+                first_term=first_term,
+                anchor_weight=0.3,
+                learning_rate=LEARNING_RATE,
+                weight_decay=0.1,
+            )
+            for name, value in numbers.items():
+                np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=f"{name}, step {number}")
+            for name, value in expected["params"].items():
+                np.testing.assert_allclose(state.params[name], value, rtol=0, atol=2e-5 * LEARNING_RATE, err_msg=name)
+            lengths = [len(row["answer"]) for row in rows]
+            assert metrics["sft_tokens"] == sum(lengths)
+            if first_term == "dft":
+                np.testing.assert_allclose(metrics["answer_nll"], np.average(nll, weights=lengths), rtol=1e-5)
+            assert "weight" not in metrics and state.balance.count == 0
+
+
+def test_an_anchor_to_the_student_itself_is_sft():
+    rows, rollouts = random_rows(1)
+    batch = padded(rows, rollouts)._replace(rollout=None)
+    results = []
+    for terms in (("sft",), ("sft", "anchor")):
+        step, state = build(jit=quick_jit, terms=terms)
+        results.append(step(state, state.params, batch))
+    (plain, plain_metrics), (anchored, metrics) = results
+    assert metrics["anchor_loss"] == 0 and metrics["loss"] == plain_metrics["loss"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), anchored.params, plain.params)
+
+
+def test_what_padding_holds_does_not_reach_an_anchored_step():
+    rows, rollouts = random_rows(2)
+    batch = padded(rows, rollouts)._replace(rollout=None)
+    other = batch._replace(
+        answer=replace(batch.answer, ids=np.where(batch.answer.mask, batch.answer.ids, 19)),
+        prompt=replace(batch.prompt, ids=np.where(batch.prompt.mask, batch.prompt.ids, 11)),
+    )
+    step, state = build(jit=quick_jit, terms=("dft", "anchor"))
+    (first, metrics), (second, others) = (step(state, teacher_params(), one) for one in (batch, other))
+    assert metrics == others
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+
+
 def test_the_twins_gradients_are_those_of_its_losses():
     params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
     (row, *_), (rollout, *_) = random_rows(0)
     for loss in (
         lambda p: numpy_reference.sft_loss(p, row),
+        lambda p: numpy_reference.anchor_loss(p, teacher, row),
         lambda p: numpy_reference.kl_loss(p, teacher, row, rollout, 6, 1.5),
     ):
         grads = loss(params)[1]

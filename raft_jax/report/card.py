@@ -43,6 +43,10 @@ def model_card(config: Config, method: Method, num_rows: int, models: Mapping[st
     }
     if train.lora.rank:
         settings["LoRA"] = f"rank {train.lora.rank}, alpha {train.lora.alpha:g}, merged"
+    if method.anchors:
+        settings["KL to the base model"] = f"{train.anchor_weight:g} times, on the answers' tokens"
+    if method.pruned_from:
+        settings["pruned"] = f"{config.fapm.sparsity:g} of each matrix reset to the base model's"
     if method.distils:
         weight = method.constant_weight(train.fixed_weight)
         settings |= {

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from raft_jax.tokens import Batch
 
 
-def accumulated_vjp(losses: Callable, terms: tuple[str, ...], params, batch: Batch, num_micro_batches: int):
-    """Like `jax.vjp(..., has_aux=True)`: returns each term's sum over all micro-batches, the pullback, and the sums of
-    the auxiliary outputs. `losses(params, part, term)` computes one term on one micro-batch.
+def accumulated_vjp(losses: Callable, names: tuple[str, ...], params, batch: Batch, num_micro_batches: int):
+    """Like `jax.vjp(..., has_aux=True)`: returns each sum over all micro-batches, the pullback, and the sums of the
+    auxiliary outputs. `losses(params, part, name)` computes one of `names` on one micro-batch.
 
     Micro-batch m of M takes rows m, m + M, m + 2M, ..., so that each micro-batch is sharded like the batch.
     """
@@ -28,7 +28,7 @@ def accumulated_vjp(losses: Callable, terms: tuple[str, ...], params, batch: Bat
             (grads,) = pullback(jax.tree.map(jnp.ones_like, total))
             return total[name], grads, metrics
 
-        return {name: of(name) for name in terms}
+        return {name: of(name) for name in names}
 
     parts = jax.tree.map(split, batch)
     shapes = jax.eval_shape(sums_and_grads, jax.tree.map(lambda array: array[0], parts))
@@ -37,9 +37,9 @@ def accumulated_vjp(losses: Callable, terms: tuple[str, ...], params, batch: Bat
 
     def pullback(cotangents):
         def joined(*grads):
-            return sum((cotangents[name] * grad).astype(grad.dtype) for name, grad in zip(terms, grads, strict=True))
+            return sum((cotangents[name] * grad).astype(grad.dtype) for name, grad in zip(names, grads, strict=True))
 
-        return (jax.tree.map(joined, *(total[name][1] for name in terms)),)
+        return (jax.tree.map(joined, *(total[name][1] for name in names)),)
 
-    metrics = {name: value for term in terms for name, value in total[term][2].items()}
-    return {name: total[name][0] for name in terms}, pullback, metrics
+    metrics = {key: value for name in names for key, value in total[name][2].items()}
+    return {name: total[name][0] for name in names}, pullback, metrics

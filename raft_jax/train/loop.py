@@ -86,7 +86,8 @@ def train(
     train_step = jit_train_step(student, optimizer, method, settings)
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
     rollout_key = jax.random.fold_in(key, 1)
-    throughput = Throughput(model.params, mesh.devices, adapters=settings.lora.rank > 0)
+    adapters = settings.lora.rank > 0
+    throughput = Throughput(model.params, mesh.devices, adapters=adapters, anchors=method.anchors)
 
     shown = progress(f"train {method.name}", num_steps, "steps", done)
     with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # deferred: the loop saves before it stops
@@ -205,6 +206,7 @@ def jit_train_step(
         student.forward_params,
         top_k=settings.top_k,
         temperature=settings.temperature,
+        anchor_weight=settings.anchor_weight,
         reduction=settings.reduction,
         head_settings=student.model.head_settings | chunk_size,
     )
@@ -220,7 +222,6 @@ def jit_train_step(
 
 
 def _note(metrics: dict[str, float]) -> str:
-    note = f"SFT {metrics['sft_loss']:.3f}"
-    if "kl_loss" in metrics:
-        note += f", KL {metrics['kl_loss']:.3f}, λ {metrics['weight']:.2f}"
-    return note
+    losses = {"SFT": "sft_loss", "DFT": "dft_loss", "KL to base": "anchor_loss", "KL": "kl_loss"}
+    parts = [f"{name} {metrics[key]:.3f}" for name, key in losses.items() if key in metrics]
+    return ", ".join([*parts, f"λ {metrics['weight']:.2f}"] if "weight" in metrics else parts)

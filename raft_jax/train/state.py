@@ -32,6 +32,16 @@ def init_state(params: Any, optimizer: optax.GradientTransformation) -> TrainSta
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), init_balance())
 
 
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a weight matrix (or one per layer), by its name, which ends in its dimensions.
+
+    Example:
+      >>> [is_matrix(name) for name in ("query_LDNH", "embedding_VD", "attention_norm_LD", "query_bias_LNH")]
+      [True, True, False, False]
+    """
+    return len(name.rpartition("_")[2].removeprefix("L")) > 1 and "bias" not in name
+
+
 def make_optimizer(
     learning_rate: float,
     *,
@@ -44,14 +54,13 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """AdamW with an optional linear warm-up, then a constant learning rate. Norms and biases have no weight decay."""
 
-    def is_matrix(params):
-        # A parameter's name ends in its dimensions; a matrix has at least two besides L (layers).
-        return {name: len(name.rpartition("_")[2].removeprefix("L")) > 1 and "bias" not in name for name in params}
+    def decays(params):
+        return {name: is_matrix(name) for name in params}
 
     schedule = learning_rate
     if warmup_steps:
         schedule = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=is_matrix)
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=decays)
     if max_gradient_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(max_gradient_norm), adamw)

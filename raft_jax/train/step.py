@@ -1,5 +1,7 @@
 """RAFT's train step: cross entropy on the refined answers plus adaptive distillation on the student's rollouts.
 
+The terms of the baselines that need no rollouts are here, too; TERMS is the table of all.
+
 Letters: B batch, A answer, C rollout, T time, D model width, V vocabulary.
 """
 
@@ -14,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from raft_jax.losses import linear_cross_entropy, linear_top_k_forward_kl, sequence_weight, update_balance
+from raft_jax.losses import (
+    linear_cross_entropy,
+    linear_forward_kl,
+    linear_top_k_forward_kl,
+    sequence_weight,
+    update_balance,
+)
 from raft_jax.sharding import mesh_axes
 from raft_jax.tokens import Batch, Tokens, predicting
 from raft_jax.train.accumulate import accumulated_vjp
@@ -34,6 +42,7 @@ class LossConfig:
       forward_params: `(params, teacher_params) -> params of completion_hidden`; gradients flow through it. For training
         float32 master weights of a bfloat16 model, or adapters of the teacher.
       top_k, temperature: K and τ (T in the paper) of Eqs. 8-10.
+      anchor_weight: the coefficient α of the term "anchor".
       reduction: "sequence" (mean over each row's tokens, then rows) or "token" (mean over all tokens).
       head_settings: further arguments of the linear losses: chunk_size, logit_scale, logit_softcap, vocab_size.
     """
@@ -43,6 +52,7 @@ class LossConfig:
     forward_params: Callable[[Any, Any], Any] = lambda params, teacher_params: params
     top_k: int = 512
     temperature: float = 1.5
+    anchor_weight: float = 0.1
     reduction: str = "sequence"
     head_settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,9 +105,52 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
     return total, {name: jnp.sum(jnp.where(mask_BT, values_BT, 0)) for name, values_BT in metrics.items()}
 
 
+def dft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BAD) -> tuple[jax.Array, dict]:
+    """Cross entropy on the answers, each token times the student's own probability of it, which carries no gradient.
+
+        sum_t sg(p_t) (-log p_t)
+
+    DFT (arXiv:2508.05629); the first term of ASFT (arXiv:2509.23753).
+    """
+    answer = batch.answer
+    unpad, _ = make_unpadding(answer.mask, answer.max_tokens)
+    hidden_BTD, labels_BT, weight_BT = map(unpad, (hidden_BAD, answer.ids, config.token_weights(answer)))
+    nll_BT = linear_cross_entropy(hidden_BTD, config.unembedding(params), labels_BT, **config.linear)
+    probs_BT = jax.lax.stop_gradient(jnp.exp(-nll_BT))
+    # Padding has weight 0, and its hidden states may be anything.
+    nll_BT = jnp.where(weight_BT > 0, nll_BT, 0)
+    total = jnp.sum(weight_BT * jnp.where(weight_BT > 0, probs_BT, 0) * nll_BT)
+    return total, {"answer_nll": jnp.sum(jax.lax.stop_gradient(nll_BT))}
+
+
+def anchor_term(config: LossConfig, params, teacher_params, batch: Batch, student_BAD) -> tuple[jax.Array, dict]:
+    """KL(base ‖ student) over the whole vocabulary at the answers' tokens, given the question; temperature 1.
+
+    The anchor of ASFT (arXiv:2509.23753) and of SFT with a KL to the base model.
+    """
+    answer = batch.answer
+    (base_BAD,) = config.completion_hidden(teacher_params, batch.prompt, answer)
+    unpad, _ = make_unpadding(answer.mask, answer.max_tokens)
+    total = linear_forward_kl(
+        unpad(student_BAD),
+        config.unembedding(params),
+        jax.lax.stop_gradient(unpad(base_BAD)),
+        jax.lax.stop_gradient(config.unembedding(teacher_params)),
+        temperature=1.0,
+        weight_BT=unpad(config.token_weights(answer)),
+        **config.linear,
+    )
+    return total, {}
+
+
 # Each term of the loss, and the completion that it is computed on (a field of Batch). `term(config, params,
 # teacher_params, batch, hidden_BCD) -> (sum, {metric: sum over the completion's tokens})`.
-TERMS = {"sft": (sft_term, "answer"), "kl": (kl_term, "rollout")}
+TERMS = {
+    "sft": (sft_term, "answer"),
+    "dft": (dft_term, "answer"),
+    "anchor": (anchor_term, "answer"),
+    "kl": (kl_term, "rollout"),
+}
 
 
 def make_train_step(
@@ -114,12 +167,12 @@ def make_train_step(
     Args:
       config: the models and the losses.
       optimizer: an optax transformation.
-      terms: names in TERMS. With "sft" alone the batch needs no rollout, and teacher_params may be None unless
-        `config.forward_params` needs them.
+      terms: names in TERMS. Without "kl" the batch needs no rollout; without "kl" and "anchor" teacher_params may be
+        None unless `config.forward_params` needs them.
       ema_decay: β of Eq. 11.
       fixed_weight: a constant λ, in place of Eq. 12.
-      num_micro_batches: number of groups that the rows are split into, run one after the other. The gradients of each
-        term are accumulated separately and combined once λ of the whole batch is known, so only memory changes.
+      num_micro_batches: number of groups that the rows are split into, run one after the other. The gradients on each
+        completion are accumulated separately and combined once λ of the whole batch is known, so only memory changes.
 
     Returns:
       `train_step(state, teacher_params, batch) -> (state, metrics)`. `batch` is a raft_jax.tokens.Batch; metrics are
@@ -127,43 +180,46 @@ def make_train_step(
 
     RAFT (arXiv:2606.00147), Eqs. 5-12.
     """
+    completions = tuple(dict.fromkeys(TERMS[name][1] for name in terms))
+    scales = {name: config.anchor_weight if name == "anchor" else 1 for name in terms}
 
-    def losses(params, teacher_params, batch, names):
-        """The sum of each term, and the sums from which the metrics are computed."""
+    def losses(params, teacher_params, batch, completions):
+        """The loss on each completion, but for λ and the divisor; and each term's sum, and the sums of its metrics."""
         params = config.forward_params(params, teacher_params)
-        functions, completions = zip(*(TERMS[name] for name in names), strict=True)
         hidden = config.completion_hidden(params, batch.prompt, *(getattr(batch, name) for name in completions))
-        results = [
-            term(config, params, teacher_params, batch, hidden_BCD)
-            for term, hidden_BCD in zip(functions, hidden, strict=True)
-        ]
-        sums = {name: total for name, (total, _) in zip(names, results, strict=True)}
-        return sums, {name: value for _, metrics in results for name, value in metrics.items()}
+        sums, results = {}, {}
+        for completion, hidden_BCD in zip(completions, hidden, strict=True):
+            names = [name for name in terms if TERMS[name][1] == completion]
+            found = {name: TERMS[name][0](config, params, teacher_params, batch, hidden_BCD) for name in names}
+            sums[completion] = sum(scales[name] * total for name, (total, _) in found.items())
+            results |= found
+        return sums, results
 
     def train_step(state: TrainState, teacher_params, batch: Batch):
-        counts = {name: config.count(getattr(batch, TERMS[name][1])) for name in terms}
+        counts = {name: config.count(getattr(batch, name)) for name in completions}
         if num_micro_batches == 1:
-            sums, pullback, metrics = jax.vjp(
-                lambda params: losses(params, teacher_params, batch, terms), state.params, has_aux=True
+            sums, pullback, results = jax.vjp(
+                lambda params: losses(params, teacher_params, batch, completions), state.params, has_aux=True
             )
         else:
-            sums, pullback, metrics = accumulated_vjp(
+            sums, pullback, results = accumulated_vjp(
                 lambda params, part, name: losses(params, teacher_params, part, (name,)),
-                terms,
+                completions,
                 state.params,
                 batch,
                 num_micro_batches,
             )
-        values = {name: total / counts[name] for name, total in sums.items()}
-        coefficients, balance = _coefficients(values, state.balance, ema_decay, fixed_weight)
+        values = {name: total / counts[TERMS[name][1]] for name, (total, _) in results.items()}
+        weight, balance = _kl_weight(values, state.balance, ema_decay, fixed_weight)
         # λ depends on the values of the losses alone, so it is known before the backward pass.
-        (grads,) = pullback(
-            {name: (coefficients[name] / counts[name]).astype(total.dtype) for name, total in sums.items()}
-        )
+        factors = {name: weight if name == "rollout" else jnp.float32(1) for name in completions}
+        (grads,) = pullback({name: (factors[name] / counts[name]).astype(total.dtype) for name, total in sums.items()})
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = _metrics(values, coefficients, metrics, grads, batch)
-        if "kl" in terms:
+        coefficients = {name: scales[name] * factors[TERMS[name][1]] for name in values}
+        metrics = _metrics(values, coefficients, results, batch)
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        if {"sft", "kl"} <= values.keys():
             averages = balance.corrected(decay=ema_decay)
             metrics |= dict(zip(("sft_average", "kl_average"), averages, strict=True))
         metrics = {name: jnp.asarray(value, jnp.float32) for name, value in metrics.items()}
@@ -172,25 +228,25 @@ def make_train_step(
     return train_step
 
 
-def _coefficients(values, balance, ema_decay, fixed_weight):
-    """The coefficient of each term, 1 and λ (from Eq. 12, or fixed), and the running averages after this step."""
-    coefficients = {name: jnp.float32(1) for name in values}
-    if "kl" in values:
-        kl_weight, balance = update_balance(balance, values["sft"], values["kl"], decay=ema_decay)
-        coefficients["kl"] = kl_weight if fixed_weight is None else jnp.float32(fixed_weight)
-    return coefficients, balance
+def _kl_weight(values, balance, ema_decay, fixed_weight):
+    """λ, from Eq. 12 or fixed (1 if there is nothing to balance), and the running averages after this step."""
+    weight = jnp.float32(1)
+    if {"sft", "kl"} <= values.keys():
+        weight, balance = update_balance(balance, values["sft"], values["kl"], decay=ema_decay)
+    return weight if fixed_weight is None else jnp.float32(fixed_weight), balance
 
 
-def _metrics(values, coefficients, sums, grads, batch: Batch) -> dict[str, jax.Array]:
-    """The metrics of a step, except for the running averages."""
+def _metrics(values, coefficients, results, batch: Batch) -> dict[str, jax.Array]:
+    """The metrics of a step, except for the gradient's norm and the running averages."""
     metrics = {f"{name}_loss": value for name, value in values.items()}
     metrics["loss"] = sum(coefficients[name] * value for name, value in values.items())
-    metrics["gradient_norm"] = optax.global_norm(grads)
-    metrics["sft_tokens"] = jnp.sum(batch.answer.mask)
-    if "kl" in values:
-        num_tokens = jnp.sum(batch.rollout.mask)
-        metrics |= {name: total / jnp.maximum(num_tokens, 1) for name, total in sums.items()}
-        metrics |= {"weight": coefficients["kl"], "rollout_tokens": num_tokens}
+    num_tokens = {name: jnp.sum(getattr(batch, name).mask) for name in {TERMS[name][1] for name in values}}
+    for term, (_, totals) in results.items():
+        metrics |= {name: total / jnp.maximum(num_tokens[TERMS[term][1]], 1) for name, total in totals.items()}
+    if "answer" in num_tokens:
+        metrics["sft_tokens"] = num_tokens["answer"]
+    if "rollout" in num_tokens:
+        metrics |= {"weight": coefficients["kl"], "rollout_tokens": num_tokens["rollout"]}
         metrics["empty_rollouts"] = jnp.sum(~jnp.any(batch.rollout.mask, axis=-1))
     return metrics
 

@@ -48,8 +48,14 @@ def num_weights(params: Mapping[str, jax.Array]) -> int:
 class Throughput:
     """The MFU of a run's steps; without recomputation, attention's scores and the sampling itself, as is usual."""
 
-    def __init__(self, params: Mapping[str, jax.Array], devices: np.ndarray, *, adapters: bool = False):
-        """With `adapters`, the weights themselves have no gradient; the adapters are not counted."""
+    def __init__(
+        self, params: Mapping[str, jax.Array], devices: np.ndarray, *, adapters: bool = False, anchors: bool = False
+    ):
+        """With `adapters`, the weights themselves have no gradient; the adapters are not counted.
+
+        With `anchors`, the base model reads prompts and answers, too.
+        """
+        self._anchors = anchors
         self._num_weights, self._peak = num_weights(params), peak_of(devices)
         self._trained = FORWARD + BACKWARD * (1 if adapters else 2)
 
@@ -66,6 +72,8 @@ class Throughput:
         prompt, answer, teacher_prompt = map(_count, (batch.prompt, batch.answer, batch.teacher_prompt))
         sampled = FORWARD * (prompt + rollout_tokens) if rollout_tokens else 0.0
         trained = self._trained * (prompt + answer + rollout_tokens)
+        if self._anchors:
+            trained += FORWARD * (prompt + answer)
         if rollout_tokens:
             trained += FORWARD * (teacher_prompt + rollout_tokens)
         whole = self._num_weights / self._peak

@@ -1,0 +1,91 @@
+"""Runs of the methods beside the paper's: what each starts from, what it leaves on disk, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import numpy_reference
+import pytest
+import tiny
+from safetensors.numpy import load_file
+
+from raft_jax.cli import main
+from raft_jax.methods import METHODS
+from raft_jax.metrics import read_metrics
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+def weights(folder: Path, name: str) -> dict[str, np.ndarray]:
+    return load_file(folder / "run" / name / "hf/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def anchored(tmp_path_factory) -> Path:
+    """A trained run of SFT and the methods that are near it."""
+    folder = tmp_path_factory.mktemp("anchored")
+    config = tiny.write_run(folder, methods=["fapm", "sft_kl", "asft", "sft"], train={"max_steps": 2})
+    assert main(["train", str(config)]) == 0
+    return folder
+
+
+def test_anchored_methods_start_as_sft_does(anchored):
+    found = {name: read_metrics(anchored / "run" / name / "metrics.jsonl") for name in ("sft", "sft_kl", "asft")}
+    first = {name: lines[0] for name, lines in found.items()}
+    # The student is still the base model.
+    assert first["sft_kl"]["sft_loss"] == pytest.approx(first["sft"]["sft_loss"], rel=1e-5)
+    assert all(abs(first[name]["anchor_loss"]) < 1e-6 < found[name][1]["anchor_loss"] for name in ("sft_kl", "asft"))
+    assert 0 < first["asft"]["dft_loss"] < first["sft"]["sft_loss"] and first["asft"]["answer_nll"] > 0
+    second = found["sft_kl"][1]
+    assert second["loss"] == pytest.approx(second["sft_loss"] + 0.1 * second["anchor_loss"], rel=1e-5)
+    assert all("kl_loss" not in line and line["rollout_seconds"] == 0 for lines in found.values() for line in lines)
+
+
+def test_fapm_prunes_what_sft_exported(anchored):
+    base, sft, pruned = (
+        load_file(anchored / "model/model.safetensors"),
+        weights(anchored, "sft"),
+        weights(anchored, "fapm"),
+    )
+    assert not (anchored / "run/fapm/metrics.jsonl").exists()
+    for name, matrix in pruned.items():
+        if matrix.ndim < 2:
+            np.testing.assert_array_equal(matrix, sft[name])
+            continue
+        expected = numpy_reference.fapm(*(one[name].astype(np.float64) for one in (sft, base)), 0.9)
+        # Scores in float32 may swap entries that are equal but for rounding.
+        assert np.mean(matrix != expected.astype(np.float32)) < 2e-3, name
+        changed = np.mean(matrix != base[name])
+        assert 0.05 < changed <= 0.1 + 1 / matrix.size, name
+
+
+def test_another_sparsity_makes_fapm_again_and_nothing_else(anchored, capsys):
+    before = weights(anchored, "sft"), weights(anchored, "fapm")
+    config = str(anchored / "config.yaml")
+    assert main(["train", config, "methods=[fapm]", "fapm.sparsity=0.5"]) == 0
+    assert "training and exporting again: fapm (fapm.sparsity: 0.9 → 0.5)" in capsys.readouterr().out
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert np.array_equal(weights(anchored, "sft")[name], before[0][name])
+    base = load_file(anchored / "model/model.safetensors")[name]
+    assert np.mean(weights(anchored, "fapm")[name] != base) > 2 * np.mean(before[1][name] != base)
+    card = (anchored / "run/fapm/hf/README.md").read_text("utf-8")
+    assert METHODS["fapm"].title in card and "0.5 of each matrix reset" in card
+    recorded = json.loads((anchored / "run/results.json").read_text())
+    assert recorded["export fapm"]["fapm.sparsity"] == 0.5 and "fapm.sparsity" not in recorded["export sft"]
+    assert "0.1 times, on the answers' tokens" in (anchored / "run/asft/hf/README.md").read_text("utf-8")
+
+
+def test_fapm_without_sft_is_refused(tmp_path, capsys):
+    config = str(tiny.write_run(tmp_path, methods=["fapm"]))
+    words = "methods: fapm prunes what sft trained, and .* holds no sft of this config; add sft to methods"
+    for verb in ("check", "train"):
+        assert main([verb, config]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and re.search(words, message)
