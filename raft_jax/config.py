@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from raft_jax.errors import InputError
-from raft_jax.methods import METHODS
+from raft_jax.methods import METHODS, Method
 
 DTYPES = ("float32", "bfloat16")
 STUDENT = "student"  # as a role of the refinement: the model of model.source
@@ -179,10 +179,12 @@ class TrainConfig:
     adam_epsilon: float = 1e-8  # added to the denominator
     max_gradient_norm: float | None = None  # gradients are scaled down to this norm; null: never
     temperature: float = 1.5  # T of Eq. 8
-    top_k: int = 512  # K of Eq. 9
+    top_k: int | None = 512  # K of Eq. 9; null: the whole vocabulary
+    kl: str = "forward"  # KL(teacher || student) on rollouts; reverse: KL(student || teacher), with top_k=null
     ema_decay: float = 0.9  # beta of Eq. 11
-    fixed_weight: float | None = None  # lambda as a constant; null balances by Eq. 12 (on_policy: 1)
+    fixed_weight: float | None = None  # lambda as a constant; null: Eq. 12 (1 if the teacher sees no answer)
     anchor_weight: float = 0.1  # alpha of sft_kl and asft: of the KL to the base model on the answers' tokens
+    teacher_sees_answer: bool | None = None  # whether the teacher's prompt has the target; null: as the method has it
     reduction: str = "sequence"  # mean over each answer, then over answers; "token": over all tokens of the batch
     loss_chunk_size: int | None = None  # tokens per device whose logits are held at once; null: 512
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -196,7 +198,6 @@ class TrainConfig:
             "batch_size",
             "num_micro_batches",
             "length_buckets",
-            "top_k",
             "checkpoint_every",
             "keep_checkpoints",
         ):
@@ -215,6 +216,10 @@ class TrainConfig:
         for key in ("adam_b1", "adam_b2", "ema_decay"):
             _require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "0 up to, not including, 1")
         _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
+        _require(self.top_k is None or self.top_k >= 1, "train.top_k", self.top_k, "1 or more, or null for all tokens")
+        _require(self.kl in ("forward", "reverse"), "train.kl", self.kl, "forward, reverse")
+        with_all = self.kl == "forward" or self.top_k is None
+        _require(with_all, "train.kl", self.kl, "reverse with train.top_k=null only")
         _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
         _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
         _require(
@@ -414,6 +419,11 @@ class Config:
 
     def _is_model(self, role: str) -> bool:
         return role == STUDENT or role in self.endpoints or is_source(role)
+
+    @property
+    def compared_methods(self) -> list[Method]:
+        """The methods of `methods`, with the settings of `train` that change them."""
+        return [METHODS[name].with_teacher(self.train.teacher_sees_answer) for name in self.methods]
 
     @property
     def model_roles(self) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,10 @@ class Method:
         """Whether the targets come from refinement (Eqs. 1-4)."""
         return self.target != "gold"
 
+    def with_teacher(self, sees_answer: bool | None) -> Method:
+        """The method with the setting `train.teacher_sees_answer`, if it is not None and the method distils."""
+        return self if sees_answer is None or not self.distils else replace(self, teacher_sees_answer=sees_answer)
+
     def constant_weight(self, fixed_weight: float | None) -> float | None:
         """λ, given the setting `train.fixed_weight`, which takes precedence; None if Eq. 12 balances the terms.
 
@@ -75,6 +79,14 @@ METHODS = {
     for method in (
         Method(
             "raft", "RAFT", "fused", ("sft", "kl"), Style("RAFT", ("#0b7285", "#52c3d3"), "D"), teacher_sees_answer=True
+        ),
+        Method(
+            "raft_unfused",
+            "RAFT without fusion, on the rewritten answers",
+            "rewrite",
+            ("sft", "kl"),
+            Style("RAFT unfused", ("#2b6a5e", "#7cc4b2"), "d", (7, 1.5)),
+            teacher_sees_answer=True,
         ),
         Method("sft", "SFT on the gold answers", "gold", ("sft",), Style("SFT", ("#b45309", "#f0994f"), "o", (5, 2))),
         Method(

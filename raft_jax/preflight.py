@@ -19,7 +19,7 @@ from raft_jax.evaluate.compare import GeneralPrompt, load_general_prompts
 from raft_jax.evaluate.expected import load_expected
 from raft_jax.evaluate.judges import require_judges
 from raft_jax.evaluate.tasks import require_tasks
-from raft_jax.methods import METHODS, Method, any_refines
+from raft_jax.methods import Method, any_refines
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_of, open_weights
@@ -150,7 +150,7 @@ def check(config: Config, console) -> None:
     tokenizer.thinking = config.model.thinking
     check_keys(weights, decoder)
     data = RunData(config, tokenizer, decoder.max_positions, partial(_near_duplicates, config))
-    methods = [METHODS[name] for name in config.methods]
+    methods = config.compared_methods
     refines = any_refines(config.methods)
     console.print(f"data: {config.data.path}")
     for line in [*data.describe(), *data.describe_lengths(refines)]:

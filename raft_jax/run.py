@@ -109,7 +109,7 @@ class Run:
 
     @property
     def methods(self) -> list[Method]:
-        return [METHODS[name] for name in self.config.methods]
+        return self.config.compared_methods
 
     def refine(self, retry: bool = True) -> list[RefinedRow]:
         """Stage 1. Reads the rows if they are published already.

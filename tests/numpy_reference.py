@@ -72,8 +72,11 @@ def anchor_loss(params, base, row):
     return np.mean(np.sum(q_AV * np.log(q_AV / p_AV), axis=-1)), backward(params, tokens, saved, slope_TV)
 
 
-def kl_loss(params, teacher, row, rollout, top_k, temperature):
-    """Eqs. 7-10 for one row: the teacher has read the answer, and both see the same prefix of the rollout."""
+def kl_loss(params, teacher, row, rollout, top_k, temperature, reverse=False):
+    """Eqs. 7-10 for one row: the teacher has read the answer, and both see the same prefix of the rollout.
+
+    Without top_k over the whole vocabulary; `reverse` is KL(student || teacher).
+    """
     if not rollout:
         return 0.0, {name: np.zeros_like(value) for name, value in params.items()}
     tokens, told = np.array([*row["prompt"], *rollout]), np.array([*row["teacher_prompt"], *rollout])
@@ -85,6 +88,11 @@ def kl_loss(params, teacher, row, rollout, top_k, temperature):
         kept = np.argsort(-softmax(u_V / temperature), kind="stable")[:top_k]
         q, p = softmax(u_V / temperature)[kept], softmax(logits_TV[place] / temperature)[kept]
         q, p = q / np.sum(q), p / np.sum(p)
+        if reverse:
+            divergence = np.sum(p * np.log(p / q))
+            total += temperature**2 * divergence / len(rollout)
+            slope_TV[place, kept] = temperature * p * (np.log(p / q) - divergence) / len(rollout)
+            continue
         total += temperature**2 * np.sum(q * np.log(q / p)) / len(rollout)
         slope_TV[place, kept] = temperature * (p - q) / len(rollout)
     return total, backward(params, tokens, saved, slope_TV)
@@ -106,11 +114,12 @@ def train_step(
     b2=0.999,
     adam_epsilon=1e-8,
     fixed_weight=None,
+    reverse=False,
 ):
     """Eqs. 5-12 and one step of AdamW: the next state, and the numbers of the step."""
     params, step = state["params"], state["step"] + 1
     sft = [sft_loss(params, row) for row in rows]
-    kl = [kl_loss(params, teacher, row, z, top_k, temperature) for row, z in zip(rows, rollouts, strict=True)]
+    kl = [kl_loss(params, teacher, row, z, top_k, temperature, reverse) for row, z in zip(rows, rollouts, strict=True)]
     sft_value, kl_value = np.mean([loss for loss, _ in sft]), np.mean([loss for loss, _ in kl])
     averages = {  # Eq. 11
         "sft": ema_decay * state["averages"]["sft"] + (1 - ema_decay) * sft_value,

@@ -13,8 +13,10 @@ import tiny
 from safetensors.numpy import load_file
 
 from raft_jax.cli import main
+from raft_jax.config_file import load_config
 from raft_jax.methods import METHODS
 from raft_jax.metrics import read_metrics
+from raft_jax.stages import changes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -89,3 +91,25 @@ def test_fapm_without_sft_is_refused(tmp_path, capsys):
         assert main([verb, config]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and re.search(words, message)
+
+
+def test_whether_the_teacher_sees_the_answer_is_a_setting(tmp_path):
+    path = tiny.write_run(tmp_path, methods=["raft", "on_policy", "sft"])
+    found = {}
+    for value in ("null", "true", "false"):
+        methods = load_config(path, [f"train.teacher_sees_answer={value}"]).compared_methods
+        found[value] = {method.name: (method.teacher_sees_answer, method.constant_weight(None)) for method in methods}
+        assert [method.constant_weight(0.1) for method in methods] == [0.1] * 3
+    # λ is 1 where the teacher sees no more than the student, and balanced where it does.
+    assert found["null"] == {"raft": (True, None), "on_policy": (False, 1.0), "sft": (False, 1.0)}
+    assert found["true"]["on_policy"] == found["null"]["raft"] and found["true"]["sft"] == found["null"]["sft"]
+    assert found["false"]["raft"] == found["null"]["on_policy"]
+
+
+def test_a_folder_of_before_a_setting_has_its_former_value():
+    now = {"train.learning_rate": 1.0, "train.kl": "forward", "refine.rewriter": "student", "data.path": "x"}
+    assert changes({"train.learning_rate": 1.0, "data.path": "x"}, now) == {}
+    assert changes({"train.learning_rate": 1.0}, {**now, "train.kl": "reverse"}) == {
+        "train.kl": "train.kl: forward → reverse"
+    }
+    assert changes({"data.path": "x"}, {**now, "train.kl": "reverse"}) == {}  # a result that no training is part of

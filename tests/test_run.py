@@ -357,6 +357,7 @@ ROWS = [
 ]
 TARGETS = {
     "raft": ("fused a", "gold b"),
+    "raft_unfused": ("rewritten a", "gold b"),
     "sft": ("gold a", "gold b"),
     "sdft": ("rewritten a", "gold b"),
     "fused_sft": ("fused a", "gold b"),
@@ -384,7 +385,7 @@ def test_targets_and_teacher_prompts_of_each_method(name):
 
         prompt = f"{earlier}<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         assert text(row.prompt) == prompt and text(row.answer) == f"{target}<|im_end|>"
-        if name == "raft":  # reference knowledge, then the question, then the answer begins
+        if name in ("raft", "raft_unfused"):  # reference knowledge, then the question, then the answer begins
             told = text(row.teacher_prompt)
             assert told.startswith(earlier + "<|im_start|>user\nBackground")
             assert told.index(target) < told.index(question)

@@ -41,11 +41,20 @@ def teacher_params(dtype=np.float32):
     return jax.tree.map(lambda array: jnp.asarray(array, dtype), tiny.toy_parameters(1))
 
 
-@pytest.mark.parametrize(("wide", "fixed_weight"), [(True, None), (True, 0.3), (False, None)])
-def test_five_steps_equal_the_twin(wide, fixed_weight):
+@pytest.mark.parametrize(
+    ("wide", "fixed_weight", "top_k", "kl"),
+    [
+        (True, None, 6, "forward"),
+        (True, 0.3, 6, "forward"),
+        (False, None, 6, "forward"),
+        (True, None, None, "forward"),
+        (True, None, None, "reverse"),
+    ],
+)
+def test_five_steps_equal_the_twin(wide, fixed_weight, top_k, kl):
     dtype, tolerance = (np.float64, 1e-6) if wide else (np.float32, 1e-4)
     with jax.enable_x64(wide):
-        step, state = build(dtype, fixed_weight=fixed_weight)
+        step, state = build(dtype, fixed_weight=fixed_weight, top_k=top_k, kl=kl)
         expected, teacher = numpy_reference.first_state(tiny.toy_parameters(0)), tiny.toy_parameters(1)
         for number in range(5):
             rows, rollouts = random_rows(number)
@@ -55,7 +64,8 @@ def test_five_steps_equal_the_twin(wide, fixed_weight):
                 teacher,
                 rows,
                 rollouts,
-                top_k=6,
+                top_k=top_k,
+                reverse=kl == "reverse",
                 temperature=1.5,
                 ema_decay=0.9,
                 learning_rate=LEARNING_RATE,
@@ -142,6 +152,7 @@ def test_the_twins_gradients_are_those_of_its_losses():
         lambda p: numpy_reference.sft_loss(p, row),
         lambda p: numpy_reference.anchor_loss(p, teacher, row),
         lambda p: numpy_reference.kl_loss(p, teacher, row, rollout, 6, 1.5),
+        lambda p: numpy_reference.kl_loss(p, teacher, row, rollout, None, 1.5, reverse=True),
     ):
         grads = loss(params)[1]
         for name, grad in grads.items():
@@ -199,6 +210,11 @@ def test_token_reduction_weighs_every_token_the_same():
     for name, losses in (("sft_loss", sft), ("kl_loss", kl)):
         values, lengths = zip(*losses, strict=True)
         np.testing.assert_allclose(metrics[name], np.average(values, weights=lengths), rtol=1e-5)
+
+
+def test_a_reverse_kl_needs_the_whole_vocabulary():
+    with pytest.raises(ValueError, match="kl 'reverse' with top_k 6; use 'forward', or 'reverse' with top_k None"):
+        build(kl="reverse")
 
 
 def test_rows_that_do_not_divide_are_refused():

@@ -50,7 +50,8 @@ def model_card(config: Config, method: Method, num_rows: int, models: Mapping[st
     if method.distils:
         weight = method.constant_weight(train.fixed_weight)
         settings |= {
-            "distillation": f"top {train.top_k}, temperature {train.temperature:g}, rollouts of "
+            "distillation": f"{'whole vocabulary' if train.top_k is None else f'top {train.top_k}'}, "
+            f"{'' if train.kl == 'forward' else 'reverse KL, '}temperature {train.temperature:g}, rollouts of "
             f"{train.rollout.max_new_tokens} tokens",
             "λ": f"averages with decay {train.ema_decay:g}" if weight is None else weight,
         }

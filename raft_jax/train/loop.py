@@ -205,6 +205,7 @@ def jit_train_step(
         student.unembedding,
         student.forward_params,
         top_k=settings.top_k,
+        kl=settings.kl,
         temperature=settings.temperature,
         anchor_weight=settings.anchor_weight,
         reduction=settings.reduction,

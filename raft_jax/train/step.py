@@ -19,6 +19,7 @@ import optax
 from raft_jax.losses import (
     linear_cross_entropy,
     linear_forward_kl,
+    linear_reverse_kl,
     linear_top_k_forward_kl,
     sequence_weight,
     update_balance,
@@ -28,6 +29,8 @@ from raft_jax.tokens import Batch, Tokens, predicting
 from raft_jax.train.accumulate import accumulated_vjp
 from raft_jax.train.state import TrainState
 from raft_jax.unpadding import make_unpadding
+
+DIVERGENCES = {"forward": linear_forward_kl, "reverse": linear_reverse_kl}  # over the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class LossConfig:
       unembedding: `(params) -> unembedding_DV`, or `raft_jax.losses.TiedEmbedding(embedding_VD)`.
       forward_params: `(params, teacher_params) -> params of completion_hidden`; gradients flow through it. For training
         float32 master weights of a bfloat16 model, or adapters of the teacher.
-      top_k, temperature: K and τ (T in the paper) of Eqs. 8-10.
+      top_k, temperature: K (None: the whole vocabulary) and τ (T in the paper) of Eqs. 8-10.
+      kl: "forward", KL(teacher ‖ student); or "reverse", KL(student ‖ teacher), with the whole vocabulary only.
       anchor_weight: the coefficient α of the term "anchor".
       reduction: "sequence" (mean over each row's tokens, then rows) or "token" (mean over all tokens).
       head_settings: further arguments of the linear losses: chunk_size, logit_scale, logit_softcap, vocab_size.
@@ -50,7 +54,8 @@ class LossConfig:
     completion_hidden: Callable[..., list[jax.Array]]
     unembedding: Callable[[Any], Any]
     forward_params: Callable[[Any, Any], Any] = lambda params, teacher_params: params
-    top_k: int = 512
+    top_k: int | None = 512
+    kl: str = "forward"
     temperature: float = 1.5
     anchor_weight: float = 0.1
     reduction: str = "sequence"
@@ -59,6 +64,8 @@ class LossConfig:
     def __post_init__(self):
         if self.reduction not in ("sequence", "token"):
             raise ValueError(f"reduction {self.reduction!r} is not known; use 'sequence' or 'token'")
+        if self.kl not in DIVERGENCES or (self.kl == "reverse" and self.top_k is not None):
+            raise ValueError(f"kl {self.kl!r} with top_k {self.top_k}; use 'forward', or 'reverse' with top_k None")
 
     def count(self, tokens: Tokens) -> jax.Array | int:
         """The divisor of a term's sum: the number of rows, or of real tokens."""
@@ -90,17 +97,12 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
     rollout = batch.rollout
     (teacher_BCD,) = config.completion_hidden(teacher_params, batch.teacher_prompt, rollout)
     unpad, _ = make_unpadding(rollout.mask, rollout.max_tokens)
-    total, metrics = linear_top_k_forward_kl(
-        unpad(student_BCD),
-        config.unembedding(params),
-        jax.lax.stop_gradient(unpad(teacher_BCD)),
-        jax.lax.stop_gradient(config.unembedding(teacher_params)),
-        k=config.top_k,
-        temperature=config.temperature,
-        weight_BT=unpad(config.token_weights(rollout)),
-        return_metrics=True,
-        **config.linear,
-    )
+    student = unpad(student_BCD), config.unembedding(params)
+    teacher = jax.lax.stop_gradient((unpad(teacher_BCD), config.unembedding(teacher_params)))
+    settings = dict(temperature=config.temperature, weight_BT=unpad(config.token_weights(rollout)), **config.linear)
+    if config.top_k is None:
+        return DIVERGENCES[config.kl](*student, *teacher, **settings), {}
+    total, metrics = linear_top_k_forward_kl(*student, *teacher, k=config.top_k, return_metrics=True, **settings)
     mask_BT = unpad(rollout.mask)
     return total, {name: jnp.sum(jnp.where(mask_BT, values_BT, 0)) for name, values_BT in metrics.items()}
 
@@ -131,16 +133,10 @@ def anchor_term(config: LossConfig, params, teacher_params, batch: Batch, studen
     answer = batch.answer
     (base_BAD,) = config.completion_hidden(teacher_params, batch.prompt, answer)
     unpad, _ = make_unpadding(answer.mask, answer.max_tokens)
-    total = linear_forward_kl(
-        unpad(student_BAD),
-        config.unembedding(params),
-        jax.lax.stop_gradient(unpad(base_BAD)),
-        jax.lax.stop_gradient(config.unembedding(teacher_params)),
-        temperature=1.0,
-        weight_BT=unpad(config.token_weights(answer)),
-        **config.linear,
-    )
-    return total, {}
+    student = unpad(student_BAD), config.unembedding(params)
+    base = jax.lax.stop_gradient((unpad(base_BAD), config.unembedding(teacher_params)))
+    weight_BT = unpad(config.token_weights(answer))
+    return linear_forward_kl(*student, *base, temperature=1.0, weight_BT=weight_BT, **config.linear), {}
 
 
 # Each term of the loss, and the completion that it is computed on (a field of Batch). `term(config, params,
