@@ -171,6 +171,9 @@ class TrainConfig:
     batch_size: int = 16  # rows of one step, on all devices together
     num_micro_batches: int = 1  # gradient accumulation: less memory, the same numbers
     length_buckets: int = 1  # classes of row length, each with its own compiled step: less padding
+    student_init: str | None = (
+        None  # a tuned copy of model.source that the student starts as; null: model.source itself
+    )
     learning_rate: float = 5e-6  # of AdamW, constant after the warmup
     warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0
     weight_decay: float = 0.01  # of AdamW; norms and biases do not decay
@@ -227,6 +230,12 @@ class TrainConfig:
             "train.fixed_weight",
             self.fixed_weight,
             "0 or more, or null",
+        )
+        _require(
+            self.student_init is None or not self.lora.rank,
+            "train.student_init",
+            self.student_init,
+            "null with train.lora.rank above 0: adapters lie on the weights of model.source",
         )
         _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
         _require(
@@ -380,6 +389,8 @@ class Config:
         allowed = "one or more of " + ", ".join(METHODS)
         _require(bool(self.methods) and set(self.methods) <= set(METHODS), "methods", self.methods, allowed)
         _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
+        changed = "repair" not in self.methods or self.train.student_init is not None
+        _require(changed, "methods", self.methods, "repair with train.student_init, the model to repair, only")
         _require(
             self.refine_max_new_tokens <= self.data.max_answer_tokens,
             "refine.max_new_tokens",

@@ -275,6 +275,7 @@ class _Work:
             return 0.0
         size = train.batch_size
         prompt, answer = (fmean(lengths) for lengths in zip(*rows.train, strict=True))
+        answer = 0 if METHODS[name].target == "none" else answer
         passes = 4 if self.config.model.remat else 3
         tokens, rollout = size * (prompt + answer), 0.0
         teacher = self.forward(tokens) if METHODS[name].anchors else 0.0

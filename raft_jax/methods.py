@@ -30,7 +30,8 @@ class Method:
     Attributes:
       name: the name in configs and file names.
       title: the full name, for a model card.
-      target: the answer that the method trains on: "gold" (y), "rewrite" (Eq. 3) or "fused" (Eq. 4).
+      target: the answer that the method trains on: "gold" (y), "rewrite" (Eq. 3) or "fused" (Eq. 4); "none" if it needs
+        no answers.
       terms: the terms of the loss, see raft_jax.train.step.TERMS; none if the method is not trained.
       style: how reports show its model.
       teacher_sees_answer: whether the teacher's prompt has the target before the question (Eq. 7).
@@ -58,11 +59,12 @@ class Method:
     @property
     def refines(self) -> bool:
         """Whether the targets come from refinement (Eqs. 1-4)."""
-        return self.target != "gold"
+        return self.target in ("rewrite", "fused")
 
     def with_teacher(self, sees_answer: bool | None) -> Method:
-        """The method with the setting `train.teacher_sees_answer`, if it is not None and the method distils."""
-        return self if sees_answer is None or not self.distils else replace(self, teacher_sees_answer=sees_answer)
+        """The method with the setting `train.teacher_sees_answer`, if it is not None and the teacher could see one."""
+        could = self.distils and self.target != "none"
+        return self if sees_answer is None or not could else replace(self, teacher_sees_answer=sees_answer)
 
     def constant_weight(self, fixed_weight: float | None) -> float | None:
         """λ, given the setting `train.fixed_weight`, which takes precedence; None if Eq. 12 balances the terms.
@@ -131,6 +133,13 @@ METHODS = {
             (),
             Style("FAPM", ("#a1342b", "#f0928a"), "*", (2, 2)),
             pruned_from="sft",
+        ),
+        Method(
+            "repair",
+            "On-policy distillation from the base model, on prompts alone",
+            "none",
+            ("kl",),
+            Style("repair", ("#3a4f66", "#9fb6cf"), "X", (1, 1)),
         ),
     )
 }

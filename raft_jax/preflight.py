@@ -22,13 +22,14 @@ from raft_jax.evaluate.tasks import require_tasks
 from raft_jax.methods import Method, any_refines
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
-from raft_jax.models.weights import check_keys, config_of, open_weights
+from raft_jax.models.weights import check_keys, config_as_loaded, config_of, open_weights
 from raft_jax.refine.generate import task_prompt
 from raft_jax.refine.roles import require_local_roles, require_roles
 from raft_jax.resume import require_unchanged
 from raft_jax.run_data import RunData
 from raft_jax.run_folder import RunFolder
 from raft_jax.sources import resolve
+from raft_jax.student_init import require_student_init
 from raft_jax.terminal import one_line, visible
 
 
@@ -75,7 +76,7 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
     for method in methods:
         if method.pruned_from is not None:
             continue
-        data.tokens(data.gold, method, 0 if method.target == "gold" else data.config.refine_max_new_tokens)
+        data.tokens(data.gold, method, data.config.refine_max_new_tokens if method.refines else 0)
 
 
 def check_refinement(data: RunData) -> None:
@@ -149,6 +150,7 @@ def check(config: Config, console) -> None:
     tokenizer = tokenizer_of(weights, decoder.vocab_size)
     tokenizer.thinking = config.model.thinking
     check_keys(weights, decoder)
+    require_student_init(config.train.student_init, config_as_loaded(weights), tokenizer)
     data = RunData(config, tokenizer, decoder.max_positions, partial(_near_duplicates, config))
     methods = config.compared_methods
     refines = any_refines(config.methods)

@@ -75,6 +75,9 @@ def all_settings(config: Config) -> dict[str, Any]:
     """Every key of a config, and for keys that name files or folders also fingerprints of their content."""
     settings = {key: value for key, value in flat(to_dict(config)).items() if not key.startswith("endpoints.")}
     settings |= _role_settings(config)
+    if config.train.student_init is not None:
+        with suppress(InputError):  # the training reports the error
+            settings["train.student_init" + CONTENT] = fingerprint_files(resolve(config.train.student_init))
     for key in ("data.path", "evaluate.general_path"):
         settings[key + CONTENT] = fingerprint(settings[key])
     settings["model.source" + CONTENT] = fingerprint_files(resolve(config.model.source))

@@ -7,9 +7,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
+import jax
 import jax.numpy as jnp
 
 from raft_jax import interrupt, outcome
@@ -46,6 +47,7 @@ from raft_jax.scores import ModelScores
 from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
 from raft_jax.sources import model_identity
 from raft_jax.stages import Settings, changes
+from raft_jax.student_init import require_student_init
 from raft_jax.terminal import visible
 from raft_jax.train.fapm import fapm
 from raft_jax.train.loop import train
@@ -218,6 +220,7 @@ class Run:
             if (source := method.pruned_from) and source not in self.config.methods:
                 require_pruned(self.folder, method, self._is_current(f"export {source}"))
         return_memory_after_compiling()
+        start = self._student_start()
         refines = any_refines(self.config.methods)
         if refines:
             check_refinement(self.data)
@@ -230,13 +233,19 @@ class Run:
                 self._export(method, self._pruned(method.pruned_from))
                 continue
             tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
-            params = train(
-                self.model, tokens, method, self.config.train, folder.path, seed=self.config.seed, mesh=self.mesh
-            )
+            settings, seed = self.config.train, self.config.seed
+            params = train(self.model, tokens, method, settings, folder.path, seed=seed, mesh=self.mesh, start=start)
             metrics = folder.metrics()
             seconds = sum(line.get("seconds", 0) for line in metrics)
             self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
+
+    def _student_start(self) -> Callable[[], Mapping[str, jax.Array]] | None:
+        """Loads the weights that the student starts from, if they are not the base model's."""
+        if (source := self.config.train.student_init) is None:
+            return None
+        require_student_init(source, self.model.config, self.model.tokenizer)
+        return lambda: load_pretrained(source, jnp.float32, self.mesh).params
 
     def _pruned(self, source: str):
         """The weights of a method's export, pruned by FAPM."""

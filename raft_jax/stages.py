@@ -53,6 +53,7 @@ BEFORE = {
 # Keys that came later, with the value that they had before: records of their group that lack them were made with it.
     "train.kl": "forward",
     "train.teacher_sees_answer": None,
+    "train.student_init": None,
 }
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import numpy_reference
 import pytest
@@ -16,6 +17,8 @@ from raft_jax.cli import main
 from raft_jax.config_file import load_config
 from raft_jax.methods import METHODS
 from raft_jax.metrics import read_metrics
+from raft_jax.models import Model
+from raft_jax.models.export import export_hf
 from raft_jax.stages import changes
 
 
@@ -113,3 +116,64 @@ def test_a_folder_of_before_a_setting_has_its_former_value():
         "train.kl": "train.kl: forward → reverse"
     }
     assert changes({"data.path": "x"}, {**now, "train.kl": "reverse"}) == {}  # a result that no training is part of
+
+
+# --- a student that starts as another model ---
+
+
+def test_a_model_that_forgot_is_repaired_towards_the_base_model(anchored, tmp_path, capsys):
+    start = str(anchored / "run/sft/hf")
+    train = {"student_init": start, "max_steps": 8, "epochs": 4.0, "top_k": None}
+    config = str(tiny.write_run(tmp_path, methods=["repair"], train=train))
+    assert main(["check", config]) == 0 and main(["train", config]) == 0
+    lines = read_metrics(tmp_path / "run/repair/metrics.jsonl")
+    assert "sft_loss" not in lines[0] and "sft_tokens" not in lines[0] and lines[0]["loss"] == lines[0]["kl_loss"]
+    assert np.mean([line["kl_loss"] for line in lines[-4:]]) < lines[0]["kl_loss"] and lines[0]["kl_loss"] > 1e-4
+    base, forgot = (
+        load_file(path) for path in (tmp_path / "model/model.safetensors", Path(start) / "model.safetensors")
+    )
+    assert all((value != forgot[name]).any() for name, value in weights(tmp_path, "repair").items())
+    card = (tmp_path / "run/repair/hf/README.md").read_text("utf-8")
+    assert f"| started from | `{start}` |" in card and "whole vocabulary" in card and base.keys() == forgot.keys()
+    # The start is a setting that the result depends on.
+    assert main(["train", config, f"train.student_init={tmp_path / 'model'}"]) == 2
+    assert f"train.student_init: {start} → {tmp_path / 'model'}" in capsys.readouterr().err
+
+
+def test_without_steps_to_speak_of_the_student_is_what_it_started_as(anchored, tmp_path):
+    """The first step's loss is that of the start, not of the base model."""
+    train = {"student_init": str(anchored / "run/sft/hf"), "max_steps": 1}
+    assert main(["train", str(tiny.write_run(tmp_path, methods=["sft"], train=train))]) == 0
+    first = read_metrics(tmp_path / "run/sft/metrics.jsonl")[0]
+    before = read_metrics(anchored / "run/sft/metrics.jsonl")[0]
+    assert first["sft_loss"] < before["sft_loss"] - 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"width": 64}, "has width 64, and model.source has 32; it must be a model that was tuned from model.source"),
+        ({"rope_theta": 500.0}, "has ropes .* and model.source has .*; it must be"),
+        ({"vocabulary": True}, "the tokenizer of .* is not that of model.source"),
+        (None, "train.student_init: .*none-such"),
+    ],
+)
+def test_a_start_of_another_kind_is_refused(tmp_path, capsys, changes, words):
+    other = tmp_path / "none-such"
+    if changes is not None:
+        model = tiny.make_model()
+        config = model.config
+        if changes.get("width"):
+            config = tiny.make_config(config.vocab_size, width=64)
+        hf_config = model.hf_config | {"hidden_size": config.width, "rope_theta": changes.get("rope_theta", 10_000.0)}
+        tokenizer = model.tokenizer
+        if "vocabulary" in changes:
+            tokenizer = tiny.wrapped(tokenizer.backend, eos_token="<|endoftext|>")
+        params = {name: jnp.asarray(array) for name, array in tiny.random_parameters(config, 0).items()}
+        export_hf(Model(config, params, tokenizer, hf_config), params, tmp_path / "other", dtype=np.float32)
+        other = tmp_path / "other"
+    config = str(tiny.write_run(tmp_path, methods=["sft"], train={"student_init": str(other)}))
+    for verb in ("check", "train"):
+        assert main([verb, config]) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1 and re.search(words, message), message

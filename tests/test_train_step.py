@@ -120,6 +120,27 @@ def test_anchored_steps_equal_the_twin(first_term, num_micro_batches):
             assert "weight" not in metrics and state.balance.count == 0
 
 
+def test_the_kl_alone_equals_the_twin():
+    """Distillation on prompts alone: no answer, nothing to balance, the whole vocabulary."""
+    with jax.enable_x64(True):
+        step, state = build(np.float64, terms=("kl",), top_k=None)
+        params, teacher = tiny.toy_parameters(0), tiny.toy_parameters(1)
+        rows, rollouts = random_rows(0)
+        batch = padded(rows, rollouts)
+        batch = batch._replace(answer=pad([[] for _ in rows], 0, 5, left=False))
+        kl = [
+            numpy_reference.kl_loss(params, teacher, row, z, None, 1.5) for row, z in zip(rows, rollouts, strict=True)
+        ]
+        grads = {name: np.mean([grad[name] for _, grad in kl], axis=0) for name in params}
+        expected = numpy_reference.updated_state(numpy_reference.first_state(params), grads, LEARNING_RATE, 0.1)
+        state, metrics = step(state, teacher_params(np.float64), batch)
+    np.testing.assert_allclose(metrics["loss"], np.mean([loss for loss, _ in kl]), rtol=1e-6)
+    for name, value in expected["params"].items():
+        np.testing.assert_allclose(state.params[name], value, rtol=0, atol=2e-5 * LEARNING_RATE, err_msg=name)
+    keys = {"loss", "kl_loss", "weight", "gradient_norm", "rollout_tokens", "empty_rollouts"}
+    assert metrics.keys() == keys and metrics["weight"] == 1 and state.balance.count == 0
+
+
 def test_an_anchor_to_the_student_itself_is_sft():
     rows, rollouts = random_rows(1)
     batch = padded(rows, rollouts)._replace(rollout=None)

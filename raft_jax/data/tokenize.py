@@ -42,7 +42,12 @@ def token_rows(
     prompts = prompts or load_prompts()
     tokenized = []
     for number, row in enumerate(rows):
-        target, question = target_of(row, method), question_of(row)
+        question = question_of(row)
+        if method.target == "none":
+            prompt = tokenizer.chat_prompt(question)
+            tokenized.append(TokenRow(prompt, [], prompt, number))
+            continue
+        target = target_of(row, method)
         prompt, answer = prompt_and_answer(tokenizer, question, target)
         teacher = []
         if method.distils:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ __all__ = [
     "GgufFile",
     "SafetensorsFolder",
     "check_keys",
+    "config_as_loaded",
     "config_of",
     "head_differs",
     "load_parameters",
@@ -44,6 +46,12 @@ def config_of(weights: SafetensorsFolder | GgufFile) -> DecoderConfig:
         return config_from_hf(weights.hf_config)
     except InputError as error:
         raise InputError(f"{weights.place}: {error}") from error
+
+
+def config_as_loaded(weights: SafetensorsFolder | GgufFile) -> DecoderConfig:
+    """`config_of`, untied if the file has an unembedding of its own."""
+    config = config_of(weights)
+    return replace(config, tied_embeddings=False) if config.tied_embeddings and head_differs(weights) else config
 
 
 def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> None:

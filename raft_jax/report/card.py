@@ -41,6 +41,8 @@ def model_card(config: Config, method: Method, num_rows: int, models: Mapping[st
         "weight decay": train.weight_decay,
         "seed": config.seed,
     }
+    if train.student_init is not None:
+        settings["started from"] = f"`{train.student_init}`"
     if train.lora.rank:
         settings["LoRA"] = f"rank {train.lora.rank}, alpha {train.lora.alpha:g}, merged"
     if method.anchors:

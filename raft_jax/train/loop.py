@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def train(
     *,
     seed: int,
     mesh: jax.sharding.Mesh,
+    start: Callable[[], Mapping[str, jax.Array]] | None = None,
 ) -> dict[str, jax.Array]:
     """Trains a copy of the model, or adapters on it; resumes from a checkpoint if there is one; returns full weights.
 
@@ -58,6 +59,7 @@ def train(
       folder: receives metrics.jsonl (one line per step), checkpoints/ and, with LoRA, adapter/.
       seed: of the shuffling and the rollouts.
       mesh: the devices that arrays are sharded over.
+      start: loads the weights that the student starts from, with the model's names and shapes; None: the model's own.
 
     Raises:
       TrainingDiverged: a loss or gradient norm is not finite; raised before that state is saved in a checkpoint.
@@ -73,7 +75,7 @@ def train(
     optimizer = optimizer_of(settings)
     student, teacher_params = make_student(model, settings.lora, mesh), model.params
     key = jax.random.key(seed)
-    state = first_state(student, optimizer, teacher_params, jax.random.fold_in(key, 2))
+    state = first_state(student, optimizer, start() if start else teacher_params, jax.random.fold_in(key, 2))
     unpadded = partial(unpadded_shape, model.config)
     checkpoints = Checkpoints(files.checkpoints, settings.keep_checkpoints, unpadded)
     done, state = checkpoints.restore(state) or (0, state)
@@ -180,19 +182,17 @@ def _trained_params(
     return jax.jit(student.merged_params)(state.params, model.params)
 
 
-def first_state(
-    student: Student, optimizer: optax.GradientTransformation, teacher_params, key: jax.Array
-) -> TrainState:
-    """The state before the first step, sharded over the mesh.
+def first_state(student: Student, optimizer: optax.GradientTransformation, params, key: jax.Array) -> TrainState:
+    """The state before the first step, sharded over the mesh, from the weights that the student starts from.
 
     The state is donated to every step, so the student is a copy that shares no buffers with the teacher.
     """
 
-    def make(teacher_params):
-        return init_state(student.init(teacher_params, key), optimizer)
+    def make(params):
+        return init_state(student.init(params, key), optimizer)
 
-    layout = state_shardings(jax.eval_shape(make, teacher_params), student.shardings)
-    return jax.jit(make, out_shardings=layout)(teacher_params)
+    layout = state_shardings(jax.eval_shape(make, params), student.shardings)
+    return jax.jit(make, out_shardings=layout)(params)
 
 
 def jit_train_step(
