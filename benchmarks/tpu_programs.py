@@ -85,7 +85,7 @@ class Programs:
     def step(self):
         student, optimizer = (
             make_student(self.model, self.config.train.lora, self.mesh),
-            optimizer_of(self.config.train),
+            optimizer_of(self.config.train, self.config.train.learning_rate),
         )
         state = jax.eval_shape(
             lambda params: init_state(student.init(params, jax.random.key(0)), optimizer), self.params

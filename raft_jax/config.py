@@ -16,6 +16,7 @@ PROGRAMS = ("similarity", "coverage", "likelihood")  # judges that are programs
 ANSWER_PROGRAMS = ("similarity", "coverage")  # those that can judge an answer that is no fusion
 DROP_DUPLICATES = ("none", "exact", "near")
 SEVERAL_ANSWERS = ("first", "each")
+SCHEDULES = ("constant", "linear", "cosine")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
 
 
@@ -171,10 +172,10 @@ class TrainConfig:
     batch_size: int = 16  # rows of one step, on all devices together
     num_micro_batches: int = 1  # gradient accumulation: less memory, the same numbers
     length_buckets: int = 1  # classes of row length, each with its own compiled step: less padding
-    student_init: str | None = (
-        None  # a tuned copy of model.source that the student starts as; null: model.source itself
-    )
-    learning_rate: float = 5e-6  # of AdamW, constant after the warmup
+    student_init: str | None = None  # a tuned copy of model.source to start from; null: model.source itself
+    learning_rate: float = 5e-6  # of AdamW, after the warm-up
+    schedule: str = "constant"  # of the learning rate after the warm-up; linear, cosine: down to final_learning_rate
+    final_learning_rate: float = 0.0  # where linear and cosine end, after the last step
     warmup_steps: int = 0  # steps over which the learning rate rises linearly from 0
     weight_decay: float = 0.01  # of AdamW; norms and biases do not decay
     adam_b1: float = 0.9  # decay of the gradient's average
@@ -214,6 +215,13 @@ class TrainConfig:
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
         _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, ", ".join(SCHEDULES))
+        _require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "train.final_learning_rate",
+            self.final_learning_rate,
+            "0 up to train.learning_rate",
+        )
         _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
         _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         for key in ("adam_b1", "adam_b2", "ema_decay"):

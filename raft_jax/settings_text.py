@@ -20,6 +20,7 @@ ALIASES = {
     "num_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
     "warmup": "train.warmup_steps",
+    "lr_scheduler_type": "train.schedule",
     "gradient_accumulation_steps": "train.num_micro_batches",
     "grad_accum": "train.num_micro_batches",
     "max_grad_norm": "train.max_gradient_norm",

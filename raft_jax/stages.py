@@ -38,8 +38,8 @@ WITHOUT_EFFECT = (
     "evaluate.task_new_tokens",
     "evaluate.chat_template",
 )
-# If these are raised, training continues and the export is made again. If any other key has changed, training would
-# have to start again.
+# If these are raised, training continues and the export is made again, unless the learning rate depends on the number
+# of steps. If any other key has changed, training would have to start again.
 EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype", "fapm.sparsity")
 # Keys that came later, with the value that they had before: records that lack them were made with it.
@@ -54,6 +54,8 @@ BEFORE = {
     "train.kl": "forward",
     "train.teacher_sees_answer": None,
     "train.student_init": None,
+    "train.schedule": "constant",
+    "train.final_learning_rate": 0.0,
 }
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 
@@ -179,6 +181,8 @@ def plan(run_dir: str, records: Mapping[str, Settings], settings: Mapping[str, S
         kind = stage.partition(" ")[0]
         # Rows can be refined again if nothing was trained on them; else the training's settings have changed as well.
         allowed = {"train": EXTENDS, "export": REDONE}.get(kind)
+        if allowed and before.get("train.schedule", "constant") != "constant":
+            allowed = set(allowed) - set(EXTENDS)  # with another number of steps every rate would have been another
         if allowed is not None:
             refused |= {key: text for key, text in changed.items() if key not in allowed}
         if changed and kind in ("refine", "export", "evaluate"):

@@ -120,6 +120,8 @@ def test_what_cannot_be_read_is_named(write, text, overrides, words):
         ("train.anchor_weight=-1", "train.anchor_weight is -1"),
         ("fapm.sparsity=1.1", "0 to 1"),
         ("train.epochs=0", "above 0"),
+        ("train.schedule=step", "constant, linear, cosine"),
+        ("train.final_learning_rate=1", "0 up to train.learning_rate"),
         ("train.warmup_steps=-1", "train.warmup_steps is -1"),
         ("train.weight_decay=-1", "train.weight_decay is -1"),
         ("train.adam_b1=1", "train.adam_b1 is 1"),

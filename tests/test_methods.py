@@ -15,11 +15,12 @@ from safetensors.numpy import load_file
 
 from raft_jax.cli import main
 from raft_jax.config_file import load_config
+from raft_jax.errors import InputError
 from raft_jax.methods import METHODS
 from raft_jax.metrics import read_metrics
 from raft_jax.models import Model
 from raft_jax.models.export import export_hf
-from raft_jax.stages import changes
+from raft_jax.stages import changes, plan
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,6 +117,17 @@ def test_a_folder_of_before_a_setting_has_its_former_value():
         "train.kl": "train.kl: forward → reverse"
     }
     assert changes({"data.path": "x"}, {**now, "train.kl": "reverse"}) == {}  # a result that no training is part of
+
+
+def test_more_epochs_extend_a_constant_rate_only():
+    settings = {"train.epochs": 1.0, "train.learning_rate": 1.0}
+    longer = {**settings, "train.epochs": 2.0}
+    assert plan("here", {"export sft": settings}, {"export sft": longer}).stale == {
+        "export sft": {"train.epochs": "train.epochs: 1.0 → 2.0"}
+    }
+    decaying = {"train.schedule": "cosine"}
+    with pytest.raises(InputError, match=r"another config \(train.epochs: 1.0 → 2.0\); change that back"):
+        plan("here", {"export sft": settings | decaying}, {"export sft": longer | decaying})
 
 
 # --- a student that starts as another model ---

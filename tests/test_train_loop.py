@@ -27,6 +27,7 @@ from raft_jax.sharding import make_mesh
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train import loop, rollout
 from raft_jax.train.loop import TrainingDiverged, train
+from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
 
 TIMES = ("seconds", "rollout_seconds")
@@ -294,7 +295,8 @@ def test_the_optimiser_is_adamw_and_spares_norms_and_biases(warmup, clip):
     gradients = [{name: random.normal(size=shape) for name, shape in shapes.items()} for _ in range(5)]
     rates = [0.01 * min(1, step / max(warmup, 1)) for step in range(1, 6)]
     expected = adamw(params, gradients, rates=rates, weight_decay=0.3, decays=("query_LDNH", "embedding_VD"), clip=clip)
-    optimizer = make_optimizer(0.01, weight_decay=0.3, warmup_steps=warmup, max_gradient_norm=clip)
+    schedule = make_schedule(TrainConfig(learning_rate=0.01, warmup_steps=warmup), 5)
+    optimizer = make_optimizer(schedule, weight_decay=0.3, max_gradient_norm=clip)
     found = {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
     state = optimizer.init(found)
     for grads in gradients:
@@ -305,13 +307,39 @@ def test_the_optimiser_is_adamw_and_spares_norms_and_biases(warmup, clip):
         np.testing.assert_allclose(found[name], value, atol=2e-6, err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "num_steps"), [(0, 7), (3, 9), (1, 4), (6, 4)])
+def test_schedules_by_hand(name, warmup, num_steps):
+    settings = TrainConfig(learning_rate=0.02, schedule=name, final_learning_rate=0.005, warmup_steps=warmup)
+
+    def expected(step):
+        if step < warmup:
+            return 0.02 * (step + 1) / warmup
+        passed = (step - warmup) / (num_steps - warmup)
+        share = {"constant": 1.0, "linear": 1 - passed, "cosine": (1 + np.cos(np.pi * passed)) / 2}[name]
+        return 0.02 if name == "constant" else 0.005 + 0.015 * share
+
+    rates = learning_rates(make_schedule(settings, num_steps), num_steps)
+    np.testing.assert_allclose(rates, [expected(step) for step in range(num_steps)], rtol=1e-6)
+
+
+def test_the_rate_that_is_logged_is_the_one_that_trains(model, rows, tmp_path):
+    """AdamW's first move is as long as the rate wherever the gradient is not tiny."""
+    changes = {"schedule": "cosine", "warmup_steps": 1, "weight_decay": 0.0}
+    first, lines = run(model, rows, tmp_path / "one", max_steps=1, **changes)
+    moved = np.abs(np.asarray(first["gate_LDF"]) - np.asarray(model.params["gate_LDF"]))
+    assert np.median(moved) == pytest.approx(lines[0]["learning_rate"], rel=1e-3) == 1e-3
+    _, whole = run(model, rows, tmp_path / "whole", **changes)
+    assert [line["learning_rate"] for line in whole] == pytest.approx([1e-3, 1e-3, 0.75e-3, 0.25e-3], rel=1e-6)
+
+
 def test_the_moments_lie_where_their_parameters_do(model):
     from raft_jax.models import parameter_shardings
 
     mesh = make_mesh(2, 2, 2)
     layout = parameter_shardings(model.config, mesh)
     for clip in (None, 1.0):
-        optimizer = make_optimizer(1e-3, max_gradient_norm=clip, warmup_steps=2)
+        optimizer = make_optimizer(optax.linear_schedule(0.0, 1e-3, 2), max_gradient_norm=clip)
         state = jax.eval_shape(lambda params, optimizer=optimizer: init_state(params, optimizer), model.params)
         found = state_shardings(state, layout)
         adam = next(

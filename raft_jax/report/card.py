@@ -37,7 +37,8 @@ def model_card(config: Config, method: Method, num_rows: int, models: Mapping[st
     settings = {
         "epochs": train.epochs if train.max_steps is None else f"{train.epochs:g}, at most {train.max_steps} steps",
         "batch size": train.batch_size,
-        "learning rate": f"{train.learning_rate:g}",
+        "learning rate": f"{train.learning_rate:g}"
+        + ("" if train.schedule == "constant" else f", {train.schedule} to {train.final_learning_rate:g}"),
         "weight decay": train.weight_decay,
         "seed": config.seed,
     }

@@ -25,6 +25,7 @@ from raft_jax.progress import progress
 from raft_jax.run_folder import MethodFolder
 from raft_jax.sharding import any_process, is_writer, num_shards, put_batch, to_host
 from raft_jax.train.rollout import make_sample_rollout
+from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from raft_jax.train.step import LossConfig, make_train_step
 from raft_jax.train.student import Student, make_student
@@ -72,7 +73,8 @@ def train(
     batches = make_batches(model, rows, settings, seed=seed, num_shards=num_batch_shards)
     num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
     num_steps = min(num_steps, settings.max_steps or num_steps)
-    optimizer = optimizer_of(settings)
+    schedule = make_schedule(settings, num_steps)
+    rates, optimizer = learning_rates(schedule, num_steps), optimizer_of(settings, schedule)
     student, teacher_params = make_student(model, settings.lora, mesh), model.params
     key = jax.random.key(seed)
     state = first_state(student, optimizer, start() if start else teacher_params, jax.random.fold_in(key, 2))
@@ -106,10 +108,9 @@ def train(
             metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
             _require_finite(metrics, folder, step + 1)
             done = step + 1
-            learning_rate = settings.learning_rate * min(1, done / max(settings.warmup_steps, 1))
             times = {"seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds}
             mfu = throughput.metrics(host_batch, metrics.get("rollout_tokens", 0), **times)
-            log.append({"step": done, **metrics, "learning_rate": learning_rate, **times, **mfu})
+            log.append({"step": done, **metrics, "learning_rate": float(rates[step]), **times, **mfu})
             bar.advance(note=_note(metrics))
             stop = any_process(interrupt.requested() is not None)
             if done % settings.checkpoint_every == 0 or done == num_steps or stop:
@@ -123,15 +124,14 @@ def train(
     return _trained_params(student, state, model, files, settings)
 
 
-def optimizer_of(settings: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with the settings of a run."""
+def optimizer_of(settings: TrainConfig, schedule: float | optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with the settings of a run, and its learning rate from `make_schedule`."""
     return make_optimizer(
-        settings.learning_rate,
+        schedule,
         weight_decay=settings.weight_decay,
         b1=settings.adam_b1,
         b2=settings.adam_b2,
         epsilon=settings.adam_epsilon,
-        warmup_steps=settings.warmup_steps,
         max_gradient_norm=settings.max_gradient_norm,
     )
 

@@ -43,24 +43,20 @@ def is_matrix(name: str) -> bool:
 
 
 def make_optimizer(
-    learning_rate: float,
+    learning_rate: float | optax.Schedule,
     *,
     weight_decay: float = 0.01,
     b1: float = 0.9,
     b2: float = 0.999,
     epsilon: float = 1e-8,
-    warmup_steps: int = 0,
     max_gradient_norm: float | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with an optional linear warm-up, then a constant learning rate. Norms and biases have no weight decay."""
+    """AdamW. Norms and biases have no weight decay."""
 
     def decays(params):
         return {name: is_matrix(name) for name in params}
 
-    schedule = learning_rate
-    if warmup_steps:
-        schedule = optax.linear_schedule(learning_rate / warmup_steps, learning_rate, warmup_steps - 1)
-    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=decays)
+    adamw = optax.adamw(learning_rate, b1=b1, b2=b2, eps=epsilon, weight_decay=weight_decay, mask=decays)
     if max_gradient_norm is None:
         return adamw
     return optax.chain(optax.clip_by_global_norm(max_gradient_norm), adamw)
