@@ -193,6 +193,7 @@ class TrainConfig:
     loss_chunk_size: int | None = None  # tokens per device whose logits are held at once; null: 512
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    stop_when_cut_share: float | None = None  # training ends when this share of 10 steps' rollouts is cut; null: never
     checkpoint_every: int = 50  # steps between two checkpoints
     keep_checkpoints: int = 2  # the newest so many
     keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
@@ -244,6 +245,12 @@ class TrainConfig:
             "train.student_init",
             self.student_init,
             "null with train.lora.rank above 0: adapters lie on the weights of model.source",
+        )
+        _require(
+            self.stop_when_cut_share is None or 0 < self.stop_when_cut_share <= 1,
+            "train.stop_when_cut_share",
+            self.stop_when_cut_share,
+            "above 0, up to 1, or null",
         )
         _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
         _require(

@@ -56,6 +56,7 @@ BEFORE = {
     "train.student_init": None,
     "train.schedule": "constant",
     "train.final_learning_rate": 0.0,
+    "train.stop_when_cut_share": None,
 }
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 

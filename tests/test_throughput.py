@@ -49,12 +49,16 @@ def test_shares():
     batch = Batch(tokens(2, 3), tokens(4, 1), tokens(6, 6), np.arange(2))
     rollout, train = 2 * weights * (5 + 8), weights * (6 * (5 + 5 + 8) + 2 * (12 + 8))
     shares = found.metrics(batch, 8, seconds=4.0, rollout_seconds=3.0)
+    assert shares.pop("tokens_per_second") == (5 + 8) / 4
     expected = {"mfu": (rollout + train) / 4, "rollout_mfu": rollout / 3, "train_mfu": train}
     assert shares == pytest.approx({name: value / 197e12 for name, value in expected.items()})
     without = found.metrics(batch, 0, seconds=2.0, rollout_seconds=0.0)
+    assert without.pop("tokens_per_second") == 5 / 2
     assert without == pytest.approx({name: 6 * weights * 10 / 2 / 197e12 for name in ("mfu", "train_mfu")})
     adapted = Throughput(params, devices("TPU v5 lite"), adapters=True).metrics(batch, 0, 2.0, 0.0)
+    assert adapted.pop("tokens_per_second") == 5 / 2
     assert adapted == pytest.approx({name: 4 / 6 * value for name, value in without.items()})
     anchored = Throughput(params, devices("TPU v5 lite"), anchors=True).metrics(batch, 0, 2.0, 0.0)
+    assert anchored.pop("tokens_per_second") == 5 / 2
     assert anchored == pytest.approx({name: 8 / 6 * value for name, value in without.items()})
-    assert Throughput(params, devices("cpu")).metrics(batch, 8, 4.0, 3.0) == {}
+    assert Throughput(params, devices("cpu")).metrics(batch, 8, 4.0, 3.0) == {"tokens_per_second": (5 + 8) / 4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,12 +26,13 @@ from raft_jax.metrics import MetricsLog, read_metrics, tokens_trained
 from raft_jax.models import parameter_shardings
 from raft_jax.sharding import make_mesh
 from raft_jax.tokens import Batch, Tokens
-from raft_jax.train import loop, rollout
+from raft_jax.train import loop, rollout, watch
 from raft_jax.train.loop import TrainingDiverged, train
 from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
+from raft_jax.train.watch import CutWatch
 
-TIMES = ("seconds", "rollout_seconds")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,6 +116,12 @@ def test_raft_writes_a_line_a_step_and_leaves_the_teacher_alone(model, raft):
             "sft_tokens",
             "rollout_tokens",
             "empty_rollouts",
+            "tokens_per_second",
+            "rollout_length",
+            "cut_share",
+            "repetition",
+            "student_end_of_turn",
+            "teacher_end_of_turn",
             "teacher_mass",
             "student_mass",
             "teacher_entropy",
@@ -163,8 +171,7 @@ def test_a_mesh_of_eight_devices_trains_alike(model, rows, tmp_path, raft):
 def test_without_distillation_there_are_no_lines_about_it(undisturbed, rows):
     lines = undisturbed[1]
     assert all(
-        line.keys()
-        == {"step", "loss", "sft_loss", "gradient_norm", "learning_rate", "sft_tokens", "seconds", "rollout_seconds"}
+        line.keys() == {"step", "loss", "sft_loss", "gradient_norm", "learning_rate", "sft_tokens"} | set(TIMES)
         for line in lines
     )
     assert sum(line["sft_tokens"] for line in lines) == 2 * sum(len(row.answer) for row in rows)
@@ -183,6 +190,37 @@ def test_going_on_repeats_the_undisturbed_run_to_the_bit(model, rows, tmp_path, 
     params, again = run(model, rows, tmp_path)
     assert again == lines
     jax.tree.map(np.testing.assert_array_equal, params, undisturbed[0])
+
+
+def test_training_ends_where_rollouts_are_cut_too_often(model, rows, tmp_path, capsys, monkeypatch):
+    """A limit of one token cuts nearly every rollout. The command that is given again does not go on."""
+    monkeypatch.setattr(watch, "RECENT", 2)
+    monkeypatch.setattr(watch, "EARLY", 1)
+    changes = {"rollout": RolloutConfig(max_new_tokens=1), "stop_when_cut_share": 0.5, "epochs": 4.0}
+    params, lines = run(model, rows, tmp_path, "raft", **changes)
+    assert len(lines) == 2 and all(line["cut_share"] > 0.5 and line["rollout_length"] == 1 for line in lines)
+    words = (
+        r": step 2: training ends here, \d+% of the rollouts were cut at the limit \(train.stop_when_cut_share=0.5\)"
+    )
+    assert re.search(words, capsys.readouterr().err) and (tmp_path / "checkpoints/2").is_dir()
+    again, lines = run(model, rows, tmp_path, "raft", **changes)
+    assert len(lines) == 2
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_a_doubled_share_is_said_once():
+    few, many = [{"cut_share": 0.06}] * 10, [{"cut_share": 1.0}] * 10
+    found = CutWatch([], None)
+    assert [found.add(line) for line in few] == [None] * 10
+    said = [found.add(line) for line in many]
+    # 9 x 0.06 + 1.0 is 15 % of ten, more than twice 6 %.
+    assert said[0] == "rollouts cut at the limit: 15% over the last 10 steps, 6% over the first 10" and not any(
+        said[1:]
+    )
+    assert not found.reached and CutWatch([*few, *many], 1.0).reached and not CutWatch(many[:9], 1.0).reached
+    seldom = CutWatch([{"cut_share": 0.01}] * 10, None)
+    assert seldom.add({"cut_share": 0.5}) is None  # 6 % of ten
+    assert CutWatch([{"sft_loss": 1.0}] * 30, 0.1).share == 0
 
 
 @pytest.mark.parametrize("last", [False, True])

@@ -138,7 +138,11 @@ def test_the_kl_alone_equals_the_twin():
     for name, value in expected["params"].items():
         np.testing.assert_allclose(state.params[name], value, rtol=0, atol=2e-5 * LEARNING_RATE, err_msg=name)
     keys = {"loss", "kl_loss", "weight", "gradient_norm", "rollout_tokens", "empty_rollouts"}
-    assert metrics.keys() == keys and metrics["weight"] == 1 and state.balance.count == 0
+    assert (
+        metrics.keys() == keys | {"rollout_length", "cut_share", "repetition"}
+        and metrics["weight"] == 1
+        and state.balance.count == 0
+    )
 
 
 def test_an_anchor_to_the_student_itself_is_sft():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,6 +31,7 @@ from raft_jax.train.state import TrainState, init_state, make_optimizer, state_s
 from raft_jax.train.step import LossConfig, make_train_step
 from raft_jax.train.student import Student, make_student
 from raft_jax.train.throughput import Throughput
+from raft_jax.train.watch import CutWatch
 
 
 class TrainingDiverged(InputError):
@@ -87,6 +89,7 @@ def train(
             f"raise them, or remove {files.checkpoints}, and training begins at step 0"
         )
     log = MetricsLog(files.metrics_jsonl, keep=done)
+    watch = CutWatch(files.metrics(), settings.stop_when_cut_share)
     train_step = jit_train_step(student, optimizer, method, settings)
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
     rollout_key = jax.random.fold_in(key, 1)
@@ -95,7 +98,7 @@ def train(
 
     shown = progress(f"train {method.name}", num_steps, "steps", done)
     with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # deferred: the loop saves before it stops
-        for step in range(done, num_steps):
+        for step in range(done, done if watch.reached else num_steps):
             began = time.perf_counter()
             host_batch = batches.at(step)
             batch = put_batch(host_batch, mesh)
@@ -112,12 +115,16 @@ def train(
             mfu = throughput.metrics(host_batch, metrics.get("rollout_tokens", 0), **times)
             log.append({"step": done, **metrics, "learning_rate": float(rates[step]), **times, **mfu})
             bar.advance(note=_note(metrics))
+            _warn(files, done, watch.add(metrics))
             stop = any_process(interrupt.requested() is not None)
-            if done % settings.checkpoint_every == 0 or done == num_steps or stop:
+            if done % settings.checkpoint_every == 0 or done == num_steps or stop or watch.reached:
                 checkpoints.save(done, state)
-            if stop:
+            if stop or watch.reached:
                 break
     checkpoints.close()
+    if watch.reached:
+        limit = f"train.stop_when_cut_share={settings.stop_when_cut_share:g}"
+        _warn(files, done, f"training ends here, {watch.share:.0%} of the rollouts were cut at the limit ({limit})")
     if any_process(interrupt.requested() is not None):  # also if the signal arrived after the last step
         name = interrupt.requested() or "a signal to another process"
         raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
@@ -209,6 +216,7 @@ def jit_train_step(
         temperature=settings.temperature,
         anchor_weight=settings.anchor_weight,
         reduction=settings.reduction,
+        stop_ids=student.model.tokenizer.stop_ids,
         head_settings=student.model.head_settings | chunk_size,
     )
     step = make_train_step(
@@ -220,6 +228,11 @@ def jit_train_step(
         num_micro_batches=settings.num_micro_batches,
     )
     return jax.jit(step, donate_argnums=0)
+
+
+def _warn(files: MethodFolder, step: int, warning: str | None) -> None:
+    if warning is not None and is_writer():
+        print(f"{files.path}: step {step}: {warning}", file=sys.stderr, flush=True)
 
 
 def _note(metrics: dict[str, float]) -> str:

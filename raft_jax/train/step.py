@@ -27,6 +27,7 @@ from raft_jax.losses import (
 from raft_jax.sharding import mesh_axes
 from raft_jax.tokens import Batch, Tokens, predicting
 from raft_jax.train.accumulate import accumulated_vjp
+from raft_jax.train.rollout_metrics import end_of_turn_probability, rollout_metrics
 from raft_jax.train.state import TrainState
 from raft_jax.unpadding import make_unpadding
 
@@ -48,6 +49,7 @@ class LossConfig:
       kl: "forward", KL(teacher ‖ student); or "reverse", KL(student ‖ teacher), with the whole vocabulary only.
       anchor_weight: the coefficient α of the term "anchor".
       reduction: "sequence" (mean over each row's tokens, then rows) or "token" (mean over all tokens).
+      stop_ids: the tokens that end a turn, for the metrics of rollouts.
       head_settings: further arguments of the linear losses: chunk_size, logit_scale, logit_softcap, vocab_size.
     """
 
@@ -59,6 +61,7 @@ class LossConfig:
     temperature: float = 1.5
     anchor_weight: float = 0.1
     reduction: str = "sequence"
+    stop_ids: tuple[int, ...] = ()
     head_settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -100,11 +103,20 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
     student = unpad(student_BCD), config.unembedding(params)
     teacher = jax.lax.stop_gradient((unpad(teacher_BCD), config.unembedding(teacher_params)))
     settings = dict(temperature=config.temperature, weight_BT=unpad(config.token_weights(rollout)), **config.linear)
+    ends = {}
+    if config.stop_ids:
+        for name, hidden_BCD, (_, unembedding) in (
+            ("student", student_BCD, student),
+            ("teacher", teacher_BCD, teacher),
+        ):
+            found = end_of_turn_probability(hidden_BCD, unembedding, rollout, config.stop_ids, **config.linear)
+            ends[f"{name}_end_of_turn"] = found
     if config.top_k is None:
-        return DIVERGENCES[config.kl](*student, *teacher, **settings), {}
+        return DIVERGENCES[config.kl](*student, *teacher, **settings), ends
     total, metrics = linear_top_k_forward_kl(*student, *teacher, k=config.top_k, return_metrics=True, **settings)
-    mask_BT = unpad(rollout.mask)
-    return total, {name: jnp.sum(jnp.where(mask_BT, values_BT, 0)) for name, values_BT in metrics.items()}
+    mask_BT, num_tokens = unpad(rollout.mask), jnp.sum(rollout.mask)
+    sums = {name: jnp.sum(jnp.where(mask_BT, values_BT, 0)) for name, values_BT in metrics.items()}
+    return total, {name: (value, num_tokens) for name, value in sums.items()} | ends
 
 
 def dft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BAD) -> tuple[jax.Array, dict]:
@@ -122,7 +134,7 @@ def dft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BA
     # Padding has weight 0, and its hidden states may be anything.
     nll_BT = jnp.where(weight_BT > 0, nll_BT, 0)
     total = jnp.sum(weight_BT * jnp.where(weight_BT > 0, probs_BT, 0) * nll_BT)
-    return total, {"answer_nll": jnp.sum(jax.lax.stop_gradient(nll_BT))}
+    return total, {"answer_nll": (jnp.sum(jax.lax.stop_gradient(nll_BT)), jnp.sum(answer.mask))}
 
 
 def anchor_term(config: LossConfig, params, teacher_params, batch: Batch, student_BAD) -> tuple[jax.Array, dict]:
@@ -140,7 +152,7 @@ def anchor_term(config: LossConfig, params, teacher_params, batch: Batch, studen
 
 
 # Each term of the loss, and the completion that it is computed on (a field of Batch). `term(config, params,
-# teacher_params, batch, hidden_BCD) -> (sum, {metric: sum over the completion's tokens})`.
+# teacher_params, batch, hidden_BCD) -> (sum, {metric: (sum, count)})`; a metric is a mean over what is counted.
 TERMS = {
     "sft": (sft_term, "answer"),
     "dft": (dft_term, "answer"),
@@ -180,7 +192,7 @@ def make_train_step(
     scales = {name: config.anchor_weight if name == "anchor" else 1 for name in terms}
 
     def losses(params, teacher_params, batch, completions):
-        """The loss on each completion, but for λ and the divisor; and each term's sum, and the sums of its metrics."""
+        """The loss on each completion, without λ and divisor; each term's sum, and its metrics' sums and counts."""
         params = config.forward_params(params, teacher_params)
         hidden = config.completion_hidden(params, batch.prompt, *(getattr(batch, name) for name in completions))
         sums, results = {}, {}
@@ -213,7 +225,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         coefficients = {name: scales[name] * factors[TERMS[name][1]] for name in values}
-        metrics = _metrics(values, coefficients, results, batch)
+        metrics = _metrics(values, coefficients, results, batch, config.stop_ids)
         metrics["gradient_norm"] = optax.global_norm(grads)
         if {"sft", "kl"} <= values.keys():
             averages = balance.corrected(decay=ema_decay)
@@ -232,18 +244,18 @@ def _kl_weight(values, balance, ema_decay, fixed_weight):
     return weight if fixed_weight is None else jnp.float32(fixed_weight), balance
 
 
-def _metrics(values, coefficients, results, batch: Batch) -> dict[str, jax.Array]:
+def _metrics(values, coefficients, results, batch: Batch, stop_ids) -> dict[str, jax.Array]:
     """The metrics of a step, except for the gradient's norm and the running averages."""
     metrics = {f"{name}_loss": value for name, value in values.items()}
     metrics["loss"] = sum(coefficients[name] * value for name, value in values.items())
-    num_tokens = {name: jnp.sum(getattr(batch, name).mask) for name in {TERMS[name][1] for name in values}}
-    for term, (_, totals) in results.items():
-        metrics |= {name: total / jnp.maximum(num_tokens[TERMS[term][1]], 1) for name, total in totals.items()}
-    if "answer" in num_tokens:
-        metrics["sft_tokens"] = num_tokens["answer"]
-    if "rollout" in num_tokens:
-        metrics |= {"weight": coefficients["kl"], "rollout_tokens": num_tokens["rollout"]}
+    for _, sums_and_counts in results.values():
+        metrics |= {name: total / jnp.maximum(count, 1) for name, (total, count) in sums_and_counts.items()}
+    if any(TERMS[name][1] == "answer" for name in values):
+        metrics["sft_tokens"] = jnp.sum(batch.answer.mask)
+    if "kl" in values:
+        metrics |= {"weight": coefficients["kl"], "rollout_tokens": jnp.sum(batch.rollout.mask)}
         metrics["empty_rollouts"] = jnp.sum(~jnp.any(batch.rollout.mask, axis=-1))
+        metrics |= rollout_metrics(batch.rollout, stop_ids)
     return metrics
 
 

@@ -60,16 +60,18 @@ class Throughput:
         self._trained = FORWARD + BACKWARD * (1 if adapters else 2)
 
     def metrics(self, batch: Batch, rollout_tokens: float, seconds: float, rollout_seconds: float) -> dict[str, float]:
-        """`mfu` of the whole step, and `rollout_mfu` and `train_mfu` of its parts; nothing on unknown devices.
+        """`tokens_per_second` in the losses; where the devices are known `mfu` of the whole step, and `rollout_mfu` and
+        `train_mfu` of its parts.
 
         Args:
           batch: host arrays, without the rollout.
           rollout_tokens: number of sampled tokens; 0 in a step without rollouts.
           seconds, rollout_seconds: of the step, and of the rollout in it.
         """
-        if self._peak is None:
-            return {}
         prompt, answer, teacher_prompt = map(_count, (batch.prompt, batch.answer, batch.teacher_prompt))
+        speed = {"tokens_per_second": (answer + rollout_tokens) / seconds}
+        if self._peak is None:
+            return speed
         sampled = FORWARD * (prompt + rollout_tokens) if rollout_tokens else 0.0
         trained = self._trained * (prompt + answer + rollout_tokens)
         if self._anchors:
@@ -79,7 +81,7 @@ class Throughput:
         whole = self._num_weights / self._peak
         shares = {"mfu": whole * (sampled + trained) / seconds}
         shares["train_mfu"] = whole * trained / (seconds - rollout_seconds)
-        return shares | ({"rollout_mfu": whole * sampled / rollout_seconds} if rollout_tokens else {})
+        return speed | shares | ({"rollout_mfu": whole * sampled / rollout_seconds} if rollout_tokens else {})
 
 
 def _count(tokens: Tokens) -> int:
