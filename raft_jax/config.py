@@ -68,6 +68,7 @@ class DataConfig:
     duplicate_similarity: float = 0.95  # the encoder's cosine from which on two questions are near duplicates
     train_split: str = "train"  # used where the file has the split column
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
+    dev_split: str | None = None  # the rows of train.eval_every; null: dev, validation or val
     held_out: int = 32  # rows set aside where it has none
     seed: int = 0  # of the choice of held_out, max_train and max_test, by a hash of the rows' ids; apart from `seed`
     max_train: int | None = None  # use a sample of this many rows that fit
@@ -193,6 +194,7 @@ class TrainConfig:
     loss_chunk_size: int | None = None  # tokens per device whose logits are held at once; null: 512
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    eval_every: int = 0  # steps between two scores on the dev split and the general prompts; 0: never
     stop_when_cut_share: float | None = None  # training ends when this share of 10 steps' rollouts is cut; null: never
     checkpoint_every: int = 50  # steps between two checkpoints
     keep_checkpoints: int = 2  # the newest so many
@@ -252,6 +254,7 @@ class TrainConfig:
             self.stop_when_cut_share,
             "above 0, up to 1, or null",
         )
+        _require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 (never) or more")
         _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
         _require(
             self.max_gradient_norm is None or self.max_gradient_norm > 0,

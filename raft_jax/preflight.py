@@ -12,6 +12,7 @@ from raft_jax.data.examples import Example
 from raft_jax.data.files import locate
 from raft_jax.data.prompts import Conversation, load_prompts, question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
+from raft_jax.dev import dev_rows
 from raft_jax.duplicates import near_questions
 from raft_jax.errors import InputError
 from raft_jax.estimate import RowLengths, estimate_lines, model_size, num_steps
@@ -162,6 +163,8 @@ def check(config: Config, console) -> None:
         if method.pruned_from not in config.methods:
             require_pruned(RunFolder(config.run_dir), method)
     check_training(data, methods)
+    if config.train.eval_every:
+        console.print(f"dev rows, for train.eval_every: {len(dev_rows(config, tokenizer))}")
     if refines:
         check_refinement(data)
         for line in require_roles(config):

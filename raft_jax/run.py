@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from raft_jax.compile_cache import use_compile_cache
 from raft_jax.config import Config
 from raft_jax.data.examples import Example
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
+from raft_jax.dev import DevScores, dev_rows
 from raft_jax.duplicates import asked, near_questions
 from raft_jax.errors import InputError
 from raft_jax.evaluate.compare import Evaluator
@@ -51,6 +52,7 @@ from raft_jax.student_init import require_student_init
 from raft_jax.terminal import visible
 from raft_jax.train.fapm import fapm
 from raft_jax.train.loop import train
+from raft_jax.train.student import Student
 
 UNFINISHED = " unfinished"  # after the settings of rows for which a model has not replied to everything
 
@@ -220,7 +222,7 @@ class Run:
             if (source := method.pruned_from) and source not in self.config.methods:
                 require_pruned(self.folder, method, self._is_current(f"export {source}"))
         return_memory_after_compiling()
-        start = self._student_start()
+        start, dev = self._student_start(), self._dev_scores()
         refines = any_refines(self.config.methods)
         if refines:
             check_refinement(self.data)
@@ -234,11 +236,35 @@ class Run:
                 continue
             tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
             settings, seed = self.config.train, self.config.seed
-            params = train(self.model, tokens, method, settings, folder.path, seed=seed, mesh=self.mesh, start=start)
+            params = train(
+                self.model,
+                tokens,
+                method,
+                settings,
+                folder.path,
+                seed=seed,
+                mesh=self.mesh,
+                start=start,
+                make_dev_scores=dev,
+            )
             metrics = folder.metrics()
             seconds = sum(line.get("seconds", 0) for line in metrics)
             self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
+
+    def _dev_scores(self) -> Callable[[Student], DevScores] | None:
+        """Makes the scores of train.eval_every, if there are to be any."""
+        if not self.config.train.eval_every:
+            return None
+        rows, settings = dev_rows(self.config, self.model.tokenizer), self.config.evaluate
+        return partial(
+            DevScores,
+            rows=rows,
+            general=check_evaluation(self.data),
+            general_new_tokens=settings.general_new_tokens,
+            batch_size=settings.batch_size,
+            mesh=self.mesh,
+        )
 
     def _student_start(self) -> Callable[[], Mapping[str, jax.Array]] | None:
         """Loads the weights that the student starts from, if they are not the base model's."""

@@ -20,12 +20,13 @@ TRAIN = (*MODEL, "data", "seed", "train")
 EXPORT = (*TRAIN, "export.dtype")
 OF_METHOD = {"fapm": ("fapm",)}  # further keys of a method's export
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
-HELD_OUT = ("data.max_test", "data.test_split")  # the keys of data.* that only the evaluation depends on
+HELD_OUT = ("data.max_test", "data.test_split", "data.dev_split")  # the keys of data.* that training does not depend on
 WITHOUT_EFFECT = (
     "refine.batch_size",
     "train.num_micro_batches",
     "train.loss_chunk_size",
     "train.checkpoint_every",
+    "train.eval_every",
     "train.keep_checkpoints",
     "train.keep_finished",
     "evaluate.batch_size",

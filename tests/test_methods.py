@@ -189,3 +189,28 @@ def test_a_start_of_another_kind_is_refused(tmp_path, capsys, changes, words):
         assert main([verb, config]) == 2
         message = capsys.readouterr().err
         assert message.count("\n") == 1 and re.search(words, message), message
+
+
+# --- scores during training ---
+
+
+def test_scores_during_training_are_those_of_the_evaluation(tmp_path, capsys):
+    """Dev rows that are copies of the held-out rows: the last step's scores are the finished model's."""
+    config = str(tiny.write_run(tmp_path, methods=["sft"], train={"max_steps": 3, "eval_every": 2}))
+    copies = [{**row, "id": "d" + row["id"], "split": "validation"} for row in tiny.ROWS if row["split"] == "test"]
+    for verb in ("check", "run"):
+        assert main([verb, config]) == 2
+        words = "has no rows of the split dev or validation or val (splits there: test, train); add some"
+        assert words in capsys.readouterr().err
+    tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS + copies)
+    assert main(["run", config, "data.dev_split=test"]) == 2 and "use another split" in capsys.readouterr().err
+    assert main(["check", config]) == 0 and "dev rows, for train.eval_every: 4" in capsys.readouterr().out
+    assert main(["run", config]) == 0
+    lines = read_metrics(tmp_path / "run/sft/metrics.jsonl")
+    assert [line["step"] for line in lines if "dev_divergence" in line] == [2, 3]
+    scores = json.loads((tmp_path / "run/evaluation.json").read_text())["models"]["sft"]
+    assert lines[-1]["dev_gold_logprob"] == pytest.approx(scores["domain"]["gold_logprob"]["mean"], rel=1e-4)
+    assert lines[-1]["dev_divergence"] == pytest.approx(scores["general"]["divergence"]["mean"], rel=1e-3)
+    assert lines[-1]["dev_divergence"] > lines[1]["dev_divergence"] > 0
+    # It does not change what is trained, and so it may be changed.
+    assert main(["run", config, "train.eval_every=0"]) == 0

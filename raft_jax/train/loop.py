@@ -29,7 +29,7 @@ from raft_jax.train.rollout import make_sample_rollout
 from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from raft_jax.train.step import LossConfig, make_train_step
-from raft_jax.train.student import Student, make_student
+from raft_jax.train.student import Params, Student, make_student
 from raft_jax.train.throughput import Throughput
 from raft_jax.train.watch import CutWatch
 
@@ -48,6 +48,7 @@ def train(
     seed: int,
     mesh: jax.sharding.Mesh,
     start: Callable[[], Mapping[str, jax.Array]] | None = None,
+    make_dev_scores: Callable[[Student], Callable[[Params], dict[str, float]]] | None = None,
 ) -> dict[str, jax.Array]:
     """Trains a copy of the model, or adapters on it; resumes from a checkpoint if there is one; returns full weights.
 
@@ -63,6 +64,7 @@ def train(
       seed: of the shuffling and the rollouts.
       mesh: the devices that arrays are sharded over.
       start: loads the weights that the student starts from, with the model's names and shapes; None: the model's own.
+      make_dev_scores: makes the function that scores the student every `settings.eval_every` steps, and at the end.
 
     Raises:
       TrainingDiverged: a loss or gradient norm is not finite; raised before that state is saved in a checkpoint.
@@ -93,6 +95,7 @@ def train(
     train_step = jit_train_step(student, optimizer, method, settings)
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
     rollout_key = jax.random.fold_in(key, 1)
+    dev_scores = make_dev_scores(student) if make_dev_scores and settings.eval_every else None
     adapters = settings.lora.rank > 0
     throughput = Throughput(model.params, mesh.devices, adapters=adapters, anchors=method.anchors)
 
@@ -113,6 +116,8 @@ def train(
             done = step + 1
             times = {"seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds}
             mfu = throughput.metrics(host_batch, metrics.get("rollout_tokens", 0), **times)
+            if dev_scores is not None and (done % settings.eval_every == 0 or done == num_steps):
+                metrics |= dev_scores(state.params)
             log.append({"step": done, **metrics, "learning_rate": float(rates[step]), **times, **mfu})
             bar.advance(note=_note(metrics))
             _warn(files, done, watch.add(metrics))
