@@ -119,6 +119,11 @@ class Checkpoints:
         # Not strict: Orbax adds or drops padding. Any other difference in shape was refused.
         return newest, self._manager.restore(newest, args=ocp.args.StandardRestore(abstract, strict=False))
 
+    @property
+    def newest(self) -> int | None:
+        """The newest step in the folder; None if there is none."""
+        return self._manager.latest_step()
+
     def close(self) -> None:
         self._manager.close()
 

@@ -195,6 +195,7 @@ class TrainConfig:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     eval_every: int = 0  # steps between two scores on the dev split and the general prompts; 0: never
+    keep_best: bool = False  # export the step of the highest log-likelihood on the dev split, not the last one
     stop_when_cut_share: float | None = None  # training ends when this share of 10 steps' rollouts is cut; null: never
     checkpoint_every: int = 50  # steps between two checkpoints
     keep_checkpoints: int = 2  # the newest so many
@@ -255,6 +256,8 @@ class TrainConfig:
             "above 0, up to 1, or null",
         )
         _require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 (never) or more")
+        scored = not self.keep_best or self.eval_every > 0
+        _require(scored, "train.keep_best", self.keep_best, "true with train.eval_every above 0 only")
         _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
         _require(
             self.max_gradient_norm is None or self.max_gradient_norm > 0,

@@ -422,6 +422,7 @@ class Run:
         self._record_settings(f"export {method.name}")
         if is_writer() and not self.config.train.keep_finished:
             remove_steps(folder.checkpoints)
+            remove_steps(folder.best)
         wait_for_writer(f"export {method.name}")
         self.folder.record_time("export", method.name, time.perf_counter() - began, 0)
 

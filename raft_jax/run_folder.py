@@ -60,6 +60,7 @@ class MethodFolder:
         self.path = path
         self.metrics_jsonl = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
         self.adapter = path / "adapter"
         self.export = path / "hf"
         self.model_card = self.export / "README.md"

@@ -21,6 +21,7 @@ EXPORT = (*TRAIN, "export.dtype")
 OF_METHOD = {"fapm": ("fapm",)}  # further keys of a method's export
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
 HELD_OUT = ("data.max_test", "data.test_split", "data.dev_split")  # the keys of data.* that training does not depend on
+OF_BEST = ("train.eval_every", "data.dev_split")  # what training depends on with train.keep_best only
 WITHOUT_EFFECT = (
     "refine.batch_size",
     "train.num_micro_batches",
@@ -43,7 +44,7 @@ WITHOUT_EFFECT = (
 # of steps. If any other key has changed, training would have to start again.
 EXTENDS = ("train.epochs", "train.max_steps")
 REDONE = (*EXTENDS, "export.dtype", "fapm.sparsity")
-# Keys that came later, with the value that they had before: records that lack them were made with it.
+# Keys that came later, with the value that they had before: records of their group that lack them were made with it.
 BEFORE = {
     "data.drop_duplicates": "none",
     "data.several_answers": "first",
@@ -51,13 +52,13 @@ BEFORE = {
     "refine.fuser": "student",
     "refine.prompts": None,
     "evaluate.label": None,
-# Keys that came later, with the value that they had before: records of their group that lack them were made with it.
     "train.kl": "forward",
     "train.teacher_sees_answer": None,
     "train.student_init": None,
     "train.schedule": "constant",
     "train.final_learning_rate": 0.0,
     "train.stop_when_cut_share": None,
+    "train.keep_best": False,
 }
 CONTENT = ": content"  # suffix of a key: the fingerprint of what the key's value names
 
@@ -86,6 +87,8 @@ def settings_of(stage: str, settings: Settings, refined: bool) -> dict[str, Any]
         ignored = (*ignored, "data.duplicate_similarity")
     if drops != "none":  # training rows with a held-out question are left out
         ignored = tuple(key for key in ignored if key != "data.test_split")
+    if settings.get("train.keep_best"):
+        ignored = tuple(key for key in ignored if key not in OF_BEST)
     return {
         name: value
         for name, value in settings.items()

@@ -118,6 +118,7 @@ def test_what_cannot_be_read_is_named(write, text, overrides, words):
             "train.student_init is 'x/y'; allowed: null with train.lora.rank",
         ),
         ("train.stop_when_cut_share=0", "above 0, up to 1, or null"),
+        ("train.keep_best=true", "true with train.eval_every above 0 only"),
         ("train.eval_every=-1", "0 (never) or more"),
         ("train.anchor_weight=-1", "train.anchor_weight is -1"),
         ("fapm.sparsity=1.1", "0 to 1"),

@@ -214,3 +214,21 @@ def test_scores_during_training_are_those_of_the_evaluation(tmp_path, capsys):
     assert lines[-1]["dev_divergence"] > lines[1]["dev_divergence"] > 0
     # It does not change what is trained, and so it may be changed.
     assert main(["run", config, "train.eval_every=0"]) == 0
+
+
+def test_the_best_step_is_exported(tmp_path):
+    """Far too fast, so that the last step is not the best; the same run stopped there has the same weights."""
+    train = {"learning_rate": 0.03, "eval_every": 1, "keep_best": True, "checkpoint_every": 100}
+    copies = [{**row, "id": "d" + row["id"], "split": "dev"} for row in tiny.ROWS if row["split"] == "test"]
+    (tmp_path / "best").mkdir(), (tmp_path / "short").mkdir()
+    config = str(tiny.write_run(tmp_path / "best", methods=["sft"], train=train))
+    tiny.write_jsonl(tmp_path / "best/data.jsonl", tiny.ROWS + copies)
+    assert main(["train", config]) == 0
+    scores = [line["dev_gold_logprob"] for line in read_metrics(tmp_path / "best/run/sft/metrics.jsonl")]
+    best = int(np.argmax(scores)) + 1
+    assert 1 < best < len(scores) == 6 and not (tmp_path / "best/run/sft/best").exists()
+    train = {"learning_rate": 0.03, "max_steps": best}
+    assert main(["train", str(tiny.write_run(tmp_path / "short", methods=["sft"], train=train))]) == 0
+    expected = weights(tmp_path / "short", "sft")
+    for name, value in weights(tmp_path / "best", "sft").items():
+        np.testing.assert_array_equal(value, expected[name], err_msg=name)

@@ -27,6 +27,7 @@ from raft_jax.models import parameter_shardings
 from raft_jax.sharding import make_mesh
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train import loop, rollout, watch
+from raft_jax.train.best import BestStep
 from raft_jax.train.loop import TrainingDiverged, train
 from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
@@ -298,6 +299,25 @@ def test_damaged_and_missing_metrics_are_said_and_no_others_dropped(tmp_path, ca
     assert capsys.readouterr().err == "" and read_metrics(path) == [{"step": 1, "loss": 1.5}]
     MetricsLog(path, keep=0)
     assert "no checkpoint of the 1 steps that are logged; training begins at step 0" in capsys.readouterr().err
+
+
+def test_the_best_step_survives_a_process_that_is_killed_after_it(tmp_path):
+    """The run goes on at an earlier checkpoint, and comes to the step that is saved again."""
+    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "dev_gold_logprob": -3.0}]
+
+    def opened():
+        return BestStep(tmp_path, lambda path, shape: shape, lines)
+
+    assert opened().restore({"x": jnp.zeros(2)}) is None
+    killed = opened()
+    killed.offer(4, -2.0, {"x": jnp.full(2, 4.0)})
+    killed.offer(6, -2.5, {"x": jnp.full(2, 6.0)})  # worse
+    again = opened()
+    again.offer(4, -2.0, {"x": jnp.full(2, 4.0)})
+    step, params = again.restore({"x": jnp.zeros(2)})
+    assert step == 4 and params["x"].tolist() == [4.0, 4.0]
+    again.offer(8, -1.0, {"x": jnp.full(2, 8.0)})
+    assert opened().restore({"x": jnp.zeros(2)})[0] == 8 and not (tmp_path / "4").exists()
 
 
 # --- the optimiser ---

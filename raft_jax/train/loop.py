@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.run_folder import MethodFolder
 from raft_jax.sharding import any_process, is_writer, num_shards, put_batch, to_host
+from raft_jax.train.best import SCORE, BestStep
 from raft_jax.train.rollout import make_sample_rollout
 from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
@@ -96,6 +98,7 @@ def train(
     sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
     rollout_key = jax.random.fold_in(key, 1)
     dev_scores = make_dev_scores(student) if make_dev_scores and settings.eval_every else None
+    best = BestStep(files.best, unpadded, files.metrics()) if dev_scores and settings.keep_best else None
     adapters = settings.lora.rank > 0
     throughput = Throughput(model.params, mesh.devices, adapters=adapters, anchors=method.anchors)
 
@@ -118,6 +121,8 @@ def train(
             mfu = throughput.metrics(host_batch, metrics.get("rollout_tokens", 0), **times)
             if dev_scores is not None and (done % settings.eval_every == 0 or done == num_steps):
                 metrics |= dev_scores(state.params)
+                if best is not None:
+                    best.offer(done, metrics[SCORE], state.params)
             log.append({"step": done, **metrics, "learning_rate": float(rates[step]), **times, **mfu})
             bar.advance(note=_note(metrics))
             _warn(files, done, watch.add(metrics))
@@ -133,6 +138,9 @@ def train(
     if any_process(interrupt.requested() is not None):  # also if the signal arrived after the last step
         name = interrupt.requested() or "a signal to another process"
         raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
+    if best is not None and (found := best.restore(state.params)) is not None:
+        state = replace(state, params=found[1])
+        print(f"{folder}: step {found[0]} is exported, the best on the dev split", flush=True)
     return _trained_params(student, state, model, files, settings)
 
 
