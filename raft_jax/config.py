@@ -199,6 +199,7 @@ class TrainConfig:
     stop_when_cut_share: float | None = None  # training ends when this share of 10 steps' rollouts is cut; null: never
     checkpoint_every: int = 50  # steps between two checkpoints
     keep_checkpoints: int = 2  # the newest so many
+    profile_steps: list[int] = field(default_factory=list)  # traced into METHOD/profile: [10] or [10, 13], from 1 on
     keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
 
     def __post_init__(self):
@@ -216,6 +217,9 @@ class TrainConfig:
             self.num_micro_batches,
             f"a divisor of train.batch_size {self.batch_size}",
         )
+        wanted = self.profile_steps
+        ordered = len(wanted) <= 2 and sorted(wanted) == list(wanted) and min(wanted, default=1) >= 1
+        _require(ordered, "train.profile_steps", list(wanted), "[], one step, or the first and the last, from 1 on")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
         _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")

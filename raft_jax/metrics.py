@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from raft_jax.files import is_there, parse_json, read_bytes
+from raft_jax.line_writer import LineWriter
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl, in the first process only."""
+    """Appends to metrics.jsonl in the background (see LineWriter), in the first process only.
+
+    As a context, it writes everything at the end, also when an exception or a signal ends the training.
+    """
 
     def __init__(self, path: Path, keep: int):
         """Opens the file for appending, keeping only the lines of the first `keep` steps.
@@ -22,8 +26,8 @@ class MetricsLog:
         """
         from raft_jax.sharding import is_writer
 
-        self.path, self.writes = path, is_writer()
-        if not self.writes:
+        self.path, self._writer = path, None
+        if not is_writer():
             return
         lines, damaged = scan_metrics(path)
         if damaged:
@@ -48,11 +52,23 @@ class MetricsLog:
         partial = path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(lines[step]) + "\n" for step in sorted(lines) if step <= keep), "utf-8")
         partial.replace(path)
+        self._writer = LineWriter(path)
 
     def append(self, record: dict[str, Any]) -> None:
-        if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        if self._writer:
+            self._writer.append(json.dumps(record))
+
+    def flush(self) -> None:
+        """Returns once all lines are in the file. A checkpoint may be saved then: it needs the lines up to its step."""
+        if self._writer:
+            self._writer.flush()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._writer:
+            self._writer.close()
 
 
 def scan_metrics(path: Path) -> tuple[dict[int, dict[str, float]], list[int]]:

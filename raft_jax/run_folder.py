@@ -62,6 +62,7 @@ class MethodFolder:
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.adapter = path / "adapter"
+        self.profile = path / "profile"
         self.export = path / "hf"
         self.model_card = self.export / "README.md"
 

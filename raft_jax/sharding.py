@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -107,6 +108,12 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def length_multiple() -> int:
+    """What lengths of padded rows are rounded up to: on TPU to 128, which its registers and splash attention's blocks
+    are long, so that a kernel pads nothing more; elsewhere to 8."""
+    return 128 if platform() == "tpu" else 8
+
+
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """Names of the mesh axes that a logical axis is sharded over under `jax.set_mesh`; none without a mesh."""
     mesh, names = jax.sharding.get_abstract_mesh(), LOGICAL_TO_MESH[axis]
@@ -139,6 +146,27 @@ def any_process(flag: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def make_any_process_late(mesh: Mesh) -> Callable[[bool], bool]:
+    """Builds `any_late(flag)`, like `any_process` but without waiting for devices that are busy.
+
+    With several processes, the result is that of the flags of the call before (False at first), which a program on the
+    devices has combined in between. All processes must call it equally often.
+    """
+    if jax.process_count() == 1:
+        return bool
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    combine = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    before = None
+
+    def any_late(flag: bool) -> bool:
+        nonlocal before
+        flags = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([flag]))
+        last, before = before, combine(flags)
+        return last is not None and bool(np.asarray(last))
+
+    return any_late
 
 
 def from_first_process(number: int | None) -> int | None:

@@ -30,6 +30,7 @@ WITHOUT_EFFECT = (
     "train.eval_every",
     "train.keep_checkpoints",
     "train.keep_finished",
+    "train.profile_steps",
     "evaluate.batch_size",
     # Verdicts and tasks are recorded by what they depend on, and added to the scores at every start.
     "evaluate.judges",

@@ -61,15 +61,15 @@ class Unpadding:
         # The shared prefix is the first row's first tokens, so the slot of each equals its index in the row.
         self._own_RS = jnp.where(own_RS, count_RS - 1, num_tokens)
         self._place_RS = jnp.where(again_RS, index_BT.reshape(num_parts, S), self._own_RS)
-        self._source_RU = _indices(own_RS, num_tokens)
-        self._again_RM = _indices(again_RS, (B // num_parts - 1) * shared)
+        self._source_RU = indices_of(own_RS, num_tokens)
+        self._again_RM = indices_of(again_RS, (B // num_parts - 1) * shared)
         self._shared = shared
         self._fits = jnp.all(count_RS[:, -1] <= num_tokens) & jnp.all(jnp.sum(mask_BT, axis=1) >= shared)
 
     def unpad(self, x_BTX: jax.Array) -> jax.Array:
         """`[B, T, ...]` → `[R, U, ...]`; slots without a token hold zeros."""
         x_RSX = x_BTX.reshape(self._own_RS.shape[0], -1, *x_BTX.shape[2:])
-        return self._whole(_move(x_RSX, self._source_RU, self._own_RS))
+        return self._whole(move(x_RSX, self._source_RU, self._own_RS))
 
     def pad(self, x_RUX: jax.Array) -> jax.Array:
         """`[R, U, ...]` → `[B, T, ...]`; zeros at padding."""
@@ -93,15 +93,18 @@ def make_unpadding(mask_BT: jax.Array, num_tokens: int | None, shared: int = 0) 
 
 
 @jax.custom_vjp
-def _move(x_RSX, source_RU, back_RS):
-    """x at the source indices, zeros where an index is out of range. `back_RS` are the indices of the inverse, with
-    which the gradient is a gather too: XLA's scatter goes row by row on CPU and sorts on TPU."""
+def move(x_RSX, source_RU, back_RS):
+    """`[R, S, ...]` → `[R, U, ...]`: x at the source indices, zeros where an index is out of range.
+
+    `back_RS` are the indices of the inverse, with which the gradient is a gather too: XLA's scatter goes row by row on
+    CPU and sorts on TPU.
+    """
     return _gather(x_RSX, source_RU)
 
 
-_move.defvjp(
-    lambda x, source, back: (_move(x, source, back), (source, back)),
-    lambda saved, grad: (_move(grad, saved[1], saved[0]), None, None),
+move.defvjp(
+    lambda x, source, back: (move(x, source, back), (source, back)),
+    lambda saved, grad: (move(grad, saved[1], saved[0]), None, None),
 )
 
 
@@ -132,7 +135,7 @@ def _gather(x_RSX: jax.Array, source_RU: jax.Array) -> jax.Array:
     return jax.vmap(lambda x_SX, source_U: x_SX.at[source_U].get(mode="fill", fill_value=0))(x_RSX, source_RU)
 
 
-def _indices(mask_RS: jax.Array, size: int) -> jax.Array:
+def indices_of(mask_RS: jax.Array, size: int) -> jax.Array:
     """The first `size` indices at which each shard's mask is True; padded with an index that is out of range."""
     find = partial(jnp.nonzero, size=size, fill_value=mask_RS.shape[1])
     return jax.vmap(lambda mask_S: find(mask_S)[0])(mask_RS).astype(jnp.int32)

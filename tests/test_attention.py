@@ -57,6 +57,7 @@ def reference(query, key, value, mask_BS, scale, softcap, window):
 CASES = {  # T, S, soft-cap, window, packed
     "whole": (40, 40, None, None, False),
     "last of many": (24, 152, None, None, False),
+    "last of some": (24, 40, None, None, False),
     "window": (40, 40, None, 7, False),
     "soft-cap": (40, 40, 2.0, None, False),
     "all": (24, 140, 5.0, 9, False),
@@ -153,15 +154,20 @@ def test_the_plain_ones_gradients_in_bfloat16():
         assert 0 < np.sqrt(np.mean(error**2)) < 0.02 * np.std(wide)
 
 
+OWN_MASK = ("whole", "last of some")  # cases in which cuDNN's own causal mask is used
+
+
 @pytest.mark.parametrize("odd", [(0, 0), (1, 1), (0, 1), (1, 2)])
-@pytest.mark.parametrize("case", ["whole", "last of many", "window", "packed"])
+@pytest.mark.parametrize("case", ["whole", "last of some", "last of many", "window", "packed"])
 def test_cudnn_is_asked_for_the_same(case, odd, monkeypatch):
-    """Without the GPU its call is answered by JAX's own implementation: what is tested are the mask and the scale."""
-    real_function = jax.nn.dot_product_attention
+    """Without the GPU its call is answered by JAX's own implementation: what is tested are masks, lengths and scale."""
+    real_function, asked = jax.nn.dot_product_attention, []
 
     def answered_here(*args, implementation, **settings):
+        asked.append(settings)
         assert implementation == "cudnn"
-        assert all(array.shape[1] % 2 == 0 for array in args)  # which JAX wants of it in training
+        if "mask" in settings:
+            assert all(array.shape[1] % 2 == 0 for array in args)  # which JAX wants of it in training
         return real_function(*args, implementation="xla", **settings)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", answered_here)
@@ -172,6 +178,42 @@ def test_cudnn_is_asked_for_the_same(case, odd, monkeypatch):
     real = mask_BS[:, S - T :] != 0
     np.testing.assert_allclose(found[real], reference(*given, mask_BS, 0.3, None, window)[real], atol=2e-5)
     assert np.isfinite(found).all()
+    own = case in OWN_MASK
+    assert [("mask" in settings, settings.get("is_causal", False)) for settings in asked] == [(not own, own)]
+
+
+@pytest.mark.parametrize(("T", "S"), [(20, 20), (13, 20)])
+def test_gradients_with_cudnns_own_mask_and_whatever_it_leaves_at_padding(T, S, monkeypatch):
+    """Those of plain attention, with masks that have holes, and with NaN at padding, where cuDNN promises nothing."""
+    real_function = jax.nn.dot_product_attention
+
+    def answered_here(*args, implementation, query_seq_lengths, **settings):
+        mixed = real_function(*args, implementation="xla", query_seq_lengths=query_seq_lengths, **settings)
+        real_BT = jnp.arange(mixed.shape[1]) < query_seq_lengths[:, None]
+        return jnp.where(real_BT[..., None, None], mixed, jnp.nan)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", answered_here)
+    *given, mask_BS, slope = arrays(T, S)
+    mask_BS[0, S - T + 4] = mask_BS[1, 2] = False
+
+    def run(*arguments):
+        return attention.flash(*arguments, jnp.asarray(mask_BS), kernel="cudnn", scale=0.3)
+
+    def plain(query, key, value):
+        seen_BTS = attention.visible(T, S, None) & attention.same_segment(jnp.asarray(mask_BS), T)
+        scores = jnp.where(seen_BTS[:, None], 0.3 * jnp.einsum("btnh,bsnh->bnts", query, heads(key)), -1e30)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), heads(value))
+
+    def heads(array):
+        return jnp.repeat(array, N // K, axis=2)
+
+    def weighed(function):
+        real = mask_BS[:, S - T :, None, None]
+        return lambda *arguments: jnp.sum(jnp.where(real, slope * function(*arguments), 0))
+
+    found, expected = (as_one(jax.grad(weighed(f), (0, 1, 2)), *given) for f in (run, plain))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)
 
 
 @pytest.fixture
@@ -189,7 +231,7 @@ def kernels(platform: str, function, *arguments) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("width", [64, 96, 128])
-@pytest.mark.parametrize("case", ["whole", "last of many", "window", "packed"])
+@pytest.mark.parametrize("case", ["whole", "last of some", "last of many", "window", "packed"])
 @pytest.mark.parametrize("odd", [(0, 0), (1, 2)])
 def test_what_goes_to_a_gpu_is_cudnns(a_gpu_with_cudnn, case, odd, width):
     """Forward and backward pass, through all that JAX wants of shapes and dtypes; no GPU is needed to lower them."""
@@ -203,18 +245,26 @@ def test_what_goes_to_a_gpu_is_cudnns(a_gpu_with_cudnn, case, odd, width):
         return jnp.sum(run(*arguments).astype(jnp.float32))
 
     found = kernels("cuda", jax.grad(weighed, (0, 1, 2)), query, key, key, mask)
-    assert found == {("fmhaScaleBiasSoftmax", ""): 1, ("fmhaScaleBiasSoftmaxBackward", ""): 1}
+    name = "fmhaSoftmax" if case in OWN_MASK else "fmhaScaleBiasSoftmax"
+    assert found == {(name, ""): 1, (f"{name}Backward", ""): 1}
 
 
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
-    ("kernel", "platform", "forward", "backward", "count"),
+    ("kernel", "platform", "forward", "backward"),
     [
-        ("cudnn", "cuda", ("fmhaScaleBiasSoftmax", ""), [("fmhaScaleBiasSoftmaxBackward", "")], 3),
-        ("splash", "tpu", ("", "fwd"), [("", "dq"), ("", "dkv")], 2),  # answer and rollout are one shape for its blocks
+        # The prompt with cuDNN's own mask, and the branches, which attend to more than themselves, with theirs.
+        (
+            "cudnn",
+            "cuda",
+            {("fmhaSoftmax", ""): 1, ("fmhaScaleBiasSoftmax", ""): 2},
+            {("fmhaSoftmaxBackward", ""): 1, ("fmhaScaleBiasSoftmaxBackward", ""): 2},
+        ),
+        # Answer and rollout are one shape for its blocks.
+        ("splash", "tpu", {("", "fwd"): 2}, {("", "dq"): 2, ("", "dkv"): 2}),
     ],
 )
-def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forward, backward, count, remat):
+def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forward, backward, remat):
     """In the prompt and each branch, unpadded; and again in the backward pass where nothing is kept for it."""
     model = tiny.make_model()
     model = replace(model, config=replace(model.config, kernel=kernel, head_width=64, remat=remat))
@@ -227,7 +277,7 @@ def test_the_forward_kernel_runs_once(a_gpu_with_cudnn, kernel, platform, forwar
         return jnp.sum(model.hidden(params, Tokens(tokens, mask, 40), branches=(8, 7)).astype(jnp.float32))
 
     found = kernels(platform, jax.grad(weighed), params, tokens, mask)
-    assert found == {forward: count * (2 if remat else 1), **dict.fromkeys(backward, count)}
+    assert found == {name: count * (2 if remat else 1) for name, count in forward.items()} | backward
 
 
 def test_splash_on_a_mesh():

@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from raft_jax.data.batches import Batches, TokenRow, pad, token_capacity
+from raft_jax.data.batches import Batches, TokenRow, pad, token_capacities, token_capacity
 
 PAD = 0
+LANES = {"length_multiple": 128}
 
 
 def rows(count, longest=30):
@@ -138,6 +139,36 @@ def test_capacities_of_rollouts_come_in_quarters():
     found = {token_capacity(count, 30) for count in range(31)}
     assert found == {0, 8, 16, 24, 30}
     assert all(token_capacity(count, 30) >= count for count in range(31))
+
+
+def test_lengths_are_multiples_of_what_kernels_want():
+    data = rows(64, longest=200)
+    eights, lanes = (Batches(data, 4, seed=5, pad_id=PAD, length_buckets=4, **more) for more in ({}, LANES))
+    lengths = set()
+    for step in range(eights.steps_per_epoch):
+        assert [side.max_tokens for side in eights.at(step)[:3]] == [side.max_tokens for side in lanes.at(step)[:3]]
+        assert unpadded(eights.at(step)) == unpadded(lanes.at(step))
+        for one, other in zip(eights.at(step)[:3], lanes.at(step)[:3], strict=True):
+            assert other.length == -(-one.length // 128) * 128
+            lengths.add(other.length)
+    assert lengths == {128, 256}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5, 16, 130])
+def test_all_capacities_are_known(most):
+    assert token_capacities(most) == sorted({token_capacity(count, most) for count in range(1, most + 1)})
+
+
+@pytest.mark.parametrize("steps", [range(12), range(3, 5), range(7, 8)])
+def test_one_batch_of_each_shape(steps):
+    batches = Batches(rows(29), 4, seed=5, pad_id=PAD, length_buckets=3, epochs=2)
+
+    def shape(batch):
+        structure = jax.tree.structure(batch)  # has the token capacities
+        return structure, tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+    found = [shape(batch) for batch in batches.one_of_each_shape(steps)]
+    assert len(set(found)) == len(found) and set(found) == {shape(batches.at(step)) for step in steps}
 
 
 def test_rows_that_do_not_divide_are_refused():

@@ -33,7 +33,8 @@ ALLOWED = {
     "raft_jax.config_file": ("raft_jax.config", "raft_jax.settings_text"),
     "raft_jax.settings_text": (),
     "raft_jax.stages": (),
-    "raft_jax.metrics": ("raft_jax.sharding",),
+    "raft_jax.line_writer": (),
+    "raft_jax.metrics": ("raft_jax.line_writer", "raft_jax.sharding"),
     "raft_jax.run_folder": (
         "raft_jax.machine",
         "raft_jax.metrics",

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from tiny import compile_cache, make_config, make_model, make_tokenizer, random_parameters
 
+from raft_jax import sharding
 from raft_jax.data.batches import pad
 from raft_jax.models import Model, parameter_shardings
 from raft_jax.sampling import Completion, Sampler, Scorer, make_generate, sample_token
-from raft_jax.sampling.engine import row_number
+from raft_jax.sampling.engine import bucket, row_number
 from raft_jax.sharding import make_mesh
 
 KEY = jax.random.key(0)
@@ -381,3 +382,11 @@ def test_scores_are_those_of_the_full_forward(model, prompts):
         np.testing.assert_allclose(score, np.mean(expected), atol=1e-4)
     on_mesh = Scorer(model, batch_size=3, mesh=make_mesh(data=2)).mean_logprob(model.params, prompts[:4], answers)
     np.testing.assert_allclose(on_mesh, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "expected"), [("cpu", [32, 96, 192, 8192, 16384]), ("tpu", [128, 128, 256, 8192, 16384])]
+)
+def test_lengths_of_prompts_are_what_the_kernels_want(monkeypatch, platform, expected):
+    monkeypatch.setattr(sharding, "platform", lambda: platform)
+    assert [bucket(length) for length in (1, 65, 129, 8000, 8193)] == expected

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -31,7 +33,7 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def run_together(config: Path) -> None:
+def start_together(config: Path) -> list[subprocess.Popen]:
     """The run in two processes with two devices each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -41,7 +43,11 @@ def run_together(config: Path) -> None:
         "JAX_NUM_PROCESSES": "2",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     }
-    processes = [start(config, **shared, JAX_PROCESS_ID=str(number)) for number in range(2)]
+    return [start(config, **shared, JAX_PROCESS_ID=str(number)) for number in range(2)]
+
+
+def run_together(config: Path) -> None:
+    processes = start_together(config)
     try:
         for process in processes:
             finish(process)
@@ -57,7 +63,7 @@ def metrics_of(run_dir: Path) -> list[dict]:
 def test_two_processes_run_as_one(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    one, two = (write_run(tmp_path / name, mesh={"data": -1}) for name in ("one", "two"))
+    one, two = (write_run(tmp_path / name, mesh={"data": -1}, train={"keep_finished": True}) for name in ("one", "two"))
     finish(start(one, XLA_FLAGS=""))
     run_together(two)
 
@@ -85,3 +91,23 @@ def test_two_processes_run_as_one(tmp_path):
             **line,
             **dict.fromkeys(("seconds", "rollout_seconds")),
         }
+
+
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
+    config = write_run(tmp_path, mesh={"data": -1}, methods=["sft"], train={"epochs": 200.0, "checkpoint_every": 1000})
+    metrics = tmp_path / "run/sft/metrics.jsonl"
+    processes = start_together(config)
+    try:
+        while not metrics.exists() or metrics.read_text().count("\n") < 3:
+            assert all(process.poll() is None for process in processes)
+            time.sleep(0.02)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [130, 130], outputs
+    done = len(metrics.read_text().splitlines())
+    assert f"stopped by SIGTERM after step {done}; the same command" in outputs[1]
+    assert f"stopped by a signal to another process after step {done}; the same command" in outputs[0]
+    assert (tmp_path / f"run/sft/checkpoints/{done}.sha256.json").exists()

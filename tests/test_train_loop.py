@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -28,9 +29,12 @@ from raft_jax.sharding import make_mesh
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train import loop, rollout, watch
 from raft_jax.train.best import BestStep
-from raft_jax.train.loop import TrainingDiverged, train
+from raft_jax.train.loop import train
+from raft_jax.train.programs import StepPrograms
 from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import init_state, make_optimizer, state_shardings
+from raft_jax.train.step_metrics import StepMetrics, TrainingDiverged
+from raft_jax.train.throughput import Throughput
 from raft_jax.train.watch import CutWatch
 
 TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
@@ -226,12 +230,13 @@ def test_a_doubled_share_is_said_once():
 
 @pytest.mark.parametrize("last", [False, True])
 def test_a_signal_saves_the_step_and_stops(model, rows, tmp_path, undisturbed, monkeypatch, last):
-    number = 4 if last else 1
+    """The line of a step is written while the next one is under way, so the signal arrives during that one."""
+    number = 4 if last else 2
 
     class Interrupting:
         def advance(self, count=1, note=""):
             self.count = getattr(self, "count", 0) + 1
-            if self.count == number:
+            if self.count == (number if last else number - 1):
                 os.kill(os.getpid(), signal.SIGTERM)
 
     class Shown:
@@ -259,23 +264,76 @@ def test_more_epochs_go_on_and_fewer_are_refused(model, rows, tmp_path, undistur
         run(model, rows, tmp_path, epochs=1.0)
 
 
-def test_what_is_not_finite_is_not_saved(model, rows, tmp_path):
+@pytest.mark.parametrize("checkpoint_every", [1, 2])
+def test_what_is_not_finite_is_not_saved(model, rows, tmp_path, checkpoint_every):
     broken = {**model.params, "final_norm_D": model.params["final_norm_D"].at[0].set(jnp.nan)}
     words = r"step 1 is not finite \(.*sft_loss nan.*train\.learning_rate"
     with pytest.raises(TrainingDiverged, match=words) as caught:
-        run(type(model)(model.config, broken, model.tokenizer), rows, tmp_path)
+        run(type(model)(model.config, broken, model.tokenizer), rows, tmp_path, checkpoint_every=checkpoint_every)
     assert isinstance(caught.value, InputError) and "\n" not in str(caught.value)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
     assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()] == []
 
 
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [
+        # The number of tokens of a rollout is waited for; the step before was read and timed before that.
+        (8, ["sampling", "read", "sampled", "training"]),
+        (None, ["sampling", "read", "training", "sampled"]),
+        ("no rollout", ["training", "read"]),
+    ],
+)
+def test_the_host_waits_for_a_step_once_the_next_one_is_under_way(max_tokens, expected):
+    events, pending = [], ["read"]
+    tokens = Tokens(np.zeros((8, 2), np.int32), np.ones((8, 2), bool))
+
+    def sample(params, teacher_params, batch, key, meanwhile):
+        events.append("sampling")
+        meanwhile()
+        return replace(tokens, max_tokens=max_tokens)
+
+    def step(state, teacher_params, batch):
+        events.append("training")
+        assert (batch.rollout is None) == (max_tokens == "no rollout")
+        return "state", "metrics"
+
+    record = SimpleNamespace(
+        read=lambda: pending and events.append(pending.pop()), rollout_sampled=lambda: events.append("sampled")
+    )
+    found = StepPrograms(None if max_tokens == "no rollout" else sample, step, make_mesh(devices=jax.devices()[:1]))
+    batch = Batch(tokens, tokens, tokens, np.arange(8))
+    key = jax.random.key(0)
+    assert found.dispatch(SimpleNamespace(params={}), {}, batch, key, record) == ("state", "metrics")
+    assert events == expected
+
+
+def test_a_line_is_written_once_and_times_add_up(tmp_path):
+    log, shown = MetricsLog(tmp_path / "metrics.jsonl", keep=0), []
+    began = time.perf_counter()
+    steps = StepMetrics(log, Throughput({}, np.array([SimpleNamespace(device_kind="cpu")])), tmp_path, shown.append)
+    for step in (1, 2, 3):
+        steps.rollout_sampled()
+        steps.add(step, {"loss": jnp.float32(step), "sft_loss": jnp.float32(-step)}, 0.5, None)
+        assert len(shown) == step - 1
+        steps.read()
+        steps.read()
+    took = time.perf_counter() - began
+    log.flush()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines == shown and [line["step"] for line in lines] == [line["loss"] for line in lines] == [1, 2, 3]
+    assert all(0 < line["rollout_seconds"] < line["seconds"] for line in lines)
+    assert sum(line["seconds"] for line in lines) < took
+
+
 def test_the_metrics_of_steps_that_were_lost_are_cut_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
-    log = MetricsLog(path, keep=0)
-    for step in (1, 2, 3):
-        log.append({"step": step, "loss": 1.0 / step})
-    MetricsLog(path, keep=2).append({"step": 3, "loss": 7.0})
+    with MetricsLog(path, keep=0) as log:
+        for step in (1, 2, 3):
+            log.append({"step": step, "loss": 1.0 / step})
+    with MetricsLog(path, keep=2) as log:
+        log.append({"step": 3, "loss": 7.0})
     assert [line["loss"] for line in read_metrics(path)] == [1.0, 0.5, 7.0]
     assert path.read_text().count("\n") == 3
     assert MetricsLog(path, keep=0) and path.read_text() == ""
@@ -439,6 +497,40 @@ def test_adapters_are_trained_beside_the_teacher(model, rows, tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(again), jax.device_get(params))
 
 
+def test_a_profile_has_the_parts_and_changes_no_number(model, rows, tmp_path, raft, capsys):
+    lines = run(model, rows, tmp_path, "raft", **WHOLE, profile_steps=[2, 4])[1]
+    assert without_times(lines) == without_times(raft[1])
+    found = json.loads((tmp_path / "profile/parts.json").read_text())
+    shares, profiled = found["shares"], found["steps"]
+    assert profiled == [2, 4] and {"rollout", "student", "teacher", "losses", "optimizer", "idle"} <= shares.keys()
+    assert min(shares.values()) >= 0 and sum(shares.values()) == pytest.approx(1, abs=1e-3)
+    assert shares.get("other", 0) < 0.05  # nearly every operation says what it is of
+    assert found["seconds"] == pytest.approx(sum(line["seconds"] for line in lines[1:]), abs=2e-3)
+    assert "profile of steps 2 to 4" in capsys.readouterr().out
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+@pytest.mark.parametrize("name", ["raft", "sft"])
+def test_what_is_compiled_ahead_is_all_that_is_needed(model, rows, tmp_path, monkeypatch, capsys, name, raft):
+    """As on TPU and GPU; and the numbers are those of programs that are compiled one by one."""
+    counts, dispatch = [], StepPrograms.dispatch
+
+    def counted(self, *arguments):
+        sample = self.sample_rollout
+        found = [0 if sample is None else len(sample.sample.programs), len(self.train_step.programs)]
+        counts.append(found)
+        return dispatch(self, *arguments)
+
+    monkeypatch.setattr(StepPrograms, "dispatch", counted)
+    monkeypatch.setattr(loop, "compiles_ahead", lambda mesh: True)
+    params, lines = run(model, rows, tmp_path, name, **WHOLE)
+    assert counts == [[1, 4] if name == "raft" else [0, 1]] * 4
+    assert f"compile {name}: {sum(counts[0])}/{sum(counts[0])} programs" in capsys.readouterr().out
+    if name == "raft":
+        assert without_times(lines) == without_times(raft[1])
+        jax.tree.map(np.testing.assert_array_equal, params, raft[0])
+
+
 @pytest.mark.parametrize(
     ("num_shards", "num_micro_batches", "max_tokens"),
     # The most real tokens of a device in a micro-batch, rounded up to a quarter of its rows times 16.
@@ -450,7 +542,7 @@ def test_capacity_of_rollouts(monkeypatch, num_shards, num_micro_batches, max_to
     monkeypatch.setattr(rollout, "make_generate", lambda *_, **__: lambda *_: tokens)
     student = SimpleNamespace(model=None, forward_params=lambda params, teacher_params: params)
     settings = TrainConfig(batch_size=8, num_micro_batches=num_micro_batches, rollout=RolloutConfig(max_new_tokens=16))
-    sample = rollout.make_sample_rollout(student, settings, num_shards)
+    sample = rollout.SampleRollout(student, settings, num_shards)
     prompt = Tokens(jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4), bool), 8)
     batch = Batch(prompt, prompt, prompt, jnp.arange(8))
     assert sample({}, {}, batch, jax.random.key(0)).max_tokens == max_tokens

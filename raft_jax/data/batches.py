@@ -67,6 +67,7 @@ class Batches:
         num_shards: int = 1,
         num_micro_batches: int = 1,
         share_prefixes: bool = True,
+        length_multiple: int = 8,
     ):
         """
         Args:
@@ -75,6 +76,7 @@ class Batches:
           num_shards: the number of shards, each of consecutive rows, that the mesh divides a batch into.
           num_micro_batches: M; micro-batch m has the rows m, m + M, ...
           share_prefixes: whether tokens that all prompts begin with may be computed once.
+          length_multiple: lengths of rows are rounded up to a multiple of this (see raft_jax.sharding.length_multiple).
         """
         if len(rows) < batch_size:
             raise InputError(f"{len(rows)} rows do not fill one batch of {batch_size}; lower train.batch_size")
@@ -90,7 +92,8 @@ class Batches:
         for number in range(len(self._buckets)):
             # A batch may also hold rows left over from any shorter bucket.
             members = [rows[index] for part in self._buckets[: number + 1] for index in part]
-            self._lengths.append([_round_up(max(len(getattr(row, name)) for row in members)) for name in SIDES])
+            longest = [max(len(getattr(row, name)) for row in members) for name in SIDES]
+            self._lengths.append([_round_up(length, length_multiple) for length in longest])
         self._epoch: tuple[int, list[tuple[int, list[int]]]] = (-1, [])
         self._shared = [
             shared_prefix([getattr(row, name) for row in rows]) if share_prefixes and name != "answer" else 0
@@ -119,6 +122,16 @@ class Batches:
         )
         row_ids = np.array([row.number for row in rows], np.int32)
         return Batch(prompt, answer, teacher_prompt, row_ids)  # pyright: ignore[reportArgumentType]
+
+    def one_of_each_shape(self, steps: range) -> list[Batch]:
+        """A batch of each shape that the batches of these steps have."""
+        first: dict[int, int] = {}
+        for step in steps:
+            epoch, index = divmod(step, self.steps_per_epoch)
+            first.setdefault(self._planned(epoch)[index][0], step)
+            if len(first) == len(self._buckets):
+                break
+        return [self.at(step) for step in first.values()]
 
     def _most_tokens(self, num_epochs: int, num_shards: int, num_micro_batches: int) -> list[list[int]]:
         """For each bucket, the most real tokens of prompt, answer and teacher prompt that one shard has in one
@@ -173,6 +186,17 @@ def token_capacity(count: int, most: int) -> int:
     """
     quarter = -(-most // 4)
     return min(-(-count // quarter) * quarter, most)
+
+
+def token_capacities(most: int) -> list[int]:
+    """The values of `token_capacity`.
+
+    Example:
+      >>> token_capacities(256), token_capacities(2)
+      ([64, 128, 192, 256], [1, 2])
+    """
+    quarter = -(-most // 4)
+    return list(dict.fromkeys(token_capacity(number * quarter, most) for number in range(1, 5)))
 
 
 def _round_up(length: int, multiple: int = 8) -> int:

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.models.config import DecoderConfig
 from raft_jax.sharding import partition_spec
+from raft_jax.unpadding import indices_of, move
 
 KERNELS = ("plain", "splash", "cudnn")
 SAVED = "product"  # checkpoint name of values that are saved for the backward pass
@@ -266,6 +267,42 @@ def flash(
 
 
 def _cudnn(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
+    T, S = query_BTNH.shape[1], key_BSKH.shape[1]
+    # All S queries take less work than the last T with a mask of their own, by which cuDNN skips nothing.
+    if window is None and mask_BS.dtype == bool and 2 * T > S:
+        return _cudnn_causal(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale)
+    return _cudnn_masked(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window)
+
+
+def _cudnn_causal(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale):
+    """With cuDNN's own causal mask: it skips the keys after a query, and reads no mask.
+
+    Its lengths count from the first token, and its queries begin where its keys do. So the real tokens of each row move
+    to the front; the queries of all tokens but the last T are zeros, and what they give is dropped.
+    """
+    T, S = query_BTNH.shape[1], key_BSKH.shape[1]
+    place_BS = jnp.where(mask_BS, jnp.cumsum(mask_BS, axis=1, dtype=jnp.int32) - 1, S)  # of each token; S: none
+    source_BS = indices_of(mask_BS, S)  # the token at each place; S: none
+    query_source_BS = jnp.where(source_BS >= S - T, source_BS - (S - T), T)
+    query_place_BT = place_BS[:, S - T :]
+    query_BSNH = move(query_BTNH, query_source_BS, query_place_BT)
+    key_BSKH, value_BSKH = (move(array, source_BS, place_BS) for array in (key_BSKH, value_BSKH))
+    lengths_B = jnp.maximum(jnp.sum(mask_BS, axis=1, dtype=jnp.int32), 1)  # not 0, so that no softmax is empty
+    mixed_BSNH = jax.nn.dot_product_attention(
+        query_BSNH,
+        key_BSKH,
+        value_BSKH,
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        implementation="cudnn",
+    )
+    return move(mixed_BSNH, query_place_BT, query_source_BS)
+
+
+def _cudnn_masked(query_BTNH, key_BSKH, value_BSKH, mask_BS, scale, window):
+    """With an explicit mask, [B, T, S]: for windows, packed texts, and a few queries after many keys."""
     # cuDNN's backward pass takes even lengths only. Padding goes in front, so that the last query and key stay aligned.
     odd_T, odd_S = query_BTNH.shape[1] % 2, key_BSKH.shape[1] % 2
 

@@ -16,7 +16,7 @@ from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.models.decoder import Cache
 from raft_jax.sampling.decode import Decoding, Settings, begin, decoding_weights, empty, make_decode, make_draw
-from raft_jax.sharding import put_batch, to_host, use_mesh
+from raft_jax.sharding import length_multiple, put_batch, to_host, use_mesh
 from raft_jax.tokens import Tokens
 
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
@@ -42,7 +42,7 @@ def bucket(length: int) -> int:
       96
     """
     for size in LENGTH_BUCKETS:
-        if length <= size:
+        if length <= size and size % length_multiple() == 0:
             return size
     return -(-length // 8192) * 8192
 

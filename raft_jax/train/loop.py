@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,19 +23,19 @@ from raft_jax.models.config import unpadded_shape
 from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.run_folder import MethodFolder
-from raft_jax.sharding import any_process, is_writer, num_shards, put_batch, to_host
+from raft_jax.sharding import any_process, is_writer, length_multiple, make_any_process_late, num_shards, to_host
 from raft_jax.train.best import SCORE, BestStep
-from raft_jax.train.rollout import make_sample_rollout
+from raft_jax.train.compiled import CompiledFunction
+from raft_jax.train.profile import Profile
+from raft_jax.train.programs import StepPrograms, compiles_ahead
+from raft_jax.train.rollout import SampleRollout
 from raft_jax.train.schedule import learning_rates, make_schedule
 from raft_jax.train.state import TrainState, init_state, make_optimizer, state_shardings
 from raft_jax.train.step import LossConfig, make_train_step
+from raft_jax.train.step_metrics import StepMetrics
 from raft_jax.train.student import Params, Student, make_student
 from raft_jax.train.throughput import Throughput
 from raft_jax.train.watch import CutWatch
-
-
-class TrainingDiverged(InputError):
-    """A loss or gradient is not finite. The last checkpoint was written before that step."""
 
 
 def train(
@@ -92,43 +90,54 @@ def train(
             f"{folder}: is trained up to step {done}, and train.epochs and train.max_steps ask for {num_steps} steps; "
             f"raise them, or remove {files.checkpoints}, and training begins at step 0"
         )
-    log = MetricsLog(files.metrics_jsonl, keep=done)
+    logged = MetricsLog(files.metrics_jsonl, keep=done)
     watch = CutWatch(files.metrics(), settings.stop_when_cut_share)
-    train_step = jit_train_step(student, optimizer, method, settings)
-    sample_rollout = make_sample_rollout(student, settings, num_batch_shards)
+    sample_rollout = SampleRollout(student, settings, num_batch_shards) if method.distils else None
+    train_step = CompiledFunction(jit_train_step(student, optimizer, method, settings))
+    programs = StepPrograms(sample_rollout, train_step, mesh)
     rollout_key = jax.random.fold_in(key, 1)
     dev_scores = make_dev_scores(student) if make_dev_scores and settings.eval_every else None
     best = BestStep(files.best, unpadded, files.metrics()) if dev_scores and settings.keep_best else None
     adapters = settings.lora.rank > 0
     throughput = Throughput(model.params, mesh.devices, adapters=adapters, anchors=method.anchors)
+    profile = Profile(settings.profile_steps, files.profile, programs.functions, done, num_steps)
+    if compiles_ahead(mesh):
+        needed = batches.one_of_each_shape(range(done, num_steps))
+        with jax.set_mesh(mesh):
+            programs.compile(state, teacher_params, needed, rollout_key, f"compile {method.name}")
+    any_asked_to_stop = make_any_process_late(mesh)
 
-    shown = progress(f"train {method.name}", num_steps, "steps", done)
-    with jax.set_mesh(mesh), interrupt.deferred(), shown as bar:  # deferred: the loop saves before it stops
+    # A stop is deferred: the loop saves before it stops.
+    shown, deferred = progress(f"train {method.name}", num_steps, "steps", done), interrupt.deferred()
+    with jax.set_mesh(mesh), deferred, shown as bar, logged as log, profile:
+
+        def on_line(line):
+            bar.advance(note=_note(line))
+            _warn(files, line["step"], watch.add(line))
+
+        def scores_of_step():
+            scores = dev_scores(state.params)
+            if best is not None:
+                best.offer(done, scores[SCORE], state.params)
+            return scores
+
+        steps = StepMetrics(log, throughput, folder, on_line)
         for step in range(done, done if watch.reached else num_steps):
-            began = time.perf_counter()
-            host_batch = batches.at(step)
-            batch = put_batch(host_batch, mesh)
-            rollout_seconds = 0.0
-            if method.distils:
-                rollout = sample_rollout(state.params, teacher_params, batch, jax.random.fold_in(rollout_key, step))
-                batch = batch._replace(rollout=jax.block_until_ready(rollout))
-                rollout_seconds = time.perf_counter() - began
-            state, metrics = train_step(state, teacher_params, batch)
-            metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            _require_finite(metrics, folder, step + 1)
+            batch, step_key = batches.at(step), jax.random.fold_in(rollout_key, step)
+            profile.before(step + 1, steps)
+            state, metrics = programs.dispatch(state, teacher_params, batch, step_key, steps)
             done = step + 1
-            times = {"seconds": time.perf_counter() - began, "rollout_seconds": rollout_seconds}
-            mfu = throughput.metrics(host_batch, metrics.get("rollout_tokens", 0), **times)
+            steps.add(done, metrics, float(rates[step]), batch)
+            profile.after(done, steps)
             if dev_scores is not None and (done % settings.eval_every == 0 or done == num_steps):
-                metrics |= dev_scores(state.params)
-                if best is not None:
-                    best.offer(done, metrics[SCORE], state.params)
-            log.append({"step": done, **metrics, "learning_rate": float(rates[step]), **times, **mfu})
-            bar.advance(note=_note(metrics))
-            _warn(files, done, watch.add(metrics))
-            stop = any_process(interrupt.requested() is not None)
+                steps.read(scores_of_step)
+                steps.restart()
+            stop = any_asked_to_stop(interrupt.requested() is not None)
             if done % settings.checkpoint_every == 0 or done == num_steps or stop or watch.reached:
+                steps.read()  # so that nothing is saved that is not finite
+                log.flush()
                 checkpoints.save(done, state)
+                steps.restart()
             if stop or watch.reached:
                 break
     checkpoints.close()
@@ -170,17 +179,9 @@ def make_batches(
         num_shards=num_shards,
         num_micro_batches=settings.num_micro_batches,
         # LongRoPE uses other frequencies for long sequences, so equal prefixes of a short and a long one differ.
+        length_multiple=length_multiple(),
         share_prefixes=all(rope.long_frequencies is None for rope in model.config.ropes),
     )
-
-
-def _require_finite(metrics: dict[str, float], folder: Path, step: int) -> None:
-    bad = ", ".join(f"{name} {value}" for name, value in metrics.items() if not math.isfinite(value))
-    if bad:
-        raise TrainingDiverged(
-            f"{folder}: step {step} is not finite ({bad}); lower train.learning_rate or set train.max_gradient_norm, "
-            "and start again in a new run_dir"
-        )
 
 
 def _trained_params(

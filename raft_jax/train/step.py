@@ -98,7 +98,8 @@ def sft_term(config: LossConfig, params, teacher_params, batch: Batch, hidden_BA
 def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BCD) -> tuple[jax.Array, dict]:
     """Eqs. 7-10, summed over rows or tokens: KL between both models at the same prefixes of the student's rollout."""
     rollout = batch.rollout
-    (teacher_BCD,) = config.completion_hidden(teacher_params, batch.teacher_prompt, rollout)
+    with jax.named_scope("teacher"):
+        (teacher_BCD,) = config.completion_hidden(teacher_params, batch.teacher_prompt, rollout)
     unpad, _ = make_unpadding(rollout.mask, rollout.max_tokens)
     student = unpad(student_BCD), config.unembedding(params)
     teacher = jax.lax.stop_gradient((unpad(teacher_BCD), config.unembedding(teacher_params)))
@@ -143,7 +144,8 @@ def anchor_term(config: LossConfig, params, teacher_params, batch: Batch, studen
     The anchor of ASFT (arXiv:2509.23753) and of SFT with a KL to the base model.
     """
     answer = batch.answer
-    (base_BAD,) = config.completion_hidden(teacher_params, batch.prompt, answer)
+    with jax.named_scope("teacher"):
+        (base_BAD,) = config.completion_hidden(teacher_params, batch.prompt, answer)
     unpad, _ = make_unpadding(answer.mask, answer.max_tokens)
     student = unpad(student_BAD), config.unembedding(params)
     base = jax.lax.stop_gradient((unpad(base_BAD), config.unembedding(teacher_params)))
@@ -194,11 +196,13 @@ def make_train_step(
     def losses(params, teacher_params, batch, completions):
         """The loss on each completion, without λ and divisor; each term's sum, and its metrics' sums and counts."""
         params = config.forward_params(params, teacher_params)
-        hidden = config.completion_hidden(params, batch.prompt, *(getattr(batch, name) for name in completions))
+        with jax.named_scope("student"):
+            hidden = config.completion_hidden(params, batch.prompt, *(getattr(batch, name) for name in completions))
         sums, results = {}, {}
         for completion, hidden_BCD in zip(completions, hidden, strict=True):
             names = [name for name in terms if TERMS[name][1] == completion]
-            found = {name: TERMS[name][0](config, params, teacher_params, batch, hidden_BCD) for name in names}
+            with jax.named_scope("losses"):
+                found = {name: TERMS[name][0](config, params, teacher_params, batch, hidden_BCD) for name in names}
             sums[completion] = sum(scales[name] * total for name, (total, _) in found.items())
             results |= found
         return sums, results
@@ -222,8 +226,9 @@ def make_train_step(
         # λ depends on the values of the losses alone, so it is known before the backward pass.
         factors = {name: weight if name == "rollout" else jnp.float32(1) for name in completions}
         (grads,) = pullback({name: (factors[name] / counts[name]).astype(total.dtype) for name, total in sums.items()})
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
         coefficients = {name: scales[name] * factors[TERMS[name][1]] for name in values}
         metrics = _metrics(values, coefficients, results, batch, config.stop_ids)
         metrics["gradient_norm"] = optax.global_norm(grads)
