@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from raft_jax.config import Config
-from raft_jax.data.examples import Columns, Example, load_examples, split_counts
+from raft_jax.data.examples import Example, load_examples, split_counts
 from raft_jax.data.prompts import question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
@@ -19,6 +19,7 @@ from raft_jax.evaluate.compare import GeneralPrompt
 from raft_jax.evaluate.divergence import make_divergence
 from raft_jax.lengths import fitting
 from raft_jax.models.tokenizer import Tokenizer
+from raft_jax.run_data import columns_of
 from raft_jax.sampling import Sampler, Scorer
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ def dev_rows(config: Config, tokenizer: Tokenizer) -> list[Example]:
     Raises:
       InputError: the data has no such rows, or they are training or held-out rows.
     """
-    data = config.data
-    columns = Columns(data.question, data.answer, data.id, data.split, data.context)
+    data, columns = config.data, columns_of(config.data)
     counts = split_counts(data.path, columns)
     names = NAMES if data.dev_split is None else (data.dev_split,)
     split = next((name for name in names if counts.get(name)), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from raft_jax.config import Config
+from raft_jax.config import Config, DataConfig
 from raft_jax.data.answers import each_answer, first_answers, require_free_ids
 from raft_jax.data.batches import TokenRow
 from raft_jax.data.examples import Columns, Example, load_examples, split_counts, split_held_out
@@ -55,6 +55,11 @@ class GivenRows(NamedTuple):
     dropped: dict[str, str]
 
 
+def columns_of(data: DataConfig) -> Columns:
+    """The names of the columns, from the settings data.*."""
+    return Columns(data.question, data.answer, data.id, data.split, data.context, data.system)
+
+
 def read_data(config: Config, bad_rows: dict[str, str] | None = None, find_near: FindNear | None = None) -> GivenRows:
     """Training and held-out examples according to the settings data.*.
 
@@ -66,8 +71,7 @@ def read_data(config: Config, bad_rows: dict[str, str] | None = None, find_near:
     Raises:
       InputError: the data cannot be read, or no training row is left.
     """
-    data = config.data
-    columns = Columns(data.question, data.answer, data.id, data.split, data.context, data.system)
+    data, columns = config.data, columns_of(config.data)
     if split_counts(data.path, columns):
         train = load_examples(data.path, columns, data.train_split, bad_rows=bad_rows)
         test = load_examples(data.path, columns, data.test_split, bad_rows=bad_rows)

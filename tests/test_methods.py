@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from raft_jax.cli import main
 from raft_jax.config_file import load_config
+from raft_jax.dev import dev_rows
 from raft_jax.errors import InputError
 from raft_jax.methods import METHODS
 from raft_jax.metrics import read_metrics
@@ -214,6 +215,17 @@ def test_scores_during_training_are_those_of_the_evaluation(tmp_path, capsys):
     assert lines[-1]["dev_divergence"] > lines[1]["dev_divergence"] > 0
     # It does not change what is trained, and so it may be changed.
     assert main(["run", config, "train.eval_every=0"]) == 0
+
+
+def test_dev_rows_have_their_system_turn_as_other_rows_do(tmp_path):
+    path = tiny.write_run(tmp_path, methods=["sft"], train={"eval_every": 1})
+    rows = [{**row, "instructions": "Be brief.", "split": "dev"} for row in tiny.ROWS[:2]]
+    tiny.write_jsonl(tmp_path / "data.jsonl", tiny.ROWS + [{**row, "id": "d" + row["id"]} for row in rows])
+    found = dev_rows(load_config(path, ["data.system=instructions"]), tiny.make_tokenizer())
+    assert [(row.id, row.turns) for row in found] == [
+        ("dq01", (("system", "Be brief."),)),
+        ("dq02", (("system", "Be brief."),)),
+    ]
 
 
 def test_the_best_step_is_exported(tmp_path):
