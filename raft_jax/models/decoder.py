@@ -68,6 +68,22 @@ class Cache(NamedTuple):
         """Keys and values as one array per layer, for layers that are run one by one."""
         return self._replace(key_LBKHS=tuple(self.key_LBKHS), value_LBKSH=tuple(self.value_LBKSH))
 
+    def with_rows(self, places_R: jax.Array, rows: Cache) -> Cache:
+        """The cache with other rows, of fewer slots, at some places; a place that does not exist is skipped."""
+
+        def put(before, after):  # of one layer
+            return before.at[places_R, :, : after.shape[2], : after.shape[3]].set(after, mode="drop")
+
+        def put_layers(before, after):
+            return tuple(map(put, before, after)) if isinstance(before, tuple) else jax.vmap(put)(before, after)
+
+        return Cache(
+            put_layers(self.key_LBKHS, rows.key_LBKHS),
+            put_layers(self.value_LBKSH, rows.value_LBKSH),
+            self.length_B.at[places_R].set(rows.length_B, mode="drop"),
+            self.limit_B.at[places_R].set(rows.limit_B, mode="drop"),
+        )
+
     def longer(self, num_tokens_B: jax.Array) -> Cache:
         """The cache in which the next tokens of each row, which are written already, count."""
         return self._replace(length_B=self.length_B + num_tokens_B)

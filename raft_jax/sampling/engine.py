@@ -16,7 +16,7 @@ from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.models.decoder import Cache
 from raft_jax.sampling.decode import Decoding, Settings, begin, decoding_weights, empty, make_decode, make_draw
-from raft_jax.sharding import length_multiple, put_batch, to_host, use_mesh
+from raft_jax.sharding import length_multiple, num_shards, platform, put_batch, to_host, use_mesh
 from raft_jax.tokens import Tokens
 
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
@@ -165,8 +165,12 @@ class Programs:
         self.decode = jax.jit(make_decode(model, settings), donate_argnums=1)
         self.admit = jax.jit(self._admit, donate_argnums=1)
         self.prefix = jax.jit(self._prefix)
-        self.empty = jax.jit(partial(empty, model), static_argnums=(1, 2))
+        self.empty = jax.jit(self._empty, static_argnums=(1, 2, 3))
         self.weights = jax.jit(partial(decoding_weights, model), static_argnums=1)
+
+    def _empty(self, params, num_rows: int, num_slots: int, unroll: bool) -> Decoding:
+        rows = empty(self.model, params, num_rows, num_slots)
+        return rows._replace(cache=rows.cache.unstacked()) if unroll else rows
 
     def _prefix(self, params, ids_RX) -> Cache:
         """A cache of the tokens that all prompts begin with, in each of some rows."""
@@ -189,17 +193,10 @@ class Programs:
         draw = make_draw(self.model, self.model.unembedding(params), self.settings.top_p, key, temperature)
         text_RS = jnp.pad(prompt.ids, ((0, 0), (0, S + 1 - P)))
         new = begin(self.model, last_RD, cache.longer(count_R), text_RS, row_ids_R, draw, self.settings.max_new_tokens)
-        old = decoding.cache
-        cache = Cache(
-            old.key_LBKHS.at[:, places_R, :, :, :P].set(new.cache.key_LBKHS, mode="drop"),
-            old.value_LBKSH.at[:, places_R, :, :P].set(new.cache.value_LBKSH, mode="drop"),
-            *(
-                before.at[places_R].set(after, mode="drop")
-                for before, after in ((old.length_B, new.cache.length_B), (old.limit_B, new.cache.limit_B))
-            ),
+        rest = (
+            before.at[places_R].set(after, mode="drop") for before, after in zip(decoding[1:], new[1:], strict=True)
         )
-        rest = jax.tree.map(lambda before, after: before.at[places_R].set(after, mode="drop"), decoding[1:], new[1:])
-        return Decoding(cache, *rest)
+        return Decoding(decoding.cache.with_rows(places_R, new.cache), *rest)
 
 
 class Rows:
@@ -212,7 +209,10 @@ class Rows:
         self.at_once = rows_per_batch(max(1, self.num_rows // ADMITTED), self.num_rows, sampler.mesh)
         self.taken: dict[int, int] = {}  # place → index of its prompt
         self.steps = 0
+        self.num_shared = self._num_shared()
         self.lengths = self._lengths()
+        # More prompts than rows are enough steps for the longer compilation to pay off.
+        self.unroll = platform() == "cpu" and len(prompts) > self.num_rows
 
     @property
     def free(self) -> list[int]:
@@ -221,11 +221,12 @@ class Rows:
     def open(self) -> None:
         """Computes the shared prefix, and makes room for the rows."""
         settings = self.programs.settings
-        self.num_shared = self._num_shared()
+        num_tokens = self.num_rows // num_shards("batch") * (1 + settings.num_drafts)
+        self.weights = self.programs.weights(self.params, num_tokens) if self.unroll else ()
         length = max(self.lengths) + settings.max_new_tokens + settings.num_drafts
         ids_RX = np.tile(np.array(self.prompts[0][: self.num_shared], np.int32), (self.at_once, 1))
         self.prefix = self.programs.prefix(self.params, self._put(ids_RX))
-        self.decoding = self.programs.empty(self.params, self.num_rows, length)
+        self.decoding = self.programs.empty(self.params, self.num_rows, length, self.unroll)
 
     def admit(self, waiting: list[int]) -> list[int]:
         """Gives free places to the first of the waiting prompts and others of its padded length; returns the rest."""
@@ -247,7 +248,7 @@ class Rows:
     def decode(self, enough: int) -> dict[int, Completion]:
         """Decodes until so many places are free, or for some steps; returns the completions that are done."""
         arguments = self.key, self.temperature, jnp.int32(enough), jnp.int32(STEPS)
-        self.decoding, steps = self.programs.decode(self.params, self.decoding, *arguments)
+        self.decoding, steps = self.programs.decode(self.params, self.decoding, *arguments, *self.weights)
         done_B = to_host(self.decoding.done_B)
         self.steps = int(to_host(steps))
         finished = [place for place in self.taken if done_B[place]]
@@ -274,9 +275,10 @@ class Rows:
         return sum(itertools.takewhile(bool, same)) // SHARED * SHARED
 
     def _lengths(self) -> list[int]:
-        """The padded length of each prompt."""
+        """The padded length of each prompt: the shared prefix, and a bucket for the rest."""
         longest = self.programs.model.config.max_positions - self.programs.settings.max_new_tokens
-        return [min(bucket(len(prompt)), longest) for prompt in self.prompts]
+        shared = self.num_shared
+        return [min(shared + bucket(len(prompt) - shared), longest) for prompt in self.prompts]
 
 
 def _length(completion: Completion) -> int:
