@@ -119,7 +119,8 @@ def test_shares_on_two_devices_of_a_tpu_and_of_a_gpu(tmp_path):
     stream = [
         ("copy_kernel", 0, 4, on("jit_sample", "exp.4")),
         ("fusion_7", 4, 4, on("jit_step", "fusion.7")),
-        ("nccl", 8, 1, on("jit_unknown", "all-reduce")),
+        ("nccl", 8, 1, on("jit_step", "all-reduce")),
+        ("evaluation", 20, 50, on("jit_evaluation", "fusion.7")),
     ]
     planes = {"/device:GPU:0": {"Stream #13(Compute)": stream}}
     found = shares_of(write_trace(tmp_path / "b.xplane.pb", planes), [STEP, SAMPLE], 0.010)

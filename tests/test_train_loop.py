@@ -310,11 +310,13 @@ def test_the_host_waits_for_a_step_once_the_next_one_is_under_way(max_tokens, ex
 
 def test_a_line_is_written_once_and_times_add_up(tmp_path):
     log, shown = MetricsLog(tmp_path / "metrics.jsonl", keep=0), []
+    tokens = Tokens(np.zeros((1, 2), np.int32), np.ones((1, 2), bool))
+    batch = Batch(tokens, tokens, tokens, np.arange(1))
     began = time.perf_counter()
     steps = StepMetrics(log, Throughput({}, np.array([SimpleNamespace(device_kind="cpu")])), tmp_path, shown.append)
     for step in (1, 2, 3):
         steps.rollout_sampled()
-        steps.add(step, {"loss": jnp.float32(step), "sft_loss": jnp.float32(-step)}, 0.5, None)
+        steps.add(step, {"loss": jnp.float32(step), "sft_loss": jnp.float32(-step)}, 0.5, batch)
         assert len(shown) == step - 1
         steps.read()
         steps.read()
@@ -508,6 +510,25 @@ def test_a_profile_has_the_parts_and_changes_no_number(model, rows, tmp_path, ra
     assert found["seconds"] == pytest.approx(sum(line["seconds"] for line in lines[1:]), abs=2e-3)
     assert "profile of steps 2 to 4" in capsys.readouterr().out
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_a_profile_that_ends_with_an_evaluation_leaves_the_line_to_it(model, rows, tmp_path):
+    """The scores of a step are part of its line, which a trace that ends there must not write before."""
+    mesh, scores = make_mesh(devices=jax.devices()[:1]), {"dev_gold_logprob": -1.5}
+    both = settings(eval_every=2, profile_steps=[1, 2])
+    train(
+        model,
+        rows,
+        METHODS["sft"],
+        both,
+        tmp_path,
+        seed=5,
+        mesh=mesh,
+        make_dev_scores=lambda student: lambda params: scores,
+    )
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line.get("dev_gold_logprob") for line in lines] == [None, -1.5, None, -1.5]
+    assert json.loads((tmp_path / "profile/parts.json").read_text())["steps"] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["raft", "sft"])

@@ -178,8 +178,8 @@ def make_batches(
         epochs=settings.epochs,
         num_shards=num_shards,
         num_micro_batches=settings.num_micro_batches,
-        # LongRoPE uses other frequencies for long sequences, so equal prefixes of a short and a long one differ.
         length_multiple=length_multiple(),
+        # LongRoPE uses other frequencies for long sequences, so equal prefixes of a short and a long one differ.
         share_prefixes=all(rope.long_frequencies is None for rope in model.config.ropes),
     )
 

@@ -87,7 +87,7 @@ class Profile:
             steps.restart()
 
     def _finish(self, steps: StepMetrics) -> None:
-        steps.read()
+        steps.wait()  # its line is not written yet, as more may come into it
         seconds, self._steps = steps.total_seconds - self._seconds_before, None
         jax.profiler.stop_trace()
         traces = self._folder.rglob("*.xplane.pb")
@@ -109,16 +109,18 @@ def shares_of(trace: Path, programs: Iterable[str], seconds: float) -> dict[str,
 
     Args:
       trace: a file *.xplane.pb.
-      programs: the programs that ran, as HLO text. Where two of the same name call different operations by one name,
+      programs: the programs of the steps, as HLO text; any others, such as those of an evaluation in between, are left
+        out. Where two of the same name call different operations by one name,
         the later one counts.
       seconds: the time of the steps that were traced.
     """
-    parts_of_operation = {name: found for program in programs for name, found in operations(program).items()}
+    parts = {name: found for program in programs for name, found in operations(program).items()}
+    modules = {module for module, _ in parts}
     times: dict[Any, Counter[str]] = defaultdict(Counter)
     intervals: dict[Any, list[tuple[float, float]]] = defaultdict(list)
     for device, module, operation, start, duration in _events(trace):
-        part = parts_of_operation.get((module, operation), OTHER)
-        if part is not None:
+        part = parts.get((module, operation), OTHER)
+        if part is not None and module in modules:
             times[device][part] += duration
             intervals[device].append((start, start + duration))
     shares: Counter[str] = Counter()

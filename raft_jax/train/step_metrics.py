@@ -27,7 +27,7 @@ class _Pending(NamedTuple):
     values: jax.Array  # [names], on the devices
     learning_rate: float
     batch: Batch  # on the host
-    rollout_seconds: float
+    times: dict[str, float]  # rollout_seconds, and seconds once the step has been waited for
 
 
 class StepMetrics:
@@ -47,7 +47,7 @@ class StepMetrics:
         self._log, self._throughput, self._folder, self._on_line = log, throughput, folder, on_line
         self._pending: _Pending | None = None
         self._rollout_seconds = 0.0
-        self.total_seconds = 0.0  # of the steps that were read
+        self.total_seconds = 0.0  # of the steps that were waited for
         self.restart()
 
     def restart(self) -> None:
@@ -62,8 +62,19 @@ class StepMetrics:
         """Notes the metrics of a step that has been dispatched, counted from 1. The step before has been read."""
         values = _stacked(metrics)  # one array, so one transfer
         values.copy_to_host_async()
-        self._pending = _Pending(step, tuple(metrics), values, learning_rate, batch, self._rollout_seconds)
+        self._pending = _Pending(
+            step, tuple(metrics), values, learning_rate, batch, {"rollout_seconds": self._rollout_seconds}
+        )
         self._rollout_seconds = 0.0
+
+    def wait(self) -> None:
+        """Waits for the end of the step that was added last, without writing its line."""
+        if self._pending is None or "seconds" in self._pending.times:
+            return
+        jax.block_until_ready(self._pending.values)
+        now = time.perf_counter()
+        self._pending.times["seconds"] = now - self._began
+        self._began, self.total_seconds = now, self.total_seconds + now - self._began
 
     def read(self, more: Callable[[], dict[str, float]] | None = None) -> None:
         """Waits for the metrics of the step that was added last, and writes its line; nothing if that was done.
@@ -75,11 +86,9 @@ class StepMetrics:
         """
         if self._pending is None:
             return
-        (step, names, values, learning_rate, batch, rollout_seconds), self._pending = self._pending, None
+        self.wait()
+        (step, names, values, learning_rate, batch, times), self._pending = self._pending, None
         metrics = dict(zip(names, map(float, jax.device_get(values)), strict=True))
-        now = time.perf_counter()
-        times = {"seconds": now - self._began, "rollout_seconds": rollout_seconds}
-        self._began, self.total_seconds = now, self.total_seconds + now - self._began
         self._require_finite(metrics, step)
         mfu = self._throughput.metrics(batch, metrics.get("rollout_tokens", 0), **times)
         metrics |= more() if more else {}
