@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import write_run
 
-TIMES = ("seconds", "rollout_seconds")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
 
 
 @pytest.fixture(scope="module")

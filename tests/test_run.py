@@ -33,7 +33,7 @@ from raft_jax.run import Run
 from raft_jax.run_data import read_data
 from raft_jax.run_folder import RunFolder
 
-TIMES = ("seconds", "rollout_seconds")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
 SECRET = "hf_canaryInTheEnvironment"
 
 

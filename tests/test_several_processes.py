@@ -14,6 +14,8 @@ from tiny import write_run
 
 pytestmark = pytest.mark.slow
 
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
+
 
 def start(config: Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
@@ -87,10 +89,7 @@ def test_two_processes_run_as_one(tmp_path):
         path.unlink()
     run_together(two)
     for line, other in zip(found, metrics_of(run_dir), strict=True):
-        assert {**other, **dict.fromkeys(("seconds", "rollout_seconds"))} == {
-            **line,
-            **dict.fromkeys(("seconds", "rollout_seconds")),
-        }
+        assert {**other, **dict.fromkeys(TIMES)} == {**line, **dict.fromkeys(TIMES)}
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
