@@ -70,7 +70,7 @@ class Programs:
         }
         self.model = Model(decoder, self.params, SimpleNamespace(stop_ids=(1,), pad_id=0))
         # Rows begin alike in all models but those whose rope depends on the length; see make_batches.
-        self.shared = 32 if all(rope.long_frequencies is None for rope in decoder.ropes) else 0
+        self.shared = 0 if decoder.ropes_depend_on_length else 32
 
     def array(self, dtype, *shape: int, axes=("batch",)) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, partition_spec(axes)))

@@ -78,9 +78,8 @@ def _near(unit_ND: np.ndarray, similarity: float) -> dict[int, int]:
     for start in range(0, len(unit_ND), BLOCK):
         block_MD = unit_ND[start : start + BLOCK]
         cosines_MN = np.round(block_MD @ unit_ND[: start + BLOCK].T, DIGITS)
-        for row, earlier in np.argwhere(
-            cosines_MN >= similarity
-        ).tolist():  # in the order of rows, then of earlier ones
+        # In the order of rows, then of earlier ones.
+        for row, earlier in np.argwhere(cosines_MN >= similarity).tolist():
             later = start + row
             if earlier < later and later not in found and earlier not in found:
                 found[later] = earlier

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,17 +29,9 @@ from raft_jax.refine.roles import require_local_roles, require_roles
 from raft_jax.resume import require_unchanged
 from raft_jax.run_data import RunData
 from raft_jax.run_folder import RunFolder
-from raft_jax.sources import resolve
+from raft_jax.sources import require_source, resolve
 from raft_jax.student_init import require_student_init
 from raft_jax.terminal import one_line, visible
-
-
-def require_source(key: str, source: str, find: Callable[[str], Path] = resolve) -> None:
-    """Raises InputError, naming the setting, if nothing exists at its source."""
-    try:
-        find(source)
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from error
 
 
 def require_sources(config: Config) -> None:

@@ -34,7 +34,7 @@ from raft_jax.metrics import tokens_trained
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.export import export_hf
-from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_pruned, require_source
+from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_pruned
 from raft_jax.refine.account import account, preview_lines
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.plan import plan
@@ -46,7 +46,7 @@ from raft_jax.run_data import RunData
 from raft_jax.run_folder import Evaluation, NearDuplicates, RunFolder, write_atomically
 from raft_jax.scores import ModelScores
 from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
-from raft_jax.sources import model_identity
+from raft_jax.sources import model_identity, require_source
 from raft_jax.stages import Settings, changes
 from raft_jax.student_init import require_student_init
 from raft_jax.terminal import visible

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from raft_jax.errors import InputError, require_train
@@ -176,3 +177,11 @@ def _from_hub(source: str) -> Path:
         ) from error
     except Exception as error:  # such as a proxy, an interrupted download, a full disk, an invalid name
         raise InputError(f"{source}: could not be fetched from the Hugging Face hub ({error})") from error
+
+
+def require_source(key: str, source: str, find: Callable[[str], Path] = resolve) -> None:
+    """Raises InputError, naming the setting, if nothing exists at its source."""
+    try:
+        find(source)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error

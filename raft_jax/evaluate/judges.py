@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from dataclasses import replace
 
 import jax
-import jax.numpy as jnp
 
 from raft_jax.config import ANSWER_PROGRAMS, STUDENT, Config
 from raft_jax.data.examples import Example
 from raft_jax.data.prompts import load_prompts
 from raft_jax.errors import InputError
 from raft_jax.evaluate.agreement import krippendorff_alpha, majority
-from raft_jax.models import Model, load_pretrained
+from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder
 from raft_jax.refine.chat import Chat
 from raft_jax.refine.endpoint import Endpoint, key_of
 from raft_jax.refine.judge import CoverageJudge, Judge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.llm_judge import LLMJudge
-from raft_jax.refine.remote import LocalChat
-from raft_jax.refine.roles import LOCAL_JUDGEMENT
+from raft_jax.refine.roles import LocalModel, load_local, local_judge, require_endpoint
 from raft_jax.refine.run import item_of
 from raft_jax.refine.scoring import scores_of
-from raft_jax.sampling import Sampler
 from raft_jax.scores import DomainAnswer, Estimate, ModelScores
-from raft_jax.sources import model_identity, resolve
+from raft_jax.sources import require_source
 
 STREAM = 3  # of the random numbers of judges on this machine; the refinement has 0 to 2
 
@@ -77,20 +73,12 @@ class Judges:
             self._endpoints.append(Endpoint(role, self.config.endpoints[role]))
             return self._endpoints[-1]
         model, identity = self._base
-        if role != STUDENT:
-            tokenizer = model.tokenizer
-            model = load_pretrained(role, jnp.dtype(given.dtype), self.mesh, attention=given.attention)
-            model.tokenizer.date, model.tokenizer.thinking = tokenizer.date, given.thinking
-            identity = model_identity(role, given.dtype, given.thinking)
-        return LocalChat(
-            role.replace("#", "_"),  # keys of the ledger have # between their parts
-            Sampler(model, self.config.evaluate.batch_size, self.mesh),
-            model.params,
-            key=jax.random.fold_in(jax.random.key(self.config.seed), STREAM),
-            model=given.source if role == STUDENT else role,
-            identity=identity,
-            max_new_tokens=LOCAL_JUDGEMENT,
-        )
+        if role == STUDENT:
+            local = LocalModel(model, given.source, identity)
+        else:
+            local = load_local(role, given, model, self.mesh)
+        key = jax.random.fold_in(jax.random.key(self.config.seed), STREAM)
+        return local_judge(role, local, self.config.evaluate.batch_size, self.mesh, key)
 
     def judged(self, name: str, scores: ModelScores, questions: Sequence[Example]) -> ModelScores:
         """The scores of a model with the judges' verdicts on its answers; earlier verdicts in them are replaced.
@@ -146,11 +134,6 @@ def require_judges(config: Config) -> Iterator[str]:
         setting = f"evaluate.judges[{number}]"
         if (settings := config.endpoints.get(role)) is not None:
             key_of(role, settings)
-            with closing(Endpoint(role, settings)) as endpoint:
-                endpoint.require_answer()
-            yield f"endpoint {role}: {settings.model} at {settings.base_url} answers; {setting}"
+            yield require_endpoint(role, settings, setting)
         elif role not in (STUDENT, *ANSWER_PROGRAMS):
-            try:
-                resolve(role)
-            except InputError as error:
-                raise InputError(f"{setting}: {error}") from error
+            require_source(setting, role)

@@ -44,6 +44,11 @@ class DecoderConfig:
     remat: bool = False  # save nothing inside a layer for the backward pass: less memory, a quarter more work
 
     @property
+    def ropes_depend_on_length(self) -> bool:
+        """Whether equal prefixes of a short and a long sequence are rotated differently, as by LongRoPE."""
+        return any(rope.long_frequencies is not None for rope in self.ropes)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter in a parameter's name."""
         return {

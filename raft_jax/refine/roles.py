@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from functools import cached_property, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from raft_jax.config import PROGRAMS, STUDENT, Config
+from raft_jax.config import PROGRAMS, STUDENT, Config, EndpointConfig, ModelConfig
 from raft_jax.data.prompts import Conversation, Prompts, answered, load_prompts, question_of
 from raft_jax.errors import InputError
 from raft_jax.models import Model, Tokenizer, load_pretrained
@@ -23,7 +23,7 @@ from raft_jax.refine.llm_judge import LLMJudge
 from raft_jax.refine.remote import ChatGenerator, LocalChat
 from raft_jax.refine.run import RefineModels
 from raft_jax.sampling import Sampler, Scorer
-from raft_jax.sources import model_identity, resolve
+from raft_jax.sources import model_identity, require_source
 
 LOCAL_JUDGEMENT = 512  # longest judgement of a model on this machine, in tokens
 
@@ -170,30 +170,40 @@ class Roles:
         if role in self.endpoints:
             return self.endpoints[role]
         local = self._model(role)
-        return LocalChat(
-            role.replace("#", "_"),  # keys of the ledger have # between their parts
-            Sampler(local.model, self.config.refine.batch_size, self.mesh),
-            local.model.params,
-            key=jax.random.fold_in(self._key, 2),
-            model=local.name,
-            identity=local.identity,
-            max_new_tokens=LOCAL_JUDGEMENT,
-        )
+        return local_judge(role, local, self.config.refine.batch_size, self.mesh, jax.random.fold_in(self._key, 2))
 
     def _model(self, role: str) -> LocalModel:
         """A model on this machine, loaded at its first use with the settings of the student."""
         if role not in self._local:
-            given = self.config.model
-            model = load_pretrained(role, jnp.dtype(given.dtype), self.mesh, attention=given.attention)
-            student = self._local[STUDENT].model.tokenizer
-            model.tokenizer.date, model.tokenizer.thinking = student.date, given.thinking
-            self._local[role] = LocalModel(model, role, model_identity(role, given.dtype, given.thinking))
+            self._local[role] = load_local(role, self.config.model, self._local[STUDENT].model, self.mesh)
         return self._local[role]
 
     def close(self) -> None:
         """Ends the connections to servers."""
         for endpoint in self.endpoints.values():
             endpoint.close()
+
+
+def load_local(source: str, settings: ModelConfig, student: Model, mesh: jax.sharding.Mesh | None) -> LocalModel:
+    """Another model on this machine, with the student's settings and date."""
+    model = load_pretrained(source, jnp.dtype(settings.dtype), mesh, attention=settings.attention)
+    model.tokenizer.date, model.tokenizer.thinking = student.tokenizer.date, settings.thinking
+    return LocalModel(model, source, model_identity(source, settings.dtype, settings.thinking))
+
+
+def local_judge(
+    role: str, local: LocalModel, batch_size: int, mesh: jax.sharding.Mesh | None, key: jax.Array
+) -> LocalChat:
+    """A model on this machine that is asked for judgements."""
+    return LocalChat(
+        role.replace("#", "_"),  # keys of the ledger have # between their parts
+        Sampler(local.model, batch_size, mesh),
+        local.model.params,
+        key=key,
+        model=local.name,
+        identity=local.identity,
+        max_new_tokens=LOCAL_JUDGEMENT,
+    )
 
 
 def endpoints_in_use(config: Config) -> list[str]:
@@ -213,11 +223,15 @@ def require_roles(config: Config) -> Iterator[str]:
     for name in names:
         key_of(name, config.endpoints[name])
     for name in names:
-        settings = config.endpoints[name]
-        with _opened(Endpoint(name, settings)) as endpoint:
-            endpoint.require_answer()
         roles = ", ".join(key for key, role in config.model_roles.items() if role == name)
-        yield f"endpoint {name}: {settings.model} at {settings.base_url} answers; {roles}"
+        yield require_endpoint(name, config.endpoints[name], roles)
+
+
+def require_endpoint(name: str, settings: EndpointConfig, roles: str) -> str:
+    """A line on a server that answers; raises InputError if it does not, or refuses the key."""
+    with closing(Endpoint(name, settings)) as endpoint:
+        endpoint.require_answer()
+    return f"endpoint {name}: {settings.model} at {settings.base_url} answers; {roles}"
 
 
 def require_local_roles(config: Config) -> None:
@@ -225,18 +239,7 @@ def require_local_roles(config: Config) -> None:
     load_prompts(config.refine.prompts)
     for key, role in config.model_roles.items():
         if role != STUDENT and role not in config.endpoints:
-            try:
-                resolve(role)
-            except InputError as error:
-                raise InputError(f"{key}: {error}") from error
-
-
-@contextmanager
-def _opened(endpoint: Endpoint) -> Iterator[Endpoint]:
-    try:
-        yield endpoint
-    finally:
-        endpoint.close()
+            require_source(key, role)
 
 
 def renders(tokenizer: Tokenizer, prompts: Prompts, item: RefineItem, text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from raft_jax.evaluate.statistics import gained_and_lost
 from raft_jax.report.folder import RunRecords, label
@@ -45,14 +45,21 @@ def more_scores(run: RunRecords) -> Table:
     columns = (*COLUMNS, *_task_columns(run))
     found = [(name, cells) for name, show, _ in columns if (cells := _column(run, show))]
     notes = [f"{name}: {meaning}" for name, show, meaning in columns if meaning and _column(run, show)]
-    rows = zip(*(cells for _, cells in found), strict=True) if found else ()
+    note = f"Mean ± standard error. {'; '.join(notes)}.{''.join(_unjudged(run))}" if found else ""
+    return _table(run, "more", "Judged, checked and tested", found, note)
+
+
+def _table(run: RunRecords, name: str, title: str, found: Sequence[tuple[str, list[str]]], note: str) -> Table:
+    """A row for each model, of columns by name; without rows if there are no columns."""
+    models = list(run.models) if found else []
+    cells = zip(*(column for _, column in found), strict=True)
     return Table(
-        name="more",
-        title="Judged, checked and tested",
-        columns=("model", *(name for name, _ in found)),
-        rows=tuple((label(name), *cells) for name, cells in zip(run.models, rows, strict=True)) if found else (),
-        methods=tuple(run.models) if found else (),
-        note=f"Mean ± standard error. {'; '.join(notes)}.{''.join(_unjudged(run))}" if found else "",
+        name=name,
+        title=title,
+        columns=("model", *(column for column, _ in found)),
+        rows=tuple((label(model), *row) for model, row in zip(models, cells, strict=True)),
+        methods=tuple(models),
+        note=note,
     )
 
 
@@ -96,14 +103,12 @@ def forgetting(run: RunRecords) -> Table:
     found = [(name, cells) for name, show in columns if (cells := _column(run, show))]
     changes = [(f"{name}: gained, lost (p)", _changes(run, part, key)) for name, part, key in CHANGED]
     found += [(name, cells) for name, cells in changes if any(cell != MISSING for cell in cells)]
-    rows = zip(*(cells for _, cells in found), strict=True) if found else ()
-    return Table(
-        name="forgetting",
-        title="Forgetting in detail",
-        columns=("model", *(name for name, _ in found)),
-        rows=tuple((label(name), *cells) for name, cells in zip(run.models, rows, strict=True)) if found else (),
-        methods=tuple(run.models) if found else (),
-        note="Domain divergence: KL(base ‖ model) on the base model's own answers to the held-out questions. Domain / "
+    return _table(
+        run,
+        "forgetting",
+        "Forgetting in detail",
+        found,
+        "Domain divergence: KL(base ‖ model) on the base model's own answers to the held-out questions. Domain / "
         "general: share of answers that end before the limit of length, mean length in tokens, share of an answer's "
         "runs of three words that are different. Gained, lost: right answers that the base model has wrong, and the "
         "reverse; p is McNemar's exact test's.",

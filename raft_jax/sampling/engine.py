@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,20 +82,15 @@ class Sampler:
         params,
         prompts: Sequence[Sequence[int]],
         *,
-        key: jax.Array,
-        names: Sequence[str] | None = None,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        max_new_tokens: int,
         on_batch: Callable[[list[int], list[Completion]], None] | None = None,
+        **settings: Any,
     ) -> list[Completion]:
-        """One completion per prompt; arguments and errors are those of `stream`.
+        """One completion per prompt; the other arguments, and errors, are those of `stream`.
 
         `on_batch` is called with the indices and completions of rows that are done, each once.
         """
         found: dict[int, Completion] = {}
-        settings = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_new_tokens}
-        for batch in self.stream(params, prompts, key=key, names=names, **settings):
+        for batch in self.stream(params, prompts, **settings):
             found |= batch
             if on_batch:
                 on_batch(list(batch), list(batch.values()))
@@ -141,10 +137,10 @@ class Sampler:
         waiting = [index for index in range(len(prompts)) if index not in done]
         if not waiting:
             return
-        programs = self._programs.setdefault(settings, Programs(self.model, settings))
-        rows = Rows(self, programs, params, prompts, names, key, jnp.float32(temperature))
+        if settings not in self._programs:
+            self._programs[settings] = Programs(self.model, settings)
         with use_mesh(self.mesh):
-            rows.open()
+            rows = Rows(self, self._programs[settings], params, prompts, names, key, jnp.float32(temperature))
         # Long prompts first: their answers tend to be long, too, and the last places are then free at about one time.
         waiting.sort(key=lambda index: (-len(prompts[index]), index))
         while waiting or rows.taken:
@@ -209,24 +205,21 @@ class Rows:
         self.at_once = rows_per_batch(max(1, self.num_rows // ADMITTED), self.num_rows, sampler.mesh)
         self.taken: dict[int, int] = {}  # place → index of its prompt
         self.steps = 0
-        self.num_shared = self._num_shared()
-        self.lengths = self._lengths()
+        num_shared = self._num_shared()
+        self.lengths = self._lengths(num_shared)
+        settings = programs.settings
         # More prompts than rows are enough steps for the longer compilation to pay off.
-        self.unroll = platform() == "cpu" and len(prompts) > self.num_rows
+        unroll = platform() == "cpu" and len(prompts) > self.num_rows
+        num_tokens = self.num_rows // num_shards("batch") * (1 + settings.num_drafts)
+        self.weights = programs.weights(params, num_tokens) if unroll else ()
+        ids_RX = np.tile(np.array(prompts[0][:num_shared], np.int32), (self.at_once, 1))
+        self.prefix = programs.prefix(params, self._put(ids_RX))
+        num_slots = max(self.lengths) + settings.max_new_tokens + settings.num_drafts
+        self.decoding = programs.empty(params, self.num_rows, num_slots, unroll)
 
     @property
     def free(self) -> list[int]:
         return [place for place in range(self.num_rows) if place not in self.taken]
-
-    def open(self) -> None:
-        """Computes the shared prefix, and makes room for the rows."""
-        settings = self.programs.settings
-        num_tokens = self.num_rows // num_shards("batch") * (1 + settings.num_drafts)
-        self.weights = self.programs.weights(self.params, num_tokens) if self.unroll else ()
-        length = max(self.lengths) + settings.max_new_tokens + settings.num_drafts
-        ids_RX = np.tile(np.array(self.prompts[0][: self.num_shared], np.int32), (self.at_once, 1))
-        self.prefix = self.programs.prefix(self.params, self._put(ids_RX))
-        self.decoding = self.programs.empty(self.params, self.num_rows, length, self.unroll)
 
     def admit(self, waiting: list[int]) -> list[int]:
         """Gives free places to the first of the waiting prompts and others of its padded length; returns the rest."""
@@ -268,16 +261,15 @@ class Rows:
 
     def _num_shared(self) -> int:
         """Number of tokens that all prompts begin with and that no prompt ends with, a multiple of SHARED."""
-        if any(rope.long_frequencies is not None for rope in self.programs.model.config.ropes):
-            return 0  # LongRoPE rotates equal tokens of short and long sequences differently
+        if self.programs.model.config.ropes_depend_on_length:
+            return 0
         shortest = min(self.prompts, key=len)
         same = (all(prompt[place] == token for prompt in self.prompts) for place, token in enumerate(shortest[:-1]))
         return sum(itertools.takewhile(bool, same)) // SHARED * SHARED
 
-    def _lengths(self) -> list[int]:
+    def _lengths(self, shared: int) -> list[int]:
         """The padded length of each prompt: the shared prefix, and a bucket for the rest."""
         longest = self.programs.model.config.max_positions - self.programs.settings.max_new_tokens
-        shared = self.num_shared
         return [min(shared + bucket(len(prompt) - shared), longest) for prompt in self.prompts]
 
 

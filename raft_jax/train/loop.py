@@ -179,8 +179,7 @@ def make_batches(
         num_shards=num_shards,
         num_micro_batches=settings.num_micro_batches,
         length_multiple=length_multiple(),
-        # LongRoPE uses other frequencies for long sequences, so equal prefixes of a short and a long one differ.
-        share_prefixes=all(rope.long_frequencies is None for rope in model.config.ropes),
+        share_prefixes=not model.config.ropes_depend_on_length,
     )
 
 

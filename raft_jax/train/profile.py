@@ -109,9 +109,8 @@ def shares_of(trace: Path, programs: Iterable[str], seconds: float) -> dict[str,
 
     Args:
       trace: a file *.xplane.pb.
-      programs: the programs of the steps, as HLO text; any others, such as those of an evaluation in between, are left
-        out. Where two of the same name call different operations by one name,
-        the later one counts.
+      programs: the programs of the steps, as HLO text; others, such as those of an evaluation in between, are left out.
+        Where two of the same name call different operations by one name, the later one counts.
       seconds: the time of the steps that were traced.
     """
     parts = {name: found for program in programs for name, found in operations(program).items()}
@@ -174,9 +173,8 @@ def operations(program: str) -> dict[tuple[str, str], str | None]:
     module = re.match(r"HloModule ([^,\s]+)", program)
     assert module is not None
     part_name = re.compile(r"[/(](" + "|".join(PARTS) + r")(?=[/)])")
-    found: dict[
-        str, tuple[str, str, str, str | None]
-    ] = {}  # operation → (opcode, computation, computation called, part)
+    # operation → (opcode, computation, computation called, part)
+    found: dict[str, tuple[str, str, str, str | None]] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     computation = ""
     for line in program.splitlines():
