@@ -99,6 +99,17 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "refine":
             text = "refine only the first N rows, and show each stage and what all rows would take"
             verb.add_argument("--preview", type=int, metavar="N", help=text)
+    for name, text in (
+        ("compare", "train every method with each of compare.learning_rates and compare.seeds, and compare them"),
+        ("sweep", "the same for each value of another setting"),
+    ):
+        verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
+        text = "start nothing: say how many models are left, and what they take by steps measured here"
+        verb.add_argument("--dry-run", action="store_true", help=text)
+        if name == "sweep":
+            text = "the setting and its values, such as train.temperature=1,1.5,2"
+            verb.add_argument("--over", metavar="KEY=VALUE,VALUE", required=True, help=text)
+        verb.set_defaults(function=_compare, over=None)
     for name, text, function in (
         ("report", "write report.html from what the run folder holds, be it finished or not", _report),
         ("check", "look at config, data and model, start nothing, and show one training example", _check),
@@ -192,12 +203,34 @@ def _stage(args) -> int:
     return 0
 
 
+def _compare(args) -> int:
+    from raft_jax.grid import make_grid
+
+    grid = make_grid(args.config, args.words, args.over)
+    _start_jax()
+    from raft_jax.comparison import compare, dry_run
+    from raft_jax.preflight import require_sources
+    from raft_jax.report import print_comparison
+
+    require_sources(grid.config)
+    with interrupt.handled():
+        if args.dry_run:
+            for line in dry_run(grid):
+                print(visible(line), flush=True)
+            return 0
+        compare(grid)
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
+    print_comparison(Path(grid.config.run_dir).expanduser(), _console(width=width))
+    return 0
+
+
 def _report(args) -> int:
     """Reads the run folder only and takes no lock, so that it also works while a run is in progress."""
-    from raft_jax.report import write_report
+    from raft_jax.report import write_reports
 
     run_dir = Path(load_config(args.config, args.words).run_dir).expanduser()
-    print(visible(str(write_report(run_dir))))
+    for path in write_reports(run_dir):
+        print(visible(str(path)))
     return 0
 
 

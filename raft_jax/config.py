@@ -9,6 +9,7 @@ from typing import Any
 
 from raft_jax.errors import InputError
 from raft_jax.methods import METHODS, Method
+from raft_jax.sources import is_source
 
 DTYPES = ("float32", "bfloat16")
 STUDENT = "student"  # as a role of the refinement: the model of model.source
@@ -174,6 +175,7 @@ class TrainConfig:
     num_micro_batches: int = 1  # gradient accumulation: less memory, the same numbers
     length_buckets: int = 1  # classes of row length, each with its own compiled step: less padding
     student_init: str | None = None  # a tuned copy of model.source to start from; null: model.source itself
+    seed: int | None = None  # of shuffling and rollouts; null: seed
     learning_rate: float = 5e-6  # of AdamW, after the warm-up
     schedule: str = "constant"  # of the learning rate after the warm-up; linear, cosine: down to final_learning_rate
     final_learning_rate: float = 0.0  # where linear and cosine end, after the last step
@@ -217,6 +219,7 @@ class TrainConfig:
             self.num_micro_batches,
             f"a divisor of train.batch_size {self.batch_size}",
         )
+        _require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", self.seed, "0 to 2**32 - 1, or null")
         wanted = self.profile_steps
         ordered = len(wanted) <= 2 and sorted(wanted) == list(wanted) and min(wanted, default=1) >= 1
         _require(ordered, "train.profile_steps", list(wanted), "[], one step, or the first and the last, from 1 on")
@@ -320,6 +323,22 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """The grid of `raft-jax compare`: every method with each learning rate and seed."""
+
+    learning_rates: list[float] = field(default_factory=list)  # empty: train.learning_rate
+    seeds: list[int] = field(default_factory=list)  # of training, in place of train.seed; empty: that one
+    gain: float = 0.8  # methods are compared at the base model's domain score plus this share of the most that sft adds
+    keep_models: bool = True  # false: the weights of a model are removed once the models beside it are evaluated, too
+
+    def __post_init__(self):
+        for key in ("learning_rates", "seeds"):
+            values = getattr(self, key)
+            _require(len(set(values)) == len(values), f"compare.{key}", list(values), "a list, each value once")
+        _require(0 < self.gain <= 1, "compare.gain", self.gain, "above 0, up to 1")
+
+
+@dataclass(frozen=True)
 class MeshConfig:
     """Devices along each axis; -1 takes all that are left."""
 
@@ -406,6 +425,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     fapm: FapmConfig = field(default_factory=FapmConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
@@ -471,13 +491,3 @@ class Config:
     def refine_max_new_tokens(self) -> int:
         """How long rewritings and fused answers may be: refine.max_new_tokens, by default as gold answers."""
         return self.refine.max_new_tokens or self.data.max_answer_tokens
-
-
-def is_source(role: str) -> bool:
-    """Whether a role of the refinement names a model's source, by its form.
-
-    Example:
-      >>> is_source("hf://Qwen/Qwen3-0.6B"), is_source("models/small.gguf"), is_source("strong")
-      (True, True, False)
-    """
-    return "/" in role or role.endswith(".gguf")

@@ -33,7 +33,7 @@ from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.metrics import tokens_trained
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
-from raft_jax.models.export import export_hf
+from raft_jax.models.export import export_hf, remove_weights
 from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_pruned
 from raft_jax.refine.account import account, preview_lines
 from raft_jax.refine.ledger import Ledger
@@ -54,6 +54,13 @@ from raft_jax.train.fapm import fapm
 from raft_jax.train.loop import train
 from raft_jax.train.student import Student
 
+# What a run can take over from another one with the same values of these keys.
+SHARED = {
+    "model": ("model",),
+    "model_identity": ("model",),
+    "encoder": ("encoder",),
+    "evaluator": ("model", "encoder", "data", "evaluate", "seed"),
+}
 UNFINISHED = " unfinished"  # after the settings of rows for which a model has not replied to everything
 
 
@@ -64,9 +71,18 @@ def _num_generated(ledger: Ledger) -> int:
 class Run:
     """The stages of one run. Each writes its result to the folder, and is skipped if that exists."""
 
-    def __init__(self, config: Config, folder: RunFolder):
+    def __init__(self, config: Config, folder: RunFolder, like: Run | None = None):
+        """
+        Args:
+          config, folder: of the run.
+          like: a run whose model, encoder and evaluator are used, where the settings ask for the same ones.
+        """
         self.config, self.folder = config, folder
         self.settings = all_settings(config)
+        if like is not None and like.folder.date_begun() == folder.date_begun():
+            for name, keys in SHARED.items():
+                if all(getattr(like.config, key) == getattr(config, key) for key in (*keys, "mesh")):
+                    self.__dict__[name] = getattr(like, name)  # where cached_property looks
         self.results = read_object(folder.results_json, optional=True)
         use_compile_cache(config.compilation_cache)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
@@ -91,6 +107,11 @@ class Run:
         given = self.config.encoder
         require_source("encoder.source", given.source)
         return load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        general, expected = check_evaluation(self.data), load_expected(self.config, self.data.test)
+        return Evaluator(self.model, self.encoder, self.data.test, general, self.config.evaluate, self.mesh, expected)
 
     @cached_property
     def data(self) -> RunData:
@@ -212,9 +233,10 @@ class Run:
             parts.append([*others, *self.config.model_roles.values()])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def train(self) -> None:
-        """Stage 2: trains and exports each method."""
-        methods = [method for method in self.methods if not self._is_current(f"export {method.name}")]
+    def train(self, methods: Sequence[Method] | None = None) -> None:
+        """Stage 2: trains and exports each method, or those that are given."""
+        wanted = self.methods if methods is None else methods
+        methods = [method for method in wanted if not self._is_current(f"export {method.name}")]
         if not methods:
             return
         methods.sort(key=lambda method: method.pruned_from is not None)  # after the method that it prunes
@@ -235,7 +257,8 @@ class Run:
                 self._export(method, self._pruned(method.pruned_from))
                 continue
             tokens, folder = self.data.tokens(rows, method), self.folder.method(method.name)
-            settings, seed = self.config.train, self.config.seed
+            settings = self.config.train
+            seed = self.config.seed if settings.seed is None else settings.seed
             params = train(
                 self.model,
                 tokens,
@@ -371,15 +394,12 @@ class Run:
 
     def _evaluate(self, names: Sequence[str], scores: dict[str, ModelScores], *, begun: bool) -> None:
         """Evaluates models, and writes the scores after each one."""
-        settings, general = self.config.evaluate, check_evaluation(self.data)
         for line in require_judges(self.config):
             print(visible(line), flush=True)
-        expected = load_expected(self.config, self.data.test)
-        evaluator = Evaluator(self.model, self.encoder, self.data.test, general, settings, self.mesh, expected)
         for name in names:
             interrupt.check()
             began = time.perf_counter()
-            scores[name] = evaluator.evaluate(name, self._params_of(name))
+            scores[name] = self.evaluator.evaluate(name, self._params_of(name))
             self._write_evaluation(scores, begun=begun)
             self._write_cards(scores, evaluated=name)
             wait_for_writer(f"evaluate {name}")
@@ -390,11 +410,11 @@ class Run:
         self.folder.write_evaluation(Evaluation(dict(scores), settings), begun=begun)
 
     def report(self) -> None:
-        """Writes the report of all results in the folder, even if some are still missing."""
-        from raft_jax.report import write_report
+        """Writes the reports of all results in the folder, even if some are still missing."""
+        from raft_jax.report import write_reports
 
         if is_writer():
-            write_report(self.folder.path)
+            write_reports(self.folder.path)
 
     def all(self) -> None:
         check_evaluation(self.data)
@@ -425,6 +445,15 @@ class Run:
             remove_steps(folder.best)
         wait_for_writer(f"export {method.name}")
         self.folder.record_time("export", method.name, time.perf_counter() - began, 0)
+
+    def remove_weights(self) -> None:
+        """Removes the weights of evaluated models, which leaves scores, metrics and cards."""
+        scores = self.folder.evaluation().models
+        for method in self.methods:
+            folder = self.folder.method(method.name)
+            if method.name in scores and folder.is_exported and is_writer():
+                remove_weights(folder.export)
+        wait_for_writer("weights removed")
 
     def _write_cards(self, scores: Mapping[str, ModelScores], evaluated: str | None = None) -> None:
         """Writes scores to the card of the model just evaluated, and to other cards that lack their model's scores."""

@@ -63,6 +63,7 @@ class MethodFolder:
         self.best = path / "best"
         self.adapter = path / "adapter"
         self.profile = path / "profile"
+        self.diverged = path / "diverged.txt"  # why a comparison goes on without the method
         self.export = path / "hf"
         self.model_card = self.export / "README.md"
 
@@ -95,6 +96,7 @@ class RunFolder:
         self.tasks = path / "evaluation" / "tasks"  # NAME/TASK.json: a task's scores and samples for one model
         self.verdicts_jsonl = path / "evaluation" / "verdicts.jsonl"  # of judges on answers to held-out questions
         self.report_html = path / "report.html"
+        self.comparison_html = path / "comparison.html"
         self.refined = path / "refined"
         self.ledger_jsonl = self.refined / "ledger.jsonl"
         self.refined_jsonl = self.refined / "refined.jsonl"

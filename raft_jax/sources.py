@@ -13,6 +13,16 @@ from raft_jax.errors import InputError, require_train
 from raft_jax.files import kind_of, unreadable
 
 
+def is_source(word: str) -> bool:
+    """Whether a word that may also be another name is a model's source, by its form.
+
+    Example:
+      >>> is_source("hf://Qwen/Qwen3-0.6B"), is_source("models/small.gguf"), is_source("strong")
+      (True, True, False)
+    """
+    return "/" in word or word.endswith(".gguf")
+
+
 def resolve(source: str) -> Path:
     """Turns a source into a local path that exists.
 

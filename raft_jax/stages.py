@@ -56,6 +56,7 @@ BEFORE = {
     "train.kl": "forward",
     "train.teacher_sees_answer": None,
     "train.student_init": None,
+    "train.seed": None,
     "train.schedule": "constant",
     "train.final_learning_rate": 0.0,
     "train.stop_when_cut_share": None,

@@ -5,8 +5,9 @@ Letters: S seeds, Q questions, P points of a frontier (learning rates), R resamp
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -193,31 +194,54 @@ class Points:
     general: np.ndarray
 
 
-class EqualDomain(NamedTuple):
-    """The difference in general scores at one domain score, and the share of resamples in which both reach it."""
+class FrontierDifference(NamedTuple):
+    """The difference of a measure of two frontiers, and the share of resamples in which both have it."""
 
     interval: Interval
     reached: float
 
 
-def equal_domain_difference(
+def equal_domain_difference(before: Points, after: Points, target: float, **settings) -> FrontierDifference:
+    """How much more of the general ability the second method keeps at the domain score `target`, with its interval.
+
+    Where few resamples reach the target in both methods, it is too high to compare them at; `frontier_difference` has
+    the settings.
+    """
+    return frontier_difference(before, after, partial(general_at, target=target), **settings)
+
+
+def area_difference(
+    before: Points, after: Points, *, domain_range: tuple[float, float], floor: float, **settings
+) -> FrontierDifference:
+    """How much larger the second method's `frontier_area` is, with its interval.
+
+    In a resample, general scores below the floor count as the floor; `frontier_difference` has the settings.
+    """
+
+    def area(domain_P: np.ndarray, general_P: np.ndarray) -> float:
+        return frontier_area(domain_P, np.maximum(general_P, floor), domain_range=domain_range, floor=floor)
+
+    return frontier_difference(before, after, area, **settings)
+
+
+def frontier_difference(
     before: Points,
     after: Points,
-    target: float,
+    measure: Callable[[np.ndarray, np.ndarray], float],
     *,
     confidence: float = 0.95,
     num_resamples: int = 2_000,
     seed: int = 0,
-) -> EqualDomain:
-    """How much more of the general ability the second method keeps at equal domain quality, with its interval.
+) -> FrontierDifference:
+    """The difference of a measure of two methods' frontiers, with an interval over questions and seeds.
 
     Domain questions, general questions and seeds are drawn anew as in `paired_interval`, the same for both methods and
-    all learning rates. The interval is that of the quantiles over the resamples in which both methods reach the target;
-    where these are few, the target is too high to compare them at. With fewer than five seeds it is too narrow.
+    all learning rates. The interval is that of the quantiles over the resamples in which both methods have the measure.
+    With fewer than five seeds it is too narrow.
 
     Args:
       before, after: the two methods; they share questions, and seeds where these are the same.
-      target: the domain score at which they are compared.
+      measure: of mean domain and general scores, [P] and [P]; NaN where a frontier has none.
 
     Raises:
       ValueError: the methods have other numbers of questions or seeds.
@@ -229,16 +253,16 @@ def equal_domain_difference(
     random = np.random.default_rng(seed)
     weights = [_draws(random, count, num_resamples) for count in (num_seeds, num_questions, num_general)]
 
-    def kept_R(points: Points) -> np.ndarray:
+    def measures_R(points: Points) -> np.ndarray:
         domain_RP = np.einsum("psq,rs,rq->rp", points.domain, weights[0], weights[1], optimize=True)
         general_RP = np.einsum("psq,rs,rq->rp", points.general, weights[0], weights[2], optimize=True)
-        return np.array([general_at(*pair, target) for pair in zip(domain_RP, general_RP, strict=True)])
+        return np.array([measure(*pair) for pair in zip(domain_RP, general_RP, strict=True)])
 
-    differences_R = kept_R(after) - kept_R(before)
+    differences_R = measures_R(after) - measures_R(before)
     found_R = differences_R[np.isfinite(differences_R)]
-    at = [general_at(points.domain.mean((1, 2)), points.general.mean((1, 2)), target) for points in (before, after)]
+    at = [measure(points.domain.mean((1, 2)), points.general.mean((1, 2))) for points in (before, after)]
     ends = _quantiles(found_R, confidence) if found_R.size else (np.nan, np.nan)
-    return EqualDomain(Interval(at[1] - at[0], *ends), found_R.size / num_resamples)
+    return FrontierDifference(Interval(at[1] - at[0], *ends), found_R.size / num_resamples)
 
 
 def relative_change(scores: Sequence[float], reference: Sequence[float]) -> float:

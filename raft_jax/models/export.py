@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raft_jax.files import write_sums
+from raft_jax.files import SUMS, write_sums
 from raft_jax.models import Model
 from raft_jax.models.weights import SAFETENSORS_DTYPES, stored_tensors
 
 SHARD_BYTES = 4 << 30
+WEIGHTS = ".safetensors"  # in the names of the files with weights, their index included
 SAFETENSORS_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -63,6 +64,15 @@ def export_hf(
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(work, folder)
     return folder
+
+
+def remove_weights(folder: Path) -> None:
+    """Removes the weights of an exported model, and their names from SHA256SUMS; the other files stay."""
+    if (folder / SUMS).exists():
+        lines = [line for line in (folder / SUMS).read_text("utf-8").splitlines() if WEIGHTS not in line]
+        (folder / SUMS).write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    for path in folder.glob(f"*{WEIGHTS}*"):
+        path.unlink()
 
 
 def _write_json(path: Path, value) -> None:

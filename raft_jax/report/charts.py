@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,17 @@ class Point:
     y: float
     x_error: float = 0.0
     y_error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Path:
+    """A method's points in the order in which a line joins them, with standard errors."""
+
+    method: str
+    x: Sequence[float]
+    y: Sequence[float]
+    x_error: Sequence[float] | None = None
+    y_error: Sequence[float] | None = None
 
 
 def variable(method: str) -> str:
@@ -137,6 +149,48 @@ def scatter(name: str, title: str, points: Sequence[Point], *, x_label: str, y_l
         axes.margins(0.18, 0.2)
         axes.set(xlabel=x_label, ylabel=y_label)
         _place_labels(axes, points)
+    return drawing.getvalue()
+
+
+def paths(
+    name: str,
+    title: str,
+    series: Sequence[Path],
+    *,
+    x_label: str,
+    y_label: str,
+    level: float | None = None,
+    log_x: bool = False,
+) -> str:
+    """Draws one line of points with standard errors per method.
+
+    Args:
+      name: unique in the page.
+      title: what the chart shows.
+      series: the lines.
+      x_label, y_label: the axes.
+      level: the height of a horizontal line; None: no line.
+      log_x: a logarithmic horizontal axis.
+
+    Returns:
+      An `<svg>` element, or "" without points.
+    """
+    if not any(one.x for one in series):
+        return ""
+    with _axes(name, title) as (axes, drawing):
+        if level is not None:
+            axes.axhline(level, color=_STAND_INS["muted"], linewidth=1, linestyle=(0, (2, 2)))
+        for one in series:
+            color, style = _STAND_INS[variable(one.method)], style_of(one.method)
+            axes.errorbar(one.x, one.y, one.y_error, one.x_error, fmt="none", ecolor=color, linewidth=1, alpha=0.45)
+            dashes = (0, style.dashes) if style.dashes else "solid"
+            axes.plot(one.x, one.y, color=color, linewidth=1.6, linestyle=dashes, marker=style.marker, markersize=5.5)
+        axes.set(xlabel=x_label, ylabel=textwrap.fill(y_label, 34))
+        if log_x:
+            values = sorted({value for one in series for value in one.x})
+            axes.set_xscale("log")
+            axes.set_xticks(values, [f"{value:g}" for value in values], minor=False)
+            axes.set_xticks([], minor=True)
     return drawing.getvalue()
 
 

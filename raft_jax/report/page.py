@@ -59,8 +59,11 @@ def write_report(run_dir: Path) -> Path:
       InputError: there is no run in the folder, or one of its files is damaged.
     """
     run = read_run(run_dir)
-    page = render(run)
-    path = run.folder.report_html
+    return write_page(run.folder.report_html, render(run))
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Replaces a page."""
     temporary = path.with_suffix(".html.partial")
     # Model output may have lone surrogates, which UTF-8 cannot encode.
     temporary.write_bytes(page.encode("utf-8", errors="replace"))
@@ -70,21 +73,11 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run: RunRecords) -> str:
     """The page of a run as HTML."""
-    from jinja2 import Environment, FileSystemLoader
-
-    environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        label=label, variable=charts.variable, number=number, estimate=estimate, perplexity=perplexity
-    )
-    # The page's content security policy allows only a script with this hash.
-    script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = environment.get_template("page.html.jinja").render(
+    return render_page(
+        "page.html.jinja",
+        kicker="RAFT run",
         name=run.folder.path.resolve().name,
-        styles=[(name, style_of(name)) for name in charts.MODELS],
         run=run,
-        script=script,
-        script_hash=f"sha256-{digest}",
         verdicts=verdicts(run),
         tables={table.name: table for table in summary_tables(run)},
         more=more_scores(run),
@@ -94,14 +87,33 @@ def render(run: RunRecords) -> str:
         distance=figures.distance(run),
         similarity=figures.similarity(run),
         refinement=_refinement(run),
-        answers=_answers({name: model.answers for name, model in run.models.items()}, "similarity"),
-        general=_answers({name: model.general_answers for name, model in run.models.items()}, "divergence"),
+        answers=answers_side_by_side({name: model.answers for name, model in run.models.items()}, "similarity"),
+        general=answers_side_by_side({name: model.general_answers for name, model in run.models.items()}, "divergence"),
         categories=_categories(run),
         progress=_progress(run),
         machines=_machines(run),
         facts=facts(run.config),
         settings=flat(run.config),
+    )
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page that extends base.html.jinja, with its values."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        label=label, variable=charts.variable, number=number, estimate=estimate, perplexity=perplexity
+    )
+    # The page's content security policy allows only a script with this hash.
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8").strip()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    page = environment.get_template(template).render(
+        styles=[(name, style_of(name)) for name in charts.MODELS],
+        script=script,
+        script_hash=f"sha256-{digest}",
         statuses=STATUSES,
+        **values,
     )
     return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", "\ufffd", page.lstrip())
 
@@ -144,7 +156,7 @@ def _refinement(run: RunRecords) -> dict[str, Any]:
     }
 
 
-def _answers(
+def answers_side_by_side(
     answers: Mapping[str, Sequence[DomainAnswer]] | Mapping[str, Sequence[GeneralAnswer]], score: str
 ) -> dict[str, Any]:
     """The models' answers to the same questions, with flags, in decreasing order of the largest loss of a method.

@@ -54,8 +54,6 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
       console: where to print.
       names: the names of the tables to print; None: all.
     """
-    from rich import box
-    from rich.table import Table as RichTable
     from rich.text import Text
 
     from raft_jax.report.more_scores import forgetting, more_scores
@@ -69,32 +67,41 @@ def print_summary(run_dir: Path, console: Console, names: Collection[str] | None
         console.print(Text(f"\n{table.title}", style="bold"))
         if table.name == "scores":
             for verdict in verdicts(run):
-                console.print(Text(_visible(verdict.short)))
-        if not table.rows:
-            console.print(Text("not run yet", style="dim"))
-            continue
-        if table.name == "outputs":
+                console.print(Text(visible_text(verdict.short)))
+        if table.name == "outputs" and table.rows:
             width = max(len(what) for what, _ in table.rows)
             for what, path in table.rows:
                 # Paths are not wrapped, so that they can be copied.
-                console.print(Text(_visible(f"{what:<{width}}  {path}")), soft_wrap=True)
+                console.print(Text(visible_text(f"{what:<{width}}  {path}")), soft_wrap=True)
             continue
-        widths = _widths(table, console.width)
-        if sum(widths) + 2 * len(widths) > console.width + 2:
-            _print_stacked(table, console)
-            continue
-        view = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-        for index, width in enumerate(widths):
-            justify = "left" if index < table.text_columns else "right"
-            view.add_column(Text(table.columns[index]), justify=justify, width=width)
-        for row in table.rows:
-            view.add_row(*(Text(_visible(cell)) for cell in row))
-        console.print(view)
-        if table.note:
-            console.print(Text(_visible(table.note), style="dim"))
+        print_table(table, console)
 
 
-def _visible(text: str) -> str:
+def print_table(table: Table, console: Console) -> None:
+    """Prints a table and its note; one number a line where the terminal is too narrow for it."""
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    if not table.rows:
+        console.print(Text("not run yet", style="dim"))
+        return
+    widths = _widths(table, console.width)
+    if sum(widths) + 2 * len(widths) > console.width + 2:
+        _print_stacked(table, console)
+        return
+    view = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for index, width in enumerate(widths):
+        justify = "left" if index < table.text_columns else "right"
+        view.add_column(Text(table.columns[index]), justify=justify, width=width)
+    for row in table.rows:
+        view.add_row(*(Text(visible_text(cell)) for cell in row))
+    console.print(view)
+    if table.note:
+        console.print(Text(visible_text(table.note), style="dim"))
+
+
+def visible_text(text: str) -> str:
     """Replaces control characters, which a terminal would interpret."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
 
@@ -106,11 +113,11 @@ def _print_stacked(table: Table, console: Console) -> None:
     named = range(table.text_columns, len(table.columns))
     width = max(len(table.columns[index]) for index in named)
     for row in table.rows:
-        console.print(Text(_visible(" ".join(row[: table.text_columns]).strip()), style="bold"))
+        console.print(Text(visible_text(" ".join(row[: table.text_columns]).strip()), style="bold"))
         for index in named:
             console.print(Text(f"  {table.columns[index]:<{width}}  {row[index]}"), soft_wrap=True)
     if table.note:
-        console.print(Text(_visible(table.note), style="dim"))
+        console.print(Text(visible_text(table.note), style="dim"))
 
 
 def _widths(table: Table, available: int) -> list[int]:

@@ -120,7 +120,7 @@ _ACCURACY = {
 
 def paired(run: RunRecords, measure: Measure, before: str, after: str) -> Difference | None:
     """The paired difference of a score between two models; None if they have no scored questions in common."""
-    earlier, later = (_scores(run.models[name], measure) for name in (before, after))
+    earlier, later = (scores_of(run.models[name], measure) for name in (before, after))
     return difference([later[key] - earlier[key] for key in later if key in earlier], measure.scale)
 
 
@@ -146,7 +146,7 @@ def t_quantile(freedom: int) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _scores(model: ModelScores, measure: Measure) -> dict[str, float]:
+def scores_of(model: ModelScores, measure: Measure) -> dict[str, float]:
     """The score of each answer that has one."""
     values = {answer.id: getattr(answer, measure.key) for answer in getattr(model, measure.part)}
     return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
