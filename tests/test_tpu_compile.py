@@ -13,6 +13,10 @@ pytest.importorskip("libtpu", reason="the extra [tpu] is not installed")
 
 ROOT = Path(__file__).parents[1]
 MODELS = json.loads((ROOT / "benchmarks/tpu_models.json").read_text())
+# Gigabytes per chip of the losses and of a step. Phi-4-mini has 200,064 tokens and 3.84 billion weights: arguments and
+# results are 0.40 GB of its losses, the float32 sum and bfloat16 copies of its table's part 0.31 GB; masters, Adam and
+# teacher are 3.36 GB of its step, 0.55 GB more than Llama's.
+MOST = {"llama-3.2-3b": (0.6, 4.3), "smollm3-3b": (0.6, 4.3), "phi-4-mini": (0.9, 4.9)}
 
 
 def rows(tmp_path, *arguments: str) -> dict[str, dict]:
@@ -37,8 +41,9 @@ def test_a_v5e_slice_of_16_chips(model, tmp_path):
     rollout, losses, step = (read[name] for name in ("rollout", "losses", "step"))
     assert max(row["gigabytes"] for row in read.values()) < 16
     assert rollout["exchanged"] <= 40 and rollout["busy_seconds"] <= 2
-    assert losses["exchanged"] <= 4 and losses["gigabytes"] <= 0.8
-    assert step["exchanged"] <= 35 and step["gigabytes"] <= 4.7
+    most_losses, most_step = MOST[model]
+    assert losses["exchanged"] <= 4 and losses["gigabytes"] <= most_losses
+    assert step["exchanged"] <= 35 and step["gigabytes"] <= most_step
     assert sum(row[part] for row in (rollout, step) for part in ("busy_seconds", "exchange_seconds")) <= 4
 
 

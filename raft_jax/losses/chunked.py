@@ -332,6 +332,7 @@ def _weighted_forward(term, chunk_size, hidden_BTD, head, weight_BT, targets):
     chunks = TokenChunks.of(hidden_BTD.shape[:-1], chunk_size)
     accumulated = checks.accumulation_dtype(hidden_BTD.dtype, head.dtype)
     columns_V = jnp.arange(head.vocabulary)
+    gather = partial(term.student.sharding.gather, num_rows=chunks.rows)
     is_loop = chunks.num_chunks > 1
     sum_dtype = accumulated if is_loop else head.dtype
     # In a loop, the sum over devices that have different rows is completed once, after the last chunk.
@@ -342,6 +343,7 @@ def _weighted_forward(term, chunk_size, hidden_BTD, head, weight_BT, targets):
 
     def chunk(index):
         hidden_ND, weight_N, tokens_N = chunks.chunk((hidden_BTD, weight_BT, targets.tokens), index)
+        hidden_ND = gather(hidden_ND)
         weight_N = jnp.where(chunks.is_new(index), weight_N, 0).astype(accumulated)
         logits_NV = head.logits(hidden_ND, term.student)
         compared = targets.compared(term, tokens_N, targets.teacher_head)
@@ -353,7 +355,7 @@ def _weighted_forward(term, chunk_size, hidden_BTD, head, weight_BT, targets):
         derivative = term.student.derivative(logits_NV) if term.loss.needs_logits else 1
         dlogits_NV = term.student.sharding.constrain(jnp.where(keep_N1, dlogits_NV * derivative, 0))
         total = jnp.sum(jnp.where(weight_N == 0, 0, weight_N * loss_N))
-        head_grad = head_gradient(jnp.where(keep_N1, hidden_ND, 0), dlogits_NV)
+        head_grad = head_gradient(gather(jnp.where(keep_N1, hidden_ND, 0)), dlogits_NV)
         hidden_grad_ND = head.hidden_gradient(dlogits_NV, term.student, like=hidden_ND)
         return (total, head_grad), (loss_N, metrics, hidden_grad_ND.astype(hidden_BTD.dtype))
 
@@ -367,6 +369,8 @@ def _weighted_forward(term, chunk_size, hidden_BTD, head, weight_BT, targets):
         start = sharding.vary_like(start, hidden_BTD)
         (total, head_grad), per_chunk = jax.lax.scan(add, start, jnp.arange(chunks.num_chunks))
         head_grad = jax.tree.map(lambda x, y: (x if groups == 1 else x.sum(0)).astype(y.dtype), head_grad, head)
+        # Otherwise XLA would leave out the conversion, and keep the float32 sum until the backward pass.
+        head_grad = jax.lax.optimization_barrier(head_grad)
     else:
         (total, head_grad), values = chunk(0)
         per_chunk = jax.tree.map(lambda x: x[None], values)

@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax.losses import checks, sharding, truncation
-from raft_jax.losses.chunked import Targets, Term, linear_loss, linear_losses, over_tokens, weighted_linear_loss
+from raft_jax.losses.chunked import (
+    Targets,
+    Term,
+    TokenChunks,
+    linear_loss,
+    linear_losses,
+    over_tokens,
+    weighted_linear_loss,
+)
 from raft_jax.losses.lm_head import LMHead, LogitConfig, TiedEmbedding, pair
 from raft_jax.losses.pointwise import CrossEntropy, ForwardKL, JensenShannon, ReverseKL, TopKForwardKL
 from raft_jax.losses.truncation import TopK
@@ -390,9 +398,10 @@ class TeacherTopK(NamedTuple):
 def _search(config: LogitConfig, k, recall, chunk_size, hidden_BTD, head, tau) -> TopK:
     """Searches the top K in chunks of tokens; without `log_normalizer_BT` and `entropy_BT` if tau is None."""
     hidden_BTD, head = jax.lax.stop_gradient((hidden_BTD, head))
+    num_rows = TokenChunks.of(hidden_BTD.shape[:-1], chunk_size).rows
 
     def chunk(hidden_ND):
-        logits_NV = head.logits(hidden_ND, config)
+        logits_NV = head.logits(config.sharding.gather(hidden_ND, num_rows), config)
         values_NK, indices_NK = truncation.top_k_sharded(logits_NV, min(k, config.vocab_size), recall, config.sharding)
         normalizer_N, entropy_N = (None, None) if tau is None else truncation.softmax_metrics(logits_NV, tau)[1:]
         return TopK(indices_NK, values_NK, normalizer_N, entropy_N)

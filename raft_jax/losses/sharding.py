@@ -64,12 +64,29 @@ class VocabSharding(NamedTuple):
           (groups, function): the number of partial sums, and a function of [groups, N / groups, ...] that gives
           [groups, ...], sharded over the other axes. One group if they are not known or do not divide the rows.
         """
-        groups = math.prod(size for _, size in self.other_axes)
-        if groups == 1 or not isinstance(num_rows, int) or num_rows % groups:
+        groups, names = self._others(num_rows)
+        if groups == 1:
             return 1, function
-        names = tuple(name for name, _ in self.other_axes)
         mapped = jax.vmap(function, spmd_axis_name=names)
         return groups, lambda *arrays: mapped(*(x.reshape(groups, -1, *x.shape[1:]) for x in arrays))
+
+    def gather(self, hidden_ND: jax.Array, num_rows) -> jax.Array:
+        """The hidden states of a chunk's tokens on all devices that share the vocabulary, in one exchange.
+
+        Left to itself, the compiler may pass them around in a loop around each product, whose every step adds to the
+        whole of the product: for the unembedding's gradient, that is two more arrays of its size in float32.
+        """
+        groups, names = self._others(num_rows)
+        if not self.axes or (groups == 1 and any(size > 1 for _, size in self.other_axes)):
+            return hidden_ND
+        return jax.lax.with_sharding_constraint(hidden_ND, PartitionSpec(names or None, None))
+
+    def _others(self, num_rows) -> tuple[int, tuple[str, ...]]:
+        """Devices along the mesh's other axes, and their names, if they divide the rows; else 1 and none."""
+        groups = math.prod(size for _, size in self.other_axes)
+        if groups == 1 or not isinstance(num_rows, int) or num_rows % groups:
+            return 1, ()
+        return groups, tuple(name for name, _ in self.other_axes)
 
     def constrain(self, array: jax.Array, axis: int = -1) -> jax.Array:
         """The array, sharded along its vocabulary axis; other axes as the compiler chooses. Without known mesh axes it
