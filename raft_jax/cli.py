@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from raft_jax import __version__, interrupt
+from raft_jax import __version__, gpu_environment, interrupt
 from raft_jax.config import DTYPES
 from raft_jax.config_file import load_config
 from raft_jax.errors import InputError, require_train
@@ -356,6 +356,7 @@ def _start_jax() -> None:
       InputError: only some of the three are set, or one that should be a number is not.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    gpu_environment.set_gpu_environment()
     import jax
 
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
