@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -44,6 +45,29 @@ def test_one_stage_and_key_have_one_content(tmp_path):
     # A refused batch leaves nothing behind.
     assert ("similarity", "q1") not in ledger
     assert ("similarity", "q1") not in Ledger.open(path)
+
+
+def test_a_slow_listener_is_called_for_few_records(tmp_path, monkeypatch):
+    """Of a record each second, every tenth where the listener takes a second; all where it takes no time."""
+    path = tmp_path / "ledger.jsonl"
+    clock, heard = [0.0], []
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+
+    def record(seconds: float, number: int) -> None:
+        heard.append(number)
+        clock[0] += seconds
+        assert path.read_text().count("\n") == number + 1  # what is told is on the disk
+
+    for seconds, expected in ((1.0, [0, 10, 20]), (0.0, list(range(30)))):
+        path.unlink(missing_ok=True)
+        heard.clear()
+        ledger = Ledger.open(path)
+        for number in range(30):
+            ledger.on_append = partial(record, seconds, number)
+            ledger.append([{**SECOND, "key": str(number)}])
+            clock[0] += 1
+        ledger.append([{**SECOND, "key": "0"}])  # nothing new
+        assert heard == expected and len(path.read_text().splitlines()) == 30
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from raft_jax.errors import InputError
 from raft_jax.files import require_regular, sync, unreadable
+from raft_jax.line_writer import PAUSE
 
 # "ask": a judge's reply that has no score in it, and after which it is asked again.
 STAGES = ("rewrite", "similarity", "fuse", "score", "ask")
@@ -49,7 +51,10 @@ class Ledger:
         self._records = records
         self._failures: dict[tuple[str, str], str] = {}
         self._used: dict[tuple[str, str], None] = {}  # a set that keeps its order
-        self.on_append: Callable[[], None] = lambda: None  # called when records have been added
+        # Called when records have been added, but not while less than PAUSE times as long as its last call has passed:
+        # on a mounted bucket, each file that it writes is a second or more.
+        self.on_append: Callable[[], None] = lambda: None
+        self._quiet_until = 0.0
 
     @classmethod
     def open(cls, path: str | Path, writes: bool = True) -> Ledger:
@@ -117,8 +122,11 @@ class Ledger:
         if lines and self._writes:
             self._write(lines)
         self._records.update(added)
-        if lines:
+        began = time.monotonic()
+        if lines and began >= self._quiet_until:
             self.on_append()
+            ended = time.monotonic()
+            self._quiet_until = ended + PAUSE * (ended - began)
 
     def _write(self, lines: list[str]) -> None:
         data = "".join(lines).encode()
