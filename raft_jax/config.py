@@ -205,6 +205,11 @@ class TrainConfig:
     keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
 
     def __post_init__(self):
+        self._require_steps()
+        self._require_optimizer()
+        self._require_losses()
+
+    def _require_steps(self) -> None:
         for key in (
             "batch_size",
             "num_micro_batches",
@@ -225,31 +230,6 @@ class TrainConfig:
         _require(ordered, "train.profile_steps", list(wanted), "[], one step, or the first and the last, from 1 on")
         _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
         _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
-        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
-        _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, ", ".join(SCHEDULES))
-        _require(
-            0 <= self.final_learning_rate <= self.learning_rate,
-            "train.final_learning_rate",
-            self.final_learning_rate,
-            "0 up to train.learning_rate",
-        )
-        _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
-        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
-        for key in ("adam_b1", "adam_b2", "ema_decay"):
-            _require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "0 up to, not including, 1")
-        _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
-        _require(self.top_k is None or self.top_k >= 1, "train.top_k", self.top_k, "1 or more, or null for all tokens")
-        _require(self.kl in ("forward", "reverse"), "train.kl", self.kl, "forward, reverse")
-        with_all = self.kl == "forward" or self.top_k is None
-        _require(with_all, "train.kl", self.kl, "reverse with train.top_k=null only")
-        _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
-        _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
-        _require(
-            self.fixed_weight is None or self.fixed_weight >= 0,
-            "train.fixed_weight",
-            self.fixed_weight,
-            "0 or more, or null",
-        )
         _require(
             self.student_init is None or not self.lora.rank,
             "train.student_init",
@@ -265,13 +245,42 @@ class TrainConfig:
         _require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 (never) or more")
         scored = not self.keep_best or self.eval_every > 0
         _require(scored, "train.keep_best", self.keep_best, "true with train.eval_every above 0 only")
-        _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
+
+    def _require_optimizer(self) -> None:
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, ", ".join(SCHEDULES))
+        _require(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "train.final_learning_rate",
+            self.final_learning_rate,
+            "0 up to train.learning_rate",
+        )
+        _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        for key in ("adam_b1", "adam_b2", "ema_decay"):
+            _require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "0 up to, not including, 1")
+        _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
         _require(
             self.max_gradient_norm is None or self.max_gradient_norm > 0,
             "train.max_gradient_norm",
             self.max_gradient_norm,
             "above 0, or null",
         )
+
+    def _require_losses(self) -> None:
+        _require(self.top_k is None or self.top_k >= 1, "train.top_k", self.top_k, "1 or more, or null for all tokens")
+        _require(self.kl in ("forward", "reverse"), "train.kl", self.kl, "forward, reverse")
+        with_all = self.kl == "forward" or self.top_k is None
+        _require(with_all, "train.kl", self.kl, "reverse with train.top_k=null only")
+        _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
+        _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
+        _require(
+            self.fixed_weight is None or self.fixed_weight >= 0,
+            "train.fixed_weight",
+            self.fixed_weight,
+            "0 or more, or null",
+        )
+        _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
         _require(
             self.loss_chunk_size is None or self.loss_chunk_size >= 1,
             "train.loss_chunk_size",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,6 +56,99 @@ def make_scored(model: Model):
     return scored
 
 
+class HarnessModel:
+    """What the harness asks of a model, but for what its own class of models does; see `make_lm`."""
+
+    def __init__(self, model: Model, params, name: str, batch_size: int, mesh: jax.sharding.Mesh | None, seed: int):
+        super().__init__()
+        self.tokenizer = model.tokenizer.wrapped
+        self._ours, self._params, self._name, self._seed = model.tokenizer, params, name, seed
+        self._limit = model.config.max_positions
+        self._sampler, self._scorer = Sampler(model, batch_size, mesh), Scorer(model, batch_size, mesh)
+        self._scored = make_scored(model)
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._ours.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self._ours.eos_id if bos is None else bos
+
+    @property
+    def max_length(self) -> int:
+        return self._limit
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._ours.source.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None and bos and string.startswith(bos):
+            add_special_tokens = False
+        how = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, split_special_tokens=False, **how)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **_) -> str:
+        if add_generation_prompt:
+            return self._ours.render(chat_history)
+        *before, last = chat_history  # an answer that is begun, and goes on
+        return self._ours.render(before) + last["content"]
+
+    def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
+        pairs = [_fitted(context, continuation, self._limit) for _, context, continuation in requests]
+        if not pairs:
+            return []
+        prompts, answers = map(list, zip(*pairs, strict=True))
+        with progress(f"{self._name} likelihoods", len(pairs), "texts") as bar:
+            scored = partial(self._scored, self._params)
+            values = self._scorer.over_pairs(scored, prompts, answers, bar.advance)
+        sums = -np.abs(values.astype(np.float64)) * [len(answer) for answer in answers]
+        return [(float(total), not sign) for total, sign in zip(sums, np.signbit(values), strict=True)]
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
+        from lm_eval import utils  # pyright: ignore[reportMissingImports]
+
+        windows = []
+        for number, request in enumerate(requests):
+            parts = utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self._limit, context_len=1
+            )
+            windows += [(number, *utils.make_disjoint_window(part)) for part in parts]
+        sums = [0.0] * len(requests)
+        for (number, *_), (logprob, _) in zip(windows, self._loglikelihood_tokens(windows), strict=True):
+            sums[number] += logprob
+        return sums
+
+    def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
+        texts = [""] * len(requests)
+        alike: dict[tuple[int, float, float], list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(_sampling(request.args[1]), []).append(index)
+        for (length, temperature, top_p), indices in alike.items():
+            if length >= self._limit:
+                raise InputError(
+                    f"evaluate.tasks: a task asks for {length} new tokens, and the model has {self._limit} positions; "
+                    "lower evaluate.task_new_tokens"
+                )
+            prompts = [self.tok_encode(requests[index].args[0])[length - self._limit :] for index in indices]
+            with progress(f"{self._name} answers", len(prompts), "answers") as bar:
+                completions = self._sampler.generate(
+                    self._params,
+                    [prompt or [self.prefix_token_id] for prompt in prompts],
+                    key=jax.random.key(self._seed),
+                    temperature=temperature,
+                    top_p=top_p,
+                    max_new_tokens=length,
+                    on_batch=lambda batch, _, bar=bar: bar.advance(len(batch)),
+                )
+            for index, completion in zip(indices, completions, strict=True):
+                texts[index] = _cut(self._ours.decode(completion.tokens), requests[index].args[1].get("until"))
+        return texts
+
+
 def make_lm(
     model: Model,
     params,
@@ -81,104 +175,15 @@ def make_lm(
       MissingExtra: lm_eval is not installed.
     """
     require_eval()
-    from lm_eval import utils  # pyright: ignore[reportMissingImports]
     from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 
-    tokenizer = model.tokenizer
-    limit = model.config.max_positions
-    sampler, scorer, scored = Sampler(model, batch_size, mesh), Scorer(model, batch_size, mesh), make_scored(model)
-
-    class HarnessModel(TemplateLM):
-        """See `make_lm`."""
-
-        def __init__(self):
-            super().__init__()
-            self.tokenizer = tokenizer.wrapped
-
-        @property
-        def eot_token_id(self) -> int:
-            return tokenizer.eos_id
-
-        @property
-        def prefix_token_id(self) -> int:
-            bos = tokenizer.wrapped.bos_token_id
-            return tokenizer.eos_id if bos is None else bos
-
-        @property
-        def max_length(self) -> int:
-            return limit
-
-        @property
-        def tokenizer_name(self) -> str:
-            return tokenizer.source.replace("/", "__")
-
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-            bos = tokenizer.wrapped.bos_token
-            if add_special_tokens is None and bos and string.startswith(bos):
-                add_special_tokens = False
-            how = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-            return tokenizer.wrapped.encode(string, split_special_tokens=False, **how)
-
-        def apply_chat_template(
-            self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True, **_
-        ) -> str:
-            if add_generation_prompt:
-                return tokenizer.render(chat_history)
-            *before, last = chat_history  # an answer that is begun, and goes on
-            return tokenizer.render(before) + last["content"]
+    class LM(HarnessModel, TemplateLM):
+        """Made here, as only here it is known that the harness is installed."""
 
         def loglikelihood(self, requests, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def _loglikelihood_tokens(self, requests, **_) -> list[tuple[float, bool]]:
-            pairs = [_fitted(context, continuation, limit) for _, context, continuation in requests]
-            if not pairs:
-                return []
-            prompts, answers = map(list, zip(*pairs, strict=True))
-            with progress(f"{name} likelihoods", len(pairs), "texts") as bar:
-                values = scorer.over_pairs(lambda *pair: scored(params, *pair), prompts, answers, bar.advance)
-            sums = -np.abs(values.astype(np.float64)) * [len(answer) for answer in answers]
-            return [(float(total), not sign) for total, sign in zip(sums, np.signbit(values), strict=True)]
-
-        def loglikelihood_rolling(self, requests, disable_tqdm: bool = True) -> list[float]:
-            windows = []
-            for number, request in enumerate(requests):
-                parts = utils.get_rolling_token_windows(
-                    self.tok_encode(request.args[0]), self.prefix_token_id, limit, context_len=1
-                )
-                windows += [(number, *utils.make_disjoint_window(part)) for part in parts]
-            sums = [0.0] * len(requests)
-            for (number, *_), (logprob, _) in zip(windows, self._loglikelihood_tokens(windows), strict=True):
-                sums[number] += logprob
-            return sums
-
-        def generate_until(self, requests, disable_tqdm: bool = True) -> list[str]:
-            texts = [""] * len(requests)
-            alike: dict[tuple[int, float, float], list[int]] = {}
-            for index, request in enumerate(requests):
-                alike.setdefault(_sampling(request.args[1]), []).append(index)
-            for (length, temperature, top_p), indices in alike.items():
-                if length >= limit:
-                    raise InputError(
-                        f"evaluate.tasks: a task asks for {length} new tokens, and the model has {limit} positions; "
-                        "lower evaluate.task_new_tokens"
-                    )
-                prompts = [self.tok_encode(requests[index].args[0])[length - limit :] for index in indices]
-                with progress(f"{name} answers", len(prompts), "answers") as bar:
-                    completions = sampler.generate(
-                        params,
-                        [prompt or [self.prefix_token_id] for prompt in prompts],
-                        key=jax.random.key(seed),
-                        temperature=temperature,
-                        top_p=top_p,
-                        max_new_tokens=length,
-                        on_batch=lambda batch, _, bar=bar: bar.advance(len(batch)),
-                    )
-                for index, completion in zip(indices, completions, strict=True):
-                    texts[index] = _cut(tokenizer.decode(completion.tokens), requests[index].args[1].get("until"))
-            return texts
-
-    return HarnessModel()
+    return LM(model, params, name, batch_size, mesh, seed)
 
 
 def _fitted(context: Sequence[int], continuation: Sequence[int], limit: int) -> tuple[list[int], list[int]]:

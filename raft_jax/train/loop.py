@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -71,7 +71,7 @@ def train(
       InputError: the checkpoint in the folder is of another model or a later step, or cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    files = MethodFolder(folder)
+    files, key = MethodFolder(folder), jax.random.key(seed)
     with jax.set_mesh(mesh):
         num_batch_shards = num_shards("batch")
     batches = make_batches(model, rows, settings, seed=seed, num_shards=num_batch_shards)
@@ -80,7 +80,6 @@ def train(
     schedule = make_schedule(settings, num_steps)
     rates, optimizer = learning_rates(schedule, num_steps), optimizer_of(settings, schedule)
     student, teacher_params = make_student(model, settings.lora, mesh), model.params
-    key = jax.random.key(seed)
     state = first_state(student, optimizer, start() if start else teacher_params, jax.random.fold_in(key, 2))
     unpadded = partial(unpadded_shape, model.config)
     checkpoints = Checkpoints(files.checkpoints, settings.keep_checkpoints, unpadded)
@@ -90,67 +89,112 @@ def train(
             f"{folder}: is trained up to step {done}, and train.epochs and train.max_steps ask for {num_steps} steps; "
             f"raise them, or remove {files.checkpoints}, and training begins at step 0"
         )
-    logged = MetricsLog(files.metrics_jsonl, keep=done)
+    log = MetricsLog(files.metrics_jsonl, keep=done)
     watch = CutWatch(files.metrics(), settings.stop_when_cut_share)
     sample_rollout = SampleRollout(student, settings, num_batch_shards) if method.distils else None
     train_step = CompiledFunction(jit_train_step(student, optimizer, method, settings))
-    programs = StepPrograms(sample_rollout, train_step, mesh)
-    rollout_key = jax.random.fold_in(key, 1)
+    programs, rollout_key = StepPrograms(sample_rollout, train_step, mesh), jax.random.fold_in(key, 1)
     dev_scores = make_dev_scores(student) if make_dev_scores and settings.eval_every else None
     best = BestStep(files.best, unpadded, files.metrics()) if dev_scores and settings.keep_best else None
-    adapters = settings.lora.rank > 0
-    throughput = Throughput(model.params, mesh.devices, adapters=adapters, anchors=method.anchors)
     profile = Profile(settings.profile_steps, files.profile, programs.functions, done, num_steps)
     if compiles_ahead(mesh):
         needed = batches.one_of_each_shape(range(done, num_steps))
         with jax.set_mesh(mesh):
             programs.compile(state, teacher_params, needed, rollout_key, f"compile {method.name}")
-    any_asked_to_stop = make_any_process_late(mesh)
-
-    # A stop is deferred: the loop saves before it stops.
-    shown, deferred = progress(f"train {method.name}", num_steps, "steps", done), interrupt.deferred()
-    with jax.set_mesh(mesh), deferred, shown as bar, logged as log, profile:
-
-        def on_line(line):
-            bar.advance(note=_note(line))
-            _warn(files, line["step"], watch.add(line))
-
-        def scores_of_step():
-            scores = dev_scores(state.params)
-            if best is not None:
-                best.offer(done, scores[SCORE], state.params)
-            return scores
-
-        steps = StepMetrics(log, throughput, folder, on_line)
-        for step in range(done, done if watch.reached else num_steps):
-            batch, step_key = batches.at(step), jax.random.fold_in(rollout_key, step)
-            profile.before(step + 1, steps)
-            state, metrics = programs.dispatch(state, teacher_params, batch, step_key, steps)
-            done = step + 1
-            steps.add(done, metrics, float(rates[step]), batch)
-            profile.after(done, steps)
-            if dev_scores is not None and (done % settings.eval_every == 0 or done == num_steps):
-                steps.read(scores_of_step)
-                steps.restart()
-            stop = any_asked_to_stop(interrupt.requested() is not None)
-            if done % settings.checkpoint_every == 0 or done == num_steps or stop or watch.reached:
-                steps.read()  # so that nothing is saved that is not finite
-                log.flush()
-                checkpoints.save(done, state)
-                steps.restart()
-            if stop or watch.reached:
-                break
-    checkpoints.close()
-    if watch.reached:
-        limit = f"train.stop_when_cut_share={settings.stop_when_cut_share:g}"
-        _warn(files, done, f"training ends here, {watch.share:.0%} of the rollouts were cut at the limit ({limit})")
-    if any_process(interrupt.requested() is not None):  # also if the signal arrived after the last step
-        name = interrupt.requested() or "a signal to another process"
-        raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
-    if best is not None and (found := best.restore(state.params)) is not None:
-        state = replace(state, params=found[1])
+    throughput = Throughput(model.params, mesh.devices, adapters=settings.lora.rank > 0, anchors=method.anchors)
+    steps = _Steps(
+        settings,
+        files,
+        batches,
+        rates,
+        rollout_key,
+        programs,
+        teacher_params,
+        checkpoints,
+        watch,
+        dev_scores,
+        best,
+        state,
+    )
+    steps.run(range(done, num_steps), f"train {method.name}", log, throughput, profile)
+    if best is not None and (found := best.restore(steps.state.params)) is not None:
+        steps.state = replace(steps.state, params=found[1])
         print(f"{folder}: step {found[0]} is exported, the best on the dev split", flush=True)
-    return _trained_params(student, state, model, files, settings)
+    return _trained_params(student, steps.state, model, files, settings)
+
+
+@dataclass
+class _Steps:
+    """The steps of a run: what they need, and the state, which they change."""
+
+    settings: TrainConfig
+    files: MethodFolder
+    batches: Batches
+    rates: Sequence[float]  # of each step of the run
+    rollout_key: jax.Array
+    programs: StepPrograms
+    teacher_params: Mapping[str, jax.Array]
+    checkpoints: Checkpoints
+    watch: CutWatch
+    dev_scores: Callable[[Params], dict[str, float]] | None
+    best: BestStep | None
+    state: TrainState
+
+    def run(self, numbers: range, title: str, log: MetricsLog, throughput: Throughput, profile: Profile) -> None:
+        """Trains the steps of these numbers, counted from 0.
+
+        Raises:
+          TrainingDiverged: see `train`.
+          KeyboardInterrupt: a signal asked a process to stop; the state is saved.
+        """
+        done, num_steps = numbers.start, numbers.stop
+        mesh, any_asked_to_stop = self.programs.mesh, make_any_process_late(self.programs.mesh)
+        # A stop is deferred: the loop saves before it stops.
+        shown, deferred = progress(title, num_steps, "steps", done), interrupt.deferred()
+        with jax.set_mesh(mesh), deferred, shown as bar, log, profile:
+
+            def on_line(line):
+                bar.advance(note=_note(line))
+                _warn(self.files, line["step"], self.watch.add(line))
+
+            metrics = StepMetrics(log, throughput, self.files.path, on_line)
+            for step in numbers if not self.watch.reached else ():
+                profile.before(step + 1, metrics)
+                self._dispatch(step, metrics)
+                done = step + 1
+                profile.after(done, metrics)
+                if self.dev_scores is not None and (done % self.settings.eval_every == 0 or done == num_steps):
+                    metrics.read(partial(self._scores, done))
+                    metrics.restart()
+                stop = any_asked_to_stop(interrupt.requested() is not None)
+                if done % self.settings.checkpoint_every == 0 or done == num_steps or stop or self.watch.reached:
+                    metrics.read()  # so that nothing is saved that is not finite
+                    log.flush()
+                    self.checkpoints.save(done, self.state)
+                    metrics.restart()
+                if stop or self.watch.reached:
+                    break
+        self.checkpoints.close()
+        if self.watch.reached:
+            share, limit = f"{self.watch.share:.0%}", f"train.stop_when_cut_share={self.settings.stop_when_cut_share:g}"
+            _warn(self.files, done, f"training ends here, {share} of the rollouts were cut at the limit ({limit})")
+        if any_process(interrupt.requested() is not None):  # also if the signal arrived after the last step
+            name = interrupt.requested() or "a signal to another process"
+            raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
+
+    def _dispatch(self, step: int, metrics: StepMetrics) -> None:
+        """Puts a step on the devices."""
+        batch, key = self.batches.at(step), jax.random.fold_in(self.rollout_key, step)
+        self.state, found = self.programs.dispatch(self.state, self.teacher_params, batch, key, metrics)
+        metrics.add(step + 1, found, float(self.rates[step]), batch)
+
+    def _scores(self, done: int) -> dict[str, float]:
+        """The scores of the student on the dev split, which is kept where none was better."""
+        assert self.dev_scores is not None
+        scores = self.dev_scores(self.state.params)
+        if self.best is not None:
+            self.best.offer(done, scores[SCORE], self.state.params)
+        return scores
 
 
 def optimizer_of(settings: TrainConfig, schedule: float | optax.Schedule) -> optax.GradientTransformation:
