@@ -38,10 +38,10 @@ def step_of(row):
 
 
 def unreduced_and_grad(loss):
-    """x -> (the loss of each token, the gradient of their sum), compiled."""
+    """(x, *others) -> (the loss of each token, the gradient of their sum with respect to x), compiled."""
 
-    def run(x):
-        loss_BT, pullback = jax.vjp(loss, x)
+    def run(x, *others):
+        loss_BT, pullback = jax.vjp(lambda x: loss(x, *others), x)
         return loss_BT, pullback(jnp.ones_like(loss_BT))[0]
 
     return quick_jit(run)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import unreduced_and_grad
 from quick import as_one, quick_jit
 
 from raft_jax.losses import (
@@ -33,8 +34,9 @@ def values(*rows):
 
 
 def value_and_grad(loss, student, *others, **settings):
-    loss_BT, pull = jax.vjp(lambda x: loss(x, *others, **settings), student)
-    return np.asarray(loss_BT), np.asarray(pull(jnp.ones_like(loss_BT))[0])
+    """The loss of each token and the gradient of their sum, by one program: op by op they are many."""
+    value, grad = unreduced_and_grad(lambda x, *others: loss(x, *others, **settings))(student, *others)
+    return np.asarray(value), np.asarray(grad)
 
 
 def test_worked_example():

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from quick import quick_jit
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -48,7 +49,8 @@ def same(got, want):
 
 
 def jax_value_and_grad(loss):
-    return jax.value_and_grad(lambda h, w: losses.sequence_mean(loss(h, w), MASK), (0, 1))(HIDDEN, UNEMBEDDING)
+    mean = quick_jit(jax.value_and_grad(lambda h, w: losses.sequence_mean(loss(h, w), MASK), (0, 1)))
+    return mean(HIDDEN, UNEMBEDDING)
 
 
 def test_cross_entropy():
@@ -90,7 +92,8 @@ def test_objective_over_steps():
             weight, state = losses.update_balance(state, sft, kl)
             return losses.raft_objective(sft, kl, weight), (weight, state)
 
-        (value, (got, state)), grad = jax.value_and_grad(objective, has_aux=True)(student.detach().numpy())
+        step = quick_jit(jax.value_and_grad(objective, has_aux=True))
+        (value, (got, state)), grad = step(student.detach().numpy())
         same((got, value, grad), (weight, (sft + weight * kl).item(), student.grad.numpy()))
 
 
