@@ -75,20 +75,14 @@ def train(
     with jax.set_mesh(mesh):
         num_batch_shards = num_shards("batch")
     batches = make_batches(model, rows, settings, seed=seed, num_shards=num_batch_shards)
-    num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
-    num_steps = min(num_steps, settings.max_steps or num_steps)
+    num_steps, student = _num_steps(settings, batches), make_student(model, settings.lora, mesh)
     schedule = make_schedule(settings, num_steps)
     rates, optimizer = learning_rates(schedule, num_steps), optimizer_of(settings, schedule)
-    student, teacher_params = make_student(model, settings.lora, mesh), model.params
-    state = first_state(student, optimizer, start() if start else teacher_params, jax.random.fold_in(key, 2))
+    state = first_state(student, optimizer, start() if start else model.params, jax.random.fold_in(key, 2))
     unpadded = partial(unpadded_shape, model.config)
     checkpoints = Checkpoints(files.checkpoints, settings.keep_checkpoints, unpadded)
     done, state = checkpoints.restore(state) or (0, state)
-    if done > num_steps:
-        raise InputError(
-            f"{folder}: is trained up to step {done}, and train.epochs and train.max_steps ask for {num_steps} steps; "
-            f"raise them, or remove {files.checkpoints}, and training begins at step 0"
-        )
+    _require_steps_left(done, num_steps, files)
     log = MetricsLog(files.metrics_jsonl, keep=done)
     watch = CutWatch(files.metrics(), settings.stop_when_cut_share)
     sample_rollout = SampleRollout(student, settings, num_batch_shards) if method.distils else None
@@ -97,30 +91,37 @@ def train(
     dev_scores = make_dev_scores(student) if make_dev_scores and settings.eval_every else None
     best = BestStep(files.best, unpadded, files.metrics()) if dev_scores and settings.keep_best else None
     profile = Profile(settings.profile_steps, files.profile, programs.functions, done, num_steps)
+    data = _Data(batches, rates, rollout_key, model.params)
+    steps = _Steps(settings, files, data, programs, checkpoints, watch, dev_scores, best, state)
     if compiles_ahead(mesh):
-        needed = batches.one_of_each_shape(range(done, num_steps))
-        with jax.set_mesh(mesh):
-            programs.compile(state, teacher_params, needed, rollout_key, f"compile {method.name}")
+        steps.compile(range(done, num_steps), f"compile {method.name}")
     throughput = Throughput(model.params, mesh.devices, adapters=settings.lora.rank > 0, anchors=method.anchors)
-    steps = _Steps(
-        settings,
-        files,
-        batches,
-        rates,
-        rollout_key,
-        programs,
-        teacher_params,
-        checkpoints,
-        watch,
-        dev_scores,
-        best,
-        state,
-    )
     steps.run(range(done, num_steps), f"train {method.name}", log, throughput, profile)
-    if best is not None and (found := best.restore(steps.state.params)) is not None:
-        steps.state = replace(steps.state, params=found[1])
-        print(f"{folder}: step {found[0]} is exported, the best on the dev split", flush=True)
-    return _trained_params(student, steps.state, model, files, settings)
+    return _trained_params(student, steps.best_state(), model, files, settings)
+
+
+def _num_steps(settings: TrainConfig, batches: Batches) -> int:
+    num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
+    return min(num_steps, settings.max_steps or num_steps)
+
+
+def _require_steps_left(done: int, num_steps: int, files: MethodFolder) -> None:
+    """Raises InputError if the checkpoint is of a later step than the last one."""
+    if done > num_steps:
+        raise InputError(
+            f"{files.path}: is trained up to step {done}, and train.epochs and train.max_steps ask for {num_steps} "
+            f"steps; raise them, or remove {files.checkpoints}, and training begins at step 0"
+        )
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What steps are computed from besides the state."""
+
+    batches: Batches
+    rates: Sequence[float]  # the learning rate of each step of the run
+    rollout_key: jax.Array
+    teacher_params: Mapping[str, jax.Array]
 
 
 @dataclass
@@ -129,16 +130,19 @@ class _Steps:
 
     settings: TrainConfig
     files: MethodFolder
-    batches: Batches
-    rates: Sequence[float]  # of each step of the run
-    rollout_key: jax.Array
+    data: _Data
     programs: StepPrograms
-    teacher_params: Mapping[str, jax.Array]
     checkpoints: Checkpoints
     watch: CutWatch
     dev_scores: Callable[[Params], dict[str, float]] | None
     best: BestStep | None
     state: TrainState
+
+    def compile(self, numbers: range, title: str) -> None:
+        """Compiles the programs of these steps before the first one."""
+        batches = self.data.batches.one_of_each_shape(numbers)
+        with jax.set_mesh(self.programs.mesh):
+            self.programs.compile(self.state, self.data.teacher_params, batches, self.data.rollout_key, title)
 
     def run(self, numbers: range, title: str, log: MetricsLog, throughput: Throughput, profile: Profile) -> None:
         """Trains the steps of these numbers, counted from 0.
@@ -182,11 +186,20 @@ class _Steps:
             name = interrupt.requested() or "a signal to another process"
             raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
 
+    def best_state(self) -> TrainState:
+        """The last state, with the parameters of the best step on the dev split where those are kept."""
+        if self.best is None or (found := self.best.restore(self.state.params)) is None:
+            return self.state
+        step, params = found
+        print(f"{self.files.path}: step {step} is exported, the best on the dev split", flush=True)
+        return replace(self.state, params=params)
+
     def _dispatch(self, step: int, metrics: StepMetrics) -> None:
         """Puts a step on the devices."""
-        batch, key = self.batches.at(step), jax.random.fold_in(self.rollout_key, step)
-        self.state, found = self.programs.dispatch(self.state, self.teacher_params, batch, key, metrics)
-        metrics.add(step + 1, found, float(self.rates[step]), batch)
+        data = self.data
+        batch, key = data.batches.at(step), jax.random.fold_in(data.rollout_key, step)
+        self.state, found = self.programs.dispatch(self.state, data.teacher_params, batch, key, metrics)
+        metrics.add(step + 1, found, float(data.rates[step]), batch)
 
     def _scores(self, done: int) -> dict[str, float]:
         """The scores of the student on the dev split, which is kept where none was better."""
