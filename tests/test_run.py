@@ -41,30 +41,35 @@ COMPARED = ("raft", "sft", "sdft", "fused_sft", "on_policy")
 
 
 @pytest.fixture(scope="module")
-def command(program_environment):
-    def run(*arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "raft_jax", *map(str, arguments)],
-            env=program_environment | {"HF_TOKEN": SECRET},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=1200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, command) -> tuple[Path, str]:
+def finished(tmp_path_factory, program_environment) -> tuple[Path, str]:
     """A folder with a finished run of the paper's methods that are trained, and what the run printed."""
     folder = tmp_path_factory.mktemp("finished")
     train = {"max_steps": 2, "checkpoint_every": 1, "keep_finished": True}
     config = tiny.write_run(folder, methods=list(COMPARED), train=train)
-    return folder, command("run", config)
+    done = subprocess.run(
+        [sys.executable, "-m", "raft_jax", "run", str(config)],
+        env=program_environment | {"HF_TOKEN": SECRET},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=1200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return folder, done.stdout
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """`command(*arguments)`: what the program prints, run in this process, which has imported and compiled the most."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0
+        return "".join(capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture
