@@ -10,9 +10,15 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 # as devices, two collectives that may run at the same time can wait for each other for ever.
 os.environ.setdefault("NPROC", "32")
 
+import jax
 import numpy as np
 import pytest
-from quick import OLD_FUSIONS
+from quick import PLAIN_LOOPS, xla_flags
+
+# Compiling is most of the tests' time, so XLA saves itself its dearest optimisations; with `AS_USED=1 make test`, not.
+if "AS_USED" not in os.environ:
+    os.environ["XLA_FLAGS"] += " " + xla_flags(PLAIN_LOOPS)
+    jax.config.update("jax_disable_most_optimizations", True)
 
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
@@ -45,18 +51,30 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def program_environment(tmp_path_factory):
+def compiled(tmp_path_factory):
+    """The folder of compiled programs that all workers of a session share, and the programs that they start."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "compiled"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compile_once(compiled):
+    """What a test compiles the next one finds: each run, train step and sampler makes its programs anew."""
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # Shorter ones are mostly single operations, which JAX keeps in memory.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def program_environment(compiled):
     """For the program in a process of its own: one device, and what one process compiles the next one finds.
 
-    The folder is shared by all workers of a session. Whole runs are compared with each other, not with constants: XLA
-    may save itself its dearest optimisations.
+    Whole runs are compared with each other, not with constants: XLA may save itself its dearest optimisations.
     """
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
     return os.environ | {
-        "XLA_FLAGS": " ".join(f"--{name}={str(value).lower()}" for name, value in OLD_FUSIONS.items()),
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "XLA_FLAGS": xla_flags(PLAIN_LOOPS),
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import quick_jit
+from quick import quick_jit, used_jit
 
 from raft_jax.models import Model
 from raft_jax.models.config import DecoderConfig, parameter_table
@@ -317,7 +317,7 @@ def test_a_pass_has_the_same_bits_with_and_without_a_backward_pass():
     mask_BT[1, :20] = False
     slope_BTD = random.normal(size=(4, 120, 576)).astype(np.float32)
 
-    @jax.jit
+    @used_jit
     def both(student, teacher):
         def loss(params):
             hidden_BTD = model.hidden(params, Tokens(tokens_BT, mask_BT))

@@ -168,44 +168,40 @@ def test_settings_are_checked(path, setting, message):
 
 def test_check_and_run_name_near_duplicates_and_a_run_goes_on_with_the_rows_it_began_with(path, tmp_path, capsys):
     near = ["data.drop_duplicates=near", "data.duplicate_similarity=0.9999"]
-    with tiny.compile_cache(tmp_path / "compiled"):
-        assert main(["check", str(path)]) == 0
-        said = capsys.readouterr().out
-        assert "rows with the question of an earlier row: 2" in said and "nearly" not in said
-        assert main(["check", str(path), *near]) == 0
-        left_out = "left out by data.drop_duplicates=near: 5 (held as q03, again as q02, leak as q03, and 2 more)"
-        assert left_out in capsys.readouterr().out
+    assert main(["check", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "rows with the question of an earlier row: 2" in said and "nearly" not in said
+    assert main(["check", str(path), *near]) == 0
+    left_out = "left out by data.drop_duplicates=near: 5 (held as q03, again as q02, leak as q03, and 2 more)"
+    assert left_out in capsys.readouterr().out
 
-        assert main(["refine", str(path), near[1]]) == 0
-        said = capsys.readouterr().out
-        assert (
-            "nearly the question of an earlier row (cosine of data.duplicate_similarity=0.9999 or more): 1 (near as"
-            in said
-        )
-        assert (
-            "nearly the question of a held-out row (cosine of data.duplicate_similarity=0.9999 or more): 2 (leak"
-            not in said
-        )
-        assert "1 (near leak as q03)" in said and "held-out questions that are training questions, too: 2" in said
-        assert not (tmp_path / "run/duplicates.json").exists()
+    assert main(["refine", str(path), near[1]]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "nearly the question of an earlier row (cosine of data.duplicate_similarity=0.9999 or more): 1 (near as" in said
+    )
+    assert (
+        "nearly the question of a held-out row (cosine of data.duplicate_similarity=0.9999 or more): 2 (leak"
+        not in said
+    )
+    assert "1 (near leak as q03)" in said and "held-out questions that are training questions, too: 2" in said
+    assert not (tmp_path / "run/duplicates.json").exists()
 
-        assert main(["refine", str(path), *near]) == 0
-        assert left_out in capsys.readouterr().out
-        ids = [row.id for row in load_refined(tmp_path / "run/refined")]
-        assert ids == [row["id"] for row in tiny.ROWS if row["split"] == "train"]
-        # What was decided stays, even where this machine would decide otherwise.
-        record = json.loads((tmp_path / "run/duplicates.json").read_text())
-        assert record["rows"] == {"near": "q02", "near leak": "q03"}
-        shutil.rmtree(tmp_path / "run/refined")
-        (tmp_path / "run/duplicates.json").write_text(json.dumps({**record, "rows": {"near": "q02"}}))
-        assert main(["refine", str(path), *near]) == 0
-        assert [row.id for row in load_refined(tmp_path / "run/refined")] == [*ids, "near leak"]
-        (tmp_path / "run/duplicates.json").write_text("{")
-        capsys.readouterr()
-        assert main(["refine", str(path), *near]) == 2
-        assert re.search(
-            r"duplicates.json: damaged .*; remove it, and they are found again\n$", capsys.readouterr().err
-        )
+    assert main(["refine", str(path), *near]) == 0
+    assert left_out in capsys.readouterr().out
+    ids = [row.id for row in load_refined(tmp_path / "run/refined")]
+    assert ids == [row["id"] for row in tiny.ROWS if row["split"] == "train"]
+    # What was decided stays, even where this machine would decide otherwise.
+    record = json.loads((tmp_path / "run/duplicates.json").read_text())
+    assert record["rows"] == {"near": "q02", "near leak": "q03"}
+    shutil.rmtree(tmp_path / "run/refined")
+    (tmp_path / "run/duplicates.json").write_text(json.dumps({**record, "rows": {"near": "q02"}}))
+    assert main(["refine", str(path), *near]) == 0
+    assert [row.id for row in load_refined(tmp_path / "run/refined")] == [*ids, "near leak"]
+    (tmp_path / "run/duplicates.json").write_text("{")
+    capsys.readouterr()
+    assert main(["refine", str(path), *near]) == 2
+    assert re.search(r"duplicates.json: damaged .*; remove it, and they are found again\n$", capsys.readouterr().err)
 
 
 def test_what_a_result_depends_on():

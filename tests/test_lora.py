@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from quick import quick_jit
+from quick import quick_jit, used_jit
 
 import raft_jax
 from raft_jax.config import LORA_TARGETS, LoraConfig
@@ -49,7 +49,7 @@ def test_untrained_adapters_add_nothing():
     for target in LORA_TARGETS:
         down, up = (np.asarray(adapters[name]) for name in adapter_names(TARGETS[target]))
         assert not up.any() and 0.5 < np.abs(down).max() * np.prod(down.shape[1:-1]) ** 0.5 <= 1
-    hidden = jax.jit(model.hidden)
+    hidden = used_jit(model.hidden)
     np.testing.assert_array_equal(hidden(model.params | adapters, Tokens(TOKENS)), hidden(model.params, Tokens(TOKENS)))
 
 
@@ -95,7 +95,7 @@ def test_a_student_is_float32_and_runs_in_the_teachers_dtype(rank):
     forward_params = student.forward_params(params, teacher)
     assert {array.dtype for array in forward_params.values()} == {jnp.dtype(jnp.bfloat16)}
     found, expected = (
-        jax.jit(hidden)(weights, Tokens(TOKENS))
+        used_jit(hidden)(weights, Tokens(TOKENS))
         for hidden, weights in ((student.model.hidden, forward_params), (model.hidden, teacher))
     )
     np.testing.assert_array_equal(found.astype(np.float32), expected.astype(np.float32))

@@ -24,12 +24,6 @@ from raft_jax.models.export import export_hf
 from raft_jax.stages import changes, plan
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 def weights(folder: Path, name: str) -> dict[str, np.ndarray]:
     return load_file(folder / "run" / name / "hf/model.safetensors")
 

@@ -117,8 +117,7 @@ def test_the_table_compares_on_the_same_rows_and_counts_what_defeats_the_purpose
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
     path = tiny.write_run(folder)
-    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
-        assert main(["refine", str(path)]) == 0
+    assert main(["refine", str(path)]) == 0
     return folder
 
 

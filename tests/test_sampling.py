@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import compile_cache, make_config, make_model, make_tokenizer, random_parameters
+from tiny import make_config, make_model, make_tokenizer, random_parameters
 
 from raft_jax import sharding
 from raft_jax.data.batches import pad
@@ -20,14 +20,7 @@ draw = jax.jit(sample_token, static_argnums=3)
 
 
 @pytest.fixture(scope="module")
-def compile_once(tmp_path_factory):
-    """Each Sampler builds its programs anew; the cache compiles each of them once."""
-    with compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model(compile_once):
+def model():
     return make_model()
 
 

@@ -107,8 +107,7 @@ LIMIT = 6
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("second")
     tiny.write_run(folder, refine={"max_new_tokens": LIMIT, "rounds": 1})
-    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield folder
+    return folder
 
 
 def refined(folder: Path, name: str, *more: str):

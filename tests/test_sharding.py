@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from tiny import compile_cache, make_config, make_model
+from tiny import make_config, make_model
 
 from raft_jax.errors import InputError
 from raft_jax.models import Model, parameter_shardings
@@ -125,13 +125,8 @@ def test_constrain(mesh):
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tied_embeddings": True, "remat": True}])
-def test_eight_devices_compute_what_one_does(mesh, changes, tmp_path):
+def test_eight_devices_compute_what_one_does(mesh, changes):
     """Logits, and the gradients of a loss, of parameters and rows cut over a 2×2×2 mesh."""
-    with compile_cache(tmp_path):
-        compare_eight_devices_with_one(mesh, changes)
-
-
-def compare_eight_devices_with_one(mesh, changes):
     model = make_model()
     config = make_config(model.config.vocab_size, **changes)
     model = Model(config, jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(1, impl="rbg")))

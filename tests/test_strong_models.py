@@ -125,8 +125,7 @@ def run(tmp_path_factory):
     """A folder with a tiny model and its data."""
     folder = tmp_path_factory.mktemp("strong")
     tiny.write_run(folder)
-    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield folder
+    return folder
 
 
 def with_server(server: FakeChat, folder: Path, *more: str) -> list[str]:

@@ -40,13 +40,6 @@ from raft_jax.train.watch import CutWatch
 TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """Each call of train() builds its programs anew; the cache compiles each of them once."""
-    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny.make_model()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
@@ -60,30 +57,6 @@ GENERAL = [
     {"id": "g2", "category": "chat", "prompt": "Tell me of the sea.", "check": None},
     {"id": "g3", "category": "words", "prompt": "Say yes.", "check": {"kind": "contains_any", "value": ["yes"]}},
 ]
-
-
-@contextmanager
-def compile_cache(folder: Path) -> Iterator[None]:
-    """Programs that are built anew inside are compiled once, and without XLA's dearest optimisations."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)  # a flag, which can be set but not read
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        jax.config.update("jax_disable_most_optimizations", False)
-        compilation_cache.reset_cache()
 
 
 # What the vocabulary is made from besides ROWS. Not the prompts themselves: another wording would make another model.
