@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
-from raft_jax.errors import InputError
+from raft_jax.endpoint_config import EndpointConfig
+from raft_jax.errors import require
 from raft_jax.methods import METHODS, Method
 from raft_jax.sources import is_source
 
@@ -18,12 +18,8 @@ ANSWER_PROGRAMS = ("similarity", "coverage")  # those that can judge an answer t
 DROP_DUPLICATES = ("none", "exact", "near")
 SEVERAL_ANSWERS = ("first", "each")
 SCHEDULES = ("constant", "linear", "cosine")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 ATTENTION = ("auto", "plain", "splash", "cudnn")
-
-
-def _require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise InputError(f"config: {key} is {value!r}; allowed: {allowed}")
 
 
 @dataclass(frozen=True)
@@ -37,8 +33,8 @@ class ModelConfig:
     remat: bool = False  # keep nothing inside a layer for the backward pass: less memory, a quarter more work
 
     def __post_init__(self):
-        _require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))
-        _require(self.attention in ATTENTION, "model.attention", self.attention, ", ".join(ATTENTION))
+        require(self.dtype in DTYPES, "model.dtype", self.dtype, ", ".join(DTYPES))
+        require(self.attention in ATTENTION, "model.attention", self.attention, ", ".join(ATTENTION))
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ class EncoderConfig:
     batch_size: int = 32  # texts encoded at once
 
     def __post_init__(self):
-        _require(self.batch_size >= 1, "encoder.batch_size", self.batch_size, "1 or more")
+        require(self.batch_size >= 1, "encoder.batch_size", self.batch_size, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -79,16 +75,16 @@ class DataConfig:
     max_answer_tokens: int = 512  # a longer gold answer leaves its row out
 
     def __post_init__(self):
-        _require(0 <= self.seed < 2**32, "data.seed", self.seed, "0 to 2**32 - 1")
+        require(0 <= self.seed < 2**32, "data.seed", self.seed, "0 to 2**32 - 1")
         for key, allowed in (("several_answers", SEVERAL_ANSWERS), ("drop_duplicates", DROP_DUPLICATES)):
-            _require(getattr(self, key) in allowed, f"data.{key}", getattr(self, key), ", ".join(allowed))
+            require(getattr(self, key) in allowed, f"data.{key}", getattr(self, key), ", ".join(allowed))
         similarity = self.duplicate_similarity
-        _require(0 < similarity <= 1, "data.duplicate_similarity", similarity, "a cosine, above 0, up to 1")
+        require(0 < similarity <= 1, "data.duplicate_similarity", similarity, "a cosine, above 0, up to 1")
         for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
-            _require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
+            require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
         for key in ("max_train", "max_test"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, f"data.{key}", value, "1 or more, or null for all")
+            require(value is None or value >= 1, f"data.{key}", value, "1 or more, or null for all")
 
 
 @dataclass(frozen=True)
@@ -112,15 +108,15 @@ class RefineConfig:
     batch_size: int = 32  # prompts sampled at once
 
     def __post_init__(self):
-        _require(-1 <= self.threshold <= 1, "refine.threshold", self.threshold, "a cosine, -1 to 1")
+        require(-1 <= self.threshold <= 1, "refine.threshold", self.threshold, "a cosine, -1 to 1")
         for key in ("accept", "accept_floor", "word_recall"):
-            _require(0 <= getattr(self, key) <= 1, f"refine.{key}", getattr(self, key), "0 to 1")
-        _require(self.terse_words >= 0, "refine.terse_words", self.terse_words, "0 or more")
-        _require(self.rounds >= 1, "refine.rounds", self.rounds, "1 or more")
-        _require(self.temperature >= 0, "refine.temperature", self.temperature, "0 (greedy) or more")
-        _require(0 < self.top_p <= 1, "refine.top_p", self.top_p, "above 0, up to 1")
-        _require(self.batch_size >= 1, "refine.batch_size", self.batch_size, "1 or more")
-        _require(
+            require(0 <= getattr(self, key) <= 1, f"refine.{key}", getattr(self, key), "0 to 1")
+        require(self.terse_words >= 0, "refine.terse_words", self.terse_words, "0 or more")
+        require(self.rounds >= 1, "refine.rounds", self.rounds, "1 or more")
+        require(self.temperature >= 0, "refine.temperature", self.temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "refine.top_p", self.top_p, "above 0, up to 1")
+        require(self.batch_size >= 1, "refine.batch_size", self.batch_size, "1 or more")
+        require(
             self.max_new_tokens is None or self.max_new_tokens >= 1,
             "refine.max_new_tokens",
             self.max_new_tokens,
@@ -137,9 +133,9 @@ class RolloutConfig:
     top_p: float = 1.0  # 1 samples from the whole vocabulary
 
     def __post_init__(self):
-        _require(self.max_new_tokens >= 1, "train.rollout.max_new_tokens", self.max_new_tokens, "1 or more")
-        _require(self.temperature >= 0, "train.rollout.temperature", self.temperature, "0 (greedy) or more")
-        _require(0 < self.top_p <= 1, "train.rollout.top_p", self.top_p, "above 0, up to 1")
+        require(self.max_new_tokens >= 1, "train.rollout.max_new_tokens", self.max_new_tokens, "1 or more")
+        require(self.temperature >= 0, "train.rollout.temperature", self.temperature, "0 (greedy) or more")
+        require(0 < self.top_p <= 1, "train.rollout.top_p", self.top_p, "above 0, up to 1")
 
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -154,10 +150,10 @@ class LoraConfig:
     targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))  # the matrices that get adapters
 
     def __post_init__(self):
-        _require(self.rank >= 0, "train.lora.rank", self.rank, "0 (off) or more")
-        _require(self.alpha > 0, "train.lora.alpha", self.alpha, "above 0")
+        require(self.rank >= 0, "train.lora.rank", self.rank, "0 (off) or more")
+        require(self.alpha > 0, "train.lora.alpha", self.alpha, "above 0")
         known = set(self.targets) <= set(LORA_TARGETS) and len(set(self.targets)) == len(self.targets)
-        _require(
+        require(
             bool(self.targets) and known,
             "train.lora.targets",
             list(self.targets),
@@ -201,6 +197,7 @@ class TrainConfig:
     stop_when_cut_share: float | None = None  # training ends when this share of 10 steps' rollouts is cut; null: never
     checkpoint_every: int = 50  # steps between two checkpoints
     keep_checkpoints: int = 2  # the newest so many
+    trackers: list[str] = field(default_factory=list)  # show metrics in these, too: tensorboard, wandb, trackio
     profile_steps: list[int] = field(default_factory=list)  # traced into METHOD/profile: [10] or [10, 13], from 1 on
     keep_finished: bool = False  # keep them after the export, too: more epochs then go on there, not from step 0
 
@@ -217,50 +214,52 @@ class TrainConfig:
             "checkpoint_every",
             "keep_checkpoints",
         ):
-            _require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
-        _require(
+            require(getattr(self, key) >= 1, f"train.{key}", getattr(self, key), "1 or more")
+        require(
             self.batch_size % self.num_micro_batches == 0,
             "train.num_micro_batches",
             self.num_micro_batches,
             f"a divisor of train.batch_size {self.batch_size}",
         )
-        _require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", self.seed, "0 to 2**32 - 1, or null")
+        require(self.seed is None or 0 <= self.seed < 2**32, "train.seed", self.seed, "0 to 2**32 - 1, or null")
+        known = set(self.trackers) <= set(TRACKERS) and len(set(self.trackers)) == len(self.trackers)
+        require(known, "train.trackers", list(self.trackers), f"some of {', '.join(TRACKERS)}, each once")
         wanted = self.profile_steps
         ordered = len(wanted) <= 2 and sorted(wanted) == list(wanted) and min(wanted, default=1) >= 1
-        _require(ordered, "train.profile_steps", list(wanted), "[], one step, or the first and the last, from 1 on")
-        _require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
-        _require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
-        _require(
+        require(ordered, "train.profile_steps", list(wanted), "[], one step, or the first and the last, from 1 on")
+        require(self.max_steps is None or self.max_steps >= 1, "train.max_steps", self.max_steps, "1 or more, or null")
+        require(0 < self.epochs < math.inf, "train.epochs", self.epochs, "above 0")
+        require(
             self.student_init is None or not self.lora.rank,
             "train.student_init",
             self.student_init,
             "null with train.lora.rank above 0: adapters lie on the weights of model.source",
         )
-        _require(
+        require(
             self.stop_when_cut_share is None or 0 < self.stop_when_cut_share <= 1,
             "train.stop_when_cut_share",
             self.stop_when_cut_share,
             "above 0, up to 1, or null",
         )
-        _require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 (never) or more")
+        require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 (never) or more")
         scored = not self.keep_best or self.eval_every > 0
-        _require(scored, "train.keep_best", self.keep_best, "true with train.eval_every above 0 only")
+        require(scored, "train.keep_best", self.keep_best, "true with train.eval_every above 0 only")
 
     def _require_optimizer(self) -> None:
-        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
-        _require(self.schedule in SCHEDULES, "train.schedule", self.schedule, ", ".join(SCHEDULES))
-        _require(
+        require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        require(self.schedule in SCHEDULES, "train.schedule", self.schedule, ", ".join(SCHEDULES))
+        require(
             0 <= self.final_learning_rate <= self.learning_rate,
             "train.final_learning_rate",
             self.final_learning_rate,
             "0 up to train.learning_rate",
         )
-        _require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
-        _require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
+        require(self.warmup_steps >= 0, "train.warmup_steps", self.warmup_steps, "0 or more")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or more")
         for key in ("adam_b1", "adam_b2", "ema_decay"):
-            _require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "0 up to, not including, 1")
-        _require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
-        _require(
+            require(0 <= getattr(self, key) < 1, f"train.{key}", getattr(self, key), "0 up to, not including, 1")
+        require(self.adam_epsilon > 0, "train.adam_epsilon", self.adam_epsilon, "above 0")
+        require(
             self.max_gradient_norm is None or self.max_gradient_norm > 0,
             "train.max_gradient_norm",
             self.max_gradient_norm,
@@ -268,20 +267,20 @@ class TrainConfig:
         )
 
     def _require_losses(self) -> None:
-        _require(self.top_k is None or self.top_k >= 1, "train.top_k", self.top_k, "1 or more, or null for all tokens")
-        _require(self.kl in ("forward", "reverse"), "train.kl", self.kl, "forward, reverse")
+        require(self.top_k is None or self.top_k >= 1, "train.top_k", self.top_k, "1 or more, or null for all tokens")
+        require(self.kl in ("forward", "reverse"), "train.kl", self.kl, "forward, reverse")
         with_all = self.kl == "forward" or self.top_k is None
-        _require(with_all, "train.kl", self.kl, "reverse with train.top_k=null only")
-        _require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
-        _require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
-        _require(
+        require(with_all, "train.kl", self.kl, "reverse with train.top_k=null only")
+        require(self.temperature > 0, "train.temperature", self.temperature, "above 0")
+        require(self.reduction in ("sequence", "token"), "train.reduction", self.reduction, "sequence, token")
+        require(
             self.fixed_weight is None or self.fixed_weight >= 0,
             "train.fixed_weight",
             self.fixed_weight,
             "0 or more, or null",
         )
-        _require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
-        _require(
+        require(self.anchor_weight >= 0, "train.anchor_weight", self.anchor_weight, "0 or more")
+        require(
             self.loss_chunk_size is None or self.loss_chunk_size >= 1,
             "train.loss_chunk_size",
             self.loss_chunk_size,
@@ -296,7 +295,7 @@ class FapmConfig:
     sparsity: float = 0.9  # share of each weight matrix that goes back to the base model's values
 
     def __post_init__(self):
-        _require(0 <= self.sparsity <= 1, "fapm.sparsity", self.sparsity, "0 to 1")
+        require(0 <= self.sparsity <= 1, "fapm.sparsity", self.sparsity, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -319,16 +318,16 @@ class EvaluateConfig:
 
     def __post_init__(self):
         for key in ("max_new_tokens", "general_new_tokens", "batch_size"):
-            _require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), "1 or more")
+            require(getattr(self, key) >= 1, f"evaluate.{key}", getattr(self, key), "1 or more")
         for key in ("check", "label"):
             value = getattr(self, key)
-            _require(value is None or bool(value.strip()), f"evaluate.{key}", value, "the name of a column, or null")
-        _require(0 <= self.accept <= 1, "evaluate.accept", self.accept, "0 to 1")
+            require(value is None or bool(value.strip()), f"evaluate.{key}", value, "the name of a column, or null")
+        require(0 <= self.accept <= 1, "evaluate.accept", self.accept, "0 to 1")
         distinct = len(set(self.tasks)) == len(self.tasks) and all(task.strip() for task in self.tasks)
-        _require(distinct, "evaluate.tasks", list(self.tasks), "names of tasks or files, each once")
+        require(distinct, "evaluate.tasks", list(self.tasks), "names of tasks or files, each once")
         for key, least in (("limit", 1), ("num_fewshot", 0), ("task_new_tokens", 1)):
             value = getattr(self, key)
-            _require(value is None or value >= least, f"evaluate.{key}", value, f"{least} or more, or null")
+            require(value is None or value >= least, f"evaluate.{key}", value, f"{least} or more, or null")
 
 
 @dataclass(frozen=True)
@@ -343,8 +342,8 @@ class CompareConfig:
     def __post_init__(self):
         for key in ("learning_rates", "seeds"):
             values = getattr(self, key)
-            _require(len(set(values)) == len(values), f"compare.{key}", list(values), "a list, each value once")
-        _require(0 < self.gain <= 1, "compare.gain", self.gain, "above 0, up to 1")
+            require(len(set(values)) == len(values), f"compare.{key}", list(values), "a list, each value once")
+        require(0 < self.gain <= 1, "compare.gain", self.gain, "above 0, up to 1")
 
 
 @dataclass(frozen=True)
@@ -358,7 +357,7 @@ class MeshConfig:
     def __post_init__(self):
         for key in ("data", "fsdp", "tensor"):
             size = getattr(self, key)
-            _require(size >= 1 or size == -1, f"mesh.{key}", size, "1 or more, or -1 for all devices that are left")
+            require(size >= 1 or size == -1, f"mesh.{key}", size, "1 or more, or -1 for all devices that are left")
 
 
 @dataclass(frozen=True)
@@ -368,54 +367,7 @@ class ExportConfig:
     dtype: str = "bfloat16"  # of the weights on disk
 
     def __post_init__(self):
-        _require(self.dtype in DTYPES, "export.dtype", self.dtype, ", ".join(DTYPES))
-
-
-class _NotShown:
-    """A value that is not repeated in an error, as it may hold a secret."""
-
-    def __repr__(self) -> str:
-        return "not shown here, as it may hold a secret"
-
-
-@dataclass(frozen=True)
-class EndpointConfig:
-    """A model on a server with OpenAI's chat completions; `refine.rewriter`, `.fuser` and `.judges` name it.
-
-    NAME is of your choice, as in `endpoints.strong.model=Qwen3-32B refine.fuser=strong`. Results depend on `model`,
-    `temperature`, `max_tokens` and `extra_body`; the other keys may change without anything being asked again.
-    """
-
-    base_url: str = "???"  # such as http://127.0.0.1:8000/v1; /chat/completions is added
-    model: str = "???"  # the server's name for the model
-    api_key_env: str | None = None  # name of the environment variable that holds the key; null: no key is sent
-    temperature: float | None = None  # null: refine.temperature for texts, 0 for judges
-    max_tokens: int = 4096  # of a reply, what a model thinks included; a longer one is cut and not used
-    concurrency: int = 16  # requests in flight at most; fewer while the server answers 429
-    timeout: float = 300.0  # seconds that one request may take
-    extra_body: dict[str, Any] = field(default_factory=dict)  # more keys of each request; null leaves one of ours out
-    price_in: float | None = None  # of a million tokens of prompt, in any currency
-    price_out: float | None = None  # of a million tokens of reply
-
-    def require_valid(self, key: str) -> None:
-        """Raises InputError, naming the setting below `key`, if one has a value that is not allowed."""
-        hidden: Any = _NotShown()
-        address = r"https?://[^\s/?#@]+(/[^\s?#@]*)?"
-        allowed = "http:// or https://, a host and a path, without a name, a password or a query"
-        shown = hidden if re.search(r"[@?#]", self.base_url) else self.base_url
-        _require(re.fullmatch(address, self.base_url) is not None, f"{key}.base_url", shown, allowed)
-        _require(bool(self.model.strip()), f"{key}.model", self.model, "the server's name for the model")
-        name = self.api_key_env is None or re.fullmatch(r"[A-Z_][A-Z0-9_]*", self.api_key_env) is not None
-        allowed = "the name of an environment variable in capitals, such as OPENAI_API_KEY, never the key itself"
-        _require(name, f"{key}.api_key_env", hidden, allowed)
-        good = self.temperature is None or self.temperature >= 0
-        _require(good, f"{key}.temperature", self.temperature, "0 or more, or null")
-        for name in ("max_tokens", "concurrency"):
-            _require(getattr(self, name) >= 1, f"{key}.{name}", getattr(self, name), "1 or more")
-        _require(self.timeout > 0, f"{key}.timeout", self.timeout, "above 0")
-        for name in ("price_in", "price_out"):
-            value = getattr(self, name)
-            _require(value is None or value >= 0, f"{key}.{name}", value, "0 or more, or null")
+        require(self.dtype in DTYPES, "export.dtype", self.dtype, ", ".join(DTYPES))
 
 
 @dataclass(frozen=True)
@@ -439,13 +391,13 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self):
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2**32 - 1")
         allowed = "one or more of " + ", ".join(METHODS)
-        _require(bool(self.methods) and set(self.methods) <= set(METHODS), "methods", self.methods, allowed)
-        _require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
+        require(bool(self.methods) and set(self.methods) <= set(METHODS), "methods", self.methods, allowed)
+        require(len(set(self.methods)) == len(self.methods), "methods", self.methods, "each method once")
         changed = "repair" not in self.methods or self.train.student_init is not None
-        _require(changed, "methods", self.methods, "repair with train.student_init, the model to repair, only")
-        _require(
+        require(changed, "methods", self.methods, "repair with train.student_init, the model to repair, only")
+        require(
             self.refine_max_new_tokens <= self.data.max_answer_tokens,
             "refine.max_new_tokens",
             self.refine.max_new_tokens,
@@ -453,7 +405,7 @@ class Config:
         )
         for name, endpoint in self.endpoints.items():
             taken = name in (STUDENT, *PROGRAMS) or not re.fullmatch(r"[A-Za-z][\w-]*", name)
-            _require(not taken, f"endpoints.{name}", name, "a name of letters, digits, _ and - that no role has")
+            require(not taken, f"endpoints.{name}", name, "a name of letters, digits, _ and - that no role has")
             endpoint.require_valid(f"endpoints.{name}")
         self._require_roles()
 
@@ -463,10 +415,10 @@ class Config:
         allowed = f"{STUDENT}, a name of endpoints ({names}), a model's source (hf://, package:// or a path with a /)"
         for key in ("rewriter", "fuser"):
             role = getattr(refine, key)
-            _require(self._is_model(role), f"refine.{key}", role, allowed)
+            require(self._is_model(role), f"refine.{key}", role, allowed)
         known = all(role in PROGRAMS or self._is_model(role) for role in refine.judges)
         distinct = len(set(refine.judges)) == len(refine.judges)
-        _require(
+        require(
             bool(refine.judges) and known and distinct,
             "refine.judges",
             refine.judges,
@@ -475,7 +427,7 @@ class Config:
 
         others = [role for role in self.evaluate.judges if role not in ANSWER_PROGRAMS and not self._is_model(role)]
         distinct = len(set(self.evaluate.judges)) == len(self.evaluate.judges)
-        _require(
+        require(
             not others and distinct,
             "evaluate.judges",
             self.evaluate.judges,

@@ -10,7 +10,7 @@ import tokenize
 from typing import Any
 from unittest import mock
 
-from raft_jax import config
+from raft_jax import config, endpoint_config
 from raft_jax.config import Config, DataConfig, EndpointConfig, ModelConfig
 
 HEAD = """\
@@ -108,13 +108,13 @@ def comments_of(group: type) -> dict[str, str]:
 
 
 def allowed_values() -> dict[str, str]:
-    """The allowed values of each key. Found by running the checks of config.py and recording their arguments."""
+    """The allowed values of each key, found by running the checks and recording their arguments."""
     found: dict[str, str] = {}
 
     def record(condition: bool, key: str, value: Any, allowed: str) -> None:
         found[key] = f"{found[key]}; {allowed}" if key in found else allowed
 
-    with mock.patch.object(config, "_require", record):
+    with mock.patch.object(config, "require", record), mock.patch.object(endpoint_config, "require", record):
         endpoints = {"NAME": EndpointConfig(base_url="", model="")}
         Config(run_dir="", model=ModelConfig(source=""), data=DataConfig(path=""), endpoints=endpoints)
     return found

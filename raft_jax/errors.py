@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 
 class InputError(ValueError):
@@ -10,6 +11,12 @@ class InputError(ValueError):
 
     The message is one line: what was given, where, and what to do. The command line prints it and exits with code 2.
     """
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raises InputError with a setting's key, its value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise InputError(f"config: {key} is {value!r}; allowed: {allowed}")
 
 
 class MissingExtra(InputError, ImportError):

@@ -32,6 +32,7 @@ from raft_jax.run_folder import RunFolder
 from raft_jax.sources import require_source, resolve
 from raft_jax.student_init import require_student_init
 from raft_jax.terminal import one_line, visible
+from raft_jax.trackers import require_trackers
 
 
 def require_sources(config: Config) -> None:
@@ -53,7 +54,8 @@ def require_pruned(folder: RunFolder, method: Method, is_current: bool = True) -
 
 
 def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> None:
-    """Raises InputError if the rows do not fill a batch, a row is too long, or the batch size does not divide.
+    """Raises InputError if the rows do not fill a batch, a row is too long, or the batch size does not divide; or a
+    tracker's package is missing.
 
     It must divide by `parts` (shards) times the number of micro-batches. A row has its gold answer or, for methods that
     train on refined answers, the longest that refinement may write.
@@ -66,6 +68,7 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
             f"train.batch_size {size} in {count} micro-batch(es) does not divide over mesh data×fsdp = {parts}; "
             "change train.batch_size, train.num_micro_batches or the mesh"
         )
+    require_trackers(data.config.train.trackers)
     for method in methods:
         if method.pruned_from is not None:
             continue

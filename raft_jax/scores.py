@@ -77,12 +77,20 @@ class DomainScores:
 
 @dataclass(frozen=True)
 class GeneralScores:
-    """Scores on the general prompts; `cut` is the number of answers truncated at the limit of length."""
+    """Scores on the general prompts.
+
+    Attributes:
+      cut: number of answers truncated at the limit of length.
+      accepted: share of the answers to open prompts, those without a check, that a majority of the judges accepts.
+      agreement: Krippendorff's alpha of these verdicts; None if it is undefined.
+    """
 
     divergence: Estimate
     accuracy: Estimate
     cut: int = 0
     writing: Writing = Writing()
+    accepted: Estimate = Estimate()
+    agreement: float | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,12 @@ class DomainAnswer:
 
 @dataclass(frozen=True)
 class GeneralAnswer:
-    """A greedy answer to a general prompt; `correct` is None if it cannot be checked automatically."""
+    """A greedy answer to a general prompt.
+
+    Attributes:
+      correct: None if it cannot be checked automatically.
+      judges, reasons, accepted: of an answer to an open prompt, as in DomainAnswer.
+    """
 
     id: str
     category: str
@@ -138,6 +151,9 @@ class GeneralAnswer:
     correct: bool | None
     divergence: float
     cut: bool = False
+    judges: dict[str, float | None] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    accepted: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ WITHOUT_EFFECT = (
     "train.keep_checkpoints",
     "train.keep_finished",
     "train.profile_steps",
+    "train.trackers",
     "evaluate.batch_size",
     # Verdicts and tasks are recorded by what they depend on, and added to the scores at every start.
     "evaluate.judges",

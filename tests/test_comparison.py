@@ -61,7 +61,7 @@ def command(start):
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def here():
     """The command in this process, which saves the start of another one."""
 
     def run(*arguments: object) -> str:
@@ -71,8 +71,7 @@ def here(tmp_path_factory):
         assert code == 0, printed.getvalue()
         return printed.getvalue()
 
-    with tiny.compile_cache(tmp_path_factory.mktemp("compiled")):
-        yield run
+    return run
 
 
 @pytest.fixture(scope="module")

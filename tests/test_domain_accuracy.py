@@ -167,9 +167,9 @@ def verdict(score: float):
 
 
 def judge_by_words(body, count):
-    """Accepts candidates of an even length; the reference may come first or second."""
+    """Accepts candidates of an even length; the reference may come first or second, or there is none."""
     text = body["messages"][-1]["content"]
-    candidate = re.search(r"Candidate answer:\n(.*?)(\n\nReference answer:|\Z)", text, re.DOTALL)[1]
+    candidate = re.search(r"(?:Candidate answer|\n\nAnswer):\n(.*?)(\n\nReference answer:|\Z)", text, re.DOTALL)[1]
     return verdict(0.9 if len(candidate) % 2 == 0 else 0.1)
 
 
@@ -187,7 +187,17 @@ def test_judges_vote_and_are_asked_once(folder, capsys):
         judged = base(folder)
         answered = [answer for answer in judged["answers"] if answer["answer"]]
         # Equal answers to equal questions are one request; these are all different questions.
-        assert len(first.asked) == len(second.asked) == len(answered) == 4
+        assert len(answered) == 4
+        # And the one general prompt without a check, whose answer is judged by itself.
+        assert len(first.asked) == len(second.asked) == 5
+        (asked,) = [body for body in second.asked if "Tell me of the sea." in str(body["messages"])]
+        assert "eference" not in str(asked["messages"])
+        general = {answer["id"]: answer for answer in judged["general_answers"]}
+        kind = 0.9 if len(general["g2"]["answer"]) % 2 == 0 else 0.1
+        assert general["g2"]["judges"] == {"one": kind, "two": 0.9}
+        assert general["g2"]["accepted"] == (kind == 0.9)
+        assert not general["g1"]["judges"] and general["g1"]["accepted"] is None
+        assert judged["general"]["accepted"] == {"mean": float(kind == 0.9), "stderr": None, "count": 1}
         for answer in answered:
             expected = {"one": 0.9 if len(answer["answer"]) % 2 == 0 else 0.1, "two": 0.9}
             assert {name: answer["judges"][name] for name in expected} == expected
@@ -208,17 +218,17 @@ def test_judges_vote_and_are_asked_once(folder, capsys):
         assert main(["evaluate", config, *settings]) == 0
         assert evaluation.stat().st_mtime_ns == written
         assert main(["evaluate", config, *settings, "evaluate.judges=[two,one]", "evaluate.accept=0.05"]) == 0
-        assert all(answer["accepted"] for answer in base(folder)["answers"]) and len(first.asked) == 4
+        assert all(answer["accepted"] for answer in base(folder)["answers"]) and len(first.asked) == 5
         # Without its record, as where the process was killed, an answer is judged again, and only that.
         ledger = folder / "run/evaluation/verdicts.jsonl"
         records = lines(ledger)
         lost = next(record for record in records if record["key"].split("#")[1] == "one")
         tiny.write_jsonl(ledger, [record for record in records if record is not lost])
         assert main(["evaluate", config, *settings]) == 0
-        assert (len(first.asked), len(second.asked)) == (5, 4) and first.asked[-1] in first.asked[:-1]
+        assert (len(first.asked), len(second.asked)) == (6, 5) and first.asked[-1] in first.asked[:-1]
         assert base(folder) == judged
     (line,) = [line for line in lines(folder / "run/timings.jsonl") if line["stage"] == "judge"]
-    assert line["tokens"] == 8 * 5
+    assert line["tokens"] == 10 * 5
 
 
 def test_a_judge_that_does_not_answer_is_asked_by_the_next_evaluation(folder, capsys):
@@ -240,7 +250,7 @@ def test_a_judge_that_does_not_answer_is_asked_by_the_next_evaluation(folder, ca
         missing = sum(answer["accepted"] is None for answer in base(folder)["answers"])
         assert 0 < missing < 4 and f"{missing} answer(s) without a verdict; `raft-jax evaluate` asks again" in output
         assert base(folder)["domain"]["accepted"] == {"mean": 1.0, "stderr": 0.0, "count": 4 - missing}
-        assert "No judge scored" in output
+        assert "No judge scored" in " ".join(output.split())
         asked, silent["on"] = len(server.asked), False
         assert main(["evaluate", config, *settings]) == 0
         assert len(server.asked) == asked + missing and base(folder)["domain"]["accepted"]["count"] == 4

@@ -267,3 +267,13 @@ def test_the_packaged_general_prompts_are_enough_and_checkable():
     assert len(prompts) >= 40 and len({prompt.id for prompt in prompts}) == len(prompts)
     assert sum(prompt.check is not None for prompt in prompts) >= 20
     jax.tree.map(lambda prompt: is_correct(prompt.check, ""), prompts)
+
+
+def test_questions_of_mt_bench_are_general_prompts(tmp_path):
+    rows = [{"question_id": 81, "category": "writing", "turns": ["Write a post.", "Now shorter."], "reference": []}]
+    tiny.write_jsonl(tmp_path / "questions.jsonl", rows)
+    (prompt,) = load_general_prompts(str(tmp_path / "questions.jsonl"))
+    assert prompt == GeneralPrompt("81", "writing", "Write a post.")
+    tiny.write_jsonl(tmp_path / "questions.jsonl", [{"question_id": 82, "category": "writing", "turns": []}])
+    with pytest.raises(InputError, match="prompt must be text"):
+        load_general_prompts(str(tmp_path / "questions.jsonl"))

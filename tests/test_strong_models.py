@@ -322,7 +322,13 @@ def test_a_prompt_that_cannot_be_used_is_one_line(run, tmp_path, capsys, name, t
 
 def test_copied_prompts_are_not_replaced(tmp_path, capsys):
     assert main(["prompts", "--copy", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["fuse.txt", "judge.txt", "rewrite.txt", "teacher.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "fuse.txt",
+        "judge.txt",
+        "judge_open.txt",
+        "rewrite.txt",
+        "teacher.txt",
+    ]
     assert main(["prompts", "--copy", str(tmp_path)]) == 2 and "is there already" in capsys.readouterr().err
     assert main(["prompts"]) == 0 and "Rewrite the input text" in capsys.readouterr().out
     assert main(["prompts", str(tmp_path)]) == 2

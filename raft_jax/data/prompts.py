@@ -93,6 +93,13 @@ class Prompts:
         system, user = self._rendered("judge", question=_whole(question, context), texts=texts)
         return _ask(user, [("system", system)] if system else [])
 
+    def judge_open(
+        self, question: str, context: str, answer: str, candidate: str, candidate_first: bool = False
+    ) -> Conversation:
+        """Asks a model to score a candidate by itself, as an answer to a general question; takes what `judge` takes."""
+        system, user = self._rendered("judge_open", question=_whole(question, context), answer=candidate)
+        return _ask(user, [("system", system)] if system else [])
+
     def _task(self, name: str, turns: Turns, **values: str) -> Conversation:
         """A task about a text, in the conversation of the question. The text of an existing system turn comes first."""
         own = "\n\n".join(content for role, content in turns if role == "system")
@@ -113,13 +120,14 @@ PLACEHOLDERS = {
     "rewrite": (("answer",), ("question", "system")),
     "fuse": (("answer", "rewrite"), ("question", "system")),
     "judge": (("texts",), ("question",)),
+    "judge_open": (("answer", "question"), ()),
     "teacher": (("answer", "question"), ()),
 }
 PROMPT_FILES = Path(__file__).parents[1] / "prompts"
 
 
 def load_prompts(folder: str | None = None) -> Prompts:
-    """The prompts in a folder: rewrite.txt, fuse.txt, judge.txt and teacher.txt; those it lacks are the package's own.
+    """The prompts in a folder, NAME.txt for each name in `PLACEHOLDERS`; those it lacks are the package's own.
 
     Raises:
       InputError: there is no such folder, none of the files is in it, or one is no template, lacks a placeholder or has

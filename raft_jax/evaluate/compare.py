@@ -62,7 +62,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
         values = parse_json(str(path), line.rstrip("\n"), number)
         require_whole_characters(json.dumps(values, ensure_ascii=False), f"{path}:{number}", "the prompt or its check")
         try:
-            prompts.append(GeneralPrompt(**values))
+            prompts.append(GeneralPrompt(**_as_ours(values)))
         except (ValueError, TypeError) as error:
             raise InputError(
                 f"{path}:{number}: not a general prompt ({one_line(error, 200)}); a line has id, category, prompt "
@@ -73,6 +73,15 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
     if not prompts:
         raise InputError(f"{path}: no prompts in it")
     return prompts
+
+
+def _as_ours(values: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a general prompt, also of a line of MT-Bench's questions, whose first turn is asked."""
+    if "question_id" not in values:
+        return values
+    turns = values.get("turns")
+    prompt = turns[0] if isinstance(turns, list) and turns else None
+    return {"id": str(values["question_id"]), "category": values.get("category"), "prompt": prompt}
 
 
 class Evaluator:

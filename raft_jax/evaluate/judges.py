@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import jax
 
@@ -16,15 +17,17 @@ from raft_jax.models import Model
 from raft_jax.models.encoder import Encoder
 from raft_jax.refine.chat import Chat
 from raft_jax.refine.endpoint import Endpoint, key_of
+from raft_jax.refine.generate import RefineItem
 from raft_jax.refine.judge import CoverageJudge, Judge, SimilarityJudge
 from raft_jax.refine.ledger import Ledger
 from raft_jax.refine.llm_judge import LLMJudge
 from raft_jax.refine.roles import LocalModel, load_local, local_judge, require_endpoint
 from raft_jax.refine.run import item_of
 from raft_jax.refine.scoring import scores_of
-from raft_jax.scores import DomainAnswer, Estimate, ModelScores
+from raft_jax.scores import DomainAnswer, Estimate, GeneralAnswer, ModelScores
 from raft_jax.sources import require_source
 
+Answer = TypeVar("Answer", DomainAnswer, GeneralAnswer)
 STREAM = 3  # of the random numbers of judges on this machine; the refinement has 0 to 2
 
 
@@ -54,13 +57,19 @@ class Judges:
         self.config, self.ledger, self.mesh = config, ledger, mesh
         self._base, self._encoder = base, encoder
         self._endpoints: list[Endpoint] = []
-        self.judges = [self._judge(role) for role in config.evaluate.judges]
+        prompts, roles = load_prompts(config.refine.prompts), config.evaluate.judges
+        chats = {role: self._chat(role) for role in roles if role not in ANSWER_PROGRAMS}
 
-    def _judge(self, role: str) -> Judge:
-        if role in ANSWER_PROGRAMS:
-            return SimilarityJudge(self._encoder()) if role == "similarity" else CoverageJudge()
-        prompts = load_prompts(self.config.refine.prompts)
-        return LLMJudge(self._chat(role), prompts.judge, seed=self.config.seed, prompt_hash=prompts.digest("judge"))
+        def asked(role: str, prompt: Callable, name: str) -> LLMJudge:
+            return LLMJudge(chats[role], prompt, seed=config.seed, prompt_hash=prompts.digest(name))
+
+        self.judges: list[Judge] = [
+            asked(role, prompts.judge, "judge") if role in chats else self._program(role) for role in roles
+        ]
+        self.open_judges: list[Judge] = [asked(role, prompts.judge_open, "judge_open") for role in chats]
+
+    def _program(self, role: str) -> Judge:
+        return SimilarityJudge(self._encoder()) if role == "similarity" else CoverageJudge()
 
     def _chat(self, role: str) -> Chat:
         given = self.config.model
@@ -83,26 +92,43 @@ class Judges:
     def judged(self, name: str, scores: ModelScores, questions: Sequence[Example]) -> ModelScores:
         """The scores of a model with the judges' verdicts on its answers; earlier verdicts in them are replaced.
 
+        Answers to open general prompts are judged by the judges that are models, without a reference.
+
         Args:
           name: the model's, for the progress lines; judges are not told it.
           scores: with its answers.
           questions: with what the answers were given to.
         """
-        by_id = {question.id: question for question in questions}
-        answers = [answer for answer in scores.answers if answer.id in by_id]
-        items = [item_of(by_id[answer.id]) for answer in answers]
-        texts = {index: answer.answer for index, answer in enumerate(answers) if answer.answer.strip()}
-        found = scores_of(self.judges, items, texts, f"answers of {name}", self.ledger) if texts else {}
-        empty = dict.fromkeys((judge.name for judge in self.judges), 0.0)  # an empty answer answers nothing
-        judged = {
-            answer.id: replace(
-                answer,
-                judges=found[index].scores if index in found else dict(empty),
-                reasons=found[index].reasons if index in found else {},
-            )
-            for index, answer in enumerate(answers)
+        items = {question.id: item_of(question) for question in questions}
+        answers = self._judged(self.judges, scores.answers, items, f"answers of {name}")
+        scores = with_verdicts(scores, answers, self.config)
+        if not self.open_judges:
+            return scores
+        prompts = {
+            answer.id: RefineItem(answer.id, answer.prompt, "")
+            for answer in scores.general_answers
+            if answer.correct is None
         }
-        return with_verdicts(scores, [judged.get(answer.id, answer) for answer in scores.answers], self.config)
+        general = self._judged(self.open_judges, scores.general_answers, prompts, f"general answers of {name}")
+        return with_open_verdicts(scores, general, self.config)
+
+    def _judged(
+        self, judges: Sequence[Judge], answers: Sequence[Answer], items: Mapping[str, RefineItem], title: str
+    ) -> list[Answer]:
+        """Answers with the scores of judges, where there is an item for them; an empty one answers nothing."""
+        judged = [answer for answer in answers if answer.id in items]
+        texts = {index: answer.answer for index, answer in enumerate(judged) if answer.answer.strip()}
+        found = scores_of(judges, [items[one.id] for one in judged], texts, title, self.ledger) if texts else {}
+        by_id = {answer.id: found.get(index) for index, answer in enumerate(judged)}
+        empty = dict.fromkeys((judge.name for judge in judges), 0.0)
+        return [
+            answer
+            if answer.id not in by_id
+            else replace(answer, judges=dict(empty), reasons={})
+            if (given := by_id[answer.id]) is None
+            else replace(answer, judges=given.scores, reasons=given.reasons)
+            for answer in answers
+        ]
 
     def close(self) -> None:
         """Ends the connections to servers."""
@@ -112,6 +138,19 @@ class Judges:
 
 def with_verdicts(scores: ModelScores, answers: Sequence[DomainAnswer], config: Config) -> ModelScores:
     """Scores with judged answers: whether each is accepted, the share of those that are, and the judges' agreement."""
+    answers, accepted, agreement = _verdicts(answers, config)
+    return replace(scores, domain=replace(scores.domain, accepted=accepted, agreement=agreement), answers=answers)
+
+
+def with_open_verdicts(scores: ModelScores, answers: Sequence[GeneralAnswer], config: Config) -> ModelScores:
+    """The same for answers to general prompts."""
+    answers, accepted, agreement = _verdicts(answers, config)
+    general = replace(scores.general, accepted=accepted, agreement=agreement)
+    return replace(scores, general=general, general_answers=answers)
+
+
+def _verdicts(answers: Sequence[Answer], config: Config) -> tuple[list[Answer], Estimate, float | None]:
+    """Answers with the majority's verdicts, the share that is accepted, and the judges' agreement."""
     accept, names = config.evaluate.accept, config.evaluate.judges
     answers = [replace(answer, accepted=majority(answer.judges.values(), accept)) for answer in answers]
     verdicts = [
@@ -119,8 +158,7 @@ def with_verdicts(scores: ModelScores, answers: Sequence[DomainAnswer], config: 
         for name in dict.fromkeys(name for answer in answers for name in answer.judges)
     ]
     agreement = krippendorff_alpha(verdicts) if len(names) > 1 else None
-    accepted = Estimate.of([answer.accepted for answer in answers if answer.accepted is not None])
-    return replace(scores, domain=replace(scores.domain, accepted=accepted, agreement=agreement), answers=answers)
+    return answers, Estimate.of([answer.accepted for answer in answers if answer.accepted is not None]), agreement
 
 
 def require_judges(config: Config) -> Iterator[str]:

@@ -25,7 +25,7 @@ from raft_jax.evaluate.statistics import (
 from raft_jax.files import is_there, read_text
 from raft_jax.grid import FOLDER, SEED, read_record
 from raft_jax.report.folder import RunRecords, label, read_run
-from raft_jax.report.verdict import ACCURACY, DIVERGENCE, DOMAIN, Measure, scores_of
+from raft_jax.report.verdict import ACCURACY, DIVERGENCE, DOMAIN, OPEN, Measure, scores_of
 from raft_jax.run_folder import RunFolder
 from raft_jax.scores import ModelScores
 from raft_jax.settings_text import flat
@@ -197,7 +197,7 @@ class Yardstick:
 
 def yardsticks(comparison: Comparison) -> list[Yardstick]:
     """Every pair of a domain and a general measure that all models have scores of."""
-    pairs = [(domain, general) for domain in DOMAIN for general in (DIVERGENCE, ACCURACY)]
+    pairs = [(domain, general) for domain in DOMAIN for general in (DIVERGENCE, ACCURACY, OPEN)]
     found = (_yardstick(comparison, *pair) for pair in pairs)
     return [yardstick for yardstick in found if yardstick is not None]
 

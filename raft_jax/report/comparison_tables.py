@@ -23,7 +23,7 @@ from raft_jax.report.comparison import (
 )
 from raft_jax.report.folder import label
 from raft_jax.report.summary import MISSING, Table, number, print_table, visible_text
-from raft_jax.report.verdict import ACCURACY, DIVERGENCE, DOMAIN, Measure, scores_of
+from raft_jax.report.verdict import ACCURACY, DIVERGENCE, DOMAIN, OPEN, Measure, scores_of
 from raft_jax.scores import ModelScores
 
 if TYPE_CHECKING:
@@ -131,10 +131,15 @@ SCORES: tuple[tuple[str, Callable[[ModelScores], float | None], int], ...] = (
     ("divergence", lambda model: model.general.divergence.mean, 4),
     ("domain divergence", lambda model: model.domain.divergence.mean, 4),
     ("general accuracy", lambda model: model.general.accuracy.mean, 3),
+    ("open prompts accepted", lambda model: model.general.accepted.mean, 3),
     ("weight distance", lambda model: model.weight_distance.mean, 4),
     ("answers that end", lambda model: model.domain.writing.ended.mean, 2),
 )
-KEPT = "general accuracy"  # what retention and change are of, with the tasks
+# What retention and change are of, with the tasks.
+KEPT: dict[str, Callable[[ModelScores], float | None]] = {
+    "general accuracy": lambda model: model.general.accuracy.mean,
+    "open prompts accepted": lambda model: model.general.accepted.mean,
+}
 
 
 def best_table(comparison: Comparison) -> Table:
@@ -162,7 +167,8 @@ def best_table(comparison: Comparison) -> Table:
         rows=tuple(rows),
         methods=tuple(models),
         note=f"The value of {comparison.over} is {how}. Means over the seeds ± their standard deviation. Retention: "
-        "mean ratio of general accuracy and tasks to the base model's; against SFT: mean relative change of the same "
+        "mean ratio of general accuracy, accepted answers and tasks to the base model's; against SFT: mean relative "
+        "change of the same "
         "(the paper's App. G). Time and memory are those of one training.",
     )
 
@@ -193,10 +199,11 @@ def _task(model: ModelScores, task: str) -> float | None:
 
 
 def _kept(models: Sequence[ModelScores]) -> dict[str, float]:
-    """General accuracy and each task's first metric, mean over seeds."""
+    """The scores of `KEPT` and each task's first metric, mean over seeds."""
     names = dict.fromkeys(task for model in models for task in model.tasks)
     found = {task: [value for model in models if (value := _task(model, task)) is not None] for task in names}
-    found[KEPT] = [value for model in models if (value := model.general.accuracy.mean) is not None]
+    for name, read in KEPT.items():
+        found[name] = [value for model in models if (value := read(model)) is not None]
     return {name: fmean(values) for name, values in found.items() if values}
 
 
@@ -245,7 +252,7 @@ def _at_time(comparison: Comparison, one: Best, seconds: float | None) -> float 
 def points_table(comparison: Comparison, found: Sequence[Yardstick]) -> Table:
     """Every method at every value, mean over seeds."""
     used = {measure for one in found for measure in (one.domain, one.general)}
-    measures = [measure for measure in (*DOMAIN, DIVERGENCE, ACCURACY) if measure in used]
+    measures = [measure for measure in (*DOMAIN, DIVERGENCE, ACCURACY, OPEN) if measure in used]
     rows, methods = [], []
     for name in comparison.methods:
         for value, by_seed in comparison.of(name).items():

@@ -23,6 +23,11 @@ COLUMNS: tuple[Column, ...] = (
         "Krippendorff's alpha of their verdicts (1: they always agree, 0: as by chance)",
     ),
     (
+        "open prompts accepted",
+        lambda model: estimate(model.general.accepted),
+        "share of the general prompts without a check whose answer a majority of the judges that are models accepts",
+    ),
+    (
         "checks passed",
         lambda model: estimate(model.domain.checked),
         "share of the answers with a check that pass it",

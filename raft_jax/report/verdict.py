@@ -32,6 +32,7 @@ DOMAIN = (
     Measure("answers", "similarity", "similarity to the gold answers"),
 )
 DIVERGENCE = Measure("general_answers", "divergence", "divergence from the base model", " nats per token", digits=4)
+OPEN = Measure("general_answers", "accepted", "accepted answers", " percentage points", digits=1, scale=100.0)
 ACCURACY = Measure("general_answers", "correct", "accuracy", " percentage points", digits=1, scale=100.0)
 
 

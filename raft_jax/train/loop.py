@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.run_folder import MethodFolder
 from raft_jax.sharding import any_process, is_writer, length_multiple, make_any_process_late, num_shards, to_host
+from raft_jax.trackers import Trackers
 from raft_jax.train.best import SCORE, BestStep
 from raft_jax.train.compiled import CompiledFunction
 from raft_jax.train.profile import Profile
@@ -155,10 +156,12 @@ class _Steps:
         mesh, any_asked_to_stop = self.programs.mesh, make_any_process_late(self.programs.mesh)
         # A stop is deferred: the loop saves before it stops.
         shown, deferred = progress(title, num_steps, "steps", done), interrupt.deferred()
-        with jax.set_mesh(mesh), deferred, shown as bar, log, profile:
+        trackers = Trackers(self.settings.trackers if is_writer() else (), self.files.path, asdict(self.settings))
+        with jax.set_mesh(mesh), deferred, shown as bar, log, trackers, profile:
 
             def on_line(line):
                 bar.advance(note=_note(line))
+                trackers.log(line)
                 _warn(self.files, line["step"], self.watch.add(line))
 
             metrics = StepMetrics(log, throughput, self.files.path, on_line)
