@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 import optax
 
 from raft_jax import interrupt
@@ -120,7 +121,7 @@ class _Data:
     """What steps are computed from besides the state."""
 
     batches: Batches
-    rates: Sequence[float]  # the learning rate of each step of the run
+    rates: np.ndarray  # the learning rate of each step of the run
     rollout_key: jax.Array
     teacher_params: Mapping[str, jax.Array]
 
