@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jaxlib import version
+from quick import used_jit
 
 from raft_jax.losses import (
     TiedEmbedding,
@@ -42,7 +43,7 @@ def compiled(time, batch=8, tied=False, sharding=None, at_once=False, **settings
     hidden, unembedding = shape(batch, time, D), shape(*(V, D) if tied else (D, V))
     labels, mask = shape(batch, time, dtype=jnp.int32), shape(batch, time, dtype=jnp.bool_)
     arguments = hidden, hidden, unembedding, hidden, unembedding, labels, mask, shape(dtype=jnp.float32)
-    return jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
+    return used_jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*arguments).compile()
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
