@@ -138,7 +138,7 @@ def test_a_part_that_fails_crashes_or_hangs_stops_no_other(tmp_path):
     out = tmp_path / "out"
     extra = [
         f"{name}:{limit}:fakes:{name}"
-        for name, limit in (("breaks", 300), ("crashes", 300), ("hangs", 30), ("works", 300))
+        for name, limit in (("breaks", 300), ("crashes", 300), ("hangs", 20), ("works", 300))
     ]
     done = run(
         "session.py", "--parts", "", "--out", out, *(f"--extra={part}" for part in extra), PYTHONPATH=str(tmp_path)
@@ -156,7 +156,7 @@ def test_a_part_that_fails_crashes_or_hangs_stops_no_other(tmp_path):
     assert "Traceback" in parts["breaks"]["output_tail"]
     assert parts["crashes"]["exit"] == 7 and "last words" in parts["crashes"]["output_tail"]
     assert parts["hangs"]["results"] == {"before": {"value": 3}} and "still here" in parts["hangs"]["output_tail"]
-    assert parts["hangs"]["limit"] == 30 and "30 s" in parts["hangs"]["why"]
+    assert parts["hangs"]["limit"] == 20 and "20 s" in parts["hangs"]["why"]
 
 
 def test_when_the_time_is_spent_the_rest_is_recorded_as_not_run(tmp_path):
