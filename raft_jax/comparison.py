@@ -55,8 +55,19 @@ def _left(began: float, done: int, number: int, grid: Grid) -> str:
     """How long the cells from this one on will take, if cells of this call tell."""
     if not done:
         return ""
-    minutes = (time.monotonic() - began) / done * (len(grid.cells) - number + 1) / 60
-    return f", about {minutes / 60:.1f} h left" if minutes > 90 else f", about {minutes:.0f} min left"
+    return f", about {duration((time.monotonic() - began) / done * (len(grid.cells) - number + 1))} left"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to two digits.
+
+    Example:
+      >>> duration(50), duration(600), duration(9000)
+      ('50 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _run_cell(cell: Cell, shared: Run) -> bool:
@@ -146,19 +157,19 @@ def dry_run(grid: Grid) -> Iterator[str]:
             each = median(known) if known else measured(run, method)
             steps = [num_steps(cell.config, num_rows) for cell, name in left if name == method.name]
             seconds += sum(steps) * each
-            hours = sum(steps) * each / 3600
-            yield f"{method.name}: {sum(steps)} steps in {len(steps)} runs, {each:.2f} s each, {hours:.2f} h"
+            took = duration(sum(steps) * each)
+            yield f"{method.name}: {sum(steps)} steps in {len(steps)} runs, {each:.2f} s each, {took}"
         model_bytes = sum(math.prod(value.shape) for value in run.model.params.values()) * BYTES[config.export.dtype]
     if evaluation := folder.timing("evaluate", "base").seconds:
         seconds += evaluation * len(left)
-        yield f"evaluation: {evaluation:.0f} s a model, as of the base model, {evaluation * len(left) / 3600:.2f} h"
+        yield f"evaluation: {evaluation:.0f} s a model, as of the base model, {duration(evaluation * len(left))}"
     else:
         yield "evaluation: measured on the base model first, which has no scores yet; not in the sum"
     if any_refines(config.methods) and not is_there(folder.refined_jsonl):
         yield "refinement: not done yet and not in the sum; `raft-jax refine CONFIG --preview 8` tells what it takes"
     kept = len(left) if config.compare.keep_models else len(methods)
     hint = "; compare.keep_models=false keeps those of one run at a time" if config.compare.keep_models else ""
-    yield f"in all {seconds / 3600:.1f} h and {kept * model_bytes / 1e9:.1f} GB of models{hint}"
+    yield f"in all {duration(seconds)} and {kept * model_bytes / 1e9:.1f} GB of models{hint}"
 
 
 def _missing(cell: Cell) -> Iterator[str]:

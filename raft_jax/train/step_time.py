@@ -12,6 +12,7 @@ from raft_jax.config import TrainConfig
 from raft_jax.data.batches import TokenRow
 from raft_jax.methods import Method
 from raft_jax.models import Model
+from raft_jax.progress import progress
 from raft_jax.sharding import num_shards, put_batch
 from raft_jax.train.loop import first_state, jit_train_step, make_batches, optimizer_of
 from raft_jax.train.rollout import SampleRollout
@@ -36,13 +37,14 @@ def step_seconds(
         sample = SampleRollout(student, settings, shards) if method.distils else None
         train_step = jit_train_step(student, optimizer, method, settings)
         seconds = []
-        for step in range(steps + 1):
-            began = time.perf_counter()
-            batch = put_batch(batches.at(step), mesh)
-            if sample is not None:
-                rollout = sample(state.params, model.params, batch, jax.random.key(step), meanwhile=lambda: None)
-                batch = batch._replace(rollout=rollout)
-            state, metrics = train_step(state, model.params, batch)
-            jax.block_until_ready(metrics)
-            seconds.append(time.perf_counter() - began)
+        with progress(f"measure {method.name}", steps + 1, "steps") as bar:
+            for step in range(steps + 1):
+                began = time.perf_counter()
+                batch = put_batch(batches.at(step), mesh)
+                if sample is not None:
+                    batch = batch._replace(rollout=sample(state.params, model.params, batch, jax.random.key(step)))
+                state, metrics = train_step(state, model.params, batch)
+                jax.block_until_ready(metrics)
+                seconds.append(time.perf_counter() - began)
+                bar.advance()
     return median(seconds[1:])
