@@ -273,7 +273,9 @@ def finding(standing: Standing, yardstick: Yardstick, reference: str) -> str:
     if standing.difference is None:
         return f"{other} gains nothing in {yardstick.domain.name}: there is no equal quality to compare at"
     if standing.general is not None and math.isnan(standing.general):
-        return f"{name} does not reach this {yardstick.domain.name} at any value tried"
+        return (
+            f"{name} does not reach this {yardstick.domain.name} at any value tried (add others, or lower compare.gain)"
+        )
     (estimate, low, high), reached = standing.difference
     interval = _interval(general, low, high)
     if reached < FEWEST_REACHED:
