@@ -196,9 +196,7 @@ def _stage(args) -> int:
         if args.preview is not None:
             return 0
         run.report()
-        # A log has no width; rich would assume 80 columns and wrap the table's lines.
-        width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
-        print_summary(folder.path, _console(width=width), TABLES.get(args.stage))
+        print_summary(folder.path, _console_for_tables(), TABLES.get(args.stage))
         print(f"{folder}: {folder.num_bytes() / 1e9:.2f} GB on the disk")
     return 0
 
@@ -219,8 +217,7 @@ def _compare(args) -> int:
                 print(visible(line), flush=True)
             return 0
         compare(grid)
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH
-    print_comparison(Path(grid.config.run_dir).expanduser(), _console(width=width))
+    print_comparison(Path(grid.config.run_dir).expanduser(), _console_for_tables())
     return 0
 
 
@@ -257,6 +254,11 @@ def _check(args) -> int:
     console = _console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     check(load_config(args.config, args.words), console)
     return 0
+
+
+def _console_for_tables():
+    # A log has no width; rich would assume 80 columns and wrap the table's lines.
+    return _console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else LOG_WIDTH)
 
 
 def _console(**settings):

@@ -72,9 +72,9 @@ def duration(seconds: float) -> str:
 
 def _run_cell(cell: Cell, shared: Run) -> bool:
     """Runs the stages of one cell; returns whether anything had to be trained."""
-    start_with(cell, shared.folder)
+    _start_with(cell, shared.folder)
     with open_run_folder(cell.config) as folder:
-        give(shared, folder, cell)
+        _give(shared, folder, cell)
         run = Run(cell.config, folder, like=shared)
         trained = any(_missing(cell))
         for method in run.methods:
@@ -96,7 +96,7 @@ def _record_divergence(folder: RunFolder, name: str, error: TrainingDiverged) ->
     wait_for_writer(f"diverged {name}")
 
 
-def start_with(cell: Cell, shared: RunFolder) -> None:
+def _start_with(cell: Cell, shared: RunFolder) -> None:
     """Gives a cell's folder the date of the shared run, on which prompts may depend."""
     folder = RunFolder(cell.config.run_dir)
     if is_writer() and not is_there(folder.date_file):
@@ -105,7 +105,7 @@ def start_with(cell: Cell, shared: RunFolder) -> None:
     wait_for_writer("date of a cell")
 
 
-def give(shared: Run, folder: RunFolder, cell: Cell) -> None:
+def _give(shared: Run, folder: RunFolder, cell: Cell) -> None:
     """Copies refined rows and the base model's scores into a cell's folder, if they would come out the same there."""
     settings = all_settings(cell.config)
 
@@ -154,7 +154,7 @@ def dry_run(grid: Grid) -> Iterator[str]:
                 continue
             known = [line["seconds"] for cell in grid.cells for line in _metrics(cell, method.name)]
             check_training(run.data, [method])
-            each = median(known) if known else measured(run, method)
+            each = median(known) if known else _measured(run, method)
             steps = [num_steps(cell.config, num_rows) for cell, name in left if name == method.name]
             seconds += sum(steps) * each
             took = duration(sum(steps) * each)
@@ -186,7 +186,7 @@ def _metrics(cell: Cell, method: str) -> list[dict[str, float]]:
     return [line for line in read_metrics(path) if "seconds" in line][1:] if is_there(path) else []
 
 
-def measured(run: Run, method: Method) -> float:
+def _measured(run: Run, method: Method) -> float:
     """Seconds of a step of a method."""
     settings = dataclasses.replace(run.config.train, student_init=None)
     return step_seconds(run.model, run.data.tokens(run.data.gold, method), method, settings, run.mesh)

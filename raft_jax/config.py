@@ -287,6 +287,11 @@ class TrainConfig:
             "1 or more, or null",
         )
 
+    def num_steps(self, steps_per_epoch: int) -> int:
+        """Number of training steps of a method."""
+        steps = max(1, round(self.epochs * steps_per_epoch))
+        return min(steps, self.max_steps or steps)
+
 
 @dataclass(frozen=True)
 class FapmConfig:

@@ -185,8 +185,7 @@ def estimate(config: Config, model: ModelSize, rows: RowLengths, device: Device)
 
 def num_steps(config: Config, num_rows: int) -> int:
     """Number of training steps of a method, counted as in training."""
-    steps = max(1, round(config.train.epochs * (num_rows // config.train.batch_size)))
-    return min(steps, config.train.max_steps or steps)
+    return config.train.num_steps(num_rows // config.train.batch_size)
 
 
 def estimate_lines(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -128,8 +128,15 @@ def sign(measure: Measure) -> int:
     return -1 if measure is DIVERGENCE else 1
 
 
-def unit(measure: Measure) -> str:
-    return f"{measure.name}{f',{measure.unit}' if measure.unit else ''}"
+def with_unit(measure: Measure) -> str:
+    """A measure's name, and its unit if it has one, as the label of an axis."""
+    return f"{measure.name},{measure.unit}" if measure.unit else measure.name
+
+
+def interval_text(measure: Measure, low: float, high: float) -> str:
+    """The ends of an interval of differences, in the measure's own direction."""
+    ends = sorted((sign(measure) * low, sign(measure) * high))
+    return " to ".join(f"{end:+.{measure.digits}f}" for end in ends)
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,8 @@ def _yardstick(comparison: Comparison, domain: Measure, general: Measure) -> Yar
     def scores_PSQ(values: Mapping[Any, Mapping[int, ModelScores]], measure: Measure, ids: Sequence[str]) -> np.ndarray:
         rows = [[comparison.base] * len(comparison.seeds)]
         rows += [[by_seed[seed] for seed in comparison.seeds] for by_seed in values.values()]
-        found = [[[scores_of(model, measure)[id] for id in ids] for model in row] for row in rows]
+        scores = [[scores_of(model, measure) for model in row] for row in rows]
+        found = [[[of_model[id] for id in ids] for of_model in row] for row in scores]
         return sign(measure) * measure.scale * np.array(found)
 
     frontiers = tuple(
@@ -277,7 +285,7 @@ def finding(standing: Standing, yardstick: Yardstick, reference: str) -> str:
             f"{name} does not reach this {yardstick.domain.name} at any value tried (add others, or lower compare.gain)"
         )
     (estimate, low, high), reached = standing.difference
-    interval = _interval(general, low, high)
+    interval = interval_text(general, low, high)
     if reached < FEWEST_REACHED:
         return f"{general.name}: too uncertain to tell, {reached:.0%} of the resamples reach the target"
     if low <= 0 <= high:
@@ -286,11 +294,6 @@ def finding(standing: Standing, yardstick: Yardstick, reference: str) -> str:
     amount = abs(estimate)
     kept = "better" if estimate > 0 else "worse"
     return f"{kept}: {amount:.{general.digits}f}{general.unit} {word} {general.name} ({interval})"
-
-
-def _interval(measure: Measure, low: float, high: float) -> str:
-    ends = sorted((sign(measure) * low, sign(measure) * high))
-    return " to ".join(f"{end:+.{measure.digits}f}" for end in ends)
 
 
 def answer(comparison: Comparison, found: Sequence[Yardstick]) -> str:
@@ -353,7 +356,7 @@ def best_values(comparison: Comparison) -> tuple[list[Best], str]:
         for method, lines in cell.run.metrics.items():
             if lines and SCORE in lines[-1]:
                 dev.setdefault((cell.value, method), []).append(lines[-1][SCORE])
-    measure = next((one for one in DOMAIN if any(_means(comparison, one))), DOMAIN[1])
+    measure = next((one for one in DOMAIN if _is_scored(comparison, one)), DOMAIN[1])
     found = []
     for method in comparison.methods:
         values = comparison.of(method)
@@ -391,10 +394,10 @@ def best_values(comparison: Comparison) -> tuple[list[Best], str]:
     return found, how
 
 
-def _means(comparison: Comparison, measure: Measure) -> Iterator[bool]:
-    for method in comparison.methods:
-        for by_seed in comparison.of(method).values():
-            yield all(scores_of(model, measure) for model in by_seed.values())
+def _is_scored(comparison: Comparison, measure: Measure) -> bool:
+    """Whether some method has the scores of a measure at some value, from all its seeds."""
+    values = (by_seed.values() for method in comparison.methods for by_seed in comparison.of(method).values())
+    return any(all(scores_of(model, measure) for model in models) for models in values)
 
 
 def _mean(model: ModelScores, measure: Measure) -> float:

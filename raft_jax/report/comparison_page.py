@@ -23,6 +23,7 @@ from raft_jax.report.comparison import (
     limits,
     read_comparison,
     sign,
+    with_unit,
     yardsticks,
 )
 from raft_jax.report.comparison_tables import best_table, points_table, standings_table
@@ -107,8 +108,8 @@ def _frontier(comparison: Comparison, one: Yardstick) -> Figure:
         f"frontier-{one.domain.key}-{one.general.key}",
         f"{heading}: {'; '.join(told)}",
         paths,
-        x_label=f"{one.general.name}{one.general.unit and ','}{one.general.unit}",
-        y_label=f"{one.domain.name}{one.domain.unit and ','}{one.domain.unit}",
+        x_label=with_unit(one.general),
+        y_label=with_unit(one.domain),
         level=one.target,
     )
     caption = (
@@ -145,7 +146,7 @@ def _sweep(over: str, measure: Measure, of: Mapping[str, tuple[Frontier, np.ndar
     values = sorted({x for path in paths for x in path.x})
     told = "; ".join(f"{label(path.method)} {_pairs(path.x, path.y)}" for path in paths)
     svg = charts.paths(
-        f"sweep-{measure.key}",
+        f"sweep-{measure.part}-{measure.key}",
         f"{measure.name} over {over}: {told}",
         paths,
         x_label=over,

@@ -16,6 +16,7 @@ from raft_jax.report.comparison import (
     Yardstick,
     answer,
     best_values,
+    interval_text,
     limits,
     read_comparison,
     sign,
@@ -116,9 +117,8 @@ def _difference(measure: Measure, found: FrontierDifference | None) -> str:
         return ""
     if math.isnan(found.interval.estimate):
         return MISSING
-    estimate, *ends = (sign(measure) * value for value in found.interval)
-    low, high = sorted(ends)
-    return f"{estimate:+.{measure.digits}f} ({low:+.{measure.digits}f} to {high:+.{measure.digits}f})"
+    estimate, low, high = found.interval
+    return f"{sign(measure) * estimate:+.{measure.digits}f} ({interval_text(measure, low, high)})"
 
 
 # (column, what it shows of a model); None where a model has no such score.
@@ -135,11 +135,7 @@ SCORES: tuple[tuple[str, Callable[[ModelScores], float | None], int], ...] = (
     ("weight distance", lambda model: model.weight_distance.mean, 4),
     ("answers that end", lambda model: model.domain.writing.ended.mean, 2),
 )
-# What retention and change are of, with the tasks.
-KEPT: dict[str, Callable[[ModelScores], float | None]] = {
-    "general accuracy": lambda model: model.general.accuracy.mean,
-    "open prompts accepted": lambda model: model.general.accepted.mean,
-}
+KEPT = ("general accuracy", "open prompts accepted")  # what retention and change are of, with the tasks
 
 
 def best_table(comparison: Comparison) -> Table:
@@ -167,9 +163,9 @@ def best_table(comparison: Comparison) -> Table:
         rows=tuple(rows),
         methods=tuple(models),
         note=f"The value of {comparison.over} is {how}. Means over the seeds ± their standard deviation. Retention: "
-        "mean ratio of general accuracy, accepted answers and tasks to the base model's; against SFT: mean relative "
-        "change of the same "
-        "(the paper's App. G). Time and memory are those of one training.",
+        "mean ratio of general accuracy, accepted answers and tasks to the base model's; against "
+        f"{label(comparison.reference)}: mean relative change of the same (the paper's App. G). Time and memory are "
+        "those of one training.",
     )
 
 
@@ -202,8 +198,9 @@ def _kept(models: Sequence[ModelScores]) -> dict[str, float]:
     """The scores of `KEPT` and each task's first metric, mean over seeds."""
     names = dict.fromkeys(task for model in models for task in model.tasks)
     found = {task: [value for model in models if (value := _task(model, task)) is not None] for task in names}
-    for name, read in KEPT.items():
-        found[name] = [value for model in models if (value := read(model)) is not None]
+    for name, read, _ in SCORES:
+        if name in KEPT:
+            found[name] = [value for model in models if (value := read(model)) is not None]
     return {name: fmean(values) for name, values in found.items() if values}
 
 

@@ -77,7 +77,7 @@ def train(
     with jax.set_mesh(mesh):
         num_batch_shards = num_shards("batch")
     batches = make_batches(model, rows, settings, seed=seed, num_shards=num_batch_shards)
-    num_steps, student = _num_steps(settings, batches), make_student(model, settings.lora, mesh)
+    num_steps, student = settings.num_steps(batches.steps_per_epoch), make_student(model, settings.lora, mesh)
     schedule = make_schedule(settings, num_steps)
     rates, optimizer = learning_rates(schedule, num_steps), optimizer_of(settings, schedule)
     state = first_state(student, optimizer, start() if start else model.params, jax.random.fold_in(key, 2))
@@ -100,11 +100,6 @@ def train(
     throughput = Throughput(model.params, mesh.devices, adapters=settings.lora.rank > 0, anchors=method.anchors)
     steps.run(range(done, num_steps), f"train {method.name}", log, throughput, profile)
     return _trained_params(student, steps.best_state(), model, files, settings)
-
-
-def _num_steps(settings: TrainConfig, batches: Batches) -> int:
-    num_steps = max(1, round(settings.epochs * batches.steps_per_epoch))
-    return min(num_steps, settings.max_steps or num_steps)
 
 
 def _require_steps_left(done: int, num_steps: int, files: MethodFolder) -> None:
