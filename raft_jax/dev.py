@@ -72,7 +72,7 @@ class DevScores:
         self._forward_params = jax.jit(student.forward_params)
         self._scorer = Scorer(student.model, batch_size, mesh)
         self._divergence = make_divergence(student.model, batch_size, mesh)
-        self._sampler, self._new_tokens = Sampler(student.model, batch_size, mesh), general_new_tokens
+        self._sampler, self._new_tokens = Sampler(student.model, batch_size, mesh, shrink=True), general_new_tokens
         tokenizer = student.model.tokenizer
         pairs = [prompt_and_answer(tokenizer, question_of(row), row.answer) for row in rows]
         self._prompts, self._answers = map(list, zip(*pairs, strict=True))

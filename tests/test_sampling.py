@@ -183,7 +183,7 @@ def counting(model) -> tuple[Model, Counter]:
         def extend(self, params, tokens_BT, cache, layers=None):
             kind = "decode" if tokens_BT.shape[1] == 1 else "prompt"
             counts[f"{kind} programs"] += 1
-            jax.debug.callback(lambda: counts.update([f"{kind} runs"]))
+            jax.debug.callback(lambda: counts.update({f"{kind} runs": 1, f"{kind} rows": len(tokens_BT)}))
             return super().extend(params, tokens_BT, cache, layers)
 
     return Counting(model.config, model.params, model.tokenizer), counts
@@ -212,6 +212,32 @@ def test_places_of_rows_that_are_done_are_taken_by_others(model, prompts):
     in_batches = sum(max(steps[start : start + 2]) for start in range(0, len(steps), 2))
     assert counts["decode runs"] == sampler.steps == max(busy) < in_batches
     assert sampler.tokens == sum(len(completion.tokens) for completion in found)
+
+
+@pytest.mark.parametrize("batch_size", [16, 12])  # all prompts at once, or some waiting
+def test_the_last_rows_move_to_fewer_places(model, batch_size):
+    counted, counts = counting(model)
+    prompts = [[5 + index, 6] * (1 + index) for index in range(16)]
+    settings = {"key": KEY, "temperature": 0.8, "max_new_tokens": 200}
+    expected = Sampler(model, batch_size).generate(model.params, prompts, **settings)
+    sampler = Sampler(counted, batch_size, shrink=True)
+    for _ in range(2):
+        assert sampler.generate(model.params, prompts, **settings) == expected
+    jax.effects_barrier()
+    assert counts["decode programs"] == 2  # of all places and of 4, and of none when it is run again
+    steps = sorted((len(completion.tokens) - 1 for completion in expected), reverse=True)
+    if batch_size == 16:  # 16 places until four rows are left
+        assert counts["decode rows"] == 2 * (16 * steps[4] + 4 * (steps[0] - steps[4]))
+    else:
+        assert counts["decode rows"] < 0.8 * batch_size * counts["decode runs"]
+
+
+def test_rows_that_must_end_soon_stay_where_they_are(model):
+    counted, counts = counting(model)
+    prompts = [[5 + index] * 3 for index in range(8)]
+    Sampler(counted, batch_size=8, shrink=True).generate(model.params, prompts, key=KEY, max_new_tokens=30)
+    jax.effects_barrier()
+    assert counts["decode rows"] == 8 * counts["decode runs"]
 
 
 def test_many_lengths_make_few_programs(model):

@@ -99,7 +99,7 @@ class Evaluator:
     ):
         self.model, self.encoder, self.settings, self.expected = model, encoder, settings, expected
         self.questions, self.general = list(questions), list(general)
-        self.sampler = Sampler(model, settings.batch_size, mesh)
+        self.sampler = Sampler(model, settings.batch_size, mesh, shrink=True)
         self.scorer = Scorer(model, settings.batch_size, mesh)
         self.divergence = make_divergence(model, settings.batch_size, mesh)
         tokenizer = model.tokenizer

@@ -64,7 +64,7 @@ class HarnessModel:
         self.tokenizer = model.tokenizer.wrapped
         self._ours, self._params, self._name, self._seed = model.tokenizer, params, name, seed
         self._limit = model.config.max_positions
-        self._sampler, self._scorer = Sampler(model, batch_size, mesh), Scorer(model, batch_size, mesh)
+        self._sampler, self._scorer = Sampler(model, batch_size, mesh, shrink=True), Scorer(model, batch_size, mesh)
         self._scored = make_scored(model)
 
     @property

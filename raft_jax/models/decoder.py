@@ -68,6 +68,14 @@ class Cache(NamedTuple):
         """Keys and values as one array per layer, for layers that are run one by one."""
         return self._replace(key_LBKHS=tuple(self.key_LBKHS), value_LBKSH=tuple(self.value_LBKSH))
 
+    def rows(self, places_R: jax.Array) -> Cache:
+        """The cache of the rows at some places."""
+
+        def take(array):
+            return tuple(layer[places_R] for layer in array) if isinstance(array, tuple) else array[:, places_R]
+
+        return Cache(take(self.key_LBKHS), take(self.value_LBKSH), self.length_B[places_R], self.limit_B[places_R])
+
     def with_rows(self, places_R: jax.Array, rows: Cache) -> Cache:
         """The cache with other rows, of fewer slots, at some places; a place that does not exist is skipped."""
 

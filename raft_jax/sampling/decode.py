@@ -85,6 +85,10 @@ class Decoding(NamedTuple):
     row_ids_B: jax.Array  # int32: select each row's stream of random numbers
     done_B: jax.Array  # bool: the answer has ended, or there is none
 
+    def rows(self, places_R: jax.Array) -> Decoding:
+        """The rows at some places."""
+        return Decoding(self.cache.rows(places_R), *(array[places_R] for array in self[1:]))
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -216,12 +220,14 @@ def put(text_BS: jax.Array, tokens_BT: jax.Array, place_B: jax.Array) -> jax.Arr
     return jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=0))(text_BS, tokens_BT, place_B)
 
 
-def decoding_weights(model: Model, params, num_tokens: int) -> tuple[list, jax.Array | Tiled]:
+def decoding_weights(model: Model, params, num_tokens: int) -> tuple[list, Tiled | None]:
     """Layers and unembedding laid out for decoding layer by layer on CPU, `num_tokens` tokens at a time.
 
-    Faster there than a scan over layers, slower to compile, and a copy of the weights.
+    Faster there than a scan over layers, slower to compile, and a copy of the weights. The unembedding is None where
+    the model's own layout is to be used: multiplying by rows of the embedding takes half the time of its transpose.
     """
-    return model.unstacked(params, num_tokens), tiled(model.unembedding(params), num_tokens)
+    unembedding = tiled(model.unembedding(params), num_tokens)
+    return model.unstacked(params, num_tokens), unembedding if isinstance(unembedding, Tiled) else None
 
 
 def empty(model: Model, params, num_rows: int, num_slots: int) -> Decoding:
@@ -264,9 +270,10 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     def generate(params, prompt: Tokens, row_ids, key, temperature) -> Tokens:
         B, P = prompt.ids.shape
         prompt = left_to_right(prompt)
-        layers, unembedding = None, model.unembedding(params)
+        layers = unembedding = None
         if unroll:
             layers, unembedding = decoding_weights(model, params, B // num_shards("batch"))
+        unembedding = model.unembedding(params) if unembedding is None else unembedding
         hidden_BPD, cache = model.prefill(params, prompt, P + max_new_tokens)
         last_BD = jnp.take_along_axis(hidden_BPD, cache.length_B[:, None, None] - 1, axis=1)[:, 0]
         # One place more than an answer needs: rows that are done go on drawing tokens, which are put behind it.

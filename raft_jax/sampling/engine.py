@@ -22,6 +22,12 @@ from raft_jax.tokens import Tokens
 
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
 STEPS = 64  # decoding steps between two looks at what is done
+# On CPU, decoding layer by layer is faster, but compiles longer and copies the weights: where prompts wait for places,
+# or where there may be so many steps and the weights have at most so many bytes.
+UNROLLED_STEPS, UNROLLED_BYTES = 64, 2 << 30
+# With `shrink`, the last rows move to a quarter of the places (at least to SMALLEST) when they fill no more, if their
+# answers may have so many more tokens.
+SHRINK_TO, SHRINK_STEPS, SMALLEST = 4, 32, 4
 SHARED = 16  # the length of the shared prefix is a multiple of this
 # Prompt lengths are rounded up to one of these, so that a run compiles only a few programs.
 LENGTH_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -65,15 +71,26 @@ class Sampler:
     `batch_size` rows are decoded at once; as soon as some are done, the next prompts take their places. What all
     prompts begin with is computed once. A row's tokens depend on the row's prompt and name, the key, the prompts of the
     call and the batch size, not on which other rows are done when it begins.
+
+    With `shrink`, the last rows of a call go on in fewer places, on one CPU, where a step costs what its places cost. A
+    row's tokens then depend on the other rows' lengths, too, by what products of other shapes round differently.
     """
 
-    def __init__(self, model: Model, batch_size: int = 32, mesh: jax.sharding.Mesh | None = None, num_drafts: int = 0):
+    def __init__(
+        self,
+        model: Model,
+        batch_size: int = 32,
+        mesh: jax.sharding.Mesh | None = None,
+        num_drafts: int = 0,
+        shrink: bool = False,
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
         self.model = model
         self.batch_size = batch_size
         self.mesh = mesh
         self.num_drafts = num_drafts
+        self.shrink = shrink and (mesh is None or mesh.size == 1) and platform() == "cpu"
         self.steps = self.tokens = 0  # decoding steps so far, and the tokens that they gave
         self._programs: dict[Settings, Programs] = {}
 
@@ -147,7 +164,9 @@ class Sampler:
             with use_mesh(self.mesh):  # left before each yield, so that the caller's context is its own
                 while waiting and len(rows.free) >= min(rows.at_once, len(waiting)):
                     waiting = rows.admit(waiting)
-                finished = rows.decode(min(rows.at_once, len(waiting)) if waiting else rows.num_rows)
+                if self.shrink and not waiting:
+                    rows.shrink()
+                finished = rows.decode(rows.enough(len(waiting)))
             self.steps, self.tokens = self.steps + rows.steps, self.tokens + sum(map(_length, finished.values()))
             if finished:
                 yield finished
@@ -161,6 +180,7 @@ class Programs:
         self.decode = jax.jit(make_decode(model, settings), donate_argnums=1)
         self.admit = jax.jit(self._admit, donate_argnums=1)
         self.prefix = jax.jit(self._prefix)
+        self.rows = jax.jit(Decoding.rows)
         self.empty = jax.jit(self._empty, static_argnums=(1, 2, 3))
         self.weights = jax.jit(partial(decoding_weights, model), static_argnums=1)
 
@@ -201,6 +221,7 @@ class Rows:
     def __init__(self, sampler: Sampler, programs: Programs, params, prompts, names, key, temperature):
         self.programs, self.params, self.key, self.temperature = programs, params, key, temperature
         self.prompts, self.names, self.mesh = prompts, names, sampler.mesh
+        self.shrinks = sampler.shrink
         self.num_rows = rows_per_batch(sampler.batch_size, len(prompts), sampler.mesh)
         self.at_once = rows_per_batch(max(1, self.num_rows // ADMITTED), self.num_rows, sampler.mesh)
         self.taken: dict[int, int] = {}  # place → index of its prompt
@@ -208,8 +229,7 @@ class Rows:
         num_shared = self._num_shared()
         self.lengths = self._lengths(num_shared)
         settings = programs.settings
-        # More prompts than rows are enough steps for the longer compilation to pay off.
-        unroll = platform() == "cpu" and len(prompts) > self.num_rows
+        unroll = platform() == "cpu" and self._many_steps()
         num_tokens = self.num_rows // num_shards("batch") * (1 + settings.num_drafts)
         self.weights = programs.weights(params, num_tokens) if unroll else ()
         ids_RX = np.tile(np.array(prompts[0][:num_shared], np.int32), (self.at_once, 1))
@@ -238,6 +258,30 @@ class Rows:
         self.taken |= dict(zip(places, chosen, strict=True))
         return [index for index in waiting if index not in chosen]
 
+    @property
+    def fewer(self) -> int:
+        """The number of places that the last rows move to."""
+        return max(min(SMALLEST, self.num_rows), self.num_rows // SHRINK_TO) if self.shrinks else self.num_rows
+
+    def enough(self, num_waiting: int) -> int:
+        """How many places must be free before something is to be done about it."""
+        if num_waiting:
+            return min(self.at_once, num_waiting)
+        return self.num_rows - self.fewer if self.fewer < self.num_rows else self.num_rows
+
+    def shrink(self) -> None:
+        """Moves the last rows to fewer places if they are few enough, and may go on for some time."""
+        if not 0 < len(self.taken) <= self.fewer < self.num_rows:
+            return
+        left = self.programs.settings.max_new_tokens - to_host(self.decoding.length_B - self.decoding.prompt_B)
+        if max(left[place] for place in self.taken) < SHRINK_STEPS:
+            self.shrinks = False
+            return
+        places = [*self.taken, *self.free][: self.fewer]
+        self.decoding = self.programs.rows(self.decoding, jnp.array(places, jnp.int32))
+        self.taken = dict(enumerate(self.taken.values()))
+        self.num_rows = len(places)
+
     def decode(self, enough: int) -> dict[int, Completion]:
         """Decodes until so many places are free, or for some steps; returns the completions that are done."""
         arguments = self.key, self.temperature, jnp.int32(enough), jnp.int32(STEPS)
@@ -258,6 +302,13 @@ class Rows:
 
     def _put(self, arrays):
         return arrays if self.mesh is None else put_batch(arrays, self.mesh)
+
+    def _many_steps(self) -> bool:
+        """Whether decoding layer by layer pays for its compilation and its copy of the weights."""
+        if len(self.prompts) > self.num_rows:
+            return True
+        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+        return self.programs.settings.max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
 
     def _num_shared(self) -> int:
         """Number of tokens that all prompts begin with and that no prompt ends with, a multiple of SHARED."""
