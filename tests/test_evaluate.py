@@ -150,7 +150,7 @@ class FakeSampler:
 
     calls = 0
 
-    def __init__(self, model, batch_size, mesh):
+    def __init__(self, model, batch_size, mesh, shrink):
         self.model = model
 
     def generate(self, params, prompts, *, key, temperature, max_new_tokens, on_batch):

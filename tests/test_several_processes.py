@@ -1,4 +1,4 @@
-"""Two processes with two devices each give the numbers of one process with one device."""
+"""Two processes with two devices each give the numbers of one process with four devices."""
 
 import json
 import os
@@ -66,7 +66,9 @@ def test_two_processes_run_as_one(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one, two = (write_run(tmp_path / name, mesh={"data": -1}, train={"keep_finished": True}) for name in ("one", "two"))
-    finish(start(one, XLA_FLAGS=""))
+    # Not one device: its products round differently, and where the tiny model's flat distribution has a draw next to the
+    # border of two tokens, another is taken. tests/test_sharding.py compares several devices with one.
+    finish(start(one, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
     run_together(two)
 
     def results(name: str):
@@ -77,8 +79,8 @@ def test_two_processes_run_as_one(tmp_path):
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     for line, other in zip(expected, found, strict=True):
         for name in ("sft_loss", "kl_loss", "weight"):
-            assert other[name] == pytest.approx(line[name], rel=2e-3), name
-    assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-3)
+            assert other[name] == pytest.approx(line[name], rel=1e-5), name
+    assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-5)
 
     # What a slice that is taken away during a save leaves: arrays without a manifest. Both go on from the step before.
     run_dir = two.parent / "run"
