@@ -1,15 +1,22 @@
-"""Checkpoints: Orbax saves the arrays, a manifest next to them has content hashes, the newest intact step is restored.
+"""Checkpoints: Orbax saves the arrays, manifests next to them have content hashes, the newest intact step is restored.
 
-Orbax checks that a step was written completely, but not its content: it restores a flipped byte without an error. A
-step that is damaged or incomplete is renamed, never removed. A step that cannot be read is an error and is not touched.
+A save goes on beside the training: `Checkpoints.save` returns once the arrays are copied to the host's memory. Each
+process then hashes the files that it wrote, and writes its manifest last, so a step without all of its manifests was
+interrupted. Orbax checks that a step was written completely, but not its content: it restores a flipped byte without an
+error. A step that is damaged or incomplete is renamed, never removed. A step that cannot be read is an error and is not
+touched.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +29,7 @@ require_train("orbax")
 
 import orbax.checkpoint as ocp
 
-from raft_jax.files import hash_files, parse_json, unreadable
+from raft_jax.files import files_below, parse_json, sha256_of, unreadable
 from raft_jax.sharding import any_process, from_first_process
 
 Shape = tuple[int, ...]
@@ -58,35 +65,61 @@ class Checkpoints:
             raise unreadable(self.folder, error) from error
         self.keep = keep
         # Orbax would delete an old step once the arrays of the new one are saved, but before its manifest is.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._finishing: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._last = time.monotonic()
 
     def save(self, step: int, state: Any) -> None:
-        """Saves a step and its manifest; both are on disk when this returns. The oldest step is deleted only then.
+        """Begins to save a step, and returns once the state may be changed or donated. A save before it ends first.
 
         Raises:
           ValueError: this step or a newer one exists; Orbax would skip the save without an error.
         """
-        newest = self._manager.latest_step()
+        self.wait()
+        self._last, newest = time.monotonic(), self._manager.latest_step()
         if newest is not None and step <= newest:
             raise ValueError(
                 f"{self.folder}: step {step} is not newer than step {newest}, which is saved; go on from that one, "
                 "or use another folder"
             )
         self._manager.save(step, args=ocp.args.StandardSave(state))
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0:
-            manifest = json.dumps(
-                {"arrays": self._arrays(state), "files": hash_files(self.folder / str(step))}, indent=1
-            )
-            path = self._manifest(step)
-            partial = path.with_suffix(".partial")
-            partial.write_text(manifest)
-            os.replace(partial, path)
+        self._finishing = threading.Thread(target=self._finish, args=(step, self._arrays(state)))
+        self._finishing.start()
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk, with its manifests; the oldest steps are deleted only then.
+
+        All processes must call it. Raises what the save raised.
+        """
+        if self._finishing is None:
+            return
+        self._finishing.join()
+        self._finishing, failure, self._failure = None, self._failure, None
+        if any_process(failure is not None):
+            raise failure or OSError(f"{self.folder}: another process could not save its part")
         for old in sorted(self._manager.all_steps())[: -self.keep]:
             if jax.process_index() == 0:
-                self._manifest(old).unlink(missing_ok=True)
+                for path in manifests(self.folder, old):
+                    path.unlink()
             self._manager.delete(old)
+
+    def _finish(self, step: int, arrays: dict[str, str]) -> None:
+        """Waits until this process's files of a step are written, and writes its manifest."""
+        try:
+            self._manager.wait_until_finished()
+            folder, process = self.folder / str(step), jax.process_index()
+            files = [name for name in files_below(folder) if _writer_of(name) == process]
+            manifest: dict[str, Any] = {"files": {name: sha256_of(folder / name) for name in files}}
+            if process == 0:
+                manifest |= {"arrays": arrays, "processes": jax.process_count()}
+            path = self._manifest(step, process)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(manifest, indent=1))
+            os.replace(partial, path)
+        except BaseException as error:  # raised by `wait`, in the thread that saves
+            self._failure = error
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Returns the number and the state of the newest step with intact content; None if there is none.
@@ -98,19 +131,8 @@ class Checkpoints:
           InputError: the step holds other arrays, or arrays of other shapes or dtypes (names the first of them); or a
             file of a step cannot be read, so that it is unknown whether it is intact.
         """
-        failure, newest = None, None
-        if jax.process_index() == 0:
-            try:
-                newest = self._newest_whole()
-            except OSError as error:
-                failure = error
-        if any_process(failure is not None):
-            path = Path(failure.filename or self.folder) if failure else self.folder
-            raise InputError(
-                f"{unreadable(path, failure or OSError('by the first process'))}; nothing was removed: make it "
-                "readable, and the same command goes on from that step"
-            ) from failure
-        newest = from_first_process(newest)
+        self.wait()
+        newest = self._newest_whole()
         self._manager.reload()
         if newest is None:
             return None
@@ -120,35 +142,73 @@ class Checkpoints:
         return newest, self._manager.restore(newest, args=ocp.args.StandardRestore(abstract, strict=False))
 
     @property
+    def seconds_since(self) -> float:
+        """Seconds since the last save began, or since this object was made."""
+        return time.monotonic() - self._last
+
+    @property
     def newest(self) -> int | None:
         """The newest step in the folder; None if there is none."""
         return self._manager.latest_step()
 
     def close(self) -> None:
+        """Waits for the last save, see `wait`, and ends Orbax's threads."""
+        self.wait()
         self._manager.close()
 
-    def _manifest(self, step: int) -> Path:
-        return self.folder / f"{step}.sha256.json"
+    def _manifest(self, step: int, process: int = 0) -> Path:
+        return self.folder / f"{step}.sha256{f'.{process}' if process else ''}.json"
 
     def _newest_whole(self) -> int | None:
-        """The newest step whose files match its manifest; newer steps are renamed."""
+        """The newest step whose files match its manifests; newer steps are renamed. All processes must call it."""
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
-            if self._is_whole(step):
+        for place in itertools.count():
+            # The first process says what there is: a shared folder may look different to another for a while.
+            step = from_first_process(steps[place] if place < len(steps) else None)
+            if step is None or self._is_whole(step):
                 return step
-            place = self._move_aside(step)
-            older = "falling back to the step before" if step != steps[-1] else "training begins at step 0"
-            print(
-                f"{self.folder / str(step)}: damaged or unfinished; {older} (it is moved to {place})", file=sys.stderr
-            )
-        return None
+            if jax.process_index() == 0:
+                moved = self._move_aside(step)
+                older = "falling back to the step before" if step != steps[-1] else "training begins at step 0"
+                print(
+                    f"{self.folder / str(step)}: damaged or unfinished; {older} (it is moved to {moved})",
+                    file=sys.stderr,
+                )
 
     def _is_whole(self, step: int) -> bool:
-        """Whether a step's files match its manifest. Raises OSError if a file exists but cannot be read."""
+        """Whether a step's files match its manifests, of which each process reads a part. All processes must call it.
+
+        Raises:
+          InputError: a file exists but cannot be read, in any process.
+        """
+        failure, whole = None, False
         try:
-            manifest = parse_json(self._manifest(step).read_bytes())
-            return isinstance(manifest["arrays"], dict) and manifest["files"] == hash_files(self.folder / str(step))
-        except (FileNotFoundError, ValueError, LookupError, TypeError):
+            whole = self._part_is_whole(step)
+        except OSError as error:
+            failure = error
+        if any_process(failure is not None):
+            path = Path(failure.filename or self.folder) if failure else self.folder
+            raise InputError(
+                f"{unreadable(path, failure or OSError('by another process'))}; nothing was removed: make it "
+                "readable, and the same command goes on from that step"
+            ) from failure
+        return not any_process(not whole)
+
+    def _part_is_whole(self, step: int) -> bool:
+        folder = self.folder / str(step)
+        try:
+            first = parse_json(self._manifest(step).read_bytes())
+            others = range(1, first.get("processes", 1))
+            found = [first, *(parse_json(self._manifest(step, process).read_bytes()) for process in others)]
+            hashes = {name: digest for manifest in found for name, digest in manifest["files"].items()}
+            names = files_below(folder)
+            part = names[jax.process_index() :: jax.process_count()]
+            return (
+                isinstance(first["arrays"], dict)
+                and sorted(hashes) == names
+                and all(sha256_of(folder / name) == hashes[name] for name in part)
+            )
+        except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
     def _move_aside(self, step: int) -> Path:
@@ -156,8 +216,8 @@ class Checkpoints:
         names = (f"damaged-{step}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         place = next(place for name in names if not (place := self.folder / name).exists())
         os.replace(self.folder / str(step), place)
-        if self._manifest(step).exists():
-            os.replace(self._manifest(step), place.with_name(place.name + ".sha256.json"))
+        for path in manifests(self.folder, step):
+            os.replace(path, place.with_name(path.name.replace(str(step), place.name, 1)))
         return place
 
     def _require_same(self, step: int, saved: dict[str, str], like: Any) -> None:
@@ -184,11 +244,23 @@ def _described(state: Any, shape_of: Callable[[str, Shape], Shape]) -> dict[str,
     return {path: f"{array.dtype}{list(shape_of(path, array.shape))}" for path, array in arrays.items()}
 
 
+def manifests(folder: Path, step: int) -> list[Path]:
+    """The manifests of a step, one of each process that saved it."""
+    return sorted(folder.glob(f"{step}.sha256*.json"))
+
+
+def _writer_of(name: str) -> int:
+    """The process that wrote a file of a step, from its path: Orbax gives each process a folder for its arrays."""
+    found = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+    return int(found[1]) if found else 0
+
+
 def remove_steps(folder: Path) -> None:
     """Removes all steps of a training run that will not be resumed; renamed damaged steps are kept."""
     for path in folder.glob("*") if folder.is_dir() else ():
         if path.name.isdigit():
-            path.with_name(f"{path.name}.sha256.json").unlink(missing_ok=True)
+            for manifest in manifests(folder, int(path.name)):
+                manifest.unlink()
             shutil.rmtree(path)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -196,6 +196,7 @@ class TrainConfig:
     keep_best: bool = False  # export the step of the highest log-likelihood on the dev split, not the last one
     stop_when_cut_share: float | None = None  # training ends when this share of 10 steps' rollouts is cut; null: never
     checkpoint_every: int = 50  # steps between two checkpoints
+    checkpoint_minutes: float | None = None  # at most so many minutes, and one step, between them, too
     keep_checkpoints: int = 2  # the newest so many
     trackers: list[str] = field(default_factory=list)  # show metrics in these, too: tensorboard, wandb, trackio
     profile_steps: list[int] = field(default_factory=list)  # traced into METHOD/profile: [10] or [10, 13], from 1 on
@@ -241,6 +242,8 @@ class TrainConfig:
             self.stop_when_cut_share,
             "above 0, up to 1, or null",
         )
+        minutes = self.checkpoint_minutes
+        require(minutes is None or minutes > 0, "train.checkpoint_minutes", minutes, "above 0, or null")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "0 (never) or more")
         scored = not self.keep_best or self.eval_every > 0
         require(scored, "train.keep_best", self.keep_best, "true with train.eval_every above 0 only")

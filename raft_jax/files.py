@@ -139,25 +139,29 @@ def is_there(path: Path) -> bool:
         raise unreadable(path, error) from error
 
 
-def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by its path relative to the folder.
+def files_below(folder: Path) -> list[str]:
+    """The path of every file below a folder, relative to the folder, sorted.
 
     Raises:
-      OSError: a file or a folder cannot be read. Its content is then unknown, not damaged.
+      OSError: a folder cannot be read. Its content is then unknown, not damaged.
     """
 
     def fail(error: OSError):
         raise error
 
-    hashes = {}
-    for place, folders, names in os.walk(folder, onerror=fail):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(place, name)
-            if path.is_file():
-                with path.open("rb") as file:
-                    hashes[str(path.relative_to(folder))] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    places = (Path(place, name) for place, _, names in os.walk(folder, onerror=fail) for name in names)
+    return sorted(str(path.relative_to(folder)) for path in places if path.is_file())
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """`sha256_of` every one of `files_below` a folder."""
+    return {name: sha256_of(folder / name) for name in files_below(folder)}
 
 
 def sync(path: Path) -> None:

@@ -27,6 +27,7 @@ WITHOUT_EFFECT = (
     "train.num_micro_batches",
     "train.loss_chunk_size",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.eval_every",
     "train.keep_checkpoints",
     "train.keep_finished",

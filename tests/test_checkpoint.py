@@ -5,6 +5,9 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
+import time
 from typing import Any, NamedTuple
 
 import jax
@@ -84,12 +87,13 @@ def test_old_steps_go_with_their_manifests(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "10.sha256.json", "2", "2.sha256.json"]
 
 
-@pytest.mark.parametrize("place", ["hash_files", "os.replace"])
+@pytest.mark.parametrize("place", ["sha256_of", "os.replace"])
 def test_killed_before_the_manifest_with_one_step_kept(tmp_path, monkeypatch, place):
     """The arrays of the new step are there, its manifest is not: the old step must be."""
     checkpoints = Checkpoints(tmp_path, keep=1)
     for step in (2, 4):
         checkpoints.save(step, state_of(step))
+    checkpoints.wait()
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -97,6 +101,7 @@ def test_killed_before_the_manifest_with_one_step_kept(tmp_path, monkeypatch, pl
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(f"raft_jax.checkpoint.{place}", killed)
         checkpoints.save(6, state_of(6))
+        checkpoints.wait()
     assert (tmp_path / "6").is_dir() and not (tmp_path / "6.sha256.json").exists()
     checkpoints = Checkpoints(tmp_path, keep=1)
     assert_is(checkpoints.restore(LIKE), 4)
@@ -104,6 +109,69 @@ def test_killed_before_the_manifest_with_one_step_kept(tmp_path, monkeypatch, pl
     checkpoints.close()
     assert_is(restore(tmp_path), 6)
     assert not (tmp_path / "4").exists() and not (tmp_path / "4.sha256.json").exists()
+
+
+def test_the_state_may_be_donated_while_it_is_saved(tmp_path):
+    """The saved numbers are those at the call, also where the next step overwrites them at once."""
+    size = 1 << 22
+    step = jax.jit(lambda x: 2 * x + 1, donate_argnums=0)
+    state, checkpoints = jnp.arange(size, dtype=jnp.float32), Checkpoints(tmp_path)
+    for number in (1, 2, 3):
+        expected = np.array(state)
+        checkpoints.save(number, {"x": state})
+        for _ in range(3):
+            state = step(state)
+        _, found = checkpoints.restore({"x": jnp.zeros(size)})
+        np.testing.assert_array_equal(found["x"], expected)
+    checkpoints.close()
+
+
+def test_a_save_that_fails_is_told_at_the_next_call(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("raft_jax.checkpoint.sha256_of", lambda path: (_ for _ in ()).throw(OSError(28, "disk full")))
+        checkpoints.save(2, state_of(2))
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.save(4, state_of(4))
+    checkpoints.save(4, state_of(4))
+    checkpoints.close()
+    assert_is(restore(tmp_path), 4)
+
+
+SAVES = """
+import sys
+import jax.numpy as jnp
+from pathlib import Path
+from raft_jax.checkpoint import Checkpoints
+
+like = {"x": jnp.zeros(1 << 20), "y": jnp.zeros(1 << 18)}
+checkpoints = Checkpoints(Path(sys.argv[1]), keep=1)
+found = checkpoints.restore(like)
+if found:
+    assert all(bool((array == found[0]).all()) for array in found[1].values()), found
+print("begins", found[0] if found else 0, flush=True)
+for step in range(found[0] + 1 if found else 1, 10_000):
+    checkpoints.save(step, {name: jnp.full_like(array, step) for name, array in like.items()})
+    print("saves", step, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_killed_in_twelve_moments_of_a_save(tmp_path):
+    """At most the save that was in flight is lost, and what is restored is whole."""
+    random, last = np.random.default_rng(0), 0
+    for _ in range(12):
+        process = subprocess.Popen([sys.executable, "-c", SAVES, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        begins = int(process.stdout.readline().split()[1])
+        assert begins >= last - 1
+        last = begins
+        for _ in range(int(random.integers(1, 4))):
+            last = int(process.stdout.readline().split()[1])
+        time.sleep(random.uniform(0, 0.3))
+        process.kill()
+        rest, _ = process.communicate()
+        last = max([last, *(int(line.split()[1]) for line in rest.splitlines())])
+    assert last > 12 and not list(tmp_path.glob("damaged-*/*damaged*"))
 
 
 def data_files(folder):

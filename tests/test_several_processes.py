@@ -14,6 +14,7 @@ from tiny import write_run
 
 pytestmark = pytest.mark.slow
 
+PARTS = ("sha256.json", "sha256.1.json")  # the manifests of two processes
 TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
 
 
@@ -66,8 +67,8 @@ def test_two_processes_run_as_one(tmp_path):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     one, two = (write_run(tmp_path / name, mesh={"data": -1}, train={"keep_finished": True}) for name in ("one", "two"))
-    # Not one device: its products round differently, and where the tiny model's flat distribution has a draw next to the
-    # border of two tokens, another is taken. tests/test_sharding.py compares several devices with one.
+    # Not one device: its products round differently, and where the tiny model's flat distribution has a draw next to a
+    # border between tokens, another is taken. tests/test_sharding.py compares several devices with one.
     finish(start(one, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
     run_together(two)
 
@@ -86,6 +87,8 @@ def test_two_processes_run_as_one(tmp_path):
     run_dir = two.parent / "run"
     steps = sorted(int(path.name.partition(".")[0]) for path in (run_dir / "raft/checkpoints").glob("*.sha256.json"))
     assert len(steps) == 2
+    parts = [set(json.loads((run_dir / f"raft/checkpoints/{steps[-1]}.{name}").read_text())["files"]) for name in PARTS]
+    assert all(parts) and not set.intersection(*parts)  # each process hashed the files that it wrote
     (run_dir / f"raft/checkpoints/{steps[-1]}.sha256.json").unlink()
     for path in (run_dir / "raft/hf").iterdir():
         path.unlink()

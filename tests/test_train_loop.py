@@ -249,6 +249,30 @@ def test_a_signal_saves_the_step_and_stops(model, rows, tmp_path, undisturbed, m
     assert without_times(lines) == without_times(undisturbed[1])
 
 
+def test_checkpoints_by_the_clock(model, rows, tmp_path, monkeypatch):
+    saved = []
+
+    class Saving(loop.Checkpoints):
+        def save(self, step, state):
+            saved.append(step)
+            super().save(step, state)
+
+        @property
+        def seconds_since(self):  # 25 seconds a step
+            return 25 * (done[-1] + 1 - max(saved, default=0))
+
+    dispatch, done = loop.StepPrograms.dispatch, []
+
+    def counted(self, *args):
+        done.append(len(done))
+        return dispatch(self, *args)
+
+    monkeypatch.setattr(loop, "Checkpoints", Saving)
+    monkeypatch.setattr(loop.StepPrograms, "dispatch", counted)
+    run(model, rows, tmp_path, checkpoint_every=100, checkpoint_minutes=0.5, epochs=3.0)
+    assert saved == [2, 4, 6]
+
+
 def test_more_epochs_go_on_and_fewer_are_refused(model, rows, tmp_path, undisturbed):
     run(model, rows, tmp_path, epochs=1.0)
     lines = run(model, rows, tmp_path, epochs=2.0)[1]

@@ -33,6 +33,7 @@ class BestStep:
         # A run that goes on at an earlier step computes the step again that is saved already, to the same numbers.
         if step > (self._checkpoints.newest or 0):
             self._checkpoints.save(step, params)
+            self._checkpoints.wait()  # the line with its score, written next, says that it is on disk
 
     def restore(self, params: Params) -> tuple[int, Params] | None:
         """The best step and its parameters, None if no step was scored; `params` have the same shapes and shardings."""

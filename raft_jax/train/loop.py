@@ -150,6 +150,7 @@ class _Steps:
         """
         done, num_steps = numbers.start, numbers.stop
         mesh, any_asked_to_stop = self.programs.mesh, make_any_process_late(self.programs.mesh)
+        late = self._late(mesh)
         # A stop is deferred: the loop saves before it stops.
         shown, deferred = progress(title, num_steps, "steps", done), interrupt.deferred()
         trackers = Trackers(self.settings.trackers if is_writer() else (), self.files.path, asdict(self.settings))
@@ -170,7 +171,8 @@ class _Steps:
                     metrics.read(partial(self._scores, done))
                     metrics.restart()
                 stop = any_asked_to_stop(interrupt.requested() is not None)
-                if done % self.settings.checkpoint_every == 0 or done == num_steps or stop or self.watch.reached:
+                due = done % self.settings.checkpoint_every == 0 or late() or done == num_steps
+                if due or stop or self.watch.reached:
                     metrics.read()  # so that nothing is saved that is not finite
                     log.flush()
                     self.checkpoints.save(done, self.state)
@@ -184,6 +186,13 @@ class _Steps:
         if any_process(interrupt.requested() is not None):  # also if the signal arrived after the last step
             name = interrupt.requested() or "a signal to another process"
             raise KeyboardInterrupt(f"stopped by {name} after step {done}; the same command goes on there")
+
+    def _late(self, mesh: jax.sharding.Mesh) -> Callable[[], bool]:
+        """Whether the last save was too long ago, in any process; all of them must call it in each step."""
+        minutes, any_late = self.settings.checkpoint_minutes, make_any_process_late(mesh)
+        if minutes is None:
+            return lambda: False
+        return lambda: any_late(self.checkpoints.seconds_since > 60 * minutes)
 
     def best_state(self) -> TrainState:
         """The last state, with the parameters of the best step on the dev split where those are kept."""
