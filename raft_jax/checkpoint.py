@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from raft_jax.errors import InputError, require_train
 
@@ -30,7 +31,7 @@ require_train("orbax")
 import orbax.checkpoint as ocp
 
 from raft_jax.files import files_below, parse_json, sha256_of, unreadable
-from raft_jax.sharding import any_process, from_first_process
+from raft_jax.sharding import any_process, from_first_process, platform
 
 Shape = tuple[int, ...]
 
@@ -84,8 +85,11 @@ class Checkpoints:
                 f"{self.folder}: step {step} is not newer than step {newest}, which is saved; go on from that one, "
                 "or use another folder"
             )
+        arrays = self._arrays(state)
+        if platform() == "cpu":  # where the host's memory is the device's: a step that donates the state would wait
+            state = jax.tree.map(jnp.copy, state)
         self._manager.save(step, args=ocp.args.StandardSave(state))
-        self._finishing = threading.Thread(target=self._finish, args=(step, self._arrays(state)))
+        self._finishing = threading.Thread(target=self._finish, args=(step, arrays))
         self._finishing.start()
 
     def wait(self) -> None:
