@@ -104,7 +104,8 @@ def test_killed_while_refining_and_while_training_and_the_newest_checkpoint_dama
     done = [(record["stage"], record["key"]) for record in lines(run_dir / "refined/ledger.jsonl")]
     assert len(done) == len(set(done))
     damage_the_newest(run_dir / "raft/checkpoints")
-    assert "falling back" in finish(start(run_dir))
+    # Step 2 is saved, step 4 perhaps: it is being saved while training goes on.
+    assert re.search(r"checkpoints/[24]: damaged or unfinished; (falling back|training begins)", finish(start(run_dir)))
     assert results(run_dir) == results(undisturbed)
 
 
