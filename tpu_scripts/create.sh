@@ -3,19 +3,18 @@
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=tpu_scripts/slice.sh
+source "$scripts/slice.sh"
 
 usage() {
   cat <<END
-Usage: create.sh --name NAME --zone ZONE --project PROJECT --accelerator v5e-16 [--spot]
+Usage: create.sh --name NAME --zone ZONE --project PROJECT --accelerator v5e-16 [--spot] [-- GCLOUD_FLAG...]
 
 Asks Cloud TPU for a slice and waits until it is ACTIVE. Billing starts when the slice is granted, which may
 be hours later, and goes on, idle or not, until delete.sh. Interrupting this script does not take the request
-back.
+back. What follows -- is given to gcloud compute tpus queued-resources create as it is.
 
-  --accelerator TYPE   (ACCELERATOR)      v4-N, v5p-N (N TensorCores), v5e-N, v6e-N (N chips)
-  --runtime-version V  (RUNTIME_VERSION)  the image of the workers; the usual one of the type where not given
-  --spot               (SPOT=1)           cheaper, and may be taken away at any time
-  --valid-until TIME   (VALID_UNTIL)      give up after this time in the queue, such as 6h
+$slice_help
   --no-wait                               return once the request is in the queue; otherwise it looks every
                        (POLL_SECONDS)     30 seconds
 $common_help
@@ -26,6 +25,7 @@ wait=1
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
+    --) shift; break ;;
     --no-wait) wait=0; taken=1 ;;
     *) take_slice_setting "$@" ;;
   esac
@@ -33,14 +33,10 @@ while (($#)); do
   shift "$taken"
 done
 require NAME ZONE PROJECT ACCELERATOR
-resolve_accelerator
-
-set -- --node-id="$NAME" --accelerator-type="$accelerator" --runtime-version="$RUNTIME_VERSION"
-[[ $tier != spot ]] || set -- "$@" --spot
-[[ -z $VALID_UNTIL ]] || set -- "$@" --valid-until-duration="$VALID_UNTIL"
+resolve_slice
 
 ask "Request $(describe_slice), as $NAME in $ZONE of $PROJECT? $billing"
-tpu queued-resources create "$NAME" "$@"
+request_slice "$@"
 say "In the queue. To take the request back: delete.sh"
 if ((wait)); then
   wait_until_active

@@ -3,6 +3,8 @@
 set -euo pipefail
 # shellcheck source=tpu_scripts/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+# shellcheck source=tpu_scripts/slice.sh
+source "$scripts/slice.sh"
 
 usage() {
   cat <<END
@@ -13,10 +15,7 @@ failed, deleted) it is requested anew, after asking, and set up; where it is sti
 for. Where the run is going on, or has ended with exit code 0, on every worker nothing happens; where it is
 left on some only, it is stopped there first. A slice that has to be requested costs what create.sh costs.
 
-  --accelerator TYPE   (ACCELERATOR)      as in create.sh, and so are
-  --runtime-version V  (RUNTIME_VERSION)
-  --spot               (SPOT=1)
-  --valid-until TIME   (VALID_UNTIL)
+$slice_help
   --ref REF            (REF)              as in setup.sh, and so are
   --git URL            (GIT)
   --storage WHERE      (STORAGE)
@@ -34,74 +33,43 @@ while (($#)); do
   shift "$taken"
 done
 require NAME ZONE PROJECT ACCELERATOR
-(($#)) || fail "missing: CONFIG, such as configs/llama-3.2-3b.yaml; see $program --help"
-resolve_accelerator
-export NAME ZONE PROJECT ACCELERATOR RUNTIME_VERSION SPOT VALID_UNTIL STORAGE GIT REF
-
-# The other scripts read the exported settings; the question has been asked here.
-script() {
-  local name=$1
-  shift
-  if ((dry_run)); then "$scripts/$name" --dry-run --yes "$@"; else "$scripts/$name" --yes "$@"; fi
-}
+check_run "$@"
+resolve_slice
+one_slice
+export_slice_settings
 
 question="$NAME is gone. Delete what is left of it and request $(describe_slice), in $ZONE? $billing"
 
+# Mistakes show before anything is asked or paid.
+check_source
 if ((dry_run)); then
-  check_source
-  starting=$(script run.sh "$@")
-  say "what is there?"
-  tpu queued-resources list --format='value(name.basename(),state.state)'
-  tpu tpu-vm list --format='value(name.basename(),state)'
-  say "where the slice is there: is the run?"
-  on_workers all "$(status_command /)"
-  say "where it is left on some workers only:"
-  on_workers all "bash $worker_script stop"
-  say "where the slice is gone:"
-  ask "$question"
-  tpu queued-resources delete "$NAME" --force --quiet
-  script create.sh
-  script setup.sh
-  say "in every case but a run that is going on:"
-  printf '%s\n' "$starting"
+  print_branches -- "$@"
   exit
 fi
-# Mistakes show before anything is asked or paid.
-"$scripts/run.sh" --dry-run "$@" >/dev/null
-check_source
 
-read_states
-say "$NAME: queued resource ${queued:-none}, VM ${vm:-none}"
-case ${queued:-none}/${vm:-none} in
-  ACTIVE/READY | none/READY)
-    read_report /
-    if grep -q ' not-set-up ' <<<"$report"; then
-      script setup.sh
-    elif ! grep -qv ' running ' <<<"$report"; then
-      say "The run is going on on every worker; follow it with logs.sh."
-      exit
-    elif ! grep -qv ' exit-0 ' <<<"$report"; then
-      say "The run has ended well on every worker. Another: run.sh. The end of the billing: delete.sh."
-      exit
-    elif grep -q ' running ' <<<"$report"; then
-      on_workers all "bash $worker_script stop"
-    fi
+look
+case $situation in
+  running)
+    say "The run is going on on every worker; follow it with logs.sh."
+    exit
     ;;
-  ACCEPTED/* | CREATING/* | WAITING_FOR_RESOURCES/* | PROVISIONING/*)
+  finished)
+    say "The run has ended well on every worker. Another: run.sh. The end of the billing: delete.sh."
+    exit
+    ;;
+  bare) script setup.sh ;;
+  down) clear_run ;;
+  queued)
     wait_until_active
     script setup.sh
     ;;
-  SUSPENDED/* | FAILED/* | none/none | */PREEMPTED | */TERMINATED)
+  gone)
     ask "$question"
-    if [[ -n $queued ]]; then
-      tpu queued-resources delete "$NAME" --force --quiet
-    elif [[ -n $vm ]]; then
-      tpu tpu-vm delete "$NAME" --quiet
-    fi
-    script create.sh
+    # shellcheck disable=SC2119 # create.sh is to wait, which it does without arguments
+    renew_slice
     script setup.sh
     ;;
-  *)
+  changing)
     printf '%s: not a state to resume from; try again when it has changed, or delete.sh\n' "$program" >&2
     exit 1
     ;;

@@ -14,49 +14,43 @@ machine goes away. CONFIG is a path inside the copied source. run_dir must be an
 of several workers one that they share: $mount_point/ANYTHING after setup.sh --storage. Costs nothing beyond
 the slice.
 
-  --stop               end the run on every worker: SIGTERM, and SIGKILL after two minutes
+Each worker's output is in its ~/raft_jax/run.log, and after at most a minute also in
+run_dir/logs/worker-N.log, which outlives the slice.
+
+  --log-seconds N      (LOG_SECONDS)   how often the log is copied there; 60 where not given
+  --stop               end the run on every worker: SIGTERM, on which it saves; waits until it has ended
+                       everywhere and says how. Exit code 1 where a worker had to be killed
+  --stop-seconds N     (STOP_SECONDS)  how long saving may take, and then SIGKILL; 300 where not given
 $common_help
 END
 }
 
 stop=0
+STOP_SECONDS=${STOP_SECONDS:-300}
+LOG_SECONDS=${LOG_SECONDS:-}
 while (($#)); do
   [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     --stop) stop=1; taken=1 ;;
+    --stop-seconds) taken=2; need_value "$@"; STOP_SECONDS=$2 ;;
+    --log-seconds) taken=2; need_value "$@"; LOG_SECONDS=$2 ;;
     *) take_setting "$@" ;;
   esac
   ((taken)) || break
   shift "$taken"
 done
 require NAME ZONE PROJECT
+[[ $STOP_SECONDS =~ ^[1-9][0-9]*$ ]] || fail "--stop-seconds $STOP_SECONDS is not a number of seconds"
+[[ $LOG_SECONDS =~ ^([0-9]+\.?[0-9]*)?$ ]] || fail "--log-seconds $LOG_SECONDS is not a number of seconds"
 if ((stop)); then
   (($# == 0)) || fail "--stop takes no config"
-  on_workers all "bash $worker_script stop"
+  say "Waits for at most $STOP_SECONDS seconds."
+  on_workers all "bash $worker_script stop $STOP_SECONDS asked"
+  say "Ended on every worker. The slice is billed until delete.sh."
   exit
 fi
 
-(($#)) || fail "missing: CONFIG, such as configs/llama-3.2-3b.yaml; see $program --help"
-config=$1
-shift
-run_dir=''
-for override in "$@"; do
-  case $override in
-    run_dir=*) run_dir=${override#run_dir=} ;;
-    *=*) ;;
-    *) fail "$override is not an override; expected KEY=VALUE" ;;
-  esac
-done
-case $run_dir in
-  '') fail "missing: run_dir=/PATH; a run folder on the workers' own disks is lost with the slice" ;;
-  gs://*)
-    fail "run_dir=$run_dir: the run folder is a path; mount the bucket with setup.sh --storage gs://BUCKET" \
-      "and give run_dir=$mount_point/NAME"
-    ;;
-  /*) ;;
-  *) fail "run_dir=$run_dir is not an absolute path; expected something like $mount_point/NAME" ;;
-esac
-
+check_run "$@"
 if ((dry_run)); then
   say "are all workers set up and idle, and do they share the disk of run_dir?"
   on_workers all "$(status_command "$run_dir")"
@@ -71,12 +65,12 @@ else
   fi
 fi
 
-start="bash $worker_script start $(quote_all "$config" "$@")"
+start="${LOG_SECONDS:+LOG_SECONDS=$LOG_SECONDS }bash $worker_script start $(quote_all "$@")"
 if on_workers all "$start"; then
   say "Started. Follow it with logs.sh; the slice is billed until delete.sh."
 else
   code=$?
   printf '%s: a worker did not start; stopping the others\n' "$program" >&2
-  on_workers all "bash $worker_script stop"
+  on_workers all "bash $worker_script stop $STOP_SECONDS" || true
   exit "$code"
 fi

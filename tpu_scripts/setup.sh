@@ -9,8 +9,9 @@ usage() {
 Usage: setup.sh --name NAME --zone ZONE --project PROJECT [--storage gs://BUCKET] [--ref REF] [--git URL]
 
 Puts the source into ~/raft_jax/source on every worker, replacing what was there, installs it with the tpu
-extra into ~/raft_jax/venv, mounts the storage on $mount_point, and lets JAX count its devices on all workers
-together. May be repeated, but not during a run. Costs nothing beyond the slice.
+extra into ~/raft_jax/venv, in the versions of its constraints.txt, mounts the storage on $mount_point, and
+lets JAX count its devices on all workers together. May be repeated, but not during a run. Costs nothing
+beyond the slice.
 
   --ref REF            (REF)      the commit; HEAD where not given, and then nothing may be uncommitted
   --git URL            (GIT)      let the workers clone this repository instead of copying yours
