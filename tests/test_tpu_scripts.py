@@ -28,7 +28,7 @@ def test_help(cloud: Cloud, script: str) -> None:
     assert cloud.calls == []
 
 
-@pytest.mark.parametrize("script", CALLS)
+@pytest.mark.parametrize("script", [*CALLS, "gke.sh"])
 def test_help_names_every_flag(cloud: Cloud, script: str) -> None:
     text = (SCRIPTS / script).read_text()
     if "take_slice_setting" in text:
@@ -173,8 +173,8 @@ def test_accelerators(cloud: Cloud, given: str, name: str, runtime: str, size: s
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("tpu7x-8", "needs GKE"),
-        ("TPU7x-128", "needs GKE"),
+        ("tpu7x-8", "needs GKE (gke.sh)"),
+        ("TPU7x-128", "needs GKE (gke.sh)"),
         ("v3-8", "expected v4-N, v5e-N, v5p-N or v6e-N"),
         ("v5e-12", "1, 4, 8, 16, 32"),
         ("v4-12", "multiple of 8"),

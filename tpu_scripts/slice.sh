@@ -129,7 +129,7 @@ resolve_accelerator() {
   case $(printf %s "$ACCELERATOR" | tr '[:upper:]' '[:lower:]') in
     tpu7* | v7* | ironwood*)
       fail "ACCELERATOR $ACCELERATOR: TPU7x is not served by the Cloud TPU API that these scripts use;" \
-        "it needs GKE or Compute Engine (docs/tpu.md)"
+        "it needs GKE (gke.sh) or Compute Engine (docs/tpu.md)"
       ;;
     v5litepod-*) kind=v5e ;;
     v4-* | v5e-* | v5p-* | v6e-*) kind=${ACCELERATOR%%-*} ;;
