@@ -182,7 +182,7 @@ cat >"$3/bin/raft-jax" <<'END'
 printf '<%s>\\n' "$PWD" "$@" "$JAX_PLATFORMS"
 [[ $2 != *bad* ]] || { echo "no such key" >&2; exit 2; }
 trap 'echo saved; exit 130' TERM
-[[ $2 != *stubborn* ]] || trap '' TERM
+[[ $2 != *stubborn* ]] || trap 'echo ignored' TERM
 for ((i = 0; i < 600; i++)); do sleep 0.1; done
 END
 chmod +x "$3/bin/python" "$3/bin/raft-jax"
@@ -252,6 +252,7 @@ def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:
     done = cloud.run(scripts / "run.sh", *WHERE, "configs/stubborn.yaml", command[1], **quick)
     try:
         assert done.returncode == 0, done.stderr
+        (homes[1] / "raft_jax" / "run.stopping").touch()
     finally:
         done = cloud.run(scripts / "run.sh", *WHERE, "--stop", "--stop-seconds=1")
     assert done.returncode == 1 and "w-0: killed after 1 seconds" in done.stdout
@@ -265,7 +266,7 @@ def test_a_run_on_two_pretended_workers(cloud: Cloud, checkout: Path) -> None:
 
     # The slice is gone, and the storage is mounted here.
     done = cloud.run(scripts / "logs.sh", *WHERE, "--run-dir", str(run_dir), "--worker=all", "--lines=1")
-    assert done.stdout.splitlines() == ["[worker-0] <tpu,cpu>", "[worker-1] <tpu,cpu>"]
+    assert done.stdout.splitlines() == ["[worker-0] ignored", "[worker-1] <tpu,cpu>"], "one SIGTERM, not two"
 
 
 def shared_log(run_dir: Path, home: Path) -> str:

@@ -168,7 +168,7 @@ check_outcome() {
   if grep -q ' stopped ' <<<"$report"; then
     end 5 "run.sh --stop has ended the run; it is not resumed. To go on: resume.sh"
   elif grep -Eq ' exit-(2|126|127) ' <<<"$report"; then
-    end 2 "the run has failed with an error that resuming does not mend; logs.sh shows it"
+    end 2 "the run has failed with an error that resuming does not mend; logs.sh shows it. Once it is mended: resume.sh, then watch.sh"
   fi
 }
 

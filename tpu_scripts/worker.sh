@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the other scripts call on each worker over ssh. Everything lies in ~/raft_jax: source, venv, run.log,
-# run.pid, run.exit (the last run's exit code), run.stopped (it was ended by run.sh --stop), run.copied (how much
-# of run.log is in the run folder, and where) and run.lock, held for as long as any process of a run lives.
+# run.pid, run.exit (the last run's exit code), run.stopping (it has been sent SIGTERM), run.stopped (by
+# run.sh --stop), run.copied (how much of run.log is in the run folder, and where) and run.lock, held for as long as
+# any process of a run lives.
 set -euo pipefail
 
 base=$HOME/raft_jax
@@ -105,7 +106,7 @@ start() {
     [[ ! -e $base/run.log ]] || offset=$(stat --format=%s "$base/run.log")
     printf '%s\n%s\n' "$offset" "$log" >"$base/run.copied"
   fi
-  rm -f "$base/run.exit" "$base/run.stopped"
+  rm -f "$base/run.exit" "$base/run.stopping" "$base/run.stopped"
   cd "$base/source"
   printf '%s %s raft-jax run %s\n' "$(date --utc +%FT%TZ)" "$HOSTNAME" "$*" >>"$base/run.log"
   # A session of its own, so that the end of the ssh connection does not reach it. It inherits the lock.
@@ -219,7 +220,10 @@ stop() {
   fi
   [[ ${2:-} != asked ]] || touch "$base/run.stopped"
   pid=$(cat "$base/run.pid")
-  kill -TERM -- "-$pid" || true
+  if [[ ! -e $base/run.stopping ]]; then # a second SIGTERM would end raft-jax before it has saved
+    touch "$base/run.stopping"
+    kill -TERM -- "-$pid" || true
+  fi
   for ((fifth = 0; fifth < 5 * seconds; fifth++)); do
     sleep 0.2
     if ! running; then
