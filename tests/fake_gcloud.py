@@ -28,32 +28,37 @@ CALLS = {
 # Records its arguments, then answers from answers.json: {"tpu-vm list": [[stdout, exit code], ...]}, the last
 # again and again. Where there are homes of workers, scp copies into them and ssh runs there.
 FAKE_GCLOUD = """#!{python} -IS
-import json, os, pathlib, shutil, subprocess, sys
-here = pathlib.Path(__file__).resolve().parent
+import json, os, sys
+here = os.path.dirname(os.path.realpath(__file__))
 arguments = sys.argv[1:]
-with open(here / "calls.jsonl", "a") as calls:
+with open(here + "/calls.jsonl", "a") as calls:
     calls.write(json.dumps(arguments) + "\\n")
 arguments = [word for word in arguments if word != "alpha"]
 verb = " ".join(arguments[2:4])
 flags = dict(word[2:].partition("=")[::2] for word in arguments if word.startswith("--"))
-homes = sorted((here / "workers").glob("*")) if (here / "workers").is_dir() else []
+names = sorted(os.listdir(here + "/workers")) if os.path.isdir(here + "/workers") else []
+homes = [here + "/workers/" + name for name in names]
 if homes and verb == "tpu-vm scp":
+    import shutil
     for home in homes:
-        shutil.copy(arguments[4], home / arguments[5].partition(":")[2])
+        shutil.copy(arguments[4], home + "/" + arguments[5].partition(":")[2])
 elif homes and verb == "tpu-vm ssh":
+    import subprocess
     chosen = homes if flags["worker"] == "all" else [homes[int(flags["worker"])]]
     shells = []
     for home in chosen:
-        path = str(here / "worker_bin") + os.pathsep + os.environ["PATH"]
-        script = "export HOSTNAME=" + home.name + "; " + flags["command"]
-        environment = dict(os.environ, HOME=str(home), PATH=path)
+        path = here + "/worker_bin" + os.pathsep + os.environ["PATH"]
+        script = "export HOSTNAME=" + os.path.basename(home) + "; " + flags["command"]
+        environment = dict(os.environ, HOME=home, PATH=path)
         shells.append(subprocess.Popen(["bash", "-c", script], cwd=home, env=environment))
     sys.exit(max(shell.wait() for shell in shells))
 else:
-    answers = json.loads((here / "answers.json").read_text())
+    with open(here + "/answers.json") as told:
+        answers = json.load(told)
     if verb in answers:
         output, code = answers[verb].pop(0) if len(answers[verb]) > 1 else answers[verb][0]
-        (here / "answers.json").write_text(json.dumps(answers))
+        with open(here + "/answers.json", "w") as told:
+            json.dump(answers, told)
         print(output)
         sys.exit(code)
 """
