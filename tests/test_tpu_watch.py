@@ -199,6 +199,7 @@ def test_an_interruption_ends_the_watching_only(cloud: Cloud, number: signal.Sig
         env=cloud.environment(POLL_SECONDS="600"),
         stdout=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )
     for line in watcher.stdout:
         if "w-1 running" in line:
