@@ -1,6 +1,7 @@
 """kill -9 at several moments, then the same command: nothing done twice, nothing lost, the undisturbed numbers."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
