@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import defaultdict
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -25,7 +26,7 @@ from raft_jax.checkpoint import Checkpoints
 from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.models.export import export_hf
-from raft_jax.models.weights import config_of, load_parameters, open_weights
+from raft_jax.models.weights import SafetensorsFolder, config_of, load_parameters, open_weights
 from raft_jax.sharding import MESH_AXES
 from raft_jax.sources import resolve
 
@@ -199,6 +200,27 @@ def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path, folder, tensor
     export_hf(model, model.params, tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
     assert "lm_head.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+def test_each_byte_is_read_for_one_device(folder, tensors, monkeypatch):
+    """Each device takes a share of a tensor's rows, also where the parameter is sharded along another dimension."""
+    read, found = SafetensorsFolder.read, defaultdict(list)
+
+    def counted(self, key, start=0, stop=None):
+        found[key].append((start, stop))
+        return read(self, key, start, stop)
+
+    monkeypatch.setattr(SafetensorsFolder, "read", counted)
+    model = load_pretrained(str(folder), mesh=Mesh(np.array(jax.devices()).reshape(2, 4, 1), MESH_AXES))
+    for key, tensor in tensors.items():
+        rows = len(tensor)
+        parts = 8 if rows % 8 == 0 else 1
+        assert sorted(found[key]) == [(rows // parts * part, rows // parts * (part + 1)) for part in range(parts)], key
+    assert any(rows[0][1] < len(tensors[key]) for key, rows in found.items())
+    expected = load_pretrained(str(folder))
+    for name, array in model.params.items():
+        assert array.sharding.mesh.size == 8
+        np.testing.assert_array_equal(array, expected.params[name])
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -130,19 +131,25 @@ class SafetensorsFolder:
             raise InputError(f"{path}: the index says that {key} is here, and it is not")
         return tuple(entry["shape"]), entry["dtype"]
 
-    def read(self, key: str) -> np.ndarray:
-        """Reads a tensor. It is not memory-mapped: if the file shrank meanwhile, that would end the process."""
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Reads a tensor, or its rows from `start` to `stop`, without the latter.
+
+        It is not memory-mapped: if the file shrank meanwhile, that would end the process.
+        """
         shape, dtype = self.describe(key)
         path, key = self._place_of[key]
-        start, header = self._header(path)
+        begin, header = self._header(path)
         if dtype not in SAFETENSORS_DTYPES:
             raise InputError(
                 f"{path}: {key} has dtype {dtype}, which is not supported; supported: " + ", ".join(SAFETENSORS_DTYPES)
             )
+        row = math.prod(shape[1:]) * SAFETENSORS_DTYPES[dtype].itemsize
+        if shape:
+            shape = (len(range(*slice(start, stop).indices(shape[0]))), *shape[1:])
         array = np.empty(shape, SAFETENSORS_DTYPES[dtype])
         try:
             with require_regular(path).open("rb") as file:
-                file.seek(start + header[key]["data_offsets"][0])
+                file.seek(begin + header[key]["data_offsets"][0] + start * row)
                 num_bytes = file.readinto(array.reshape(-1).view(np.uint8)) if array.size else 0
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error

@@ -110,26 +110,42 @@ def load_parameters(
 
 
 def _load(weights, name: str, stored: Stored, config: DecoderConfig, dtype, sharding) -> jax.Array:
-    """Loads one parameter; a stacked one is allocated on the devices and filled by layers. The devices transpose."""
+    """Loads one parameter; a stacked one is allocated on the devices and filled by layers.
+
+    On a mesh each device takes its share of a tensor's rows, as they lie in the file, so no byte is read twice, and the
+    devices exchange them.
+    """
     letters, ours = "".join(stored.dims), _letters(name)
-    order = tuple(letters.index(letter) for letter in ours)
-    as_stored = None
-    if sharding is not None:
-        spec = dict(zip(ours, sharding.spec[-len(ours) :], strict=True))
-        as_stored = NamedSharding(sharding.mesh, PartitionSpec(*(spec[letter] for letter in letters)))
-    if "{}" not in stored.key:
-        return _transposed(_put(_from_stored(weights, stored.key, stored, config), dtype, as_stored), order)
+    order, stacked = tuple(letters.index(letter) for letter in ours), "{}" in stored.key
+    of_layer = sharding
+    if sharding is not None and stacked:
+        of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    sizes = config.sizes if config.vocab_padding else config.sizes | {"V": config.vocab_size}
+    shape = tuple(sizes[letter] for letter in letters)
+
+    def load(key: str) -> jax.Array:
+        rows = _put(_StoredRows(weights, key, stored, config), dtype, of_layer and of_layer.mesh)
+        array, finite = _arranged(rows, shape, order, of_layer)
+        if not finite:
+            raise InputError(f"{weights.file_of(key)}: {key} holds numbers that are not finite; this model is broken")
+        return array
+
+    if not stacked:
+        return load(stored.key)
     stack_LX = jnp.zeros(parameter_table(config)[name].shape, dtype, device=sharding)
     for layer in range(config.num_layers):
-        array = _from_stored(weights, stored.key.format(layer), stored, config)
-        stack_LX = _set_layer(stack_LX, _transposed(_put(array, dtype, as_stored), order), layer)
+        stack_LX = _set_layer(stack_LX, load(stored.key.format(layer)), layer)
         stack_LX.block_until_ready()  # otherwise the host runs ahead and holds many layers
     return stack_LX
 
 
-@partial(jax.jit, static_argnums=1)
-def _transposed(array: jax.Array, order: tuple[int, ...]) -> jax.Array:
-    return array.transpose(order)
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _arranged(rows: jax.Array, shape, order, sharding: NamedSharding | None) -> tuple[jax.Array, jax.Array]:
+    """A parameter, from its rows in the file, and whether all of its numbers are finite."""
+    array = rows.reshape(shape).transpose(order)
+    if sharding is not None:
+        array = jax.lax.with_sharding_constraint(array, sharding)
+    return array, jnp.isfinite(rows).all()
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -137,11 +153,18 @@ def _set_layer(stack_LX: jax.Array, layer_X: jax.Array, layer) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stack_LX, layer_X, layer, 0)
 
 
-def _put(array: np.ndarray, dtype, sharding: NamedSharding | None) -> jax.Array:
-    """Puts an array on the default device, or its shards on the devices of this process."""
-    if sharding is None:
-        return jnp.asarray(np.array(array, dtype))
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index], dtype))
+def _put(rows: _StoredRows, dtype, mesh: Mesh | None) -> jax.Array:
+    """Puts rows on the default device, or an equal share of them on each device of the mesh."""
+    if mesh is None:
+        return jnp.asarray(np.array(rows.read(0, rows.shape[0]), dtype))
+    divides = rows.shape[0] % mesh.size == 0
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if divides else PartitionSpec())
+
+    def read(index) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows.shape[0])
+        return np.array(rows.read(start, stop), dtype)
+
+    return jax.make_array_from_callback(rows.shape, sharding, read)
 
 
 def _letters(name: str) -> str:
@@ -158,17 +181,34 @@ def _expected(stored: Stored, config: DecoderConfig) -> tuple[int, ...]:
     return sum(_rows(stored.fused or stored.dims[:1], sizes)), *_rows(stored.dims[1:], sizes)
 
 
-def _from_stored(weights, key: str, stored: Stored, config: DecoderConfig) -> np.ndarray:
-    """One layer of a parameter, in the file's order of dimensions; a view where possible."""
-    array, sizes = weights.read(key), config.sizes | {"V": config.vocab_size}
-    if not np.isfinite(array).all():
-        raise InputError(f"{weights.file_of(key)}: {key} holds numbers that are not finite; this model is broken")
-    if stored.fused:
-        first = _rows(stored.fused, sizes)
-        array = array[sum(first[: stored.part]) : sum(first[: stored.part + 1])]
-    if stored.dims[0] == "V" and config.vocab_padding:
-        array, sizes = np.pad(array, ((0, config.vocab_padding), (0, 0))), config.sizes
-    return array.reshape([sizes[letter] for letter in "".join(stored.dims)])
+class _StoredRows:
+    """The rows of one parameter of one layer in its file; those of the vocabulary are followed by padding of zeros.
+
+    Attributes:
+      shape: of the rows with padding, in the file's order of dimensions.
+    """
+
+    def __init__(self, weights: SafetensorsFolder | GgufFile, key: str, stored: Stored, config: DecoderConfig):
+        self._weights, self._key = weights, key
+        sizes = config.sizes | {"V": config.vocab_size}
+        before = _rows(stored.fused, sizes)[: stored.part]
+        num_rows, *rest = _rows(stored.dims, sizes)
+        self._first, self._last = sum(before), sum(before) + num_rows
+        padding = config.vocab_padding if stored.dims[0] == "V" else 0
+        self.shape = num_rows + padding, *rest
+        self._dequantised: np.ndarray | None = None  # of a GGUF file, whose tensors are read whole
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop`, without the latter."""
+        first, last = self._first + start, min(self._first + stop, self._last)
+        if isinstance(self._weights, GgufFile):
+            if self._dequantised is None:
+                self._dequantised = self._weights.read(self._key)
+            array = self._dequantised[first : max(first, last)]
+        else:
+            array = self._weights.read(self._key, first, max(first, last))
+        missing = (stop - start) - len(array)
+        return np.pad(array, ((0, missing), *((0, 0) for _ in self.shape[1:]))) if missing else array
 
 
 def stored_tensors(
