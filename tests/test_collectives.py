@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from optimised import hlo
+from raft_jax.plan import hlo
 from tiny import make_config, make_model
 
 from raft_jax.models import Model, decoder, parameter_shardings

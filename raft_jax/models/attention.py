@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from raft_jax.models.config import DecoderConfig
-from raft_jax.sharding import partition_spec
+from raft_jax.sharding import partition_spec, platform
 from raft_jax.unpadding import indices_of, move
 
 KERNELS = ("plain", "splash", "cudnn")
@@ -211,8 +211,8 @@ def softcap(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def best_kernel(dtype, softcap: float | None, head_width: int) -> str:
-    """The kernel for the default backend. cuDNN's takes head widths of multiples of 8 up to 128 on every GPU."""
-    backend = jax.default_backend()
+    """The kernel for the platform. cuDNN's takes head widths of multiples of 8 up to 128 on every GPU."""
+    backend = platform()
     if backend == "tpu":
         return "splash"
     cudnn = not why_not_cudnn(dtype, softcap) and head_width <= 128 and head_width % 8 == 0

@@ -47,6 +47,10 @@ class CompiledFunction:
         """The program for arguments, which may be `jax.ShapeDtypeStruct`; None if it is not compiled."""
         return self._programs.get(_key(arguments))
 
+    def lower(self, *arguments) -> Any:
+        """The function's program for arguments, which may be `jax.ShapeDtypeStruct`, before it is compiled."""
+        return self._function.lower(*arguments)
+
     def compiling(self, *arguments) -> Callable[[], None]:
         """Traces the function, and returns a function that compiles its program, in any thread."""
         key, lowered = _key(arguments), self._function.lower(*arguments)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optimised import hlo
+from raft_jax.plan import hlo
 from quick import quick_jit
 from rows import ROWS
 
