@@ -117,6 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
         verb.set_defaults(function=function)
 
+    _add_plan(verbs, with_config)
+
     text = "show the prompts of rewriting, fusion, judges and teacher, or copy them to change them"
     verb = verbs.add_parser(
         "prompts", parents=[shared], help=text, description=text[0].upper() + text[1:] + " (refine.prompts=DIR)."
@@ -126,6 +128,22 @@ def make_parser() -> argparse.ArgumentParser:
 
     _add_generate(verbs, shared)
     return parser
+
+
+def _add_plan(verbs, with_config) -> None:
+    """Adds the verb that says what a run takes on given chips."""
+    text = "compile a run's programs for given chips, and say whether they fit, what bounds them, hours and cost"
+    verb = verbs.add_parser("plan", parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
+    text = "a TPU slice such as v5e:4x4, which need not be at hand; default: local, the devices at hand"
+    verb.add_argument("--topology", metavar="NAME", default="local", help=text)
+    verb.add_argument("--price", type=float, metavar="USD", help="of a chip-hour; adds the cost of the run")
+    text = "number of training rows, where the data is not there"
+    verb.add_argument("--rows", type=int, metavar="N", help=text)
+    verb.add_argument("--memory", type=float, metavar="GB", help="of each device, in place of what is known of it")
+    text = "compile the config's own programs only: no largest batch, nothing that would help"
+    verb.add_argument("--quick", action="store_true", help=text)
+    verb.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
+    verb.set_defaults(function=_plan)
 
 
 def _add_generate(verbs, shared) -> None:
@@ -254,6 +272,16 @@ def _check(args) -> int:
     console = _console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     check(load_config(args.config, args.words), console)
     return 0
+
+
+def _plan(args) -> int:
+    from raft_jax.plan.command import run
+
+    config = load_config(args.config, args.words)
+    if args.topology == "local":
+        gpu_environment.set_gpu_environment()
+    options = {name: getattr(args, name) for name in ("rows", "price", "memory", "quick")}
+    return run(config, args.topology, as_json=args.json, **options)
 
 
 def _console_for_tables():

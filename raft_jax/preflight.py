@@ -24,6 +24,7 @@ from raft_jax.methods import Method, any_refines
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_as_loaded, config_of, open_weights
+from raft_jax.plan.short import short_lines
 from raft_jax.refine.generate import task_prompt
 from raft_jax.refine.roles import require_local_roles, require_roles
 from raft_jax.resume import require_unchanged
@@ -174,6 +175,10 @@ def check(config: Config, console) -> None:
     )
     for line in estimate_lines(config, model_size(decoder, config), sizes, free_disk=_free_disk(config.run_dir)):
         console.print(line)
+    if trained := [method for method in methods if method.pruned_from is None]:
+        method = next((method for method in trained if method.distils), trained[0])
+        for line in short_lines(config, decoder, method, data.tokens(data.gold, method)):
+            console.print(line)
     _print_example(data, tokenizer, console)
 
 

@@ -23,13 +23,14 @@ def is_source(word: str) -> bool:
     return "/" in word or word.endswith(".gguf")
 
 
-def resolve(source: str) -> Path:
+def resolve(source: str, *, weights: bool = True) -> Path:
     """Turns a source into a local path that exists.
 
     Args:
       source: `package://MODULE/PATH` (a file or folder inside an installed package); `hf://OWNER/NAME` or
         `hf://OWNER/NAME@REVISION`, with a branch, tag or commit (downloaded with huggingface_hub, or read from its
         cache); or a path.
+      weights: whether weights are fetched from the hub, too; without them config and tokenizer are.
 
     Returns:
       The path of a file or a folder.
@@ -45,7 +46,7 @@ def resolve(source: str) -> Path:
     if source.startswith("package://"):
         path = _in_package(source)
     elif source.startswith("hf://"):
-        path = _from_hub(source)
+        path = _from_hub(source, weights)
     elif "://" in source:
         raise InputError(f"{source}: unknown kind of source; use package://MODULE/PATH, hf://OWNER/NAME or a path")
     else:
@@ -158,7 +159,7 @@ def _in_package(source: str) -> Path:
     return path
 
 
-def _from_hub(source: str) -> Path:
+def _from_hub(source: str, weights: bool) -> Path:
     require_train("huggingface_hub")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -172,7 +173,7 @@ def _from_hub(source: str) -> Path:
             snapshot_download(
                 name,
                 revision=revision or None,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"],
+                allow_patterns=["*.json", "*.jinja", "*.txt", "*.model"] + ["*.safetensors"] * weights,
             )
         )
     except LocalEntryNotFoundError as error:

@@ -74,6 +74,8 @@ ALLOWED = {
     "raft_jax.train.accumulate": ("raft_jax.tokens",),
     "raft_jax.train.rollout_metrics": ("raft_jax.losses", "raft_jax.tokens"),
     "raft_jax.methods": (),
+    "raft_jax.plan.hlo": (),
+    "raft_jax.plan.environment": (),
     "raft_jax.evaluate.statistics": (),
     "raft_jax.evaluate.agreement": (),
 }
@@ -104,6 +106,8 @@ THIRD_PARTIES = {
     "raft_jax.train.rollout_metrics": {"jax"},
     "raft_jax.train.step": {"jax", "optax"},
     "raft_jax.methods": set(),
+    "raft_jax.plan.hlo": set(),
+    "raft_jax.plan.environment": set(),
     "raft_jax.data.batches": {"numpy"},
     "raft_jax.data.prompts": {"jinja2"},
     "raft_jax.refine.ledger": set(),

@@ -53,7 +53,7 @@ def test_alone_it_brings_jax_and_numpy():
     assert {requirement.name for requirement in requirements()} == {"jax", "numpy"}
 
 
-@pytest.mark.parametrize("extra", ["cuda", "tpu", "test", "eval"])
+@pytest.mark.parametrize("extra", ["cuda", "tpu", "plan", "test", "eval"])
 def test_other_extras_bring_what_training_needs(extra):
     names = {requirement.name for requirement in requirements(extra)}
     assert names >= {requirement.name for requirement in requirements("train")} > {"flax", "optax", "omegaconf"}

@@ -64,6 +64,11 @@ class Slice:
     chip: Chip
 
     @property
+    def is_local(self) -> bool:
+        """Whether these are the devices at hand."""
+        return self.topology == LOCAL
+
+    @property
     def num_chips(self) -> float:
         return len(self.devices) / self.chip.devices
 

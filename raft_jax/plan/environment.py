@@ -8,12 +8,14 @@ from importlib.util import find_spec
 from raft_jax.errors import MissingExtra
 
 LOCAL = "local"  # the topology of the devices at hand
-# The machine's own devices are left alone; libtpu asks no metadata server, and waits for no other process that uses it.
+# The machine's own devices are left alone. libtpu asks no metadata server and waits for no other process that uses it;
+# without the type and the name of a worker it complains on stderr, whatever the topology.
 VARIABLES = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_WORKER_HOSTNAMES": "localhost",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 

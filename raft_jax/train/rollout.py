@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import token_capacities, token_capacity
@@ -43,7 +44,7 @@ class SampleRollout:
             return tokens, jnp.max(jnp.sum(tokens.mask.reshape(shape), axis=(1, 3)))
 
         self.sample = CompiledFunction(sample)
-        self._temperature = jnp.float32(settings.rollout.temperature)
+        self._temperature = np.float32(settings.rollout.temperature)
 
     def arguments(self, params, teacher_params, batch: Batch, key: jax.Array) -> tuple:
         """The arguments of `sample`."""

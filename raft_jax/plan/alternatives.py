@@ -1,0 +1,144 @@
+"""What would help a run that does not fit its chips, or waits for what they send to each other, tried one by one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from raft_jax.config import Config, MeshConfig
+from raft_jax.errors import InputError
+from raft_jax.plan.chips import Slice, find_slice
+from raft_jax.plan.measure import Measure, with_train
+from raft_jax.plan.phases import Phase
+
+MOST_TRIED = 4
+SMALL_CHUNK = 128  # train.loss_chunk_size
+LORA_RANK = 16
+ROOM = 0.75  # of a chip's memory that may be taken before anything is computed, for a larger slice to be tried
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A change, and what it gave.
+
+    Attributes:
+      change: settings, or another topology.
+      fits: whether the programs of a training step fit then; None if that is not known.
+      total: bytes of a device, in the phase that has most.
+      seconds: of a training step, at least; None where it was not compiled.
+      before: the same of the plan itself; None where it was not compiled.
+      note: why it was not compiled, or cannot be.
+    """
+
+    change: str
+    fits: bool | None = None
+    total: float | None = None
+    seconds: float | None = None
+    before: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A change that may help: its settings as words, the config with it, and other chips, if it is these."""
+
+    change: str
+    config: Config
+    topology: str | None = None
+
+
+def try_alternatives(measure: Measure, phases: Sequence[Phase], fits: bool) -> list[Tried]:
+    """Tries at most `MOST_TRIED` changes.
+
+    Args:
+      measure: of the plan.
+      phases: those of a training step.
+      fits: whether the plan fits, so that time is what has to be helped.
+    """
+    before = _seconds(phases)
+    candidates = list(of_time(measure) if fits else of_memory(measure))[:MOST_TRIED]
+    return [_try(measure, candidate, before) for candidate in candidates]
+
+
+def _seconds(phases: Sequence[Phase]) -> float | None:
+    """Seconds of a training step; None if not all of it was compiled."""
+    if any(phase.reading is None or phase.reading.refused for phase in phases):
+        return None
+    return sum(phase.bound for phase in phases)
+
+
+def of_time(measure: Measure) -> Iterator[Candidate]:
+    """Changes that let chips send less: the model split over fewer chips along its width, and along its heads."""
+    size, now = measure.mesh.size, measure.mesh.shape
+    for tensor in (2, 4, 8):
+        fsdp = now["fsdp"] * now["tensor"] // tensor
+        if fsdp and tensor != now["tensor"] and size % (fsdp * tensor) == 0:
+            yield _on_mesh(measure.config, size // (fsdp * tensor), fsdp, tensor)
+
+
+def of_memory(measure: Measure) -> Iterator[Candidate]:
+    """Changes that take less memory of each chip; those of activations only where these are the trouble."""
+    config, size, now = measure.config, measure.mesh.size, measure.mesh.shape
+    if now["data"] > 1:
+        yield _on_mesh(config, 1, size // now["tensor"], now["tensor"])
+    if measure.has_room:
+        if not config.model.remat:
+            yield Candidate("model.remat=true", replace(config, model=replace(config.model, remat=True)))
+        if (config.train.loss_chunk_size or 512) > SMALL_CHUNK:
+            yield Candidate(f"train.loss_chunk_size={SMALL_CHUNK}", with_train(config, loss_chunk_size=SMALL_CHUNK))
+        if measure.programs(measure.first_method).num_rows % 2 == 0:
+            count = 2 * config.train.num_micro_batches
+            yield Candidate(f"train.num_micro_batches={count}", with_train(config, num_micro_batches=count))
+    if not config.train.lora.rank and config.train.student_init is None:
+        lora = replace(config.train.lora, rank=LORA_RANK)
+        yield Candidate(f"train.lora.rank={LORA_RANK}", with_train(config, lora=lora))
+    if (larger := _larger(measure)) is not None:
+        yield larger
+
+
+def _on_mesh(config: Config, data: int, fsdp: int, tensor: int) -> Candidate:
+    change = f"mesh.data={data} mesh.fsdp={fsdp} mesh.tensor={tensor}"
+    return Candidate(change, replace(config, mesh=MeshConfig(data, fsdp, tensor)))
+
+
+def _larger(measure: Measure) -> Candidate | None:
+    """The smallest larger slice of the same chips on which the weights leave room; None if there is none."""
+    chips, config = measure.slice, measure.config
+    rows = config.train.batch_size // config.train.num_micro_batches
+    for name in chips.larger():
+        try:
+            count = len(find_slice(name).devices)
+        except InputError:
+            continue
+        fsdp = math.gcd(rows, count)
+        found = _on_mesh(config, 1, fsdp, count // fsdp)
+        everywhere = measure.static_bytes * measure.mesh.shape["fsdp"] * measure.mesh.shape["tensor"]
+        if chips.chip.memory is not None and everywhere / count < ROOM * chips.chip.memory:
+            return Candidate(f"--topology {name} {found.change}", found.config, name)
+    return None
+
+
+def _try(measure: Measure, candidate: Candidate, before: float | None) -> Tried:
+    try:
+        chips = _chips(measure.slice, candidate)
+        changed = measure.changed(candidate.config, chips)
+    except InputError as error:
+        return Tried(candidate.change, before=before, note=str(error))
+    memory = chips.chip.memory
+    if not changed.has_room:
+        note = "weights, teacher and optimiser alone do not fit; not compiled"
+        return Tried(candidate.change, False, changed.static_bytes, before=before, note=note)
+    measure.say(f"trying {candidate.change}")
+    method = changed.first_method
+    phases = [changed.step(method)]
+    if method.distils and phases[0].fits(memory) is not False:
+        phases.append(changed.rollout(method))
+    found = [phase.fits(memory) for phase in phases]
+    fits = False if False in found else None if None in found else True
+    return Tried(candidate.change, fits, max(phase.total for phase in phases), _seconds(phases), before)
+
+
+def _chips(chips: Slice, candidate: Candidate) -> Slice:
+    """The chips of a candidate, with as much memory as those of the plan."""
+    return chips if candidate.topology is None else find_slice(candidate.topology, chips.chip.memory)

@@ -1,0 +1,142 @@
+"""A plan as lines of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from raft_jax.plan.alternatives import Tried
+from raft_jax.plan.facts import name_of
+from raft_jax.plan.phases import KINDS, Phase
+from raft_jax.plan.plan import HOUR, Plan, num_parameters
+
+GIGA = 1e9
+PARTS = ("parameters", "teacher", "optimiser", "cache", "activations")
+
+
+def lines_of(plan: Plan) -> Iterator[str]:
+    """The lines that `raft-jax plan` prints."""
+    measure = plan.measure
+    chips, memory = measure.slice, measure.slice.chip.memory
+    mesh = " × ".join(f"{axis} {size}" for axis, size in measure.mesh.shape.items())
+    room = "of unknown memory" if memory is None else f"of {memory / GIGA:.3g} GB"
+    count = f"{chips.num_chips:g} {'chips' if chips.num_chips != 1 else 'chip'}"
+    yield (
+        f"{name_of(measure.config)}, {num_parameters(measure) / GIGA:.3g} billion parameters, on {chips.topology} "
+        f"({count}, {chips.chip.kind}, {room} a device); mesh {mesh}; batch {measure.config.train.batch_size}"
+    )
+    yield from measure.facts.notes
+    yield f"lengths in slots: {_lengths(plan)}"
+    yield ""
+    yield "GB on each device, by purpose (teacher: the base model; activations: gradients and temporary arrays, too)"
+    yield from _table(("", *PARTS, "total", "compiler's total", "fits"), map(_memory(memory), plan.phases))
+    yield ""
+    yield "each time that it runs: operations of all devices, GB that a device sends, and seconds at least"
+    yield from _table(("", "FLOPs", "GB sent", *KINDS, "slowest", "collectives"), map(_time, plan.phases))
+    yield ""
+    yield from _verdict(plan)
+
+
+def _lengths(plan: Plan) -> str:
+    sides = plan.measure.programs(plan.measure.first_method).sides
+    train = plan.measure.config.train
+    named = {"prompt": sides.prompt, "answer": sides.answer, "teacher's prompt": sides.teacher_prompt}
+    found = [f"{name} {side.length}" for name, side in named.items() if side.length]
+    if plan.measure.first_method.distils:
+        found.append(f"rollout {train.rollout.max_new_tokens}")
+    return ", ".join(found)
+
+
+def _memory(memory: float | None):
+    def row(phase: Phase) -> Sequence[str]:
+        parts = [_giga(phase.parts.get(name)) for name in PARTS]
+        compiled = "not compiled" if phase.reading is None else _giga(phase.reading.total)
+        if phase.reading is None:
+            parts[-1] = "–"
+        more = "at least " if phase.reading is None else ""
+        fits = {True: "yes", False: "no", None: "not known"}[phase.fits(memory)]
+        return phase.name, *parts, more + _giga(phase.total), compiled, fits
+
+    return row
+
+
+def _time(phase: Phase) -> Sequence[str]:
+    known = phase.reading is not None and not phase.reading.refused
+    sent = phase.reading.collectives if known and phase.reading is not None else None
+    kinds = "–" if not sent else ", ".join(f"{kind} {_giga(size)}" for kind, size in sent.items())
+    total = _giga(None if sent is None else sum(sent.values()))
+    return phase.name, f"{phase.flops:.2e}", total, *map(_seconds, phase.seconds.values()), phase.slowest, kinds
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    memory = plan.measure.slice.chip.memory
+    if plan.fits is False:
+        worst = max(plan.phases, key=lambda phase: phase.total)
+        yield f"does not fit: {worst.name} needs {_giga(worst.total)} GB of {_giga(memory)} GB on each device"
+    elif plan.fits:
+        most = max(phase.total for phase in plan.phases)
+        yield f"fits: at most {_giga(most)} GB of {_giga(memory)} GB on each device"
+    else:
+        yield "whether it fits is not known: the memory of these devices is not"
+    if plan.largest is not None:
+        rows = "not known" if plan.largest.rows is None else str(plan.largest.rows)
+        yield f"largest batch: {rows} ({plan.largest.how})"
+    if plan.hours is not None:
+        yield f"the run: at least {_hours(plan)}; without loading, compiling, likelihoods and checkpoints"
+    elif plan.fits is not False:
+        missing = "--rows N says how many rows are trained on" if plan.measure.facts.num_train is None else "see above"
+        yield f"the run: its hours are not known; {missing}"
+    if plan.tried:
+        yield "what would help, tried by compiling the programs of a training step:"
+        yield from (f"  {tried_line(tried)}" for tried in plan.tried)
+
+
+def _hours(plan: Plan) -> str:
+    parts = []
+    for phase in plan.phases:
+        count = plan.runs[phase.name] or 0
+        parts.append(f"{phase.name} {count:,.0f} × {_seconds(phase.bound)} s")
+    hours, chip_hours = plan.hours or 0, plan.chip_hours or 0
+    cost = "" if plan.cost is None else f", {plan.cost:,.2f} USD"
+    return f"{_span(hours)}, {chip_hours:.2g} chip-hours{cost} ({', '.join(parts)})"
+
+
+def _span(hours: float) -> str:
+    """Hours, or seconds of a run that is short.
+
+    Example:
+      >>> _span(2.345), _span(0.01)
+      ('2.3 hours', '36 s')
+    """
+    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * HOUR:.3g} s"
+
+
+def tried_line(tried: Tried) -> str:
+    """One line on a change that was tried."""
+    if tried.total is None:
+        return f"{tried.change}: cannot be ({tried.note})"
+    fits = {True: "fits", False: "does not fit", None: "fit not known"}[tried.fits]
+    line = f"{tried.change}: {fits}, {_giga(tried.total)} GB"
+    if tried.seconds is not None:
+        line += f", {_seconds(tried.seconds)} s a step at least"
+        line += f" in place of {_seconds(tried.before)} s" if tried.before is not None else ""
+    return f"{line} ({tried.note})" if tried.note else line
+
+
+def _giga(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value / GIGA:.2f}" if value >= 5e6 or not value else f"{value / GIGA:.1e}"
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _table(head: Sequence[str], rows) -> Iterator[str]:
+    """Lines with columns of one width, of which the first and the last begin at the left."""
+    cells = [head, *rows]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(head))]
+    for row in cells:
+        parts = [row[0].ljust(widths[0])]
+        parts += [cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:-1], strict=True)]
+        yield "  ".join([*parts, row[-1]]).rstrip()
