@@ -69,9 +69,9 @@ def _seconds(phases: Sequence[Phase]) -> float | None:
 
 
 def of_time(measure: Measure) -> Iterator[Candidate]:
-    """Changes that let chips send less: the model split over fewer chips along its width, and along its heads."""
+    """Meshes on which chips send less: the model is split along its heads, too, and along its width less often."""
     size, now = measure.mesh.size, measure.mesh.shape
-    for tensor in (2, 4, 8):
+    for tensor in (4, 8):
         fsdp = now["fsdp"] * now["tensor"] // tensor
         if fsdp and tensor != now["tensor"] and size % (fsdp * tensor) == 0:
             yield _on_mesh(measure.config, size // (fsdp * tensor), fsdp, tensor)

@@ -57,7 +57,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Slice:
-    """Chips that work together: the name of their topology, the JAX devices, and what one of them is."""
+    """Devices that work together: the name of their topology, the JAX devices, and what one of them is."""
 
     topology: str
     devices: Sequence[Any]
@@ -67,10 +67,6 @@ class Slice:
     def is_local(self) -> bool:
         """Whether these are the devices at hand."""
         return self.topology == LOCAL
-
-    @property
-    def num_chips(self) -> float:
-        return len(self.devices) / self.chip.devices
 
     def larger(self) -> list[str]:
         """Names of the larger slices of this kind, from small to large."""

@@ -49,6 +49,11 @@ class Measure:
         self.programs = cache(self._programs)
         self.programs(self.first_method)  # so that what does not divide is said before anything is compiled
 
+    @property
+    def num_chips(self) -> float:
+        """Chips that the mesh has."""
+        return self.mesh.size / self.slice.chip.devices
+
     def changed(self, config: Config, chips: Slice | None = None) -> Measure:
         """The same run with another config, whose data and model are the same, or on other chips."""
         facts = copy.copy(self.facts)  # with what it has read

@@ -65,7 +65,7 @@ class Plan:
     @property
     def chip_hours(self) -> float | None:
         """Hours times chips."""
-        return None if self.hours is None else self.hours * self.measure.slice.num_chips
+        return None if self.hours is None else self.hours * self.measure.num_chips
 
     @property
     def cost(self) -> float | None:
@@ -79,7 +79,7 @@ class Plan:
             "model": name_of(measure.config),
             "num_parameters": num_parameters(measure),
             "topology": chips.topology,
-            "chips": chips.num_chips,
+            "chips": measure.num_chips,
             "chip": asdict(chips.chip),
             "mesh": dict(measure.mesh.shape),
             "batch_size": measure.config.train.batch_size,

@@ -19,7 +19,7 @@ def lines_of(plan: Plan) -> Iterator[str]:
     chips, memory = measure.slice, measure.slice.chip.memory
     mesh = " × ".join(f"{axis} {size}" for axis, size in measure.mesh.shape.items())
     room = "of unknown memory" if memory is None else f"of {memory / GIGA:.3g} GB"
-    count = f"{chips.num_chips:g} {'chips' if chips.num_chips != 1 else 'chip'}"
+    count = f"{measure.num_chips:g} {'chips' if measure.num_chips != 1 else 'chip'}"
     yield (
         f"{name_of(measure.config)}, {num_parameters(measure) / GIGA:.3g} billion parameters, on {chips.topology} "
         f"({count}, {chips.chip.kind}, {room} a device); mesh {mesh}; batch {measure.config.train.batch_size}"
