@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from raft_jax.config import Config, MeshConfig
 from raft_jax.errors import InputError
-from raft_jax.plan.chips import Slice, find_slice
+from raft_jax.plan.chips import find_slice
 from raft_jax.plan.measure import Measure, with_train
 from raft_jax.plan.phases import Phase
 
@@ -82,7 +82,7 @@ def of_memory(measure: Measure) -> Iterator[Candidate]:
     config, size, now = measure.config, measure.mesh.size, measure.mesh.shape
     if now["data"] > 1:
         yield _on_mesh(config, 1, size // now["tensor"], now["tensor"])
-    if measure.has_room:
+    if measure.worth_compiling(measure.static_bytes):
         if not config.model.remat:
             yield Candidate("model.remat=true", replace(config, model=replace(config.model, remat=True)))
         if (config.train.loss_chunk_size or 512) > SMALL_CHUNK:
@@ -92,9 +92,17 @@ def of_memory(measure: Measure) -> Iterator[Candidate]:
             yield Candidate(f"train.num_micro_batches={count}", with_train(config, num_micro_batches=count))
     if not config.train.lora.rank and config.train.student_init is None:
         lora = replace(config.train.lora, rank=LORA_RANK)
-        yield Candidate(f"train.lora.rank={LORA_RANK}", with_train(config, lora=lora))
-    if (larger := _larger(measure)) is not None:
-        yield larger
+        adapted = Candidate(f"train.lora.rank={LORA_RANK}", with_train(config, lora=lora))
+        yield adapted
+        if not _leaves_room(measure.changed(adapted.config), 1.0):
+            yield from _larger(measure, adapted)
+    yield from _larger(measure, Candidate("", config))
+
+
+def _leaves_room(measure: Measure, share: float) -> bool:
+    """Whether what a run takes at least is less than a share of each device's memory."""
+    memory = measure.slice.chip.memory
+    return memory is None or max(phase.total for phase in measure.least()) < share * memory
 
 
 def _on_mesh(config: Config, data: int, fsdp: int, tensor: int) -> Candidate:
@@ -102,33 +110,37 @@ def _on_mesh(config: Config, data: int, fsdp: int, tensor: int) -> Candidate:
     return Candidate(change, replace(config, mesh=MeshConfig(data, fsdp, tensor)))
 
 
-def _larger(measure: Measure) -> Candidate | None:
-    """The smallest larger slice of the same chips on which the weights leave room; None if there is none."""
-    chips, config = measure.slice, measure.config
+def _larger(measure: Measure, candidate: Candidate) -> Iterator[Candidate]:
+    """A candidate on the smallest larger slice of the same chips that leaves room; none if there is none."""
+    config = candidate.config
     rows = config.train.batch_size // config.train.num_micro_batches
-    for name in chips.larger():
+    for name in measure.slice.larger():
         try:
-            count = len(find_slice(name).devices)
+            chips = find_slice(name, measure.slice.chip.memory)
+            fsdp = math.gcd(rows, len(chips.devices))
+            found = _on_mesh(config, 1, fsdp, len(chips.devices) // fsdp)
+            room = _leaves_room(measure.changed(found.config, chips), ROOM)
         except InputError:
             continue
-        fsdp = math.gcd(rows, count)
-        found = _on_mesh(config, 1, fsdp, count // fsdp)
-        everywhere = measure.static_bytes * measure.mesh.shape["fsdp"] * measure.mesh.shape["tensor"]
-        if chips.chip.memory is not None and everywhere / count < ROOM * chips.chip.memory:
-            return Candidate(f"--topology {name} {found.change}", found.config, name)
-    return None
+        if room:
+            change = " ".join(filter(None, (candidate.change, f"--topology {name}", found.change)))
+            yield Candidate(change, found.config, name)
+            return
 
 
 def _try(measure: Measure, candidate: Candidate, before: float | None) -> Tried:
     try:
-        chips = _chips(measure.slice, candidate)
+        chips = measure.slice
+        if candidate.topology is not None:
+            chips = find_slice(candidate.topology, chips.chip.memory)
         changed = measure.changed(candidate.config, chips)
+        least = max(changed.least(), key=lambda phase: phase.total)
     except InputError as error:
         return Tried(candidate.change, before=before, note=str(error))
     memory = chips.chip.memory
-    if not changed.has_room:
-        note = "weights, teacher and optimiser alone do not fit; not compiled"
-        return Tried(candidate.change, False, changed.static_bytes, before=before, note=note)
+    if least.fits(memory) is False:
+        note = f"{least.name} takes that at least; not compiled"
+        return Tried(candidate.change, False, least.total, before=before, note=note)
     measure.say(f"trying {candidate.change}")
     method = changed.first_method
     phases = [changed.step(method)]
@@ -137,8 +149,3 @@ def _try(measure: Measure, candidate: Candidate, before: float | None) -> Tried:
     found = [phase.fits(memory) for phase in phases]
     fits = False if False in found else None if None in found else True
     return Tried(candidate.change, fits, max(phase.total for phase in phases), _seconds(phases), before)
-
-
-def _chips(chips: Slice, candidate: Candidate) -> Slice:
-    """The chips of a candidate, with as much memory as those of the plan."""
-    return chips if candidate.topology is None else find_slice(candidate.topology, chips.chip.memory)

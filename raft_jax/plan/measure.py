@@ -100,17 +100,25 @@ class Measure:
         """Bytes on each device throughout training, before anything is computed."""
         return sum(self.resident.values())
 
-    @property
-    def has_room(self) -> bool:
-        """Whether what lies on a device throughout training leaves any room, so that compiling may be worth it."""
+    def worth_compiling(self, kept: float) -> bool:
+        """Whether so many bytes, which lie on a device before anything is computed, leave any room."""
         memory = self.slice.chip.memory
-        return memory is None or self.static_bytes < memory
+        return memory is None or kept < memory
+
+    def least(self) -> list[Phase]:
+        """The phases of the first method, not compiled: what they take at least."""
+        method = self.first_method
+        phases = [self.rollout(method, compiled=False)] if method.distils else []
+        if self.facts.refines_itself:
+            phases.append(self.refine(compiled=False))
+        return [self.step(method, compiled=False), *phases, self.evaluate(compiled=False)]
 
     def step(self, method: Method, compiled: bool = True, batch_size: int | None = None) -> Phase:
         """The train step of a method."""
         programs, row = self.programs(method, batch_size), self.facts.row_tokens(method)
         size = programs.batch_size
         what = f"train {method.name}"
+        compiled = compiled and self.worth_compiling(self.static_bytes)
         reading = self._read(f"{what}, batch {size}", programs, lambda: programs.step(method)) if compiled else None
         parts = dict(self.resident)
         reads_teacher = method.distils or method.anchors or self.config.train.lora.rank > 0
@@ -132,10 +140,11 @@ class Measure:
         """The rollouts of a step."""
         programs, row = self.programs(method), self.facts.row_tokens(method)
         size, new = programs.batch_size, self.config.train.rollout.max_new_tokens
-        reading = self._read(f"rollout, batch {size}", programs, programs.rollout, new) if compiled else None
         beside = self.resident["optimiser"] + (0 if self.config.train.lora.rank else self.resident["teacher"])
         slots = programs.sides.prompt.length + new
         kept = {**self.resident, "cache": float(programs.cache_bytes(size, slots))}
+        compiled = compiled and self.worth_compiling(sum(kept.values()))
+        reading = self._read(f"rollout, batch {size}", programs, programs.rollout, new) if compiled else None
         total = sum(kept.values()) if reading is None else reading.total + beside
         parts = kept | {"activations": max(0.0, total - sum(kept.values()))}
         return self._generation("rollout", programs, parts, total, reading, row.prompt, new, size)
@@ -163,10 +172,11 @@ class Measure:
 
     def _decode(self, name: str, rows: int, slots: int, prompt: float, new: int, beside, compiled: bool) -> Phase:
         programs = self.programs(self.first_method)
-        what = f"{name}, {rows} rows"
-        reading = self._read(what, programs, lambda: programs.decode(rows, slots, new), new) if compiled else None
         model = self.resident["teacher"]
         kept = beside | {"teacher": model, "cache": float(programs.cache_bytes(rows, slots + new))}
+        compiled = compiled and self.worth_compiling(sum(kept.values()))
+        what = f"{name}, {rows} rows"
+        reading = self._read(what, programs, lambda: programs.decode(rows, slots, new), new) if compiled else None
         total = sum(kept.values()) if reading is None else reading.total + sum(beside.values())
         parts = kept | {"activations": max(0.0, total - sum(kept.values()))}
         return self._generation(name, programs, parts, total, reading, prompt, new, rows)

@@ -111,10 +111,12 @@ class Phase:
         return max(known, key=known.__getitem__) if known else ""
 
     def fits(self, memory: float | None) -> bool | None:
-        """Whether a chip with so many bytes has room; None if that is not known."""
+        """Whether a chip with so many bytes has room; None if that is not known, as before it is compiled."""
         if self.reading is not None and self.reading.refused:
             return False
-        return None if memory is None else self.total <= memory
+        if memory is None or (self.reading is None and self.total <= memory):
+            return None
+        return self.total <= memory
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def make_plan(
     phases = _phases(measure)
     plan = Plan(measure, phases, _runs(measure, phases), price=price)
     if not quick:
-        if measure.has_room and measure.trained_methods:
+        if measure.trained_methods:
             plan.largest = _largest(measure, plan)
         if plan.fits is False or any(phase.slowest == "interconnect" for phase in _training(plan)):
             plan.tried = try_alternatives(measure, _training(plan), plan.fits is not False)
@@ -153,14 +153,13 @@ def make_plan(
 
 
 def _phases(measure: Measure) -> list[Phase]:
-    """The phases in their order in a run; compiled where what lies on a chip throughout leaves room."""
-    room = measure.has_room
-    phases = [measure.refine(room)] if measure.facts.refines_itself else []
+    """The phases in their order in a run."""
+    phases = [measure.refine()] if measure.facts.refines_itself else []
     for method in measure.different_methods:
         if method.distils and "rollout" not in [phase.name for phase in phases]:
-            phases.append(measure.rollout(method, room))
-        phases.append(measure.step(method, room))
-    return [*phases, measure.evaluate(room)]
+            phases.append(measure.rollout(method))
+        phases.append(measure.step(method))
+    return [*phases, measure.evaluate()]
 
 
 def _training(plan: Plan) -> list[Phase]:

@@ -71,7 +71,8 @@ def _verdict(plan: Plan) -> Iterator[str]:
     memory = plan.measure.slice.chip.memory
     if plan.fits is False:
         worst = max(plan.phases, key=lambda phase: phase.total)
-        yield f"does not fit: {worst.name} needs {_giga(worst.total)} GB of {_giga(memory)} GB on each device"
+        least = "at least " if worst.reading is None else ""
+        yield f"does not fit: {worst.name} needs {least}{_giga(worst.total)} GB of {_giga(memory)} GB on each device"
     elif plan.fits:
         most = max(phase.total for phase in plan.phases)
         yield f"fits: at most {_giga(most)} GB of {_giga(memory)} GB on each device"
@@ -86,7 +87,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
         missing = "--rows N says how many rows are trained on" if plan.measure.facts.num_train is None else "see above"
         yield f"the run: its hours are not known; {missing}"
     if plan.tried:
-        yield "what would help, tried by compiling the programs of a training step:"
+        yield "what would help (what is not said to be otherwise was compiled: the programs of a training step):"
         yield from (f"  {tried_line(tried)}" for tried in plan.tried)
 
 
