@@ -40,16 +40,19 @@ def run(
             raise InputError(f"{name} {value:g} must be above 0")
     set_environment(topology)
     from raft_jax.plan.chips import find_slice  # jax, once the environment is set
-    from raft_jax.plan.plan import make_plan
-    from raft_jax.plan.text import lines_of
+    from raft_jax.plan.plan import look_further, make_plan
+    from raft_jax.plan.text import tables_of, verdict_of
 
     chips = find_slice(topology, memory and memory * 1e9)
-    plan = make_plan(config, chips, _report, rows=rows, price=price, quick=quick)
+    plan = make_plan(config, chips, _report, rows=rows, price=price)
+    if not as_json:  # before what takes long again
+        print(*map(visible, tables_of(plan)), sep="\n", flush=True)
+    if not quick:
+        look_further(plan)
     if as_json:
         print(json.dumps(plan.as_json(), indent=1, allow_nan=False))
-        return 0
-    for line in lines_of(plan):
-        print(visible(line))
+    else:
+        print(*map(visible, verdict_of(plan)), sep="\n", flush=True)
     return 0
 
 

@@ -104,6 +104,14 @@ class Phase:
         """Seconds of the slowest of the three."""
         return max((value for value in self.seconds.values() if value is not None), default=0.0)
 
+    def estimated(self, clock: float | None) -> float | None:
+        """Seconds by the TPU compiler's own estimate of its cycles, and then of what is sent, as if nothing overlapped;
+        None where the chip's clock is not known."""
+        sent = self.seconds["interconnect"]
+        if self.reading is None or self.reading.refused or sent is None or not clock or not self.reading.busy:
+            return None
+        return self.reading.busy / clock + sent
+
     @property
     def slowest(self) -> str:
         """The name of the slowest; empty if nothing is known."""

@@ -57,20 +57,33 @@ class Plan:
     @property
     def hours(self) -> float | None:
         """Hours of the whole run at least; None if it does not fit, or the number of rows is not known."""
-        counts = [self.runs[phase.name] for phase in self.phases]
-        if self.fits is False or None in counts or not all(phase.slowest for phase in self.phases):
-            return None
-        return sum(phase.bound * (self.runs[phase.name] or 0) for phase in self.phases) / HOUR
+        return self._hours([phase.bound if phase.slowest else None for phase in self.phases])
 
     @property
-    def chip_hours(self) -> float | None:
+    def estimated_hours(self) -> float | None:
+        """The same by the TPU compiler's own estimate, as if nothing overlapped."""
+        return self._hours([phase.estimated(self.measure.slice.chip.clock) for phase in self.phases])
+
+    def _hours(self, seconds: list[float | None]) -> float | None:
+        total = 0.0
+        for phase, once in zip(self.phases, seconds, strict=True):
+            runs = self.runs[phase.name]
+            if self.fits is False or runs is None or once is None:
+                return None
+            total += runs * once
+        return total / HOUR
+
+    def chip_hours(self, hours: float | None) -> float | None:
         """Hours times chips."""
-        return None if self.hours is None else self.hours * self.measure.num_chips
+        return None if hours is None else hours * self.measure.num_chips
 
-    @property
-    def cost(self) -> float | None:
-        """USD, at least."""
-        return None if self.price is None or self.chip_hours is None else self.price * self.chip_hours
+    def cost(self, hours: float | None) -> float | None:
+        """USD of so many hours."""
+        chip_hours = self.chip_hours(hours)
+        return None if self.price is None or chip_hours is None else self.price * chip_hours
+
+    def _time_as_json(self, hours: float | None) -> dict[str, float | None]:
+        return {"hours": hours, "chip_hours": self.chip_hours(hours), "cost_usd": self.cost(hours)}
 
     def as_json(self) -> dict[str, Any]:
         """The plan as values that JSON can hold."""
@@ -87,14 +100,13 @@ class Plan:
             "fits": self.fits,
             "phases": [self._phase_as_json(phase) for phase in self.phases],
             "largest_batch_size": self.largest and asdict(self.largest),
-            "hours": self.hours,
-            "chip_hours": self.chip_hours,
-            "cost_usd": self.cost,
+            "at_least": self._time_as_json(self.hours),
+            "by_the_compiler": self._time_as_json(self.estimated_hours),
             "alternatives": [asdict(tried) for tried in self.tried],
         }
 
     def _phase_as_json(self, phase: Phase) -> dict[str, Any]:
-        reading, clock = phase.reading, self.measure.slice.chip.clock
+        reading = phase.reading
         return {
             "name": phase.name,
             "rows": phase.rows,
@@ -106,7 +118,7 @@ class Plan:
             "flops": phase.flops,
             "seconds": phase.seconds,
             "slowest": phase.slowest,
-            "compiler_busy_seconds": reading.busy / clock if reading and clock else None,
+            "seconds_by_the_compiler": phase.estimated(self.measure.slice.chip.clock),
             "compile_seconds": reading and reading.seconds,
             "runs": self.runs[phase.name],
         }
@@ -120,15 +132,9 @@ def num_parameters(measure: Measure) -> int:
 
 
 def make_plan(
-    config: Config,
-    chips: Slice,
-    report: Report,
-    *,
-    rows: int | None = None,
-    price: float | None = None,
-    quick: bool = False,
+    config: Config, chips: Slice, report: Report, *, rows: int | None = None, price: float | None = None
 ) -> Plan:
-    """Plans a run.
+    """Plans a run: its phases, and how often each runs.
 
     Args:
       config: of the run.
@@ -136,20 +142,21 @@ def make_plan(
       report: is told what is compiled next.
       rows: number of training rows, where the data is not there.
       price: USD of a chip-hour.
-      quick: neither the largest batch is looked for nor what would help.
 
     Raises:
       InputError: mesh, batch or model do not divide, or there is no config.json.
     """
     measure = Measure(Facts.of(config, rows), chips, report)
     phases = _phases(measure)
-    plan = Plan(measure, phases, _runs(measure, phases), price=price)
-    if not quick:
-        if measure.trained_methods:
-            plan.largest = _largest(measure, plan)
-        if plan.fits is False or any(phase.slowest == "interconnect" for phase in _training(plan)):
-            plan.tried = try_alternatives(measure, _training(plan), plan.fits is not False)
-    return plan
+    return Plan(measure, phases, _runs(measure, phases), price=price)
+
+
+def look_further(plan: Plan) -> None:
+    """Adds the largest batch and, where the run does not fit or training waits for what chips send, what would help."""
+    if plan.measure.trained_methods:
+        plan.largest = _largest(plan.measure, plan)
+    if plan.fits is False or any(phase.slowest == "interconnect" for phase in _training(plan)):
+        plan.tried = try_alternatives(plan.measure, _training(plan), plan.fits is not False)
 
 
 def _phases(measure: Measure) -> list[Phase]:

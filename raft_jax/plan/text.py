@@ -13,8 +13,8 @@ GIGA = 1e9
 PARTS = ("parameters", "teacher", "optimiser", "cache", "activations")
 
 
-def lines_of(plan: Plan) -> Iterator[str]:
-    """The lines that `raft-jax plan` prints."""
+def tables_of(plan: Plan) -> Iterator[str]:
+    """Lines on what is planned, and tables of the phases' memory and time."""
     measure = plan.measure
     chips, memory = measure.slice, measure.slice.chip.memory
     mesh = " × ".join(f"{axis} {size}" for axis, size in measure.mesh.shape.items())
@@ -30,10 +30,15 @@ def lines_of(plan: Plan) -> Iterator[str]:
     yield "GB on each device, by purpose (teacher: the base model; activations: gradients and temporary arrays, too)"
     yield from _table(("", *PARTS, "total", "compiler's total", "fits"), map(_memory(memory), plan.phases))
     yield ""
-    yield "each time that it runs: operations of all devices, GB that a device sends, and seconds at least"
-    yield from _table(("", "FLOPs", "GB sent", *KINDS, "slowest", "collectives"), map(_time, plan.phases))
+    clock = chips.chip.clock
+    yield (
+        "each time that it runs: operations of all devices, GB that a device sends, seconds at least, and those of the "
+        "compiler's own estimate"
+    )
+    yield from _table(
+        ("", "FLOPs", "GB sent", *KINDS, "compiler's", "slowest", "collectives"), map(_time(clock), plan.phases)
+    )
     yield ""
-    yield from _verdict(plan)
 
 
 def _lengths(plan: Plan) -> str:
@@ -59,15 +64,20 @@ def _memory(memory: float | None):
     return row
 
 
-def _time(phase: Phase) -> Sequence[str]:
-    known = phase.reading is not None and not phase.reading.refused
-    sent = phase.reading.collectives if known and phase.reading is not None else None
-    kinds = "–" if not sent else ", ".join(f"{kind} {_giga(size)}" for kind, size in sent.items())
-    total = _giga(None if sent is None else sum(sent.values()))
-    return phase.name, f"{phase.flops:.2e}", total, *map(_seconds, phase.seconds.values()), phase.slowest, kinds
+def _time(clock: float | None):
+    def row(phase: Phase) -> Sequence[str]:
+        known = phase.reading is not None and not phase.reading.refused
+        sent = phase.reading.collectives if known and phase.reading is not None else None
+        kinds = "–" if not sent else ", ".join(f"{kind} {_giga(size)}" for kind, size in sent.items())
+        total = _giga(None if sent is None else sum(sent.values()))
+        seconds = [*phase.seconds.values(), phase.estimated(clock)]
+        return phase.name, f"{phase.flops:.2e}", total, *map(_seconds, seconds), phase.slowest, kinds
+
+    return row
 
 
-def _verdict(plan: Plan) -> Iterator[str]:
+def verdict_of(plan: Plan) -> Iterator[str]:
+    """Lines on whether it fits, the largest batch, the whole run, and what would help."""
     memory = plan.measure.slice.chip.memory
     if plan.fits is False:
         worst = max(plan.phases, key=lambda phase: phase.total)
@@ -81,34 +91,39 @@ def _verdict(plan: Plan) -> Iterator[str]:
     if plan.largest is not None:
         rows = "not known" if plan.largest.rows is None else str(plan.largest.rows)
         yield f"largest batch: {rows} ({plan.largest.how})"
-    if plan.hours is not None:
-        yield f"the run: at least {_hours(plan)}; without loading, compiling, likelihoods and checkpoints"
-    elif plan.fits is not False:
-        missing = "--rows N says how many rows are trained on" if plan.measure.facts.num_train is None else "see above"
-        yield f"the run: its hours are not known; {missing}"
+    yield from _run(plan)
     if plan.tried:
         yield "what would help (what is not said to be otherwise was compiled: the programs of a training step):"
         yield from (f"  {tried_line(tried)}" for tried in plan.tried)
 
 
-def _hours(plan: Plan) -> str:
-    parts = []
-    for phase in plan.phases:
-        count = plan.runs[phase.name] or 0
-        parts.append(f"{phase.name} {count:,.0f} × {_seconds(phase.bound)} s")
-    hours, chip_hours = plan.hours or 0, plan.chip_hours or 0
-    cost = "" if plan.cost is None else f", {plan.cost:,.2f} USD"
-    return f"{_span(hours)}, {chip_hours:.2g} chip-hours{cost} ({', '.join(parts)})"
+def _run(plan: Plan) -> Iterator[str]:
+    """Lines on the time of the whole run."""
+    if plan.hours is None:
+        if plan.fits is not False:
+            missing = "; --rows N says how many rows are trained on" if plan.measure.facts.num_train is None else ""
+            yield f"the run: its hours are not known{missing}"
+        return
+    programs = ", ".join(f"{phase.name} × {plan.runs[phase.name]:,.0f}" for phase in plan.phases)
+    yield f"the run ({programs}): at least {_spent(plan, plan.hours)}"
+    if plan.estimated_hours is not None:
+        yield f"  by the compiler's own estimate, and if nothing overlaps: {_spent(plan, plan.estimated_hours)}"
+    yield "  without loading, compiling, likelihoods and checkpoints"
+
+
+def _spent(plan: Plan, hours: float) -> str:
+    cost = plan.cost(hours)
+    return f"{_span(hours)}, {plan.chip_hours(hours):.2g} chip-hours" + ("" if cost is None else f", {cost:,.2f} USD")
 
 
 def _span(hours: float) -> str:
-    """Hours, or seconds of a run that is short.
+    """Hours, or seconds of what is short.
 
     Example:
       >>> _span(2.345), _span(0.01)
       ('2.3 hours', '36 s')
     """
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * HOUR:.3g} s"
+    return f"{hours:.2g} hours" if hours >= 0.2 else f"{hours * HOUR:.3g} s"
 
 
 def tried_line(tried: Tried) -> str:
