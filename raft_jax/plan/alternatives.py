@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from raft_jax.config import Config, MeshConfig
@@ -27,7 +27,8 @@ class Tried:
       fits: whether the programs of a training step fit then; None if that is not known.
       total: bytes of a device, in the phase that has most.
       seconds: of a training step, at least; None where it was not compiled.
-      before: the same of the plan itself; None where it was not compiled.
+      estimated: the same by the TPU compiler's own estimate; None where there is none.
+      before, estimated_before: the same of the plan itself.
       note: why it was not compiled, or cannot be.
     """
 
@@ -35,7 +36,9 @@ class Tried:
     fits: bool | None = None
     total: float | None = None
     seconds: float | None = None
+    estimated: float | None = None
     before: float | None = None
+    estimated_before: float | None = None
     note: str = ""
 
 
@@ -56,7 +59,8 @@ def try_alternatives(measure: Measure, phases: Sequence[Phase], fits: bool) -> l
       phases: those of a training step.
       fits: whether the plan fits, so that time is what has to be helped.
     """
-    before = _seconds(phases)
+    clock = measure.slice.chip.clock
+    before = {"before": _seconds(phases), "estimated_before": _estimated(phases, clock)}
     candidates = list(of_time(measure) if fits else of_memory(measure))[:MOST_TRIED]
     return [_try(measure, candidate, before) for candidate in candidates]
 
@@ -66,6 +70,12 @@ def _seconds(phases: Sequence[Phase]) -> float | None:
     if any(phase.reading is None or phase.reading.refused for phase in phases):
         return None
     return sum(phase.bound for phase in phases)
+
+
+def _estimated(phases: Sequence[Phase], clock: float | None) -> float | None:
+    """The same by the TPU compiler's own estimate; None if there is none."""
+    found = [phase.estimated(clock) for phase in phases]
+    return None if None in found else sum(value for value in found if value is not None)
 
 
 def of_time(measure: Measure) -> Iterator[Candidate]:
@@ -128,7 +138,7 @@ def _larger(measure: Measure, candidate: Candidate) -> Iterator[Candidate]:
             return
 
 
-def _try(measure: Measure, candidate: Candidate, before: float | None) -> Tried:
+def _try(measure: Measure, candidate: Candidate, before: Mapping[str, float | None]) -> Tried:
     try:
         chips = measure.slice
         if candidate.topology is not None:
@@ -136,11 +146,11 @@ def _try(measure: Measure, candidate: Candidate, before: float | None) -> Tried:
         changed = measure.changed(candidate.config, chips)
         least = max(changed.least(), key=lambda phase: phase.total)
     except InputError as error:
-        return Tried(candidate.change, before=before, note=str(error))
+        return Tried(candidate.change, note=str(error), **before)
     memory = chips.chip.memory
     if least.fits(memory) is False:
         note = f"{least.name} takes that at least; not compiled"
-        return Tried(candidate.change, False, least.total, before=before, note=note)
+        return Tried(candidate.change, False, least.total, note=note, **before)
     measure.say(f"trying {candidate.change}")
     method = changed.first_method
     phases = [changed.step(method)]
@@ -148,4 +158,5 @@ def _try(measure: Measure, candidate: Candidate, before: float | None) -> Tried:
         phases.append(changed.rollout(method))
     found = [phase.fits(memory) for phase in phases]
     fits = False if False in found else None if None in found else True
-    return Tried(candidate.change, fits, max(phase.total for phase in phases), _seconds(phases), before)
+    most, seconds = max(phase.total for phase in phases), _seconds(phases)
+    return Tried(candidate.change, fits, most, seconds, _estimated(phases, chips.chip.clock), **before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -87,7 +87,7 @@ def find_slice(topology: str, memory: float | None = None) -> Slice:
     """
     devices = jax.devices() if topology == LOCAL else _described(topology)
     chip = chip_of(devices)
-    return Slice(topology, devices, chip if memory is None else Chip(**{**vars(chip), "memory": memory}))
+    return Slice(topology, devices, chip if memory is None else replace(chip, memory=memory))
 
 
 def _described(topology: str) -> Sequence[Any]:

@@ -93,7 +93,7 @@ def verdict_of(plan: Plan) -> Iterator[str]:
         yield f"largest batch: {rows} ({plan.largest.how})"
     yield from _run(plan)
     if plan.tried:
-        yield "what would help (what is not said to be otherwise was compiled: the programs of a training step):"
+        yield "what would help, tried by compiling the programs of a training step where not said otherwise:"
         yield from (f"  {tried_line(tried)}" for tried in plan.tried)
 
 
@@ -132,9 +132,12 @@ def tried_line(tried: Tried) -> str:
         return f"{tried.change}: cannot be ({tried.note})"
     fits = {True: "fits", False: "does not fit", None: "fit not known"}[tried.fits]
     line = f"{tried.change}: {fits}, {_giga(tried.total)} GB"
-    if tried.seconds is not None:
-        line += f", {_seconds(tried.seconds)} s a step at least"
-        line += f" in place of {_seconds(tried.before)} s" if tried.before is not None else ""
+    for before, after, what in (
+        (tried.before, tried.seconds, "a step at least"),
+        (tried.estimated_before, tried.estimated, "by the compiler's estimate"),
+    ):
+        if after is not None:
+            line += f", {_seconds(after)} s {what}" + ("" if before is None else f" (before: {_seconds(before)} s)")
     return f"{line} ({tried.note})" if tried.note else line
 
 
