@@ -27,7 +27,7 @@ def short_lines(config: Config, decoder: DecoderConfig, method: Method, rows: Se
     sharing = max(1, mesh.fsdp) * max(1, mesh.tensor)
     parameters, teacher = 4 * size.num_trained, size.num_parameters * BYTES[config.model.dtype]
     parts = {"parameters": parameters, "teacher": teacher, "optimiser": ADAM_MOMENTS * parameters}
-    said = ", ".join(f"{name} {value / sharing / GIGA:.2f} GB" for name, value in parts.items())
+    said = ", ".join(f"{name} {value / sharing / GIGA:.3g} GB" for name, value in parts.items())
     rollout = config.train.rollout.max_new_tokens if method.distils else 0
     row = RowTokens(*(fmean(len(getattr(row, name)) for row in rows) for name in SIDES), rollout)
     flops = Flops(decoder, config.train.lora)
