@@ -140,7 +140,7 @@ def _add_plan(verbs, with_config) -> None:
     text = "number of training rows, where the data is not there"
     verb.add_argument("--rows", type=int, metavar="N", help=text)
     verb.add_argument("--memory", type=float, metavar="GB", help="of each device, in place of what is known of it")
-    text = "compile the config's own programs only: no largest batch, nothing that would help"
+    text = "compile the config's own programs only: no largest batch, and what might help is not compiled"
     verb.add_argument("--quick", action="store_true", help=text)
     verb.add_argument("--json", action="store_true", help="print JSON, and nothing else, to standard output")
     verb.set_defaults(function=_plan)

@@ -236,6 +236,11 @@ def test_seventy_billion_parameters_do_not_fit(tmp_path, read_instead):
     assert [tried.change for tried in plan.tried][:1] == ["train.lora.rank=16"]
     assert plan.tried[0].fits is False and "not compiled" in plan.tried[0].note  # 17.6 GB of teacher alone
     assert any(line.startswith("does not fit: ") for line in verdict_of(plan))
+    # Chips of 44 GB have room for two models of 17.6 GB with adapters; with `quick` that is not compiled.
+    plan = make_plan(config, fake_chips(memory=44e9), told.append)
+    before = len(compiled)
+    look_further(plan, quick=True)
+    assert len(compiled) == before and plan.tried[0].fits is None and plan.tried[0].total < 44e9
 
 
 def test_what_does_not_fit_is_tried_with_less(tmp_path, read_instead):

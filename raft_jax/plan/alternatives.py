@@ -51,18 +51,19 @@ class Candidate:
     topology: str | None = None
 
 
-def try_alternatives(measure: Measure, phases: Sequence[Phase], fits: bool) -> list[Tried]:
+def try_alternatives(measure: Measure, phases: Sequence[Phase], fits: bool, compiled: bool = True) -> list[Tried]:
     """Tries at most `MOST_TRIED` changes.
 
     Args:
       measure: of the plan.
       phases: those of a training step.
       fits: whether the plan fits, so that time is what has to be helped.
+      compiled: whether the programs of what leaves room are compiled.
     """
     clock = measure.slice.chip.clock
     before = {"before": _seconds(phases), "estimated_before": _estimated(phases, clock)}
     candidates = list(of_time(measure) if fits else of_memory(measure))[:MOST_TRIED]
-    return [_try(measure, candidate, before) for candidate in candidates]
+    return [_try(measure, candidate, before, compiled) for candidate in candidates]
 
 
 def _seconds(phases: Sequence[Phase]) -> float | None:
@@ -138,7 +139,7 @@ def _larger(measure: Measure, candidate: Candidate) -> Iterator[Candidate]:
             return
 
 
-def _try(measure: Measure, candidate: Candidate, before: Mapping[str, float | None]) -> Tried:
+def _try(measure: Measure, candidate: Candidate, before: Mapping[str, float | None], compiled: bool) -> Tried:
     try:
         chips = measure.slice
         if candidate.topology is not None:
@@ -148,9 +149,9 @@ def _try(measure: Measure, candidate: Candidate, before: Mapping[str, float | No
     except InputError as error:
         return Tried(candidate.change, note=str(error), **before)
     memory = chips.chip.memory
-    if least.fits(memory) is False:
+    if not compiled or least.fits(memory) is False:
         note = f"{least.name} takes that at least; not compiled"
-        return Tried(candidate.change, False, least.total, note=note, **before)
+        return Tried(candidate.change, least.fits(memory), least.total, note=note, **before)
     measure.say(f"trying {candidate.change}")
     method = changed.first_method
     phases = [changed.step(method)]

@@ -29,7 +29,7 @@ def run(
       rows: number of training rows, where the data is not there.
       price: USD of a chip-hour.
       memory: gigabytes of each device, in place of what is known of it.
-      quick: nothing is tried besides the config itself.
+      quick: nothing is compiled besides the config's own programs.
       as_json: prints JSON, and nothing else, to stdout.
 
     Raises:
@@ -47,8 +47,7 @@ def run(
     plan = make_plan(config, chips, _report, rows=rows, price=price)
     if not as_json:  # before what takes long again
         print(*map(visible, tables_of(plan)), sep="\n", flush=True)
-    if not quick:
-        look_further(plan)
+    look_further(plan, quick)
     if as_json:
         print(json.dumps(plan.as_json(), indent=1, allow_nan=False))
     else:

@@ -151,8 +151,15 @@ def make_plan(
     return Plan(measure, phases, _runs(measure, phases), price=price)
 
 
-def look_further(plan: Plan) -> None:
-    """Adds the largest batch and, where the run does not fit or training waits for what chips send, what would help."""
+def look_further(plan: Plan, quick: bool = False) -> None:
+    """Adds the largest batch and, where the run does not fit or training waits for what chips send, what would help.
+
+    With `quick`, nothing more is compiled: only what might help a run that does not fit is added.
+    """
+    if quick:
+        if plan.fits is False:
+            plan.tried = try_alternatives(plan.measure, _training(plan), False, compiled=False)
+        return
     if plan.measure.trained_methods:
         plan.largest = _largest(plan.measure, plan)
     if plan.fits is False or any(phase.slowest == "interconnect" for phase in _training(plan)):

@@ -130,7 +130,7 @@ def tried_line(tried: Tried) -> str:
     """One line on a change that was tried."""
     if tried.total is None:
         return f"{tried.change}: cannot be ({tried.note})"
-    fits = {True: "fits", False: "does not fit", None: "fit not known"}[tried.fits]
+    fits = {True: "fits", False: "does not fit", None: "may fit"}[tried.fits]
     line = f"{tried.change}: {fits}, {_giga(tried.total)} GB"
     for before, after, what in (
         (tried.before, tried.seconds, "a step at least"),
