@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from raft_jax.plan import hlo
 from tiny import make_config, make_model
 
 from raft_jax.models import Model, decoder, parameter_shardings
@@ -14,6 +13,7 @@ from raft_jax.models.config import parameter_table
 from raft_jax.models.decoder import init_parameters
 from raft_jax.models.layer import BATCH
 from raft_jax.models.vocabulary import lookup
+from raft_jax.plan import hlo
 from raft_jax.sampling import make_generate
 from raft_jax.sharding import make_mesh, named_sharding, put_batch, to_host, use_mesh
 from raft_jax.tokens import Tokens

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from raft_jax.plan import hlo
 from quick import quick_jit
 from rows import ROWS
+
+from raft_jax.plan import hlo
 
 B, T, D, V = 8, 8, 16, 4096
 SIZES = {"batch": B, "time": T, "width": D, "vocabulary": V}
