@@ -22,6 +22,7 @@ from raft_jax.plan import measure as measuring
 from raft_jax.plan.chips import KINDS, Slice, chip_of, find_slice
 from raft_jax.plan.facts import Facts
 from raft_jax.plan.flops import Flops, RowTokens
+from raft_jax.plan.hlo import Module
 from raft_jax.plan.measure import Measure
 from raft_jax.plan.phases import Reading
 from raft_jax.plan.plan import look_further, make_plan
@@ -356,6 +357,20 @@ def test_chips():
     local = find_slice("local", 5e9)
     assert local.chip.memory == 5e9 and list(local.devices) == jax.devices() and local.larger() == []
     assert fake_chips().larger() == ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
+
+
+def test_cycles_without_an_estimate_are_left_out():
+    config = 'backend_config={{"window_config":{{}},"estimated_cycles":"{}"}}'
+    text = "\n".join(
+        [
+            "ENTRY %main (a: f32[2]) -> f32[2] {",
+            "  %a = f32[2]{0} parameter(0)",
+            f"  %b = f32[2]{{0}} negate(%a), {config.format(40)}",
+            f"  ROOT %c = f32[2]{{0}} negate(%b), {config.format(2**63 - 1)}",
+            "}",
+        ]
+    )
+    assert Module(text).cycles() == 40
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ COLLECTIVES = {
     "ragged-all-to-all": 1,
     "collective-permute": 1,
 }
+NO_ESTIMATE = 2**62  # the compiler writes the largest integer then
 REDUCERS = ("all-reduce", "reduce", "reduce-scatter", "reduce-window", "scatter", "select-and-scatter", "sort", "map")
 
 
@@ -108,14 +109,14 @@ class Module:
         return sorted(rows.values(), key=lambda row: -row.equivalent_bytes)
 
     def cycles(self) -> float:
-        """The sum of the TPU compiler's own `estimated_cycles`. Collectives are not in it."""
+        """The sum of the TPU compiler's own `estimated_cycles`. Collectives are not in it, nor what has no estimate."""
         total = 0.0
         for computation, instructions in self.computations.items():
             if computation in self.fused:
                 continue
             for instruction in instructions:
                 estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
-                if estimate and instruction.opcode != "while":
+                if estimate and instruction.opcode != "while" and int(estimate.group(1)) < NO_ESTIMATE:
                     total += self.runs[computation] * int(estimate.group(1))
         return total
 
