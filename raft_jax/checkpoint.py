@@ -105,7 +105,7 @@ class Checkpoints:
             raise failure or OSError(f"{self.folder}: another process could not save its part")
         for old in sorted(self._manager.all_steps())[: -self.keep]:
             if jax.process_index() == 0:
-                for path in manifests(self.folder, old):
+                for path in _manifests(self.folder, old):
                     path.unlink()
             self._manager.delete(old)
 
@@ -220,7 +220,7 @@ class Checkpoints:
         names = (f"damaged-{step}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         place = next(place for name in names if not (place := self.folder / name).exists())
         os.replace(self.folder / str(step), place)
-        for path in manifests(self.folder, step):
+        for path in _manifests(self.folder, step):
             os.replace(path, place.with_name(path.name.replace(str(step), place.name, 1)))
         return place
 
@@ -248,7 +248,7 @@ def _described(state: Any, shape_of: Callable[[str, Shape], Shape]) -> dict[str,
     return {path: f"{array.dtype}{list(shape_of(path, array.shape))}" for path, array in arrays.items()}
 
 
-def manifests(folder: Path, step: int) -> list[Path]:
+def _manifests(folder: Path, step: int) -> list[Path]:
     """The manifests of a step, one of each process that saved it."""
     return sorted(folder.glob(f"{step}.sha256*.json"))
 
@@ -263,7 +263,7 @@ def remove_steps(folder: Path) -> None:
     """Removes all steps of a training run that will not be resumed; renamed damaged steps are kept."""
     for path in folder.glob("*") if folder.is_dir() else ():
         if path.name.isdigit():
-            for manifest in manifests(folder, int(path.name)):
+            for manifest in _manifests(folder, int(path.name)):
                 manifest.unlink()
             shutil.rmtree(path)
     if folder.is_dir() and not any(folder.iterdir()):

@@ -23,7 +23,7 @@ from raft_jax.models import Model, parameter_shardings, vocab_padding
 from raft_jax.models.attention import best_kernel
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.sampling.decode import Settings, decoding_weights, empty, make_decode
-from raft_jax.sampling.engine import UNROLLED_BYTES, UNROLLED_STEPS
+from raft_jax.sampling.engine import unrolls
 from raft_jax.sharding import mesh_axes, named_sharding, partition_spec, platform, use_mesh
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.loop import jit_train_step, optimizer_of
@@ -148,8 +148,7 @@ class Programs:
     def decode(self, num_rows: int, prompt: int, num_tokens: int):
         """Decoding of new tokens in each of some rows, after prompts of up to `prompt` tokens."""
         decode = make_decode(self.model, Settings(num_tokens))
-        num_bytes = sum(math.prod(array.shape) * array.dtype.itemsize for array in self.params.values())
-        unroll = platform() == "cpu" and num_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
+        unroll = platform() == "cpu" and unrolls(self.params, num_tokens)
 
         def run(params, done_B, key, temperature):
             decoding = empty(self.model, params, num_rows, prompt + num_tokens)._replace(done_B=done_B)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,12 @@ def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | 
     """Rows per batch: `batch_size`, or `num_prompts` if smaller, rounded up to a multiple of the mesh's batch axes."""
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return -(-min(batch_size, num_prompts) // parts) * parts
+
+
+def unrolls(params, max_new_tokens: int) -> bool:
+    """Whether rows that are all decoded at once are decoded layer by layer on CPU; `params` may be shapes."""
+    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    return max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
 
 
 class Sampler:
@@ -164,7 +171,7 @@ class Sampler:
             with use_mesh(self.mesh):  # left before each yield, so that the caller's context is its own
                 while waiting and len(rows.free) >= min(rows.at_once, len(waiting)):
                     waiting = rows.admit(waiting)
-                if self.shrink and not waiting:
+                if not waiting:
                     rows.shrink()
                 finished = rows.decode(rows.enough(len(waiting)))
             self.steps, self.tokens = self.steps + rows.steps, self.tokens + sum(map(_length, finished.values()))
@@ -305,10 +312,7 @@ class Rows:
 
     def _many_steps(self) -> bool:
         """Whether decoding layer by layer pays for its compilation and its copy of the weights."""
-        if len(self.prompts) > self.num_rows:
-            return True
-        num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
-        return self.programs.settings.max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
+        return len(self.prompts) > self.num_rows or unrolls(self.params, self.programs.settings.max_new_tokens)
 
     def _num_shared(self) -> int:
         """Number of tokens that all prompts begin with and that no prompt ends with, a multiple of SHARED."""
