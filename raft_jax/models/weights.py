@@ -120,8 +120,7 @@ def _load(weights, name: str, stored: Stored, config: DecoderConfig, dtype, shar
     of_layer = sharding
     if sharding is not None and stacked:
         of_layer = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    sizes = config.sizes if config.vocab_padding else config.sizes | {"V": config.vocab_size}
-    shape = tuple(sizes[letter] for letter in letters)
+    shape = tuple(config.sizes[letter] for letter in letters)
 
     def load(key: str) -> jax.Array:
         rows = _put(_StoredRows(weights, key, stored, config), dtype, of_layer and of_layer.mesh)
