@@ -55,22 +55,12 @@ def generate(
     Raises:
       InputError: a model does not exist, or the question and max_new_tokens exceed its positions.
     """
-    answers: list[list[str]] = []
+    answers = []
     for _, source in models:
         model = load_pretrained(source, jnp.dtype(dtype), attention=attention)
         model.tokenizer.thinking, model.tokenizer.date = thinking, date
         prompts = [model.tokenizer.chat_prompt(question_prompt(question)) for question in questions]
-        longest = max(map(len, prompts))
-        room = model.config.max_positions - longest
-        if room < 1:
-            raise InputError(
-                f"{source}: the question of {longest} tokens is too long for the model's "
-                f"{model.config.max_positions} positions"
-            )
-        if max_new_tokens > room:
-            raise InputError(
-                f"{source}: the question leaves room for {room} tokens; lower --max-new-tokens {max_new_tokens}"
-            )
+        _require_positions(source, model.config.max_positions, max(map(len, prompts)), max_new_tokens)
         completions = Sampler(model, batch_size=min(len(prompts), BATCH_SIZE)).generate(
             model.params,
             prompts,
@@ -84,18 +74,37 @@ def generate(
                 for completion in completions
             ]
         )
-    for question, given in zip(questions, zip(*answers, strict=True), strict=True):
+    names = [name for name, _ in models]
+    for question, texts in zip(questions, zip(*answers, strict=True), strict=True):
         if len(questions) > 1:
             console.print(Text(f"> {question}", style="bold"), soft_wrap=True)
-        if len(models) == 1:
-            console.print(Text(given[0]), soft_wrap=True)
-            continue
-        width = max(30, console.width // len(models) - 1)
-        console.print(
-            Columns(
-                [
-                    Panel(Text(visible(answer)), title=Text(visible(name)), width=width)
-                    for answer, (name, _) in zip(given, models, strict=True)
-                ]
-            )
+        _print_answers(console, names, texts)
+
+
+def _require_positions(source: str, max_positions: int, num_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises InputError where the longest prompt and the answer exceed the model's positions."""
+    left = max_positions - num_prompt_tokens
+    if left < 1:
+        raise InputError(
+            f"{source}: the question of {num_prompt_tokens} tokens is too long for the model's {max_positions} "
+            "positions"
         )
+    if max_new_tokens > left:
+        raise InputError(
+            f"{source}: the question leaves room for {left} tokens; lower --max-new-tokens {max_new_tokens}"
+        )
+
+
+def _print_answers(console: Console, names: Sequence[str], texts: Sequence[str]) -> None:
+    if len(names) == 1:
+        console.print(Text(texts[0]), soft_wrap=True)
+        return
+    width = max(30, console.width // len(names) - 1)
+    console.print(
+        Columns(
+            [
+                Panel(Text(visible(text)), title=Text(visible(name)), width=width)
+                for name, text in zip(names, texts, strict=True)
+            ]
+        )
+    )

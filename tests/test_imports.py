@@ -202,3 +202,12 @@ def test_files_are_short_and_there_is_no_utils():
     for module, path in OURS.items():
         assert "utils" not in module
         assert len(path.read_text("utf-8").splitlines()) <= 500, path
+
+
+def test_functions_are_short():
+    for path in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{path}: {node.name} has {lines} lines beside its docstring"

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,37 +126,42 @@ def save_peft(
             name = "base_model.model." + (_within_vision(module) if with_vision else module).format(layer)
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a_LRI[layer])
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b_LOR[layer])
-    rank = min(ranks.values())
-    wider = {name: size for name, size in ranks.items() if size != rank}
-    own_rank = adapters[next(iter(adapters))].shape[-1]
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    rank = adapters[next(iter(adapters))].shape[-1]
+    peft_config = _peft_config(ranks, rank, alpha, base, with_vision)
+    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2) + "\n", "utf-8")
+    if peft_config["base_model_name_or_path"] is None:
+        (folder / "README.md").write_text(
+            f"This adapter belongs to {base}, which PEFT cannot load by its name. Load the same model in transformers' "
+            "format, and give it to PeftModel.from_pretrained together with this folder.\n",
+            "utf-8",
+        )
+
+
+def _peft_config(ranks: Mapping[str, int], rank: int, alpha: float, base: str, with_vision: bool) -> dict[str, Any]:
+    """adapter_config.json; `ranks` are those of PEFT's modules by name, `rank` that of one of our matrices."""
+    smallest = min(ranks.values())
+    wider = {name: size for name, size in ranks.items() if size != smallest}
     targets: list[str] | str = sorted(ranks)
     if with_vision:  # a pattern, which must match a module's whole name
         targets = rf".*\blanguage_model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(targets)})"
     name, revision = peft_base(base)
-    peft_config = {
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
         "revision": revision,
-        "r": rank,
-        "lora_alpha": alpha * rank / own_rank,
+        "r": smallest,
+        "lora_alpha": alpha * smallest / rank,
         "rank_pattern": wider,
-        "alpha_pattern": {name: alpha * size / own_rank for name, size in wider.items()},
+        "alpha_pattern": {name: alpha * size / rank for name, size in wider.items()},
         "target_modules": targets,
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2) + "\n", "utf-8")
-    if name is None:
-        (folder / "README.md").write_text(
-            f"This adapter belongs to {base}, which PEFT cannot load by its name. Load the same model in transformers' "
-            "format, and give it to PeftModel.from_pretrained together with this folder.\n",
-            "utf-8",
-        )
 
 
 def _within_vision(module: str) -> str:

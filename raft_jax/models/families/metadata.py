@@ -85,14 +85,7 @@ def hf_config_from_gguf(
     if not family.startswith("gemma"):
         config["hidden_act"] = "silu"
     if family == "phi3":
-        config |= _phi3(get, head_width, rope_tensors)
-        if metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "longrope") or (
-            get("rope.scaling.factor", get("rope.scale_linear", 0.0)) not in (0, 1) and not rope_tensors
-        ):
-            raise InputError(
-                "GGUF rope scaling of phi3 is supported by its tensors rope_factors_long.weight and "
-                "rope_factors_short.weight only"
-            )
+        config |= _phi3(get, metadata, arch, head_width, rope_tensors)
     elif family.startswith("gemma"):
         config |= _gemma(get, metadata, arch, family, config)
     else:
@@ -162,7 +155,14 @@ def _refuse_other_arithmetic(metadata, arch: str, head_width: int) -> None:
             raise InputError(f"GGUF metadata: {arch}.{key} = {value} is not supported; supported: {usual}")
 
 
-def _phi3(get, head_width: int, rope_tensors) -> dict[str, Any]:
+def _phi3(get, metadata, arch: str, head_width: int, rope_tensors) -> dict[str, Any]:
+    if metadata.get(f"{arch}.rope.scaling.type", "none") not in ("none", "longrope") or (
+        get("rope.scaling.factor", get("rope.scale_linear", 0.0)) not in (0, 1) and not rope_tensors
+    ):
+        raise InputError(
+            "GGUF rope scaling of phi3 is supported by its tensors rope_factors_long.weight and "
+            "rope_factors_short.weight only"
+        )
     rotary_width, maximum = get("rope.dimension_count", head_width), get("context_length")
     original = get("rope.scaling.original_context_length", maximum)
     config = {
