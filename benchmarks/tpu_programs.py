@@ -39,8 +39,9 @@ GIGA = 1e9
 MODELS = json.loads((Path(__file__).parent / "tpu_models.json").read_text())
 
 
-def programs_of(name: str, config: Config, mesh: jax.sharding.Mesh, batch_size: int) -> Programs:
+def programs_of(name: str, config: Config, mesh: jax.sharding.Mesh) -> Programs:
     """The programs of a model, with rows of half the longest where there is more than one on a chip."""
+    batch_size = config.train.batch_size
     share = 1.0 if batch_size == mesh.shape["data"] * mesh.shape["fsdp"] else 0.5
     sides = Sides(Side(PROMPT, share, SHARED), Side(ANSWER, share), Side(TEACHER_PROMPT, share, SHARED))
     return Programs(config_from_hf(MODELS[name]), config, mesh, sides, batch_size)
@@ -78,20 +79,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="llama-3.2-3b")
     parser.add_argument("--topology", default="v5e:4x4", help="a slice that libtpu knows")
+    parser.add_argument("--slices", type=int, default=1, help="of this topology; what crosses them is not counted")
     parser.add_argument("--mesh", help="data,fsdp,tensor; default: that of the config")
     parser.add_argument("--batch-size", type=int, help="default: that of the config")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--json", type=Path, help="writes the rows to this file, too")
     options = parser.parse_args()
-    config = load_config(ROOT / f"configs/{options.model}.yaml")
+    words = [f"train.batch_size={options.batch_size}"] if options.batch_size else []
+    config = load_config(ROOT / f"configs/{options.model}.yaml", words)
     sizes = (
         map(int, options.mesh.split(",")) if options.mesh else (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     )
-    found = find_slice(options.topology)
+    found = find_slice(options.topology, num_slices=options.slices)
     mesh, chip = make_mesh(*sizes, devices=found.devices), found.chip
-    programs = programs_of(options.model, config, mesh, options.batch_size or config.train.batch_size)
+    programs = programs_of(options.model, config, mesh)
     shape = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    print(f"{options.model} on {options.topology} ({chip.memory / GIGA:.0f} GB a chip), {shape}, jax {jax.__version__}")
+    where = f"{options.slices} × {options.topology} ({chip.memory / GIGA:.0f} GB a chip)"
+    print(f"{options.model} on {where}, {shape}, jax {jax.__version__}")
     print("| program | GB per chip | exchanged, GB | gathered | reduced | permuted | busy, s | exchange, s |")
     print("|---|---|---|---|---|---|---|---|")
     rows = []
@@ -109,7 +113,12 @@ def main() -> None:
         cells = ("–" if rows[-1][key] is None else f"{rows[-1][key]:.2f}" for key in keys)
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if options.json:
-        head = {"model": options.model, "topology": options.topology, "mesh": dict(mesh.shape)}
+        head = {
+            "model": options.model,
+            "topology": options.topology,
+            "slices": options.slices,
+            "mesh": dict(mesh.shape),
+        }
         options.json.write_text(json.dumps(head | {"jax": jax.__version__, "rows": rows}, indent=1) + "\n")
 
 

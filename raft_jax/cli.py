@@ -33,6 +33,8 @@ TABLES = {
     "evaluate": ("scores", "more", "forgetting", "outputs"),
 }
 LOG_WIDTH = 120
+DEAD_AFTER = 45  # seconds without a sign of life of a process, after which JAX ends the others
+LAUNCHERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")  # set by srun and by mpirun, which JAX recognises
 LONGEST_LINE = 4000  # characters of an error message
 
 
@@ -57,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         if (text := _complaint(error)) is None:
+            _leave_if_another_process_died(error)
             raise
         if args.traceback:
             import traceback
@@ -76,6 +79,24 @@ def _complaint(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror} ({errno.errorcode.get(error.errno, error.errno)})"
     return None
+
+
+def _leave_if_another_process_died(error: Exception) -> None:
+    """Ends this process with 3 where its devices failed and there are other processes.
+
+    An ordinary end would wait for the others for minutes, and then abort in JAX's runtime.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not isinstance(error, jax.errors.JaxRuntimeError) or jax.process_count() == 1:
+        return
+    import traceback
+
+    traceback.print_exc()
+    message = "another process has ended or cannot be reached, or the devices have failed, see above"
+    print(f"raft-jax: error: {message}; started on all machines, the same command goes on from here", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(3)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -379,8 +400,8 @@ def _questions(words: Sequence[str], source: str | None) -> list[str]:
 def _start_jax() -> None:
     """Initialises `jax.distributed` if the environment says that there are several processes.
 
-    On TPU slices (with JAX_PLATFORMS=tpu) and under Slurm's srun, JAX finds the other processes itself; elsewhere
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID have to be set.
+    On TPU slices (with JAX_PLATFORMS=tpu), under Slurm's srun and Open MPI's mpirun, JAX finds the other processes
+    itself; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID have to be set.
 
     Raises:
       InputError: only some of the three are set, or one that should be a number is not.
@@ -391,15 +412,15 @@ def _start_jax() -> None:
 
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     address, *numbers = map(os.environ.get, names)
-    finds_others = "tpu" in os.environ.get("JAX_PLATFORMS", "") or "SLURM_STEP_NODELIST" in os.environ
+    finds_others = "tpu" in os.environ.get("JAX_PLATFORMS", "") or any(name in os.environ for name in LAUNCHERS)
     if any(numbers) or (address and not finds_others):
         if not address or not all(number and number.isdecimal() for number in numbers):
             given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
             raise InputError(f"of several processes each needs an address, their number and its own: got {given}")
         num_processes, process_id = map(int, numbers)
-        jax.distributed.initialize(address, num_processes, process_id)
+        jax.distributed.initialize(address, num_processes, process_id, heartbeat_timeout_seconds=DEAD_AFTER)
     elif finds_others:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=DEAD_AFTER)
 
 
 if __name__ == "__main__":

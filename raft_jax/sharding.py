@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
@@ -33,12 +34,15 @@ UNCONSTRAINED = PartitionSpec.UNCONSTRAINED  # for `constrain`: the compiler cho
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `tensor`; also for one device.
 
+    Several TPU slices are laid along `data`, so that only gradients cross the data centre's network.
+
     Args:
       data, fsdp, tensor: number of devices along each axis. One of them may be -1, for all remaining devices.
       devices: the devices to use; default all.
 
     Raises:
-      InputError: the axes need more devices than there are, or leave some idle with several processes.
+      InputError: the axes need more devices than there are, or leave some idle with several processes or slices; the
+        number of slices does not divide `data`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = [data, fsdp, tensor]
@@ -55,7 +59,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, *, devices: Sequenc
     used = devices[: sizes[0] * sizes[1] * sizes[2]]
     if len(used) < len(devices) and jax.process_count() > 1:
         raise InputError(f"mesh data={data} fsdp={fsdp} tensor={tensor} leaves {len(devices) - len(used)} devices idle")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=used)
+    axis_types = (AxisType.Auto,) * 3
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if num_slices <= 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=axis_types, devices=used)
+    if len(used) < len(devices) or sizes[0] % num_slices:
+        raise InputError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {num_slices} slices of "
+            f"{len(devices) // num_slices} devices; set mesh.data to a multiple of {num_slices}, and all three so that "
+            f"they multiply to {len(devices)}"
+        )
+    within = (sizes[0] // num_slices, *sizes[1:])
+    # A slice's axes need not follow its physical ones: where a v5e:4x4 is split in two, for example, they do not.
+    laid_out = create_hybrid_device_mesh(within, (num_slices, 1, 1), devices, allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=axis_types)
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:

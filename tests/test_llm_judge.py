@@ -15,7 +15,7 @@ from raft_jax.refine.endpoint import Endpoint
 from raft_jax.refine.generate import RefineItem
 from raft_jax.refine.judge import AskedJudge, CoverageJudge
 from raft_jax.refine.ledger import Ledger
-from raft_jax.refine.llm_judge import MOST_ASKS, LLMJudge, read_judgement
+from raft_jax.refine.llm_judge import CORRECTION, MOST_ASKS, LLMJudge, read_judgement
 from raft_jax.refine.run import refine
 
 
@@ -75,6 +75,14 @@ def test_scores_are_read(text, expected):
 def test_nothing_else_is_taken_for_a_score(text):
     with pytest.raises(ValueError, match="score"):
         read_judgement(text)
+
+
+def test_what_a_judge_is_told_is_no_score_when_it_repeats_it():
+    prompts = load_prompts()
+    told = [*prompts.judge("Q?", "", "A.", "B."), *prompts.judge_open("Q?", "", "A.", "B.")]
+    for text in (CORRECTION, *(turn["content"] for turn in told)):
+        with pytest.raises(ValueError, match="no score"):
+            read_judgement(text)
 
 
 def test_an_unreadable_reply_is_corrected_twice_and_then_is_no_score():

@@ -1,5 +1,7 @@
 """The mesh, what lies where on it, and that eight devices compute what one does."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,6 +65,14 @@ def test_meshes_that_do_not_fit(sizes):
 def test_given_devices():
     devices = jax.devices()[4:]
     assert list(make_mesh(data=-1, devices=devices).devices.flat) == devices
+
+
+@pytest.mark.parametrize("sizes", [{"data": 1, "fsdp": 4}, {"data": 2}, {"data": 1, "fsdp": 2, "tensor": 2}])
+def test_slices_are_laid_along_data(sizes):
+    # Whether two slices are laid out rightly, the TPU's compiler says in test_tpu_compile.
+    devices = [SimpleNamespace(platform="tpu", slice_index=number // 2) for number in range(4)]
+    with pytest.raises(InputError, match=r"does not fit 2 slices of 2 devices; set mesh\.data to a multiple of 2"):
+        make_mesh(**sizes, devices=devices)
 
 
 def test_rules():

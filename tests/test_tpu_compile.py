@@ -59,3 +59,12 @@ def test_other_slices(topology, mesh, tmp_path):
 def test_four_rows_on_each_chip(tmp_path):
     read = rows(tmp_path, "--batch-size", "64", "--programs", "step")
     assert read["step"]["gigabytes"] < 16
+
+
+def test_two_slices(tmp_path):
+    """The batch over two slices; what one chip holds is what it holds with one slice and half the batch."""
+    arguments = ("--topology", "v5e:4x4", "--programs", "rollout", "step")
+    two = rows(tmp_path, "--slices", "2", "--mesh", "2,16,1", "--batch-size", "32", *arguments)
+    one = rows(tmp_path, "--mesh", "1,16,1", *arguments)
+    for name, row in one.items():
+        assert 0.95 * row["gigabytes"] < two[name]["gigabytes"] < 1.15 * row["gigabytes"]

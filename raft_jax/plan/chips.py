@@ -75,27 +75,30 @@ class Slice:
         return [f"{kind}:{name}" for name in shapes[shapes.index(shape) + 1 :]] if shape in shapes else []
 
 
-def find_slice(topology: str, memory: float | None = None) -> Slice:
+def find_slice(topology: str, memory: float | None = None, num_slices: int = 1) -> Slice:
     """The chips of a topology.
 
     Args:
       topology: a name that libtpu knows, such as "v5e:4x4"; or "local", the devices at hand.
       memory: bytes of each chip, in place of what is known of them.
+      num_slices: of that topology, connected by the data centre's network.
 
     Raises:
       InputError: libtpu does not know the topology.
     """
-    devices = jax.devices() if topology == LOCAL else _described(topology)
+    devices = jax.devices() if topology == LOCAL else _described(topology, num_slices)
     chip = chip_of(devices)
     return Slice(topology, devices, chip if memory is None else replace(chip, memory=memory))
 
 
-def _described(topology: str) -> Sequence[Any]:
+def _described(topology: str, num_slices: int) -> Sequence[Any]:
     from jax.experimental import topologies
 
-    kind = topology.partition(":")[0]
+    settings = dict(SETTINGS.get(topology.partition(":")[0], {}))
+    if num_slices > 1:
+        settings["num_slices"] = num_slices
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **SETTINGS.get(kind, {}))
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
         return found.devices
     except Exception as error:  # whatever the plugin raises
         known = ", ".join(f"{name}:{shapes[3]}" for name, shapes in SLICES.items())

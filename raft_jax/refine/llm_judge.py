@@ -22,9 +22,10 @@ SCHEMA = {
     "required": ["score", "reason"],
     "additionalProperties": False,
 }
+# No example of an object: weak models copy it, score included.
 CORRECTION = (
-    'Reply with one JSON object and nothing else, as in {"score": 0.5, "reason": "One short sentence."}. '
-    "The score is a number from 0 to 1."
+    'Reply with one JSON object and nothing else. It has "score", a number from 0 to 1, and "reason", one sentence of '
+    "at most 20 words."
 )
 _LONGEST_QUOTE = 2000  # characters of an unreadable reply that are repeated to the judge
 _SCORE_IN_TEXT = re.compile(
