@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+from jax.sharding import AbstractMesh
 
 from raft_jax.config import STUDENT, Config
 from raft_jax.data.examples import Example
@@ -21,6 +24,8 @@ from raft_jax.evaluate.expected import load_expected
 from raft_jax.evaluate.judges import require_judges
 from raft_jax.evaluate.tasks import require_tasks
 from raft_jax.methods import Method, any_refines
+from raft_jax.models import parameter_shardings, vocab_padding
+from raft_jax.models.config import DecoderConfig
 from raft_jax.models.encoder import load_encoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import check_keys, config_as_loaded, config_of, open_weights
@@ -30,6 +35,7 @@ from raft_jax.refine.roles import require_local_roles, require_roles
 from raft_jax.resume import require_unchanged
 from raft_jax.run_data import RunData
 from raft_jax.run_folder import RunFolder
+from raft_jax.sharding import MESH_AXES
 from raft_jax.sources import require_source, resolve
 from raft_jax.student_init import require_student_init
 from raft_jax.terminal import one_line, visible
@@ -74,6 +80,17 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
         if method.pruned_from is not None:
             continue
         data.tokens(data.gold, method, data.config.refine_max_new_tokens if method.refines else 0)
+
+
+def check_mesh(config: Config, decoder: DecoderConfig) -> int:
+    """The number of parts that a mesh splits a batch into; -1 and an axis that is not set count as 1.
+
+    Raises InputError if the weights do not divide over the mesh. The devices need not be at hand.
+    """
+    sizes = {axis: max(1, getattr(config.mesh, axis)) for axis in MESH_AXES}
+    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES)
+    parameter_shardings(replace(decoder, vocab_padding=vocab_padding(decoder, mesh)), mesh)
+    return sizes["data"] * sizes["fsdp"]
 
 
 def check_refinement(data: RunData) -> None:
@@ -136,8 +153,8 @@ def check(config: Config, console) -> None:
 
     Raises:
       InputError: a problem that a run would report before it computes anything. Not checked, because only near
-        duplicates that are to be left out are computed: the mesh, the values of the weights, and the content of the
-        encoder's folder.
+        duplicates that are to be left out are computed: whether the devices at hand make the mesh, the values of the
+        weights, and the content of the encoder's folder.
     """
     require_sources(config)
     require_unchanged(config)
@@ -158,7 +175,7 @@ def check(config: Config, console) -> None:
     for method in methods:
         if method.pruned_from not in config.methods:
             require_pruned(RunFolder(config.run_dir), method)
-    check_training(data, methods)
+    check_training(data, methods, check_mesh(config, decoder))
     if config.train.eval_every:
         console.print(f"dev rows, for train.eval_every: {len(dev_rows(config, tokenizer))}")
     if refines:

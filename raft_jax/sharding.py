@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mesh_utils import create_hybrid_device_mesh
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
 
@@ -90,7 +90,9 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     return PartitionSpec(*mapped)
 
 
-def named_sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int], name: str) -> NamedSharding:
+def named_sharding(
+    mesh: Mesh | AbstractMesh, axes: Sequence[str | None], shape: Sequence[int], name: str
+) -> NamedSharding:
     """The sharding of one array. Every sharded dimension must be divisible by its number of shards.
 
     Raises:

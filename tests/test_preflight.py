@@ -8,6 +8,7 @@ from raft_jax.data.examples import Example
 from raft_jax.errors import InputError
 from raft_jax.lengths import Lengths, fitting, limits_that_keep, quantiles
 from raft_jax.models.tokenizer import Tokenizer
+from raft_jax.preflight import check_mesh
 from raft_jax.run_data import RunData
 
 NO_SYSTEM = (
@@ -100,3 +101,16 @@ def test_limits_shorter_than_the_answers_are_said(tmp_path):
     config = load_config(path, ["evaluate.max_new_tokens=64", "refine.max_new_tokens=2"])
     said = "\n".join(RunData(config, tiny.make_tokenizer(), 512).describe_lengths(refines=True))
     assert "warning: refine.max_new_tokens=2 is shorter" in said
+
+
+def test_a_mesh_is_checked_without_its_devices(tmp_path):
+    path, decoder = tiny.write_run(tmp_path), tiny.make_config(vocab_size=100)
+    assert (decoder.num_heads, decoder.num_kv_heads, decoder.width) == (4, 2, 32)
+    for words, parts in (("mesh.fsdp=16 mesh.data=2", 32), ("mesh.tensor=2 mesh.fsdp=4 mesh.data=-1", 4)):
+        assert check_mesh(load_config(path, words.split()), decoder) == parts
+    for words, message in (
+        ("mesh.tensor=4", r"key_LDKH: its kv_heads dimension of 2 .* mesh tensor = 4; set mesh\.tensor to a divisor"),
+        ("mesh.fsdp=7", r"its width dimension of 32 does not divide over mesh fsdp = 7; set mesh\.fsdp"),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_mesh(load_config(path, words.split()), decoder)

@@ -222,7 +222,7 @@ def run_task(spec: TaskSpec, lm: Any, settings: EvaluateConfig, folder: Path, ma
       InputError: the harness does not know the task, or cannot get its data.
     """
     from datasets import disable_progress_bars  # pyright: ignore[reportMissingImports]
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     disable_progress_bars()
@@ -232,9 +232,10 @@ def run_task(spec: TaskSpec, lm: Any, settings: EvaluateConfig, folder: Path, ma
         include, name = folder, write_task_files(spec.name, locate(spec.path), folder)
     try:
         manager = TaskManager(include_path=include, include_defaults=not spec.path)
-        loaded = manager.load([name])
+        loaded: Any = manager.load([name])
     except Exception as error:  # of a file, of the network, of the data set: there is no common type
         raise InputError(f"evaluate.tasks: {spec.text}: {one_line(f'{type(error).__name__}: {error}', 300)}") from error
+    simple_evaluate: Any = evaluator.simple_evaluate  # its declared type is that of another function
     results = simple_evaluate(
         lm,
         tasks=[*loaded["groups"].values()][:1] or [*loaded["tasks"].values()],

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from raft_jax.errors import InputError, require_train
 
@@ -97,13 +97,13 @@ class Model:
         return {"logit_softcap": self.config.logit_softcap, "vocab_size": self.config.vocab_size}
 
 
-def parameter_shardings(config: DecoderConfig, mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(config: DecoderConfig, mesh: Mesh | AbstractMesh) -> dict[str, NamedSharding]:
     """The sharding of each parameter on a mesh."""
     table = parameter_table(config)
     return {name: named_sharding(mesh, info.axes, info.shape, name) for name, info in table.items()}
 
 
-def vocab_padding(config: DecoderConfig, mesh: Mesh | None) -> int:
+def vocab_padding(config: DecoderConfig, mesh: Mesh | AbstractMesh | None) -> int:
     """Rows that are added to the tables, which are sharded along the vocabulary.
 
     With a multiple of the key/value heads, too, most meshes have the same shapes.
