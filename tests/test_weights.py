@@ -26,7 +26,7 @@ from raft_jax.checkpoint import Checkpoints
 from raft_jax.errors import InputError
 from raft_jax.models import load_pretrained
 from raft_jax.models.export import export_hf
-from raft_jax.models.weights import SafetensorsFolder, config_of, load_parameters, open_weights
+from raft_jax.models.weights import GgufFile, SafetensorsFolder, config_of, load_parameters, open_weights
 from raft_jax.sharding import MESH_AXES
 from raft_jax.sources import resolve
 
@@ -202,22 +202,24 @@ def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path, folder, tensor
     assert "lm_head.weight" in load_file(tmp_path / "out/model.safetensors")
 
 
-def test_each_byte_is_read_for_one_device(folder, tensors, monkeypatch):
+@pytest.mark.parametrize("kind", [SafetensorsFolder, GgufFile])
+def test_each_byte_is_read_for_one_device(tmp_path, folder, llama_config, tensors, write_gguf, monkeypatch, kind):
     """Each device takes a share of a tensor's rows, also where the parameter is sharded along another dimension."""
-    read, found = SafetensorsFolder.read, defaultdict(list)
+    source = folder if kind is SafetensorsFolder else write_gguf(tmp_path / "m.gguf", llama_config, tensors)
+    read, found = kind.read, defaultdict(list)
 
     def counted(self, key, start=0, stop=None):
         found[key].append((start, stop))
         return read(self, key, start, stop)
 
-    monkeypatch.setattr(SafetensorsFolder, "read", counted)
-    model = load_pretrained(str(folder), mesh=Mesh(np.array(jax.devices()).reshape(2, 4, 1), MESH_AXES))
+    monkeypatch.setattr(kind, "read", counted)
+    model = load_pretrained(str(source), mesh=Mesh(np.array(jax.devices()).reshape(2, 4, 1), MESH_AXES))
     for key, tensor in tensors.items():
         rows = len(tensor)
         parts = 8 if rows % 8 == 0 else 1
         assert sorted(found[key]) == [(rows // parts * part, rows // parts * (part + 1)) for part in range(parts)], key
     assert any(rows[0][1] < len(tensors[key]) for key, rows in found.items())
-    expected = load_pretrained(str(folder))
+    expected = load_pretrained(str(folder))  # whose weights are the GGUF file's, too
     for name, array in model.params.items():
         assert array.sharding.mesh.size == 8
         np.testing.assert_array_equal(array, expected.params[name])

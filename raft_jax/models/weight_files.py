@@ -268,23 +268,30 @@ class GgufFile:
         """Shape of a tensor, without reading it, and the dtype that `read` returns."""
         return tuple(reversed(self._tensors[self._name_of[key]].shape.tolist())), "F32"
 
-    def read(self, key: str) -> np.ndarray:
+    def read(self, key: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Reads a tensor, or its rows from `start` to `stop`, without the latter."""
         name = self._name_of[key]
-        array = self._dequantised(name)
+        rows: slice | np.ndarray = slice(start, stop)
         if heads := self._num_heads.get(name.split(".", 2)[-1]):
             # llama.cpp stores the two halves of each rotated head interleaved.
-            array = array.reshape(heads, -1, 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+            (num_rows, _), _ = self.describe(key)
+            rows = np.arange(num_rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)[rows]
+        array = self._dequantised(name, rows)
         # llama.cpp stores offset + scale for a norm.
         return array - self._norm_offset if name.endswith("norm.weight") else array
 
-    def _dequantised(self, name: str) -> np.ndarray:
+    def _dequantised(self, name: str, rows: slice | np.ndarray = slice(None)) -> np.ndarray:
         import gguf
 
         tensor = self._tensors[name]
         if self.path.stat().st_size < self._num_bytes:
             raise InputError(f"{self.path}: became shorter after it was opened; fetch it again")
+        data = tensor.data[rows]
+        shape = (len(data), *reversed(tensor.shape.tolist()[:-1]))
+        if not len(data):
+            return np.empty(shape, np.float32)
         try:
-            return gguf.dequantize(tensor.data, tensor.tensor_type).reshape(tuple(reversed(tensor.shape.tolist())))
+            return gguf.dequantize(data, tensor.tensor_type).reshape(shape)
         except (NotImplementedError, ValueError) as error:
             kind = tensor.tensor_type.name
             raise InputError(f"{self.path}: {name} of type {kind} cannot be read ({error})") from error

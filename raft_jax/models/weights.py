@@ -195,17 +195,11 @@ class _StoredRows:
         self._first, self._last = sum(before), sum(before) + num_rows
         padding = config.vocab_padding if stored.dims[0] == "V" else 0
         self.shape = num_rows + padding, *rest
-        self._dequantised: np.ndarray | None = None  # of a GGUF file, whose tensors are read whole
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop`, without the latter."""
         first, last = self._first + start, min(self._first + stop, self._last)
-        if isinstance(self._weights, GgufFile):
-            if self._dequantised is None:
-                self._dequantised = self._weights.read(self._key)
-            array = self._dequantised[first : max(first, last)]
-        else:
-            array = self._weights.read(self._key, first, max(first, last))
+        array = self._weights.read(self._key, first, max(first, last))
         missing = (stop - start) - len(array)
         return np.pad(array, ((0, missing), *((0, 0) for _ in self.shape[1:]))) if missing else array
 
