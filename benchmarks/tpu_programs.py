@@ -47,20 +47,20 @@ def programs_of(name: str, config: Config, mesh: jax.sharding.Mesh) -> Programs:
     return Programs(config_from_hf(MODELS[name]), config, mesh, sides, batch_size)
 
 
-def lower(programs: Programs, name: str):
+def lower(programs: Programs, name: str, num_drafts: int):
     if name == "refine":
-        return programs.decode(REFINED_AT_ONCE, TEACHER_PROMPT, programs.config.refine.max_new_tokens)
+        return programs.decode(REFINED_AT_ONCE, TEACHER_PROMPT, programs.config.refine.max_new_tokens, num_drafts)
     return getattr(programs, name)()
 
 
 PROGRAMS = ("rollout", "losses", "step", "refine")
 
 
-def read(name: str, programs: Programs, chip: Chip) -> dict:
+def read(name: str, programs: Programs, chip: Chip, num_drafts: int = 0) -> dict:
     """Compiles one program and reads it."""
     began = time.perf_counter()
     with jax.set_mesh(programs.mesh):
-        compiled = lower(programs, name).compile()
+        compiled = lower(programs, name, num_drafts).compile()
     memory = compiled.memory_analysis()
     in_memory = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
     module = Module(compiled.as_text(), ROLLOUT)
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=1, help="of this topology; what crosses them is not counted")
     parser.add_argument("--mesh", help="data,fsdp,tensor; default: that of the config")
     parser.add_argument("--batch-size", type=int, help="default: that of the config")
+    parser.add_argument("--drafts", type=int, default=0, help="tokens that each step of refine guesses and verifies")
     parser.add_argument("--programs", nargs="+", choices=PROGRAMS, default=PROGRAMS)
     parser.add_argument("--json", type=Path, help="writes the rows to this file, too")
     options = parser.parse_args()
@@ -100,7 +101,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     rows = []
     for name in options.programs:
-        rows.append(read(name, programs, chip))
+        rows.append(read(name, programs, chip, options.drafts))
         keys = (
             "gigabytes",
             "exchanged",

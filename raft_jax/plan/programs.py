@@ -145,13 +145,13 @@ class Programs:
         *arrays, _ = sample.arguments(self.state.params, self.params, self._batch(), key)
         return sample.sample.lower(*arrays, temperature)
 
-    def decode(self, num_rows: int, prompt: int, num_tokens: int):
+    def decode(self, num_rows: int, prompt: int, num_tokens: int, num_drafts: int = 0):
         """Decoding of new tokens in each of some rows, after prompts of up to `prompt` tokens."""
-        decode = make_decode(self.model, Settings(num_tokens))
+        decode = make_decode(self.model, Settings(num_tokens, num_drafts=num_drafts))
         unroll = platform() == "cpu" and unrolls(self.params, num_tokens)
 
         def run(params, done_B, key, temperature):
-            decoding = empty(self.model, params, num_rows, prompt + num_tokens)._replace(done_B=done_B)
+            decoding = empty(self.model, params, num_rows, prompt + num_tokens + num_drafts)._replace(done_B=done_B)
             weights = ()
             if unroll:  # as raft_jax.sampling.engine does on CPU
                 weights = decoding_weights(self.model, params, num_rows)
