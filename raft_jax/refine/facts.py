@@ -70,7 +70,7 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
     """
     new_items = list(_added_items(gold, text, source))
     gold, text = _without_list_markers(gold), _without_list_markers(text)
-    found = [
+    differences = [
         *new_items,
         *_number_mismatches(gold, text, source),
         *_name_mismatches(gold, text, source),
@@ -87,14 +87,14 @@ def mismatches(gold: str, text: str, source: str = "", word_recall: float = 0.8)
     # An exchange between two sentences does not show when whole texts are compared.
     in_text = numbers(text)
     for ours, theirs in _aligned_sentences(gold, text):
-        found += [
+        differences += [
             *_exchanged_numbers(ours, theirs, in_text),
             *_sentence_negation(ours, theirs),
             *_modal_mismatches(ours, theirs),
             *_opposite_mismatches(ours, theirs),
             *_reversed_order(ours, theirs),
         ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(differences))
 
 
 def is_copy(gold: str, text: str) -> bool:
@@ -116,15 +116,15 @@ def _without_list_markers(text: str) -> str:
 
 def _number_mismatches(gold: str, text: str, source: str) -> Iterator[str]:
     in_gold, in_text, in_source = list(numbers_with_units(gold)), list(numbers_with_units(text)), numbers(source)
-    wanted, found = {value for value, _ in in_gold}, {value for value, _ in in_text}
+    gold_values, text_values = {value for value, _ in in_gold}, {value for value, _ in in_text}
     gold_words, text_words = set(words_of(gold)), set(words_of(text))
-    for value in sorted(wanted - found):
+    for value in sorted(gold_values - text_values):
         if not INSTEAD_OF.get(value, frozenset()) & text_words:
             yield f"the number {value} is missing"
-    for value in sorted(found - wanted - in_source):
+    for value in sorted(text_values - gold_values - in_source):
         if not INSTEAD_OF.get(value, frozenset()) & gold_words:
             yield f"the number {value} is new"
-    for value in sorted(wanted & found):
+    for value in sorted(gold_values & text_values):
         units = [{unit for number, unit in side if number == value and unit} for side in (in_gold, in_text)]
         if all(units) and not units[0] & units[1]:
             yield f"{value} {min(units[0])} became {value} {min(units[1])}"
@@ -140,7 +140,7 @@ def names(text: str) -> dict[str, str]:
       >>> sorted(names("Rule 13 binds every vessel, says the IMO to Alice.").values())
       ['Alice', 'IMO']
     """
-    found = {}
+    by_key = {}
     for sentence in _SENTENCE_END.split(text):
         opening = True
         for match in re.finditer(r"[^\W\d_][\w’'&-]*|[:\"“(\[]", sentence):
@@ -152,9 +152,9 @@ def names(text: str) -> dict[str, str]:
             if acronym or (word[0].isupper() and not opening):
                 for part in re.split(r"[-&]", re.sub(r"['’]s?$", "", word)):
                     if part[:1].isupper() and part not in ("I", "A") and part.lower() not in STOP_WORDS:
-                        found[_name_key(part)] = part
+                        by_key[_name_key(part)] = part
             opening = False
-    return found
+    return by_key
 
 
 def _name_key(name: str) -> str:
@@ -201,16 +201,16 @@ def _count_negations(text: str) -> int:
 
 def _negation_mismatches(gold: str, text: str) -> Iterator[str]:
     (gold_particle, gold_rest), (text_particle, text_rest) = _answer_particle(gold), _answer_particle(text)
-    wanted, found = _count_negations(gold_rest), _count_negations(text_rest)
+    gold_count, text_count = _count_negations(gold_rest), _count_negations(text_rest)
     if text_particle and gold_particle != text_particle:
         yield f"{text_particle!r} is new" if gold_particle is None else f"{gold_particle!r} became {text_particle!r}"
-    elif gold_particle == "no" and text_particle is None and found == wanted:
+    elif gold_particle == "no" and text_particle is None and text_count == gold_count:
         yield "the 'no' is lost"
     elif gold_particle == "yes" and text_particle is None and len(words_of(gold_rest)) > LONGER_THAN_YES:
         yield "the 'yes' is lost"
-    elif found < wanted:
+    elif text_count < gold_count:
         yield "a negation is lost"
-    elif found > wanted + (gold_particle == "no"):
+    elif text_count > gold_count + (gold_particle == "no"):
         yield "a negation is new"
 
 
@@ -223,10 +223,10 @@ def _count_modals(text: str) -> Counter:
 
 
 def _modal_mismatches(gold: str, text: str) -> Iterator[str]:
-    wanted, found = _count_modals(gold), _count_modals(text)
-    for lost in wanted:
+    gold_modals, text_modals = _count_modals(gold), _count_modals(text)
+    for lost in gold_modals:
         for gained in ("obligation", "permission", "advice"):
-            if found[lost] < wanted[lost] and found[gained] > wanted[gained]:
+            if text_modals[lost] < gold_modals[lost] and text_modals[gained] > gold_modals[gained]:
                 yield f"{_article(lost)} became {_article(gained)}"
 
 
@@ -236,17 +236,17 @@ def _article(noun: str) -> str:
 
 def _opposite_mismatches(gold: str, text: str) -> Iterator[str]:
     """Words that are rarer than in the gold answer while their opposites are more frequent."""
-    wanted, found = Counter(words_of(gold)), Counter(words_of(text))
+    in_gold, in_text = Counter(words_of(gold)), Counter(words_of(text))
 
     def change(side) -> int:
-        return sum(found[word] - wanted[word] for word in side)
+        return sum(in_text[word] - in_gold[word] for word in side)
 
     for left, right in OPPOSITES:
         for lost, gained in ((left, right), (right, left)):
-            if lost & wanted.keys() and gained & found.keys() and change(lost - gained) < 0 < change(gained - lost):
-                yield f"{_changed(lost, wanted, found)!r} became {_changed(gained, found, wanted)!r}"
+            if lost & in_gold.keys() and gained & in_text.keys() and change(lost - gained) < 0 < change(gained - lost):
+                yield f"{_changed(lost, in_gold, in_text)!r} became {_changed(gained, in_text, in_gold)!r}"
                 break
-    gone, new = set((wanted - found).keys()), set((found - wanted).keys())
+    gone, new = set((in_gold - in_text).keys()), set((in_text - in_gold).keys())
     for word in sorted(gone):
         for opposite in sorted(_formed_opposites(word) & new):
             yield f"{word!r} became {opposite!r}"
@@ -263,9 +263,9 @@ def _lost_contrasts(gold: str, text: str) -> Iterator[str]:
       >>> list(_lost_contrasts("Paid and unpaid leave count.", "Paid leave counts."))
       ["'unpaid' is missing"]
     """
-    wanted, found = set(words_of(gold)), set(words_of(text))
-    for word in sorted(wanted - found):
-        if any(other in _formed_opposites(word) or word in _formed_opposites(other) for other in wanted & found):
+    in_gold, in_text = set(words_of(gold)), set(words_of(text))
+    for word in sorted(in_gold - in_text):
+        if any(other in _formed_opposites(word) or word in _formed_opposites(other) for other in in_gold & in_text):
             yield f"{word!r} is missing"
 
 
@@ -329,11 +329,11 @@ def _lost_items(gold: str, text: str) -> Iterator[str]:
 
 
 def _added_words(gold: str, text: str, source: str) -> Iterator[str]:
-    known, found = set(content_stems(gold)) | set(content_stems(source)), list(dict.fromkeys(content_stems(text)))
-    new = [stem for stem in found if stem not in known]
-    if len(new) > max(SPELLED_OUT, MAX_NEW_WORDS * len(found)):
-        yield f"{len(new)} of {len(found)} content words are new"
-    spelled_out = len(found) <= 2 * SPELLED_OUT
+    known, text_stems = set(content_stems(gold)) | set(content_stems(source)), list(dict.fromkeys(content_stems(text)))
+    new = [stem for stem in text_stems if stem not in known]
+    if len(new) > max(SPELLED_OUT, MAX_NEW_WORDS * len(text_stems)):
+        yield f"{len(new)} of {len(text_stems)} content words are new"
+    spelled_out = len(text_stems) <= 2 * SPELLED_OUT
     for sentence in _SENTENCE_END.split(text):
         stems = dict.fromkeys(content_stems(sentence))
         supported = sum(stem in known for stem in stems)
@@ -396,15 +396,15 @@ def _aligned_sentences(gold: str, text: str) -> Iterator[tuple[str, str]]:
 
 def _exchanged_numbers(sentence: str, other: str, in_text: set[str]) -> Iterator[str]:
     """Numbers that moved to another sentence; `_number_mismatches` reports those missing from the whole text."""
-    wanted, found = numbers(sentence), numbers(other)
-    if (lost := (wanted - found) & in_text) and (new := found - wanted):
+    ours, theirs = numbers(sentence), numbers(other)
+    if (lost := (ours - theirs) & in_text) and (new := theirs - ours):
         yield f"{min(lost)} became {min(new)} in {_brief(other)!r}"
 
 
 def _sentence_negation(sentence: str, other: str) -> Iterator[str]:
-    wanted, found = (_count_negations(_answer_particle(side)[1]) for side in (sentence, other))
-    if (wanted == 0) != (found == 0):
-        yield f"a negation is {'lost' if wanted else 'new'} in {_brief(other)!r}"
+    ours, theirs = (_count_negations(_answer_particle(side)[1]) for side in (sentence, other))
+    if (ours == 0) != (theirs == 0):
+        yield f"a negation is {'lost' if ours else 'new'} in {_brief(other)!r}"
 
 
 def _reversed_order(sentence: str, other: str) -> Iterator[str]:

@@ -109,8 +109,8 @@ class Ledger:
         """
         added: dict[tuple[str, str], dict] = {}
         lines = []
-        for given in records:
-            line = json.dumps(given, ensure_ascii=False, allow_nan=False)
+        for entry in records:
+            line = json.dumps(entry, ensure_ascii=False, allow_nan=False)
             record = json.loads(line)
             name = _name(record, f"{self._path}: appending")
             known = self._records.get(name) or added.get(name)

@@ -72,14 +72,14 @@ class LLMJudge:
             requests = [self._request(items[index], candidates[index], heard[index]) for index in waiting]
             again = []
             for replies in self.chat.ask(requests):
-                found = {}
+                judgements = {}
                 for number, reply in replies.items():
                     index = waiting[number]
-                    found[index] = self._judgement(reply, len(heard[index]) + 1)
-                    if found[index].status == "unreadable":
+                    judgements[index] = self._judgement(reply, len(heard[index]) + 1)
+                    if judgements[index].status == "unreadable":
                         heard[index].append(reply.text)
                         again.append(index)
-                yield found
+                yield judgements
             waiting = sorted(again)
 
     def _judgement(self, reply: Reply, asks: int) -> Judgement:
@@ -124,20 +124,20 @@ def read_judgement(text: str) -> tuple[float, str]:
       ValueError: no score in 'I like it.'
     """
     shown = one_line(text, 80)
-    found = [entry for entry in _objects(text) if "score" in entry]
-    if not found:
+    objects = [entry for entry in _objects(text) if "score" in entry]
+    if not objects:
         # A number at the end of JSON that is cut may lack digits.
         scores = {float(match) for match in _SCORE_IN_TEXT.findall(text)} if "{" not in text else set()
         if len(scores) != 1:
             raise ValueError(f"{'several scores' if scores else 'no score'} in {shown!r}")
         return scores.pop(), ""
-    scores = {_score(entry["score"]) for entry in found}
+    scores = {_score(entry["score"]) for entry in objects}
     if len(scores) > 1:
         raise ValueError(f"several scores in {shown!r}")
     (score,) = scores
     if score is None:
         raise ValueError(f"a score that is no number from 0 to 1 in {shown!r}")
-    reason = found[-1].get("reason")
+    reason = objects[-1].get("reason")
     return score, one_line(reason, 500) if isinstance(reason, str) else ""
 
 

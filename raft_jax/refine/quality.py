@@ -32,13 +32,15 @@ def with_quality(rows: Sequence[RefinedRow], likelihood: Judge, ledger: Ledger) 
     logprobs = _logprobs(
         rows, [(index, text) for of in texts.values() for index, text in of.items()], likelihood, ledger
     )
-    found: list[dict[str, TextQuality]] = [{} for _ in rows]
+    qualities: list[dict[str, TextQuality]] = [{} for _ in rows]
     for name, text_of in texts.items():
         for index, text in text_of.items():
             gold = rows[index].gold
             length = round(len(text) / len(gold), 6)
-            found[index][name] = TextQuality(logprob=logprobs[index, text], length=length, coverage=_share(gold, text))
-    return [replace(row, quality=quality) for row, quality in zip(rows, found, strict=True)]
+            qualities[index][name] = TextQuality(
+                logprob=logprobs[index, text], length=length, coverage=_share(gold, text)
+            )
+    return [replace(row, quality=quality) for row, quality in zip(rows, qualities, strict=True)]
 
 
 def _logprobs(
@@ -59,5 +61,5 @@ def _item_of(row: RefinedRow) -> RefineItem:
 
 
 def _share(gold: str, text: str) -> float | None:
-    found = coverage(gold, text)
-    return None if found is None else round(found, 6)
+    share = coverage(gold, text)
+    return None if share is None else round(share, 6)

@@ -121,11 +121,11 @@ class Roles:
     def identities(self) -> list[str]:
         """What identifies the models that are not the student; empty where there are none."""
         roles = [role for role in self.config.model_roles.values() if role != STUDENT]
-        found = [
+        identities = [
             self.endpoints[role].identity if role in self.endpoints else self._model(role).identity for role in roles
         ]
         judges = [role for role in self.config.refine.judges if role not in PROGRAMS]
-        return [*found, self.prompts.texts["judge"]] if judges else found
+        return [*identities, self.prompts.texts["judge"]] if judges else identities
 
     def _generator(
         self, role: str, purpose: str, prompt: Callable[[RefineItem], Conversation], stream: int

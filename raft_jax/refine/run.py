@@ -80,7 +80,7 @@ def refine(
     gold = {index: items[index].gold for index in accepted}
     judges = [judge for judge in models.judges if getattr(judge, "scores_gold", True)]
     scored = scores_of(judges, items, gold, "gold answers", ledger)
-    gold_scores = {index: found.scores for index, found in scored.items()}
+    gold_scores = {index: judgements.scores for index, judgements in scored.items()}
     rounds: dict[int, list[Round]] = {index: [] for index in range(len(items))}
     active = accepted
     for number in range(1, settings.rounds + 1):
@@ -236,7 +236,7 @@ def _write(
                     if generation.status != FAILED
                 ]
             )
-            bar.advance(len(fresh), pace.note(len(fresh), sum(made.num_tokens for made in fresh.values())))
+            bar.advance(len(fresh), pace.note(len(fresh), sum(generation.num_tokens for generation in fresh.values())))
 
 
 def instructions_of(generator: Generator) -> str:
@@ -265,15 +265,15 @@ def screened(generation: dict, item: RefineItem, instructions: str, settings: Re
     if generation["status"] != "ok":
         return Text(generation["text"], generation["status"])
     text = without_lead_in(generation["text"])
-    if found := repeated_instructions(text, instructions, f"{item.source}\n{item.gold}"):
-        return Text(text, "leak", f"it repeats its instructions: {found!r}")
+    if passage := repeated_instructions(text, instructions, f"{item.source}\n{item.gold}"):
+        return Text(text, "leak", f"it repeats its instructions: {passage!r}")
     if is_copy(item.gold, text):
         return Text(text, "copy")
-    if found := repetition(text, item.gold):
-        return Text(text, "repetition", f"it repeats {found[:80]!r}")
-    if settings.check_facts and (found := mismatches(item.gold, text, item.source, settings.word_recall)):
-        more = f"; and {len(found) - NAMED_MISMATCHES} more" if len(found) > NAMED_MISMATCHES else ""
-        return Text(text, "facts", "; ".join(found[:NAMED_MISMATCHES]) + more)
+    if passage := repetition(text, item.gold):
+        return Text(text, "repetition", f"it repeats {passage[:80]!r}")
+    if settings.check_facts and (differences := mismatches(item.gold, text, item.source, settings.word_recall)):
+        more = f"; and {len(differences) - NAMED_MISMATCHES} more" if len(differences) > NAMED_MISMATCHES else ""
+        return Text(text, "facts", "; ".join(differences[:NAMED_MISMATCHES]) + more)
     return Text(text, "ok")
 
 
@@ -319,12 +319,12 @@ def _round(
             candidate=candidate.text,
             status=candidate.status,
             note=candidate.note,
-            scores=found.scores,
-            mean=_mean(found.scores.values()),
-            reasons=found.reasons,
+            scores=judgements.scores,
+            mean=_mean(judgements.scores.values()),
+            reasons=judgements.reasons,
         )
         for index, candidate in enumerate(candidates)
-        for found in (scores.get(index, Scored({}, {})),)
+        for judgements in (scores.get(index, Scored({}, {})),)
     ]
 
 

@@ -42,13 +42,16 @@ def scores_of(
                 _heard(key, ledger)  # so that these replies count as used
         else:
             compute_scores(judge, items, texts, keys, title_of_judge, ledger)
-        for found, key in zip(scored, keys, strict=True):
+        for judgements, key in zip(scored, keys, strict=True):
             if ("score", key) not in ledger:
-                found.scores[judge.name], reason = None, ledger.failure("score", key)
+                judgements.scores[judge.name], reason = None, ledger.failure("score", key)
             else:
-                found.scores[judge.name], reason = ledger["score", key]["value"], ledger["score", key].get("reason")
+                judgements.scores[judge.name], reason = (
+                    ledger["score", key]["value"],
+                    ledger["score", key].get("reason"),
+                )
             if reason:
-                found.reasons[judge.name] = reason
+                judgements.reasons[judge.name] = reason
     return dict(zip(text_of, scored, strict=True))
 
 
@@ -103,8 +106,8 @@ def _ask(
                     records.append({"stage": "ask", "key": name, "text": judgement.text, **judgement.record})
                 else:
                     value = None if judgement.value is None else round(judgement.value, 6)
-                    made = {"stage": "score", "key": key, "value": value, "reason": judgement.reason}
-                    records.append(made | judgement.record)
+                    entry = {"stage": "score", "key": key, "value": value, "reason": judgement.reason}
+                    records.append(entry | judgement.record)
                 final += judgement.status != "unreadable"
             ledger.append(records)
             bar.advance(final, pace.note(final, sum(record["num_tokens"] for record in records)))

@@ -99,11 +99,11 @@ def repetition(text: str, gold: str) -> str | None:
       'Call your local office.'
     """
     wanted = Counter(map(_meaning, _LINE.split(gold)))
-    found: Counter = Counter()
+    counts: Counter = Counter()
     for line in _LINE.split(text):
         meaning = _meaning(line)
-        found[meaning] += 1
-        if (len(words_of(line)) >= 3 or _ITEM.match(line)) and found[meaning] > max(1, wanted[meaning]):
+        counts[meaning] += 1
+        if (len(words_of(line)) >= 3 or _ITEM.match(line)) and counts[meaning] > max(1, wanted[meaning]):
             return line.strip()
     in_gold, in_text = (Counter(_runs(words_of(side), 6, unique=False)) for side in (gold, text))
     for run, count in in_text.items():
