@@ -19,11 +19,11 @@ def token_f1(answer: str, gold: str) -> float:
       >>> round(token_f1("The vessel keeps clear.", "a vessel must keep clear"), 3)
       0.571
     """
-    found, wanted = _words(answer), _words(gold)
-    common = sum((Counter(found) & Counter(wanted)).values())
+    answer_words, gold_words = _words(answer), _words(gold)
+    common = sum((Counter(answer_words) & Counter(gold_words)).values())
     if not common:
-        return float(found == wanted)
-    precision, recall = common / len(found), common / len(wanted)
+        return float(answer_words == gold_words)
+    precision, recall = common / len(answer_words), common / len(gold_words)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -61,8 +61,8 @@ def is_correct(check: Mapping[str, Any] | None, answer: str) -> bool | None:
     if kind == "contains_any":
         return any(re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer, re.IGNORECASE) for text in value)
     if kind == "number":
-        found = (text.replace(",", "").replace("−", "-") for text in NUMBER.findall(answer))
-        return any(float(text) == float(value) for text in found)
+        numbers = (text.replace(",", "").replace("−", "-") for text in NUMBER.findall(answer))
+        return any(float(text) == float(value) for text in numbers)
     if kind == "regex":
         return re.search(value, answer, re.IGNORECASE) is not None
     if kind == "exact":

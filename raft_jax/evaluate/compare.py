@@ -55,7 +55,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "a pipe or device"
         raise InputError(f"{path}: {kind}; evaluate.general_path is a JSONL file of general prompts")
-    prompts, seen = [], {}
+    prompts, numbers = [], {}
     for number, line in enumerate(lines_of(str(path), path, "\n"), start=1):
         if not line.strip():
             continue
@@ -68,7 +68,7 @@ def load_general_prompts(source: str) -> list[GeneralPrompt]:
                 f"{path}:{number}: not a general prompt ({one_line(error, 200)}); a line has id, category, prompt "
                 "and check"
             ) from error
-        if (first := seen.setdefault(prompts[-1].id, number)) != number:
+        if (first := numbers.setdefault(prompts[-1].id, number)) != number:
             raise InputError(f"{path}:{number}: id {prompts[-1].id!r} is that of line {first}; give each its own")
     if not prompts:
         raise InputError(f"{path}: no prompts in it")

@@ -124,5 +124,5 @@ def label_in(text: str, choices: Iterable[str]) -> str | None:
     """
     by_name = {label.casefold(): label for label in choices}
     names = "|".join(map(re.escape, sorted(by_name, key=len, reverse=True)))
-    found = re.search(rf"(?<!\w)(?:{names})(?!\w)", text.casefold())
-    return by_name[found[0]] if found else None
+    match = re.search(rf"(?<!\w)(?:{names})(?!\w)", text.casefold())
+    return by_name[match[0]] if match else None

@@ -72,7 +72,7 @@ class Judges:
         return SimilarityJudge(self._encoder()) if role == "similarity" else CoverageJudge()
 
     def _chat(self, role: str) -> Chat:
-        given = self.config.model
+        settings = self.config.model
         if role in self.config.endpoints:
             if jax.process_count() > 1:
                 raise InputError(
@@ -83,9 +83,9 @@ class Judges:
             return self._endpoints[-1]
         model, identity = self._base
         if role == STUDENT:
-            local = LocalModel(model, given.source, identity)
+            local = LocalModel(model, settings.source, identity)
         else:
-            local = load_local(role, given, model, self.mesh)
+            local = load_local(role, settings, model, self.mesh)
         key = jax.random.fold_in(jax.random.key(self.config.seed), STREAM)
         return local_judge(role, local, self.config.evaluate.batch_size, self.mesh, key)
 
@@ -118,15 +118,15 @@ class Judges:
         """Answers with the scores of judges, where there is an item for them; an empty one answers nothing."""
         judged = [answer for answer in answers if answer.id in items]
         texts = {index: answer.answer for index, answer in enumerate(judged) if answer.answer.strip()}
-        found = scores_of(judges, [items[one.id] for one in judged], texts, title, self.ledger) if texts else {}
-        by_id = {answer.id: found.get(index) for index, answer in enumerate(judged)}
+        by_index = scores_of(judges, [items[one.id] for one in judged], texts, title, self.ledger) if texts else {}
+        by_id = {answer.id: by_index.get(index) for index, answer in enumerate(judged)}
         empty = dict.fromkeys((judge.name for judge in judges), 0.0)
         return [
             answer
             if answer.id not in by_id
             else replace(answer, judges=dict(empty), reasons={})
-            if (given := by_id[answer.id]) is None
-            else replace(answer, judges=given.scores, reasons=given.reasons)
+            if (judgements := by_id[answer.id]) is None
+            else replace(answer, judges=judgements.scores, reasons=judgements.reasons)
             for answer in answers
         ]
 

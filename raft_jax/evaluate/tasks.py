@@ -208,7 +208,7 @@ def file_name(spec: TaskSpec) -> str:
     return "".join(character if character.isalnum() or character in "._-" else "_" for character in stem)
 
 
-def run_task(spec: TaskSpec, lm: Any, settings: EvaluateConfig, folder: Path, made: dict[str, Any]) -> TaskRecord:
+def run_task(spec: TaskSpec, lm: Any, settings: EvaluateConfig, folder: Path, provenance: dict[str, Any]) -> TaskRecord:
     """Runs a task of the harness on a model.
 
     Args:
@@ -216,7 +216,7 @@ def run_task(spec: TaskSpec, lm: Any, settings: EvaluateConfig, folder: Path, ma
       lm: from `raft_jax.evaluate.harness.make_lm`.
       settings: the evaluation's.
       folder: where the task files of rows of one's own are written.
-      made: from `made_with`.
+      provenance: from `made_with`.
 
     Raises:
       InputError: the harness does not know the task, or cannot get its data.
@@ -247,13 +247,13 @@ def run_task(spec: TaskSpec, lm: Any, settings: EvaluateConfig, folder: Path, ma
         torch_random_seed=None,
         bootstrap_iters=1000,
     )
-    return _record(results, list(loaded["groups"]), made)
+    return _record(results, list(loaded["groups"]), provenance)
 
 
-def _record(results: dict[str, Any], groups: Sequence[str], made: dict[str, Any]) -> TaskRecord:
+def _record(results: dict[str, Any], groups: Sequence[str], provenance: dict[str, Any]) -> TaskRecord:
     tasks = {
-        name: _scores(found, results["n-samples"][name]["effective"])
-        for name, found in results["results"].items()
+        name: _scores(metrics, results["n-samples"][name]["effective"])
+        for name, metrics in results["results"].items()
         if name in results["n-samples"]
     }
     total = sum(results["n-samples"][name]["effective"] for name in tasks)
@@ -261,18 +261,18 @@ def _record(results: dict[str, Any], groups: Sequence[str], made: dict[str, Any]
         whole = _scores(results["groups"].get(groups[0], {}), total)
     else:
         whole = next(iter(tasks.values())) if len(tasks) == 1 else {}
-    samples = [_sample(name, sample) for name, found in results["samples"].items() for sample in found]
-    return TaskRecord(made, whole, tasks if len(tasks) > 1 else {}, samples)
+    samples = [_sample(name, sample) for name, of_task in results["samples"].items() for sample in of_task]
+    return TaskRecord(provenance, whole, tasks if len(tasks) > 1 else {}, samples)
 
 
-def _scores(found: dict[str, Any], count: int) -> dict[str, TaskScore]:
+def _scores(metrics: dict[str, Any], count: int) -> dict[str, TaskScore]:
     """The metrics of a task; their names lose the harness's filter where it is "none"."""
     scores = {}
-    for key, value in found.items():
+    for key, value in metrics.items():
         metric, _, filtered = key.partition(",")
         if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
-        error = found.get(f"{metric}_stderr,{filtered}")
+        error = metrics.get(f"{metric}_stderr,{filtered}")
         stderr = float(error) if isinstance(error, int | float) else None
         scores[metric if filtered == "none" else key] = TaskScore(float(value), stderr, count)
     return scores
