@@ -91,11 +91,11 @@ class Comparison:
 
     def of(self, method: str) -> dict[Any, dict[int, ModelScores]]:
         """A method's scores by value and seed; values in the order of the cells."""
-        found: dict[Any, dict[int, ModelScores]] = {}
+        by_value: dict[Any, dict[int, ModelScores]] = {}
         for cell in self.cells:
             if method in cell.run.scores:
-                found.setdefault(cell.value, {})[cell.seed] = cell.run.scores[method]
-        return found
+                by_value.setdefault(cell.value, {})[cell.seed] = cell.run.scores[method]
+        return by_value
 
 
 def read_comparison(run_dir: Path) -> Comparison | None:
@@ -205,8 +205,8 @@ class Yardstick:
 def yardsticks(comparison: Comparison) -> list[Yardstick]:
     """Every pair of a domain and a general measure that all models have scores of."""
     pairs = [(domain, general) for domain in DOMAIN for general in (DIVERGENCE, ACCURACY, OPEN)]
-    found = (_yardstick(comparison, *pair) for pair in pairs)
-    return [yardstick for yardstick in found if yardstick is not None]
+    by_pair = (_yardstick(comparison, *pair) for pair in pairs)
+    return [yardstick for yardstick in by_pair if yardstick is not None]
 
 
 def _yardstick(comparison: Comparison, domain: Measure, general: Measure) -> Yardstick | None:
@@ -230,8 +230,8 @@ def _yardstick(comparison: Comparison, domain: Measure, general: Measure) -> Yar
         rows = [[comparison.base] * len(comparison.seeds)]
         rows += [[by_seed[seed] for seed in comparison.seeds] for by_seed in values.values()]
         scores = [[scores_of(model, measure) for model in row] for row in rows]
-        found = [[[of_model[id] for id in ids] for of_model in row] for row in scores]
-        return sign(measure) * measure.scale * np.array(found)
+        shared_scores = [[[of_model[id] for id in ids] for of_model in row] for row in scores]
+        return sign(measure) * measure.scale * np.array(shared_scores)
 
     frontiers = tuple(
         Frontier(
@@ -296,15 +296,15 @@ def finding(standing: Standing, yardstick: Yardstick, reference: str) -> str:
     return f"{kept}: {amount:.{general.digits}f}{general.unit} {word} {general.name} ({interval})"
 
 
-def answer(comparison: Comparison, found: Sequence[Yardstick]) -> str:
+def answer(comparison: Comparison, all_yardsticks: Sequence[Yardstick]) -> str:
     """The comparison in a sentence: RAFT, or the first other method, against the reference by the first yardsticks."""
     others = [name for name in comparison.methods if name != comparison.reference]
-    if not found or not others:
+    if not all_yardsticks or not others:
         return ""
     name = "raft" if "raft" in others else others[0]
-    domain = found[0].domain
+    domain = all_yardsticks[0].domain
     parts = []
-    for yardstick in found:
+    for yardstick in all_yardsticks:
         standing = next((one for one in yardstick.standings if one.method == name), None)
         if yardstick.domain is domain and standing is not None:
             parts.append(finding(standing, yardstick, comparison.reference))
@@ -315,14 +315,14 @@ def answer(comparison: Comparison, found: Sequence[Yardstick]) -> str:
     return f"{where}{label(name)} against {label(comparison.reference)}: {'; '.join(parts)}."
 
 
-def limits(comparison: Comparison, found: Sequence[Yardstick]) -> list[str]:
+def limits(comparison: Comparison, all_yardsticks: Sequence[Yardstick]) -> list[str]:
     """What the comparison cannot say."""
     lines = []
     if (count := len(comparison.seeds)) == 1:
         lines.append("One seed: the intervals say what other questions would change, not what another seed would.")
     elif 1 < count < 5:
         lines.append(f"{count} seeds: intervals over so few are somewhat too narrow.")
-    if found and max(len(frontier.values) for frontier in found[0].frontiers) < 3:
+    if all_yardsticks and max(len(frontier.values) for frontier in all_yardsticks[0].frontiers) < 3:
         lines.append(f"Fewer than three values of {comparison.over}: the frontiers have few points.")
     if comparison.missing:
         lines.append(f"{len(comparison.missing)} runs are still missing; the same command goes on.")
@@ -357,7 +357,7 @@ def best_values(comparison: Comparison) -> tuple[list[Best], str]:
             if lines and SCORE in lines[-1]:
                 dev.setdefault((cell.value, method), []).append(lines[-1][SCORE])
     measure = next((one for one in DOMAIN if _is_scored(comparison, one)), DOMAIN[1])
-    found = []
+    best = []
     for method in comparison.methods:
         values = comparison.of(method)
 
@@ -375,7 +375,7 @@ def best_values(comparison: Comparison) -> tuple[list[Best], str]:
             for timing in timings
             if (peak := timing.machine.get("peak_device_memory") or timing.machine.get("peak_host_memory"))
         ]
-        found.append(
+        best.append(
             Best(
                 method,
                 value,
@@ -391,7 +391,7 @@ def best_values(comparison: Comparison) -> tuple[list[Best], str]:
         else f"chosen by the {measure.name} of the very questions that are shown, which flatters every method; a dev "
         "split and train.eval_every avoid that"
     )
-    return found, how
+    return best, how
 
 
 def _is_scored(comparison: Comparison, measure: Measure) -> bool:

@@ -54,24 +54,24 @@ def write_comparison(run_dir: Path) -> Path | None:
 
 def render_comparison(comparison: Comparison) -> str:
     """The page of a comparison as HTML."""
-    found = yardsticks(comparison)
+    all_yardsticks = yardsticks(comparison)
     chosen, _ = best_values(comparison)
     models = _first_seed(comparison, chosen)
     return render_page(
         "comparison.html.jinja",
         kicker="RAFT comparison",
         name=comparison.folder.path.resolve().name,
-        answer=answer(comparison, found),
-        limits=limits(comparison, found),
+        answer=answer(comparison, all_yardsticks),
+        limits=limits(comparison, all_yardsticks),
         reference=comparison.reference,
-        findings=_findings(comparison, found),
+        findings=_findings(comparison, all_yardsticks),
         over=comparison.over,
-        frontiers=[_frontier(comparison, one) for one in found],
-        standings=[standings_table(comparison, one) for one in found],
-        sweeps=_sweeps(comparison, found),
+        frontiers=[_frontier(comparison, one) for one in all_yardsticks],
+        standings=[standings_table(comparison, one) for one in all_yardsticks],
+        sweeps=_sweeps(comparison, all_yardsticks),
         best=best_table(comparison),
         paper=paper_table(comparison),
-        points=points_table(comparison, found),
+        points=points_table(comparison, all_yardsticks),
         answers=_with_kinds({name: model.answers for name, model in models.items()}, "similarity"),
         general=_with_kinds({name: model.general_answers for name, model in models.items()}, "divergence"),
         kinds=KINDS,
@@ -80,14 +80,16 @@ def render_comparison(comparison: Comparison) -> str:
     )
 
 
-def _findings(comparison: Comparison, found: Sequence[Yardstick]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+def _findings(
+    comparison: Comparison, all_yardsticks: Sequence[Yardstick]
+) -> list[tuple[str, list[tuple[str, list[str]]]]]:
     """For each method but the reference: (domain measure, sentences) of each domain measure."""
     findings = []
     for name in comparison.methods:
         if name == comparison.reference:
             continue
         by_domain: dict[str, list[str]] = {}
-        for one in found:
+        for one in all_yardsticks:
             for standing in one.standings:
                 if standing.method == name:
                     by_domain.setdefault(one.domain.name, []).append(finding(standing, one, comparison.reference))
@@ -97,16 +99,16 @@ def _findings(comparison: Comparison, found: Sequence[Yardstick]) -> list[tuple[
 
 def _frontier(comparison: Comparison, one: Yardstick) -> Figure:
     heading = f"{one.domain.name} against {one.general.name}"
-    paths, told = [], []
+    paths, descriptions = [], []
     for frontier in one.frontiers:
         x, y = sign(one.general) * frontier.general_P, frontier.domain_P
         errors = (_errors(frontier.points.general), _errors(frontier.points.domain))
         paths.append(charts.Path(frontier.method, *(values.tolist() for values in (x, y, *errors))))
-        told.append(f"{label(frontier.method)} {_pairs(x, y)}")
+        descriptions.append(f"{label(frontier.method)} {_pairs(x, y)}")
     side = "left" if sign(one.general) < 0 else "right"
     svg = charts.paths(
         f"frontier-{one.domain.key}-{one.general.key}",
-        f"{heading}: {'; '.join(told)}",
+        f"{heading}: {'; '.join(descriptions)}",
         paths,
         x_label=with_unit(one.general),
         y_label=with_unit(one.domain),
@@ -127,10 +129,10 @@ def _errors(scores_PSQ: np.ndarray) -> np.ndarray:
     return means_PQ.std(axis=1, ddof=1) / math.sqrt(means_PQ.shape[1])
 
 
-def _sweeps(comparison: Comparison, found: Sequence[Yardstick]) -> list[Figure]:
+def _sweeps(comparison: Comparison, all_yardsticks: Sequence[Yardstick]) -> list[Figure]:
     """Each measure over the values, where these are numbers."""
     curves: dict[Measure, dict[str, tuple[Frontier, np.ndarray]]] = {}
-    for one in found:
+    for one in all_yardsticks:
         for frontier in one.frontiers:
             curves.setdefault(one.domain, {})[frontier.method] = (frontier, frontier.domain_P)
             general_P = sign(one.general) * frontier.general_P
@@ -144,10 +146,10 @@ def _sweep(over: str, measure: Measure, of: Mapping[str, tuple[Frontier, np.ndar
     if not paths:
         return None
     values = sorted({x for path in paths for x in path.x})
-    told = "; ".join(f"{label(path.method)} {_pairs(path.x, path.y)}" for path in paths)
+    description = "; ".join(f"{label(path.method)} {_pairs(path.x, path.y)}" for path in paths)
     svg = charts.paths(
         f"sweep-{measure.part}-{measure.key}",
-        f"{measure.name} over {over}: {told}",
+        f"{measure.name} over {over}: {description}",
         paths,
         x_label=over,
         y_label=measure.name,
@@ -181,16 +183,16 @@ def _first_seed(comparison: Comparison, chosen: Sequence[Best]) -> dict[str, Mod
 
 def _with_kinds(answers: dict[str, Sequence[Any]], score: str) -> dict[str, Any]:
     """Answers side by side; each question is lost or gained if a method answers it otherwise than the base model."""
-    found = answers_side_by_side(answers, score)
-    for entry in found["shown"]:
-        right = {name: _is_right(given) for name, given, _ in entry["answers"]}
+    listing = answers_side_by_side(answers, score)
+    for entry in listing["shown"]:
+        right = {name: _is_right(model_answer) for name, model_answer, _ in entry["answers"]}
         base, others = right.get("base"), [value for name, value in right.items() if name != "base"]
         if base is True and False in others:
             entry["kind"] = "lost"
         elif base is False and True in others:
             entry["kind"] = "gained"
-    return found
+    return listing
 
 
-def _is_right(given: Any) -> bool | None:
-    return given.correct if getattr(given, "accepted", None) is None else given.accepted
+def _is_right(model_answer: Any) -> bool | None:
+    return model_answer.correct if getattr(model_answer, "accepted", None) is None else model_answer.accepted

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """For each pair of measures the methods at equal domain quality, then each at its best value, and every model."""
-    found = yardsticks(comparison)
-    standings = [standings_table(comparison, one) for one in found]
-    return [*standings, best_table(comparison), points_table(comparison, found)]
+    all_yardsticks = yardsticks(comparison)
+    standings = [standings_table(comparison, one) for one in all_yardsticks]
+    return [*standings, best_table(comparison), points_table(comparison, all_yardsticks)]
 
 
 def print_comparison(run_dir: Path, console: Console) -> None:
@@ -47,11 +47,11 @@ def print_comparison(run_dir: Path, console: Console) -> None:
     comparison = read_comparison(run_dir)
     if comparison is None:
         return
-    found = yardsticks(comparison)
-    console.print(Text(visible_text("\n" + (answer(comparison, found) or "No method has been compared yet."))))
-    for line in limits(comparison, found):
+    all_yardsticks = yardsticks(comparison)
+    console.print(Text(visible_text("\n" + (answer(comparison, all_yardsticks) or "No method has been compared yet."))))
+    for line in limits(comparison, all_yardsticks):
         console.print(Text(visible_text(line), style="dim"))
-    first = [standings_table(comparison, one) for one in found if one.domain is found[0].domain]
+    first = [standings_table(comparison, one) for one in all_yardsticks if one.domain is all_yardsticks[0].domain]
     for table in (*first, best_table(comparison)):
         console.print(Text(visible_text(f"\n{table.title}"), style="bold"))
         print_table(table, console)
@@ -111,13 +111,13 @@ def _general(measure: Measure, value: float) -> str:
     return "not reached" if math.isnan(value) else _shown(measure, abs(value) if sign(measure) < 0 else value)
 
 
-def _difference(measure: Measure, found: FrontierDifference | None) -> str:
+def _difference(measure: Measure, difference: FrontierDifference | None) -> str:
     """A difference as less or more of the measure, with its interval."""
-    if found is None:
+    if difference is None:
         return ""
-    if math.isnan(found.interval.estimate):
+    if math.isnan(difference.interval.estimate):
         return MISSING
-    estimate, low, high = found.interval
+    estimate, low, high = difference.interval
     return f"{sign(measure) * estimate:+.{measure.digits}f} ({interval_text(measure, low, high)})"
 
 
@@ -197,11 +197,11 @@ def _task(model: ModelScores, task: str) -> float | None:
 def _kept(models: Sequence[ModelScores]) -> dict[str, float]:
     """The scores of `KEPT` and each task's first metric, mean over seeds."""
     names = dict.fromkeys(task for model in models for task in model.tasks)
-    found = {task: [value for model in models if (value := _task(model, task)) is not None] for task in names}
+    scores = {task: [value for model in models if (value := _task(model, task)) is not None] for task in names}
     for name, read, _ in SCORES:
         if name in KEPT:
-            found[name] = [value for model in models if (value := read(model)) is not None]
-    return {name: fmean(values) for name, values in found.items() if values}
+            scores[name] = [value for model in models if (value := read(model)) is not None]
+    return {name: fmean(values) for name, values in scores.items() if values}
 
 
 def _ratio(scores: dict[str, float], to: dict[str, float]) -> str:
@@ -232,7 +232,7 @@ def _cost(comparison: Comparison, chosen: Sequence[Best]) -> list[tuple[str, lis
 
 def _at_time(comparison: Comparison, one: Best, seconds: float | None) -> float | None:
     """The dev score of a method's last evaluation within a time, mean over seeds."""
-    found = []
+    scores = []
     for cell in comparison.cells:
         if cell.value != one.value or seconds is None:
             continue
@@ -242,13 +242,13 @@ def _at_time(comparison: Comparison, one: Best, seconds: float | None) -> float 
             if passed > seconds * 1.02:  # the reference's own time varies by as much
                 break
             score = line.get(SCORE, score)
-        found += [] if score is None else [score]
-    return fmean(found) if found else None
+        scores += [] if score is None else [score]
+    return fmean(scores) if scores else None
 
 
-def points_table(comparison: Comparison, found: Sequence[Yardstick]) -> Table:
+def points_table(comparison: Comparison, all_yardsticks: Sequence[Yardstick]) -> Table:
     """Every method at every value, mean over seeds."""
-    used = {measure for one in found for measure in (one.domain, one.general)}
+    used = {measure for one in all_yardsticks for measure in (one.domain, one.general)}
     measures = [measure for measure in (*DOMAIN, DIVERGENCE, ACCURACY, OPEN) if measure in used]
     rows, methods = [], []
     for name in comparison.methods:

@@ -23,8 +23,8 @@ def flags_of(text: str, *known: str) -> list[str]:
     if not any(character.isalnum() for character in text):
         return [STATUSES["empty"]]
     sources = "\n".join(known)
-    found = {"leak": shared_run(text, _instructions(), sources), "repetition": repetition(text, sources)}
-    return [STATUSES[status] for status, words in found.items() if words]
+    passages = {"leak": shared_run(text, _instructions(), sources), "repetition": repetition(text, sources)}
+    return [STATUSES[status] for status, words in passages.items() if words]
 
 
 def row_flags(row: RefinedRow) -> list[str]:

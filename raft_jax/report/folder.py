@@ -37,8 +37,8 @@ class RunRecords:
     def methods(self) -> tuple[str, ...]:
         """The methods with metrics, an exported model or scores: the baselines, RAFT, then any not in `METHODS`."""
         order = [*(name for name in METHODS if name != "raft"), "raft"]
-        found = {*self.metrics, *self.exported, *self.scores} - {"base"}
-        return tuple(sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name)))
+        names = {*self.metrics, *self.exported, *self.scores} - {"base"}
+        return tuple(sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name)))
 
     @property
     def models(self) -> dict[str, ModelScores]:

@@ -48,20 +48,20 @@ COLUMNS: tuple[Column, ...] = (
 def more_scores(run: RunRecords) -> Table:
     """The table; without rows where no model has such scores."""
     columns = (*COLUMNS, *_task_columns(run))
-    found = [(name, cells) for name, show, _ in columns if (cells := _column(run, show))]
+    named_cells = [(name, cells) for name, show, _ in columns if (cells := _column(run, show))]
     notes = [f"{name}: {meaning}" for name, show, meaning in columns if meaning and _column(run, show)]
-    note = f"Mean ± standard error. {'; '.join(notes)}.{''.join(_unjudged(run))}" if found else ""
-    return _table(run, "more", "Judged, checked and tested", found, note)
+    note = f"Mean ± standard error. {'; '.join(notes)}.{''.join(_unjudged(run))}" if named_cells else ""
+    return _table(run, "more", "Judged, checked and tested", named_cells, note)
 
 
-def _table(run: RunRecords, name: str, title: str, found: Sequence[tuple[str, list[str]]], note: str) -> Table:
+def _table(run: RunRecords, name: str, title: str, columns: Sequence[tuple[str, list[str]]], note: str) -> Table:
     """A row for each model, of columns by name; without rows if there are no columns."""
-    models = list(run.models) if found else []
-    cells = zip(*(column for _, column in found), strict=True)
+    models = list(run.models) if columns else []
+    cells = zip(*(column for _, column in columns), strict=True)
     return Table(
         name=name,
         title=title,
-        columns=("model", *(column for column, _ in found)),
+        columns=("model", *(column for column, _ in columns)),
         rows=tuple((label(model), *row) for model, row in zip(models, cells, strict=True)),
         methods=tuple(models),
         note=note,
@@ -77,8 +77,8 @@ def _task_columns(run: RunRecords) -> Iterator[Column]:
         metric = next(iter(metrics))
 
         def show(model: ModelScores, task: str = task, metric: str = metric) -> str:
-            found = model.tasks.get(task, {}).get(metric)
-            return MISSING if found is None else estimate(Estimate(found.value, found.stderr, found.count))
+            score = model.tasks.get(task, {}).get(metric)
+            return MISSING if score is None else estimate(Estimate(score.value, score.stderr, score.count))
 
         yield f"{task.partition(':')[0]} {metric.replace('_', ' ')}", show, ""
 
@@ -105,14 +105,14 @@ def forgetting(run: RunRecords) -> Table:
         ("length", lambda model: _both(model, lambda writing: writing.length, 0)),
         ("distinct", lambda model: _both(model, lambda writing: writing.distinct, 2)),
     )
-    found = [(name, cells) for name, show in columns if (cells := _column(run, show))]
+    named_cells = [(name, cells) for name, show in columns if (cells := _column(run, show))]
     changes = [(f"{name}: gained, lost (p)", _changes(run, part, key)) for name, part, key in CHANGED]
-    found += [(name, cells) for name, cells in changes if any(cell != MISSING for cell in cells)]
+    named_cells += [(name, cells) for name, cells in changes if any(cell != MISSING for cell in cells)]
     return _table(
         run,
         "forgetting",
         "Forgetting in detail",
-        found,
+        named_cells,
         "Domain divergence: KL(base ‖ model) on the base model's own answers to the held-out questions. Domain / "
         "general: share of answers that end before the limit of length, mean length in tokens, share of an answer's "
         "runs of three words that are different. Gained, lost: right answers that the base model has wrong, and the "

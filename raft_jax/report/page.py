@@ -121,8 +121,8 @@ def render_page(template: str, **values: Any) -> str:
 def facts(config: dict[str, Any]) -> list[tuple[str, str]]:
     """The most important settings that the config has, as (name, value)."""
     settings = flat(config)
-    found = [(fact, settings[key]) for fact, key in _FACTS.items() if settings.get(key) is not None]
-    return [(fact, ", ".join(value) if isinstance(value, list) else str(value)) for fact, value in found]
+    pairs = [(fact, settings[key]) for fact, key in _FACTS.items() if settings.get(key) is not None]
+    return [(fact, ", ".join(value) if isinstance(value, list) else str(value)) for fact, value in pairs]
 
 
 def _progress(run: RunRecords) -> list[tuple[str, str]]:
@@ -165,8 +165,8 @@ def answers_side_by_side(
     base model.
     """
     questions: dict[str, dict[str, Any]] = {}
-    for name, given in answers.items():
-        for answer in given:
+    for name, of_model in answers.items():
+        for answer in of_model:
             entry = questions.setdefault(
                 answer.id, {"first": answer, "answers": [], "scores": {}, "order": len(questions)}
             )

@@ -42,8 +42,8 @@ Read = Callable[[ModelScores], float | None]
 
 
 def _ifeval(model: ModelScores) -> float | None:
-    found = [scores for name, scores in model.tasks.items() if name.partition(":")[0] == "ifeval"]
-    return next(iter(found[0].values())).value if found and found[0] else None
+    tasks = [scores for name, scores in model.tasks.items() if name.partition(":")[0] == "ifeval"]
+    return next(iter(tasks[0].values())).value if tasks and tasks[0] else None
 
 
 # The paper's measure, ours, and how to read it.

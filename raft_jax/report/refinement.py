@@ -69,7 +69,7 @@ def worst_first(rows: Iterable[RefinedRow]) -> list[ShownRow]:
 def counts(rows: Sequence[RefinedRow], accept: float) -> list[tuple[str, str]]:
     """The counts of a refinement as (name, value); judges agree if all or none of them give `accept` or more."""
     rounds = [row.rounds for row in rows if row.rounds]
-    candidates = Counter(candidate.status for given in rounds for candidate in given)
+    candidates = Counter(candidate.status for of_row in rounds for candidate in of_row)
     flagged = sum(bool(row_flags(row)) for row in rows)
     named = [
         ("rows", len(rows)),

@@ -129,8 +129,8 @@ def difference(values: list[float], scale: float = 1.0) -> Difference | None:
     """Mean of values and the half width of its 95 % interval by Student's t.
 
     Example:
-      >>> found = difference([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
-      >>> found.mean, round(found.half_width, 2)
+      >>> change = difference([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
+      >>> change.mean, round(change.half_width, 2)
       (4.5, 2.04)
     """
     if not values:
@@ -153,11 +153,11 @@ def scores_of(model: ModelScores, measure: Measure) -> dict[str, float]:
     return {key: float(value) for key, value in values.items() if value is not None and math.isfinite(value)}
 
 
-def _domain(found: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
+def _domain(changes: list[tuple[Measure, Difference]]) -> tuple[str, ...]:
     """Each measure with its change; measures without a significant change are joined at the end."""
-    clear = [_change(measure, change) for measure, change in found if change.sign]
-    unclear = [f"{measure.name} {_interval(measure, change)}" for measure, change in found if not change.sign]
-    few = all(change.half_width is None for _, change in found)
+    clear = [_change(measure, change) for measure, change in changes if change.sign]
+    unclear = [f"{measure.name} {_interval(measure, change)}" for measure, change in changes if not change.sign]
+    few = all(change.half_width is None for _, change in changes)
     return (*clear, *([f"{TOO_FEW if few else NOISE} in {_joined(unclear)}"] if unclear else []))
 
 
