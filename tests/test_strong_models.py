@@ -87,7 +87,8 @@ def recorded(folder: Path) -> set[str]:
     }
 
 
-def test_killed_at_any_moment_it_goes_on_and_nothing_finished_is_asked_again(tmp_path):
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on_and_nothing_finished_is_asked_again(tmp_path, kills):
     with FakeChat(answer) as server:
         process = start(tmp_path / "undisturbed", server)
         assert process.wait() == 0, process.stderr.read().decode()
@@ -96,7 +97,7 @@ def test_killed_at_any_moment_it_goes_on_and_nothing_finished_is_asked_again(tmp
     draw = random.Random(0)
     with FakeChat(answer) as server:
         finished, before = set(), Counter()
-        for until in sorted(draw.sample(range(1, len(needed) - 4), 3)):
+        for until in sorted(draw.sample(range(1, len(needed) - 4), kills)):
             process = start(tmp_path / "killed", server)
             while len(server.answered) < until and process.poll() is None:
                 time.sleep(0.001)
