@@ -342,11 +342,22 @@ def test_refinement_cut_short_says_so(run_dir: Path):
     assert "begun, not finished" in page_of(run_dir).text.lower()
 
 
+def test_the_losses_of_asft_have_curves(tmp_path: Path):
+    run_dir = make_run(tmp_path / "run", methods=("sft", "asft"))
+    path = run_dir / "asft/metrics.jsonl"
+    lines = [line | {"dft_loss": 0.2, "anchor_loss": 0.01 * line["step"]} for line in read_lines(path)]
+    write_lines(path, lines)
+    source = write_report(run_dir).read_text(encoding="utf-8")
+    assert "DFT loss over steps: ASFT from 0.2 to 0.2" in source
+    assert f"KL to the base model over steps: ASFT from 0.01 to {0.01 * len(lines):.4g}" in source
+
+
 def test_sft_alone_has_no_kl_curves(tmp_path: Path):
     run_dir = make_run(tmp_path / "run", methods=("sft",))
     source = write_report(run_dir).read_text(encoding="utf-8")
     assert 'id="curve-sft-loss-title"' in source
     assert 'id="curve-kl-loss-title"' not in source and 'id="curve-weight-title"' not in source
+    assert "DFT loss" not in source
     assert "None of the methods run so far distils" in source
     assert tables_of(run_dir)["training"].rows[0][4:] == ("–",) * 4
 

@@ -56,10 +56,14 @@ def curves(run: RunRecords) -> list[Figure]:
         ("ratio", "CE / KL ratio", ratio, "L_SFT / (λ · L_KL): near 1 the two terms weigh the same. "
          "Bold: moving geometric mean."),
         ("weight", "λ", {"y_label": "λ"}, "The weight of the KL term."),
+        ("dft_loss", "DFT loss", nats, "ASFT's: each token's cross entropy times the model's probability of it."),
+        ("anchor_loss", "KL to the base model", nats, "Of SFT + KL and of ASFT, on the answers' tokens."),
     )  # fmt: skip
     figures = []
     for key, heading, options, caption in kinds:
         series = [one for method in run.methods if (one := _series(run, method, key))]
+        if not series and key in ("dft_loss", "anchor_loss"):
+            continue
         ends = "; ".join(f"{label(one.method)} from {one.ends[0]:.4g} to {one.ends[1]:.4g}" for one in series)
         name = f"curve-{key.replace('_', '-')}"
         svg = charts.lines(name, f"{heading} over steps: {ends}", series, x_label="step", **options)
