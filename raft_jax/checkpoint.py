@@ -203,8 +203,8 @@ class Checkpoints:
         try:
             first = parse_json(self._manifest(step).read_bytes())
             others = range(1, first.get("processes", 1))
-            found = [first, *(parse_json(self._manifest(step, process).read_bytes()) for process in others)]
-            hashes = {name: digest for manifest in found for name, digest in manifest["files"].items()}
+            manifests = [first, *(parse_json(self._manifest(step, process).read_bytes()) for process in others)]
+            hashes = {name: digest for manifest in manifests for name, digest in manifest["files"].items()}
             names = files_below(folder)
             part = names[jax.process_index() :: jax.process_count()]
             return (
@@ -255,8 +255,8 @@ def _manifests(folder: Path, step: int) -> list[Path]:
 
 def _writer_of(name: str) -> int:
     """The process that wrote a file of a step, from its path: Orbax gives each process a folder for its arrays."""
-    found = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
-    return int(found[1]) if found else 0
+    match = re.search(r"(?:^|/)ocdbt\.process_(\d+)/", name)
+    return int(match[1]) if match else 0
 
 
 def remove_steps(folder: Path) -> None:

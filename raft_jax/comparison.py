@@ -120,10 +120,10 @@ def _give(shared: Run, folder: RunFolder, cell: Cell) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(shared.folder.refined, partial)
             partial.rename(folder.refined)
-        found = shared.folder.evaluation()
-        if "base" in found.models and not is_there(folder.evaluation_json) and same("evaluate base"):
-            base = {"base": found.models["base"]}
-            folder.write_evaluation(Evaluation(base, {"base": found.settings["base"]}))
+        evaluation = shared.folder.evaluation()
+        if "base" in evaluation.models and not is_there(folder.evaluation_json) and same("evaluate base"):
+            base = {"base": evaluation.models["base"]}
+            folder.write_evaluation(Evaluation(base, {"base": evaluation.settings["base"]}))
         if shared.folder.tasks.is_dir() and not folder.tasks.exists():
             shutil.copytree(shared.folder.tasks / "base", folder.tasks / "base")
         if is_there(shared.folder.verdicts_jsonl) and not is_there(folder.verdicts_jsonl):

@@ -29,8 +29,8 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise InputError(f"{path}: no such file; configs/ holds examples")
     place = str(path)
     try:
-        given = require_literal(parse_yaml(read_text(path), place), place)
-        merged = OmegaConf.merge(OmegaConf.structured(Config), given)
+        settings = require_literal(parse_yaml(read_text(path), place), place)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), settings)
         for override in overrides:
             if "=" not in override.lstrip("="):
                 raise InputError(f"override {override!r}: expected key.path=value")
@@ -59,19 +59,19 @@ def _one_line(error: Exception) -> str:
     full_key = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key:")), "")
     kept = [line for line in lines if not line.startswith(("full_key:", "object_type=", "reference_type="))]
     sentence = " ".join(kept)
-    if found := re.match(
+    if parsed := re.match(
         r"(?:Merge error|Invalid type assigned): \w+ is not a subclass of (\w+)Config\. value: (.*)", sentence
     ):
-        sentence = f"{found[1].lower()} is a group of settings, got {found[2]}"
+        sentence = f"{parsed[1].lower()} is a group of settings, got {parsed[2]}"
     elif "is not a ListConfig" in sentence:
         sentence = "expected a list, as in [a, b]"
-    elif (found := re.match(r"Key '(\w+)' not in '\w+'", sentence)) and found[1].lower() in ALIASES:
-        sentence = f"Key '{found[1]}' is not known; here it is {ALIASES[found[1].lower()]}"
+    elif (parsed := re.match(r"Key '(\w+)' not in '\w+'", sentence)) and parsed[1].lower() in ALIASES:
+        sentence = f"Key '{parsed[1]}' is not known; here it is {ALIASES[parsed[1].lower()]}"
     elif re.match(r"Key '(api_)?key' not in 'EndpointConfig'", sentence):
         sentence = "a key belongs into an environment variable, and the variable's name into api_key_env"
-    elif found := re.fullmatch(r"Key '(\w+)' not in 'Config'", sentence):
-        paths = (f".{key}.".partition(f".{found[1]}.") for key in flat(_defaults()))
-        elsewhere = sorted({f"{above[1:]}.{found[1]}" for above, name, _ in paths if name})
+    elif parsed := re.fullmatch(r"Key '(\w+)' not in 'Config'", sentence):
+        paths = (f".{key}.".partition(f".{parsed[1]}.") for key in flat(_defaults()))
+        elsewhere = sorted({f"{above[1:]}.{parsed[1]}" for above, name, _ in paths if name})
         sentence += f"; there is {' and '.join(elsewhere)}" if elsewhere else ""
     return f"{full_key}: {sentence}" if full_key and full_key not in sentence else sentence
 

@@ -71,14 +71,14 @@ def reference() -> str:
 
 def groups(group: type, prefix: str = "") -> list[tuple[str, type]]:
     """A dataclass of the config and those nested in it, each with the prefix of its keys."""
-    found = [(prefix, group)]
+    nested = [(prefix, group)]
     for field in dataclasses.fields(group):
         inner = field.default_factory
         if dataclasses.is_dataclass(inner):
-            found += groups(inner, f"{prefix}{field.name}.")
+            nested += groups(inner, f"{prefix}{field.name}.")
         elif "values" in field.metadata:
-            found += groups(field.metadata["values"], f"{prefix}{field.name}.NAME.")
-    return found
+            nested += groups(field.metadata["values"], f"{prefix}{field.name}.NAME.")
+    return nested
 
 
 def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
@@ -99,25 +99,25 @@ def keys_of(prefix: str, group: type, allowed: dict[str, str]) -> list[Key]:
 
 def comments_of(group: type) -> dict[str, str]:
     """The end-of-line comment of each field in config.py."""
-    lines, found = inspect.getsource(group).splitlines(), {}
+    lines, comments = inspect.getsource(group).splitlines(), {}
     names = {field.name for field in dataclasses.fields(group)}
     for token in tokenize.generate_tokens(io.StringIO("\n".join(lines)).readline):
         if token.type == tokenize.COMMENT and (name := token.line.partition(":")[0].strip()) in names:
-            found[name] = token.string.lstrip("# ")
-    return found
+            comments[name] = token.string.lstrip("# ")
+    return comments
 
 
 def allowed_values() -> dict[str, str]:
     """The allowed values of each key, found by running the checks and recording their arguments."""
-    found: dict[str, str] = {}
+    allowed_by_key: dict[str, str] = {}
 
     def record(condition: bool, key: str, value: Any, allowed: str) -> None:
-        found[key] = f"{found[key]}; {allowed}" if key in found else allowed
+        allowed_by_key[key] = f"{allowed_by_key[key]}; {allowed}" if key in allowed_by_key else allowed
 
     with mock.patch.object(config, "require", record), mock.patch.object(endpoint_config, "require", record):
         endpoints = {"NAME": EndpointConfig(base_url="", model="")}
         Config(run_dir="", model=ModelConfig(source=""), data=DataConfig(path=""), endpoints=endpoints)
-    return found
+    return allowed_by_key
 
 
 def _default(field: dataclasses.Field) -> str:

@@ -26,12 +26,12 @@ def same_questions(examples: Iterable[Example]) -> dict[str, str]:
       {'b': 'a'}
     """
     first: dict[tuple, str] = {}
-    found = {}
+    repeated = {}
     for example in examples:
         earlier = first.setdefault(asked(example), example.id)
         if earlier != example.id:
-            found[example.id] = earlier
-    return found
+            repeated[example.id] = earlier
+    return repeated
 
 
 def asked(example: Example) -> tuple:
@@ -64,26 +64,26 @@ def near_questions(examples: Sequence[Example], encoder: Encoder, similarity: fl
     vectors_ND = np.asarray(encoder.encode([example.question for example in compared]), np.float64)
     vectors_ND /= np.maximum(np.linalg.norm(vectors_ND, axis=1, keepdims=True), 1e-12)
     vectors_ND[np.asarray(encoder.unknown_shares) > MOSTLY_UNKNOWN] = 0
-    found, start = {}, 0
+    pairs, start = {}, 0
     for group in groups.values():
         near = _near(vectors_ND[start : start + len(group)], similarity)
-        found |= {group[later].id: group[earlier].id for later, earlier in near.items()}
+        pairs |= {group[later].id: group[earlier].id for later, earlier in near.items()}
         start += len(group)
-    return found
+    return pairs
 
 
 def _near(unit_ND: np.ndarray, similarity: float) -> dict[int, int]:
     """Rows with an earlier row at this cosine or above, as index → index of the first that is not in the result."""
-    found: dict[int, int] = {}
+    repeated: dict[int, int] = {}
     for start in range(0, len(unit_ND), BLOCK):
         block_MD = unit_ND[start : start + BLOCK]
         cosines_MN = np.round(block_MD @ unit_ND[: start + BLOCK].T, DIGITS)
         # In the order of rows, then of earlier ones.
         for row, earlier in np.argwhere(cosines_MN >= similarity).tolist():
             later = start + row
-            if earlier < later and later not in found and earlier not in found:
-                found[later] = earlier
-    return found
+            if earlier < later and later not in repeated and earlier not in repeated:
+                repeated[later] = earlier
+    return repeated
 
 
 def _surroundings(example: Example) -> tuple:

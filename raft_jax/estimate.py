@@ -200,19 +200,19 @@ def estimate_lines(
     """
     name = local_device() if device is None else device
     known = find_device(name)
-    found = estimate(config, model, rows, known or find_device("cpu"))
+    needs = estimate(config, model, rows, known or find_device("cpu"))
     where = "of memory" if name == "cpu" else "of each device's memory"
-    lines = [f"disk: about {_size(found.disk_peak)} while it runs, {_size(found.disk_after)} afterwards"]
-    if free_disk is not None and free_disk < found.disk_peak:
+    lines = [f"disk: about {_size(needs.disk_peak)} while it runs, {_size(needs.disk_after)} afterwards"]
+    if free_disk is not None and free_disk < needs.disk_peak:
         lines.append(f"  only {_size(free_disk)} are free there; set run_dir, train.keep_checkpoints or export.dtype")
-    lines.append(f"memory: about {_size(found.memory)} {where}")
+    lines.append(f"memory: about {_size(needs.memory)} {where}")
     if known is None:
         return [*lines, f"time: not known for {name}"]
-    stages = [(stage, getattr(found, stage)) for stage in ("refine", "train", "evaluate")]
+    stages = [(stage, getattr(needs, stage)) for stage in ("refine", "train", "evaluate")]
     shares = ", ".join(f"{stage} {_time(seconds)}" for stage, seconds in stages if seconds)
     return [
         *lines,
-        f"time: about {_time(found.seconds)} at most on {known.name} ({shares}): as if every rewriting "
+        f"time: about {_time(needs.seconds)} at most on {known.name} ({shares}): as if every rewriting "
         "were fused and every answer ran to its limit of tokens",
     ]
 

@@ -191,12 +191,12 @@ def require_sums(folder: Path) -> None:
         return
     text = read_text(folder / SUMS)
     try:
-        found = hash_files(folder)
+        hashes = hash_files(folder)
     except OSError as error:
         raise unreadable(Path(error.filename or folder), error) from error
     for line in text.splitlines():
         digest, _, name = line.partition("  ")
-        if name not in found:
+        if name not in hashes:
             raise InputError(f"{folder / name}: is gone")
-        if found[name] != digest:
+        if hashes[name] != digest:
             raise InputError(f"{folder / name}: damaged, not the bytes that were written")

@@ -45,14 +45,14 @@ def gpu_environment(environment: Mapping[str, str], num_gpus: int) -> dict[str, 
     if not num_gpus:
         return {}
     flags = environment.get("XLA_FLAGS", "").strip()
-    found = {}
+    settings = {}
     if not any(environment.get(name) for name in OF_MEMORY) and "memory_fraction" not in flags:
-        found |= MEMORY
+        settings |= MEMORY
     together = num_gpus > 1 or environment.get("JAX_NUM_PROCESSES", "1") != "1" or "SLURM_STEP_NODELIST" in environment
     # Without a dash, the variable names a file of flags.
     if together and OVERLAP not in flags and (not flags or flags.startswith("-")):
-        found["XLA_FLAGS"] = f"{flags} {OVERLAP}=true".strip()
-    return found
+        settings["XLA_FLAGS"] = f"{flags} {OVERLAP}=true".strip()
+    return settings
 
 
 def count_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
@@ -77,8 +77,8 @@ def count_gpus(environment: Mapping[str, str], devices: Path = Path("/dev")) -> 
 def set_gpu_environment() -> None:
     """Sets the variables of `gpu_environment` in this process, and says in one line on stderr which. Call it before JAX
     opens a device."""
-    found = gpu_environment(os.environ, count_gpus(os.environ))
-    if found:
-        os.environ.update(found)
-        text = " ".join(f"{name}='{value}'" if " " in value else f"{name}={value}" for name, value in found.items())
+    settings = gpu_environment(os.environ, count_gpus(os.environ))
+    if settings:
+        os.environ.update(settings)
+        text = " ".join(f"{name}='{value}'" if " " in value else f"{name}={value}" for name, value in settings.items())
         print(f"GPU: {text} (what you set yourself stays)", file=sys.stderr)

@@ -94,9 +94,9 @@ def make_grid(path: str | Path, words: Sequence[str] = (), over: str | None = No
 
 def _parsed(over: str) -> tuple[str, list[str]]:
     """Key and values of "KEY=VALUE,VALUE"; values in brackets keep their commas."""
-    key, found, values = over.partition("=")
+    key, equals, values = over.partition("=")
     texts = [text.strip() for text in re.findall(r"(?:\[[^\]]*\]|[^,\[\]])+", values)]
-    if not found or len(texts) < 2 or not all(texts):
+    if not equals or len(texts) < 2 or not all(texts):
         raise InputError(f"--over {over}: expected KEY=VALUE,VALUE, such as train.temperature=1,1.5,2")
     if key in NOT_VARIED or key.startswith("compare."):
         raise InputError(f"--over {key}: cannot be varied; seeds are in compare.seeds, methods in methods")

@@ -55,27 +55,27 @@ def fitting(examples: Sequence[Example], tokenizer: Tokenizer, config: Config, l
     Raises:
       InputError: the chat template rejects an example and data.skip_bad_rows is false.
     """
-    data, found, kept = config.data, Fitting(), set()
+    data, result, kept = config.data, Fitting(), set()
     sampled = limit is not None and limit < len(examples)
     for example in sampling_order(examples, data.seed) if sampled else examples:
         if len(kept) == limit:
             break
         try:
-            lengths = found.lengths[example.id] = measure(example, tokenizer)
+            lengths = result.lengths[example.id] = measure(example, tokenizer)
         except InputError as error:
             message = f"{data.path}: row {example.id!r}: {error}"
             if not data.skip_bad_rows:
                 raise InputError(f"{message}; data.skip_bad_rows=true leaves such rows out") from error
-            found.bad[example.id] = message
+            result.bad[example.id] = message
             continue
         if lengths.question > data.max_question_tokens:
-            found.too_long[example.id] = f"question of {lengths.question} tokens"
+            result.too_long[example.id] = f"question of {lengths.question} tokens"
         elif lengths.answer > data.max_answer_tokens:
-            found.too_long[example.id] = f"answer of {lengths.answer} tokens"
+            result.too_long[example.id] = f"answer of {lengths.answer} tokens"
         else:
             kept.add(example.id)
-    found.kept = [example for example in examples if example.id in kept]
-    return found
+    result.kept = [example for example in examples if example.id in kept]
+    return result
 
 
 def measure(example: Example, tokenizer: Tokenizer) -> Lengths:

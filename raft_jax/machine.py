@@ -48,13 +48,13 @@ def describe_machine() -> dict[str, Any]:
 @cache
 def versions_of(packages: tuple[str, ...]) -> dict[str, str]:
     """Versions of the packages that are installed, by name."""
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:  # not installed, such as a package imported from a folder on PYTHONPATH
             continue
-    return found
+    return versions
 
 
 def _num_cores() -> int:

@@ -93,7 +93,7 @@ def perplexity(logprob: float) -> float:
 
 def quality_counts(rows: Sequence[RefinedRow]) -> list[QualityCounts]:
     """The counts of usable rewritings and of fused answers, where there are such with log-likelihoods."""
-    found = []
+    counts = []
     for key, name in (("rewrite", "rewritings"), ("fused", "fused answers")):
         pairs = [(row.quality[key], row.quality["gold"]) for row in rows if row.quality and key in row.quality]
         known = [(text, text.logprob, gold.logprob) for text, gold in pairs]
@@ -102,7 +102,7 @@ def quality_counts(rows: Sequence[RefinedRow]) -> list[QualityCounts]:
             continue
         texts, mine, golds = zip(*known, strict=True)
         shares = [text.coverage for text in texts if text.coverage is not None]
-        found.append(
+        counts.append(
             QualityCounts(
                 name,
                 len(texts),
@@ -113,7 +113,7 @@ def quality_counts(rows: Sequence[RefinedRow]) -> list[QualityCounts]:
                 sum(own < gold for own, gold in zip(mine, golds, strict=True)),
             )
         )
-    return found
+    return counts
 
 
 def less_natural(row: RefinedRow) -> bool:
@@ -137,14 +137,14 @@ def quantiles(values: Sequence[float], shares: Sequence[float] = QUANTILES) -> l
 def judge_counts(rows: Sequence[RefinedRow], accept: float) -> list[JudgeCounts]:
     """The counts of each judge, in the order of their first candidate."""
     judged = _judged(rows)
-    found = []
+    counts = []
     for name in dict.fromkeys(name for candidate in judged for name in candidate.scores):
-        given = [candidate.scores[name] for candidate in judged if name in candidate.scores]
-        scores = [score for score in given if score is not None]
+        all_scores = [candidate.scores[name] for candidate in judged if name in candidate.scores]
+        scores = [score for score in all_scores if score is not None]
         share = sum(score >= accept for score in scores) / len(scores) if scores else None
         mean = sum(scores) / len(scores) if scores else None
-        found.append(JudgeCounts(name, len(scores), len(given) - len(scores), mean, share))
-    return found
+        counts.append(JudgeCounts(name, len(scores), len(all_scores) - len(scores), mean, share))
+    return counts
 
 
 def agreement(rows: Sequence[RefinedRow], accept: float) -> tuple[int, int]:

@@ -201,9 +201,9 @@ def check(config: Config, console) -> None:
 
 def _near_duplicates(config: Config, examples: Sequence[Example]) -> dict[str, str]:
     """`near_questions` with the run's encoder, which is loaded for this alone."""
-    given = config.encoder
-    require_source("encoder.source", given.source)
-    encoder = load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
+    settings = config.encoder
+    require_source("encoder.source", settings.source)
+    encoder = load_encoder(settings.source, prefix=settings.prefix, batch_size=settings.batch_size)
     return near_questions(examples, encoder, config.data.duplicate_similarity)
 
 

@@ -88,22 +88,22 @@ def all_settings(config: Config) -> dict[str, Any]:
 
 def _role_settings(config: Config) -> dict[str, Any]:
     """What results depend on of the endpoints that have a role, and fingerprints of other models and of prompts."""
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, role in config.model_roles.items():
         if (endpoint := config.endpoints.get(role)) is not None:
-            found[f"endpoints.{role}.model"] = endpoint.model
-            found[f"endpoints.{role}.temperature"] = endpoint.temperature
-            found[f"endpoints.{role}.max_tokens"] = endpoint.max_tokens
+            settings[f"endpoints.{role}.model"] = endpoint.model
+            settings[f"endpoints.{role}.temperature"] = endpoint.temperature
+            settings[f"endpoints.{role}.max_tokens"] = endpoint.max_tokens
             # As one value: of a key that only one side has, a change would not be seen.
-            found[f"endpoints.{role}.extra_body"] = json.dumps(endpoint.extra_body, sort_keys=True)
+            settings[f"endpoints.{role}.extra_body"] = json.dumps(endpoint.extra_body, sort_keys=True)
         elif role != STUDENT:
             with suppress(InputError):  # the stage that needs it reports the error
-                found[f"{key}{CONTENT}"] = fingerprint_files(resolve(role))
+                settings[f"{key}{CONTENT}"] = fingerprint_files(resolve(role))
     if config.refine.prompts is not None:
         with suppress(InputError):
             prompts = load_prompts(config.refine.prompts)
-            found[f"refine.prompts{CONTENT}"] = {f"{name}.txt": prompts.digest(name) for name in prompts.texts}
-    return found
+            settings[f"refine.prompts{CONTENT}"] = {f"{name}.txt": prompts.digest(name) for name in prompts.texts}
+    return settings
 
 
 def settings_for(stage: str, settings: Settings) -> dict[str, Any]:
@@ -170,9 +170,10 @@ def read_results(folder: RunFolder) -> dict[str, Settings]:
             "to a new folder"
         )
     # An export without a record was finished by a process that was killed before it wrote the record.
-    found = {stage: records.get(stage, records.get(stage.replace("export ", "train "))) for stage in present}
-    found |= {f"evaluate {name}": record for name, record in evaluation.settings.items() if name in evaluation.models}
-    return {stage: record for stage, record in found.items() if record is not None}
+    by_stage = {stage: records.get(stage, records.get(stage.replace("export ", "train "))) for stage in present}
+    evaluated = evaluation.settings.items()
+    by_stage |= {f"evaluate {name}": record for name, record in evaluated if name in evaluation.models}
+    return {stage: record for stage, record in by_stage.items() if record is not None}
 
 
 def missing_files(folder: RunFolder, config: Config) -> Iterator[str]:

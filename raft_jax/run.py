@@ -89,24 +89,24 @@ class Run:
 
     @cached_property
     def model(self) -> Model:
-        given = self.config.model
+        settings = self.config.model
         model = load_pretrained(
-            given.source, jnp.dtype(given.dtype), self.mesh, remat=given.remat, attention=given.attention
+            settings.source, jnp.dtype(settings.dtype), self.mesh, remat=settings.remat, attention=settings.attention
         )
-        model.tokenizer.date, model.tokenizer.thinking = self.folder.start_date(), given.thinking
+        model.tokenizer.date, model.tokenizer.thinking = self.folder.start_date(), settings.thinking
         return model
 
     @cached_property
     def model_identity(self) -> str:
         """Identifies the model, its tokenizer and its settings, for results that depend on them."""
-        given = self.config.model
-        return model_identity(given.source, given.dtype, given.thinking)
+        settings = self.config.model
+        return model_identity(settings.source, settings.dtype, settings.thinking)
 
     @cached_property
     def encoder(self):
-        given = self.config.encoder
-        require_source("encoder.source", given.source)
-        return load_encoder(given.source, prefix=given.prefix, batch_size=given.batch_size)
+        settings = self.config.encoder
+        require_source("encoder.source", settings.source)
+        return load_encoder(settings.source, prefix=settings.prefix, batch_size=settings.batch_size)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -124,8 +124,8 @@ class Run:
     def _near_duplicates(self, examples: Sequence[Example]) -> dict[str, str]:
         """`near_questions`; recorded, so that a machine that rounds otherwise leaves out the same rows."""
         similarity, encoder = self.config.data.duplicate_similarity, self.encoder
-        given = [[list(asked(example)), example.id] for example in examples]
-        made_with = hashlib.sha256(json.dumps([given, similarity, encoder.identity]).encode()).hexdigest()
+        questions = [[list(asked(example)), example.id] for example in examples]
+        made_with = hashlib.sha256(json.dumps([questions, similarity, encoder.identity]).encode()).hexdigest()
         known = self.folder.near_duplicates()
         if known is None or known.made_with != made_with:
             known = NearDuplicates(made_with, near_questions(examples, encoder, similarity))
@@ -378,10 +378,10 @@ class Run:
 
     def _identity_of(self, name: str) -> str:
         """Identifies a model and the settings that it is used with, as `model_identity` does the base model."""
-        given = self.config.model
+        settings = self.config.model
         if name == "base":
             return self.model_identity
-        return model_identity(str(self.folder.method(name).export), given.dtype, given.thinking)
+        return model_identity(str(self.folder.method(name).export), settings.dtype, settings.thinking)
 
     def _replace_scores(self, before: Evaluation, scores: Mapping[str, ModelScores]) -> None:
         """Writes scores that were completed, and the cards of their models, where they have changed."""

@@ -116,16 +116,16 @@ class RunData:
         self.remembered = [example.id for example in self.test if asked(example) in trained]
 
     def _fitting(self, name: str, examples: Sequence[Example], limit: int | None) -> Fitting:
-        found = fitting(examples, self.tokenizer, self.config, limit)
-        self.bad_rows |= found.bad
-        if not found.kept and not found.too_long:
-            raise InputError(f"{next(iter(found.bad.values()))}; none of the {len(examples)} {name} rows can be used")
-        if not found.kept:
+        fitted = fitting(examples, self.tokenizer, self.config, limit)
+        self.bad_rows |= fitted.bad
+        if not fitted.kept and not fitted.too_long:
+            raise InputError(f"{next(iter(fitted.bad.values()))}; none of the {len(examples)} {name} rows can be used")
+        if not fitted.kept:
             raise InputError(
-                f"{self.config.data.path}: all {len(found.too_long)} {name} rows are longer than "
+                f"{self.config.data.path}: all {len(fitted.too_long)} {name} rows are longer than "
                 "data.max_question_tokens or data.max_answer_tokens; raise them"
             )
-        return found
+        return fitted
 
     @property
     def incomplete(self) -> bool:
@@ -139,15 +139,15 @@ class RunData:
     def describe(self) -> Iterator[str]:
         """Lines about the rows that are used and left out, with a few examples of each kind."""
         data = self.config.data
-        for name, given, found, key, limit in (
+        for name, rows, fitted, key, limit in (
             ("training", self.given[0], self.train_fitting, "max_train", data.max_train),
             ("held-out", self.given[1], self.test_fitting, "max_test", data.max_test),
         ):
-            line = f"{name}: {len(found.kept)} of {len(given)} rows are used"
-            if len(found.kept) == limit:
+            line = f"{name}: {len(fitted.kept)} of {len(rows)} rows are used"
+            if len(fitted.kept) == limit:
                 line += f" (a sample, data.{key}={limit})"
-            if found.too_long:
-                reasons = [f"{id}: {why}" for id, why in found.too_long.items()]
+            if fitted.too_long:
+                reasons = [f"{id}: {why}" for id, why in fitted.too_long.items()]
                 line += (
                     f"; left out, as longer than data.max_question_tokens={data.max_question_tokens} or "
                     f"data.max_answer_tokens={data.max_answer_tokens}: {len(reasons)} ({_a_few(reasons)})"
@@ -193,10 +193,10 @@ class RunData:
         data = self.config.data
         if data.drop_duplicates == "near":
             return
-        found = near_questions([*self.test, *self.train], encoder, data.duplicate_similarity)
+        repeated = near_questions([*self.test, *self.train], encoder, data.duplicate_similarity)
         held_out = {example.id for example in self.test}
-        within = _within(found, held_out)
-        across = {id: earlier for id, earlier in found.items() if id not in within}
+        within = _within(repeated, held_out)
+        across = {id: earlier for id, earlier in repeated.items() if id not in within}
         for what, pairs in (
             ("rows with nearly the question of an earlier row", within),
             ("training rows with nearly the question of a held-out row", across),

@@ -129,8 +129,8 @@ class RunFolder:
 
     def timing(self, stage: str, method: str | None = None) -> Timing:
         """The record of a stage so far; 0 seconds and tokens if there is none."""
-        found = [timing for timing in self.timings() if (timing.stage, timing.method) == (stage, method)]
-        return found[0] if found else Timing(stage, method, 0.0, 0)
+        matching = [timing for timing in self.timings() if (timing.stage, timing.method) == (stage, method)]
+        return matching[0] if matching else Timing(stage, method, 0.0, 0)
 
     def record_time(self, stage: str, method: str | None, seconds: float, tokens: int) -> None:
         """Writes the record of a stage, replacing an earlier one."""

@@ -194,8 +194,8 @@ def from_first_process(number: int | None) -> int | None:
         return number
     from jax.experimental import multihost_utils
 
-    found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
-    return None if found < 0 else found
+    received = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if number is None else number)))
+    return None if received < 0 else received
 
 
 def use_mesh(mesh: Mesh | None):

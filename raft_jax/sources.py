@@ -110,9 +110,9 @@ def fingerprint_files(path: Path) -> dict[str, str]:
         return {path.name: _sampled_hash(path)}
     files = [file for file in path.glob("*") if file.name in READ_FILES or file.suffix in (".safetensors", ".model")]
     files += [*path.glob("*/config.json"), *path.glob("additional_chat_templates/*.jinja")]
-    found = {file.relative_to(path).as_posix(): _sampled_hash(file) for file in sorted(files) if file.is_file()}
+    hashes = {file.relative_to(path).as_posix(): _sampled_hash(file) for file in sorted(files) if file.is_file()}
     # huggingface_hub resolves a branch or a tag to a commit, and names the snapshot's folder after it.
-    return found | {COMMIT: path.name} if path.parent.name == "snapshots" else found
+    return hashes | {COMMIT: path.name} if path.parent.name == "snapshots" else hashes
 
 
 def model_identity(source: str, dtype: str, thinking: bool | None) -> str:

@@ -29,11 +29,11 @@ def require_student_init(source: str | None, decoder: DecoderConfig, tokenizer: 
     try:
         weights = open_weights(resolve(source))
         check_keys(weights, config_of(weights))
-        found = config_as_loaded(weights)
-        other = tokenizer_of(weights, found.vocab_size)
+        config = config_as_loaded(weights)
+        other = tokenizer_of(weights, config.vocab_size)
     except InputError as error:
         raise InputError(f"{KEY}: {error}") from error
-    ours, theirs = asdict(decoder), asdict(found)
+    ours, theirs = asdict(decoder), asdict(config)
     for name, value in ours.items():
         if name not in OF_THIS_RUN and theirs[name] != value:
             raise InputError(

@@ -317,13 +317,13 @@ def _usual_shape(rows: Sequence[Row], columns: Columns) -> tuple[str, str]:
     Raises:
       InputError: no row has the columns.
     """
-    found = next(filter(None, (_shape(row, columns) for row in rows)), None)
-    if found is None:
-        found = _shapes(columns)[0]
-        for name, field in zip(found, ("question", "answer"), strict=True):
+    shape = next(filter(None, (_shape(row, columns) for row in rows)), None)
+    if shape is None:
+        shape = _shapes(columns)[0]
+        for name, field in zip(shape, ("question", "answer"), strict=True):
             if not any(name in row.values for row in rows):
                 raise InputError(str(_missing(rows[0], name, field)))
-    return found
+    return shape
 
 
 def _example(id: str, row: Row, shape: tuple[str, str], columns: Columns) -> Example:

@@ -396,12 +396,12 @@ def _check_records(source: str, split: Any) -> None:
         if Path(path).exists():
             require_regular(Path(path))
         try:
-            found = ArrayRecordReader(str(path)).num_records()
+            count = ArrayRecordReader(str(path)).num_records()
         except RuntimeError as error:
-            found = f"none that can be read: {brief(error)}"
-        if found != expected:
+            count = f"none that can be read: {brief(error)}"
+        if count != expected:
             raise InputError(
-                f"{source}: {Path(path).name} is damaged; expected {expected} rows, found {found}; write it again"
+                f"{source}: {Path(path).name} is damaged; expected {expected} rows, found {count}; write it again"
             )
 
 

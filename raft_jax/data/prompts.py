@@ -141,13 +141,13 @@ def load_prompts(folder: str | None = None) -> Prompts:
         return _own_prompts()
     texts = dict(_own_prompts().texts)
     place = Path(folder).expanduser()
-    found = [name for name in PLACEHOLDERS if is_there(place / f"{name}.txt")]
-    if not found:
+    own = [name for name in PLACEHOLDERS if is_there(place / f"{name}.txt")]
+    if not own:
         names = ", ".join(f"{name}.txt" for name in PLACEHOLDERS)
         raise InputError(
             f"refine.prompts: {folder} has none of {names}; `raft-jax prompts --copy {folder}` writes them there"
         )
-    for name in found:
+    for name in own:
         texts[name] = read_text(place / f"{name}.txt")
         _require_placeholders(texts[name], f"refine.prompts: {place / name}.txt", *PLACEHOLDERS[name])
     return Prompts(texts)

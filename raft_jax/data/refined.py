@@ -318,13 +318,13 @@ def _pending(folder: Path, name: str, described: dict) -> Path:
 
 def _checked(folder: Path, name: str, expected: dict) -> Path:
     """The path of a published file: its final name, or its hidden name if `publish` was killed before renaming it."""
-    found = "no such file"
+    actually = "no such file"
     for path in (folder / name, _pending(folder, name, expected)):
         if path.exists():
             actual = _describe(path)
             if all(actual[key] == expected[key] for key in actual):
                 return path
             if path.name == name:
-                found = f"{actual['bytes']} bytes, sha256 {actual['sha256'][:16]}…"
+                actually = f"{actual['bytes']} bytes, sha256 {actual['sha256'][:16]}…"
     wanted = f"{expected['bytes']} bytes, sha256 {expected['sha256'][:16]}…"
-    raise InputError(f"{folder / name}: expected {wanted}; found {found}; run the refinement again")
+    raise InputError(f"{folder / name}: expected {wanted}; found {actually}; run the refinement again")

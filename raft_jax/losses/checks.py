@@ -53,8 +53,8 @@ def labels(labels_BT: jax.Array, want: tuple[int, ...]) -> jax.Array:
 def mask(mask_BT: jax.Array, want: tuple[int, ...] | None = None) -> jax.Array:
     """The mask as bool; an integer mask is True where it is not 0."""
     if not hasattr(mask_BT, "dtype") or not (mask_BT.dtype == jnp.bool_ or jnp.issubdtype(mask_BT.dtype, jnp.integer)):
-        given = getattr(mask_BT, "dtype", type(mask_BT).__name__)
-        raise ValueError(f"mask_BT must be a bool or integer array, got {given}")
+        kind = getattr(mask_BT, "dtype", type(mask_BT).__name__)
+        raise ValueError(f"mask_BT must be a bool or integer array, got {kind}")
     if want is not None and mask_BT.shape != want:
         raise ValueError(f"mask_BT must have the shape {want} of values_BT, got {mask_BT.shape}")
     return mask_BT != 0 if mask_BT.dtype != jnp.bool_ else jnp.asarray(mask_BT)

@@ -108,20 +108,20 @@ def top_k_forward_kl(
     checks.truncation(k, recall)
     tau = checks.temperature(temperature, checks.accumulation_dtype(student_logits_BTV.dtype))
     shape, sizes = student_logits_BTV.shape[:-1], {"student_logits_BTV": student_logits_BTV.shape[-1]}
-    given = isinstance(teacher_logits_BTV, TopK)
-    if given:
+    is_truncated = isinstance(teacher_logits_BTV, TopK)
+    if is_truncated:
         truncation.check_given(teacher_logits_BTV, shape, temperature, return_metrics)
     else:
         checks.floating("teacher_logits_BTV", teacher_logits_BTV)
         checks.tokens("teacher_logits_BTV", teacher_logits_BTV, shape)
         sizes["teacher_logits_BTV"] = teacher_logits_BTV.shape[-1]
     vocab_size = checks.vocab_size(vocab_size, **sizes)
-    split = VocabSharding(1) if given else VocabSharding.of(vocab_shards, teacher_logits_BTV)
+    split = VocabSharding(1) if is_truncated else VocabSharding.of(vocab_shards, teacher_logits_BTV)
 
     @sharding.automatic(len(shape))
     def loss(student, teacher, tau):
         teacher = jax.lax.stop_gradient(teacher)
-        if given:
+        if is_truncated:
             teacher = truncation.given_top_k(teacher, k, vocab_size)
         else:
             logits = truncation.mask_padding(checks.upcast(teacher), vocab_size)

@@ -45,8 +45,8 @@ class TopK:
 
     def __post_init__(self):
         if not hasattr(self.indices_BTK, "dtype") or not jnp.issubdtype(self.indices_BTK.dtype, jnp.integer):
-            given = getattr(self.indices_BTK, "dtype", type(self.indices_BTK).__name__)
-            raise ValueError(f"indices_BTK must be an integer array, got {given}")
+            kind = getattr(self.indices_BTK, "dtype", type(self.indices_BTK).__name__)
+            raise ValueError(f"indices_BTK must be an integer array, got {kind}")
         checks.floating("logits_BTK", self.logits_BTK)
         shape = self.logits_BTK.shape
         if self.indices_BTK.shape != shape:

@@ -266,11 +266,11 @@ def load_parameters(folder: Path, config: EncoderConfig, dtype: jax.typing.DType
     wanted = {stored.key.format(layer): stored for stored in keys.values() for layer in range(config.num_layers)}
     stored_keys = weights.keys()
     prefix = _key_prefix(stored_keys, keys["token_VD"].key)
-    found = {key.removeprefix(prefix) for key in stored_keys if key.startswith(prefix) or not key.startswith(HEADS)}
+    present = {key.removeprefix(prefix) for key in stored_keys if key.startswith(prefix) or not key.startswith(HEADS)}
     for key, stored in wanted.items():
-        if key not in found:
+        if key not in present:
             raise InputError(f"{folder}: the weights lack {key}, expected with shape {_shape(stored, sizes)}")
-    if surplus := found - set(wanted) - set(UNUSED_KEYS):
+    if surplus := present - set(wanted) - set(UNUSED_KEYS):
         raise InputError(
             f"{folder}: the weights hold {min(surplus)} ({len(surplus)} such in all), which is not part "
             f"of a {config.family} encoder of {config.num_layers} layers"

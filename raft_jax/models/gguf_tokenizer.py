@@ -167,16 +167,16 @@ def _add_tokens(backend, metadata) -> None:
     kinds = zip(metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"], strict=True)
     # No field says that Phi-3's special tokens strip the white space after them; llama.cpp decides it by the name.
     phi3 = (metadata.get("general.architecture"), metadata["tokenizer.ggml.model"]) == ("phi3", "llama")
-    found = [
+    tokens = [
         (token, kind == GGUF_CONTROL or token in END_OF_TURN)
         for token, kind in kinds
         if kind in (GGUF_CONTROL, GGUF_USER_DEFINED)
     ]
-    strips = {token for token, special in found if special or token == "</s>"} - PHI3_KEEP_SPACE
+    strips = {token for token, special in tokens if special or token == "</s>"} - PHI3_KEEP_SPACE
     backend.add_tokens(
         [
             AddedToken(token, special=special, normalized=False, rstrip=phi3 and token in strips)
-            for token, special in found
+            for token, special in tokens
         ]
     )
 

@@ -188,18 +188,18 @@ def peft_base(source: str) -> tuple[str | None, str | None]:
 def _joined(parameters, adapters, config, stored):
     """One module's a `[L, R, I]` and b `[L, O, R]`; of several parameters, a is concatenated and b block-diagonal."""
     sizes = config.sizes
-    found = {}
+    parts = {}
     for parameter in parameters:
         a, b = (np.asarray(adapters[name], np.float32) for name in adapter_names(parameter))
         L, R = b.shape[:2]
-        found[stored[parameter].part] = a.reshape(L, -1, R).swapaxes(1, 2), b.reshape(L, R, -1).swapaxes(1, 2)
+        parts[stored[parameter].part] = a.reshape(L, -1, R).swapaxes(1, 2), b.reshape(L, R, -1).swapaxes(1, 2)
     fused = stored[parameters[0]].fused
     if not fused:
-        return found[0]
+        return parts[0]
     heights = [math.prod(sizes[letter] for letter in letters) for letters in fused]
-    R = next(iter(found.values()))[0].shape[1]
-    b_LOR = np.zeros((config.num_layers, sum(heights), R * len(found)), np.float32)
-    for place, (part, (_, b)) in enumerate(sorted(found.items())):
+    R = next(iter(parts.values()))[0].shape[1]
+    b_LOR = np.zeros((config.num_layers, sum(heights), R * len(parts)), np.float32)
+    for place, (part, (_, b)) in enumerate(sorted(parts.items())):
         start = sum(heights[:part])
         b_LOR[:, start : start + heights[part], place * R : (place + 1) * R] = b
-    return np.concatenate([a for _, (a, _) in sorted(found.items())], axis=1), b_LOR
+    return np.concatenate([a for _, (a, _) in sorted(parts.items())], axis=1), b_LOR

@@ -63,14 +63,14 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         _refuse_other_folders(folder)
-        given = read_object(folder / "config.json")
+        whole_config = read_object(folder / "config.json")
         try:
-            self.hf_config = decoder_config(given)
+            self.hf_config = decoder_config(whole_config)
         except InputError as error:
             raise InputError(f"{folder}: {error}") from error
         self._headers: dict[Path, tuple[int, dict[str, Any]]] = {}
         self._place_of = {key: (path, key) for key, path in self._find_tensors().items()}  # its file, and its key there
-        self.with_vision = str(given.get("model_type")) in DECODER_OF
+        self.with_vision = str(whole_config.get("model_type")) in DECODER_OF
         if self.with_vision:
             self._place_of = {
                 ours: place for key, place in self._place_of.items() if (ours := decoder_key(key)) is not None
@@ -91,8 +91,8 @@ class SafetensorsFolder:
                 )
             return dict.fromkeys(self._header(single)[1].keys() - {"__metadata__"}, single)
         if not index_path.exists():
-            found = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
-            raise InputError(f"{self.folder}: neither {MODEL_NAME} nor {INDEX_NAME} is there (found {found})")
+            names = ", ".join(sorted(p.name for p in self.folder.iterdir())) or "nothing"
+            raise InputError(f"{self.folder}: neither {MODEL_NAME} nor {INDEX_NAME} is there (found {names})")
         for path in shards:
             named = {key for key, place in file_of.items() if place == path}
             if surplus := sorted(self._header(path)[1].keys() - named - {"__metadata__"}):

@@ -62,15 +62,15 @@ def check_keys(weights: SafetensorsFolder | GgufFile, config: DecoderConfig) -> 
         for stored in keys.values()
         for layer in (range(config.num_layers) if "{}" in stored.key else (0,))
     }
-    found = weights.keys()
-    quantised.refuse_names(found - wanted.keys(), weights.place)
-    if missing := sorted(wanted.keys() - found):
+    present = weights.keys()
+    quantised.refuse_names(present - wanted.keys(), weights.place)
+    if missing := sorted(wanted.keys() - present):
         raise InputError(
             f"{weights.place}: {missing[0]} of shape {_expected(wanted[missing[0]], config)} is missing "
             f"({len(missing)} of {len(wanted)} tensors are)"
         )
     # Old exports also store the tied head or the rope table; both are redundant.
-    surplus = {key for key in found - wanted.keys() if not key.endswith("rotary_emb.inv_freq")}
+    surplus = {key for key in present - wanted.keys() if not key.endswith("rotary_emb.inv_freq")}
     if config.tied_embeddings:
         surplus.discard(HEAD)
     if surplus:

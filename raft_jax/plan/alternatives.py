@@ -75,8 +75,8 @@ def _seconds(phases: Sequence[Phase]) -> float | None:
 
 def _estimated(phases: Sequence[Phase], clock: float | None) -> float | None:
     """The same by the TPU compiler's own estimate; None if there is none."""
-    found = [phase.estimated(clock) for phase in phases]
-    return None if None in found else sum(value for value in found if value is not None)
+    seconds = [phase.estimated(clock) for phase in phases]
+    return None if None in seconds else sum(value for value in seconds if value is not None)
 
 
 def of_time(measure: Measure) -> Iterator[Candidate]:
@@ -129,13 +129,13 @@ def _larger(measure: Measure, candidate: Candidate) -> Iterator[Candidate]:
         try:
             chips = find_slice(name, measure.slice.chip.memory)
             fsdp = math.gcd(rows, len(chips.devices))
-            found = _on_mesh(config, 1, fsdp, len(chips.devices) // fsdp)
-            room = _leaves_room(measure.changed(found.config, chips), ROOM)
+            on_mesh = _on_mesh(config, 1, fsdp, len(chips.devices) // fsdp)
+            room = _leaves_room(measure.changed(on_mesh.config, chips), ROOM)
         except InputError:
             continue
         if room:
-            change = " ".join(filter(None, (candidate.change, f"--topology {name}", found.change)))
-            yield Candidate(change, found.config, name)
+            change = " ".join(filter(None, (candidate.change, f"--topology {name}", on_mesh.change)))
+            yield Candidate(change, on_mesh.config, name)
             return
 
 
@@ -157,7 +157,7 @@ def _try(measure: Measure, candidate: Candidate, before: Mapping[str, float | No
     phases = [changed.step(method)]
     if method.distils and phases[0].fits(memory) is not False:
         phases.append(changed.rollout(method))
-    found = [phase.fits(memory) for phase in phases]
-    fits = False if False in found else None if None in found else True
+    verdicts = [phase.fits(memory) for phase in phases]
+    fits = False if False in verdicts else None if None in verdicts else True
     most, seconds = max(phase.total for phase in phases), _seconds(phases)
     return Tried(candidate.change, fits, most, seconds, _estimated(phases, chips.chip.clock), **before)

@@ -98,8 +98,8 @@ def _described(topology: str, num_slices: int) -> Sequence[Any]:
     if num_slices > 1:
         settings["num_slices"] = num_slices
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
-        return found.devices
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology, **settings)
+        return description.devices
     except Exception as error:  # whatever the plugin raises
         known = ", ".join(f"{name}:{shapes[3]}" for name, shapes in SLICES.items())
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

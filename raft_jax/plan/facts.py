@@ -187,7 +187,7 @@ class Facts:
         if self.data is None:
             return self.config.data.max_question_tokens + self._template, self.config.data.max_answer_tokens
         kept = self.data.train_fitting.kept_lengths
-        return max(found.question for found in kept) + self._template, max(found.answer for found in kept)
+        return max(lengths.question for lengths in kept) + self._template, max(lengths.answer for lengths in kept)
 
     def _limits(self, method: Method) -> tuple[int, int, int]:
         """The longest prompt, answer and teacher's prompt by the config's limits."""

@@ -75,8 +75,8 @@ class Measure:
     @property
     def different_methods(self) -> list[Method]:
         """One method for each train step: those with the same terms and parts of a row have the same program."""
-        found = {(m.terms, m.target == "none", m.teacher_sees_answer): m for m in reversed(self.trained_methods)}
-        return list(reversed(found.values()))
+        by_program = {(m.terms, m.target == "none", m.teacher_sees_answer): m for m in reversed(self.trained_methods)}
+        return list(reversed(by_program.values()))
 
     def _programs(self, method: Method, batch_size: int | None = None) -> Programs:
         size = batch_size or self.config.train.batch_size

@@ -73,8 +73,8 @@ def _bytes_needed(message: str) -> float | None:
     """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message:
         return None
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
-    return float(found[1]) * UNITS[found[2]] if found else None
+    match = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of", message)
+    return float(match[1]) * UNITS[match[2]] if match else None
 
 
 @dataclass(frozen=True)

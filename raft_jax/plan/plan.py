@@ -51,8 +51,8 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether every phase fits; None if the memory is not known."""
-        found = [phase.fits(self.measure.slice.chip.memory) for phase in self.phases]
-        return False if False in found else None if None in found else True
+        verdicts = [phase.fits(self.measure.slice.chip.memory) for phase in self.phases]
+        return False if False in verdicts else None if None in verdicts else True
 
     @property
     def hours(self) -> float | None:

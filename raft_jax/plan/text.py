@@ -45,10 +45,10 @@ def _lengths(plan: Plan) -> str:
     sides = plan.measure.programs(plan.measure.first_method).sides
     train = plan.measure.config.train
     named = {"prompt": sides.prompt, "answer": sides.answer, "teacher's prompt": sides.teacher_prompt}
-    found = [f"{name} {side.length}" for name, side in named.items() if side.length]
+    lengths = [f"{name} {side.length}" for name, side in named.items() if side.length]
     if plan.measure.first_method.distils:
-        found.append(f"rollout {train.rollout.max_new_tokens}")
-    return ", ".join(found)
+        lengths.append(f"rollout {train.rollout.max_new_tokens}")
+    return ", ".join(lengths)
 
 
 def _memory(memory: float | None):

@@ -113,12 +113,12 @@ class Sampler:
 
         `on_batch` is called with the indices and completions of rows that are done, each once.
         """
-        found: dict[int, Completion] = {}
+        completions: dict[int, Completion] = {}
         for batch in self.stream(params, prompts, **settings):
-            found |= batch
+            completions |= batch
             if on_batch:
                 on_batch(list(batch), list(batch.values()))
-        return [found[index] for index in range(len(prompts))]
+        return [completions[index] for index in range(len(prompts))]
 
     def stream(
         self,
@@ -301,11 +301,11 @@ class Rows:
         text_BS, prompt_B, length_B = map(
             to_host, (self.decoding.text_BS, self.decoding.prompt_B, self.decoding.length_B)
         )
-        stop_ids, found = self.programs.model.tokenizer.stop_ids, {}
+        stop_ids, completions = self.programs.model.tokenizer.stop_ids, {}
         for place in finished:
             tokens = text_BS[place, prompt_B[place] : length_B[place]].tolist()
-            found[self.taken.pop(place)] = Completion(tokens, tokens[-1] in stop_ids)
-        return found
+            completions[self.taken.pop(place)] = Completion(tokens, tokens[-1] in stop_ids)
+        return completions
 
     def _put(self, arrays):
         return arrays if self.mesh is None else put_batch(arrays, self.mesh)

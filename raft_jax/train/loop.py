@@ -196,9 +196,9 @@ class _Steps:
 
     def best_state(self) -> TrainState:
         """The last state, with the parameters of the best step on the dev split where those are kept."""
-        if self.best is None or (found := self.best.restore(self.state.params)) is None:
+        if self.best is None or (restored := self.best.restore(self.state.params)) is None:
             return self.state
-        step, params = found
+        step, params = restored
         print(f"{self.files.path}: step {step} is exported, the best on the dev split", flush=True)
         return replace(self.state, params=params)
 
@@ -206,8 +206,8 @@ class _Steps:
         """Puts a step on the devices."""
         data = self.data
         batch, key = data.batches.at(step), jax.random.fold_in(data.rollout_key, step)
-        self.state, found = self.programs.dispatch(self.state, data.teacher_params, batch, key, metrics)
-        metrics.add(step + 1, found, float(data.rates[step]), batch)
+        self.state, step_metrics = self.programs.dispatch(self.state, data.teacher_params, batch, key, metrics)
+        metrics.add(step + 1, step_metrics, float(data.rates[step]), batch)
 
     def _scores(self, done: int) -> dict[str, float]:
         """The scores of the student on the dev split, which is kept where none was better."""

@@ -93,8 +93,8 @@ class Profile:
         traces = self._folder.rglob("*.xplane.pb")
         programs = [program.as_text() for function in self._functions for program in function.called.values()]
         shares = shares_of(max(traces, key=lambda path: path.stat().st_mtime), programs, seconds)
-        found = {"steps": [self._first, self._newest], "seconds": round(seconds, 3), "shares": shares}
-        write_atomically(self._folder / "parts.json", json.dumps(found, indent=1) + "\n")
+        record = {"steps": [self._first, self._newest], "seconds": round(seconds, 3), "shares": shares}
+        write_atomically(self._folder / "parts.json", json.dumps(record, indent=1) + "\n")
         parts = ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
         print(
             f"profile of steps {self._first} to {self._newest}, {seconds:.1f} s: {parts} ({self._folder})", flush=True
@@ -174,7 +174,7 @@ def operations(program: str) -> dict[tuple[str, str], str | None]:
     assert module is not None
     part_name = re.compile(r"[/(](" + "|".join(PARTS) + r")(?=[/)])")
     # operation → (opcode, computation, computation called, part)
-    found: dict[str, tuple[str, str, str, str | None]] = {}
+    instructions: dict[str, tuple[str, str, str, str | None]] = {}
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     computation = ""
     for line in program.splitlines():
@@ -185,7 +185,7 @@ def operations(program: str) -> dict[tuple[str, str], str | None]:
             parts = part_name.findall(path[1]) if path else []
             part = parts[-1] if parts else None
             counts[computation].update([part] if part else [])
-            found[instruction[1]] = (instruction[2], computation, called[1] if called else "", part)
+            instructions[instruction[1]] = (instruction[2], computation, called[1] if called else "", part)
     every = Counter[str]()
     for count in counts.values():
         every.update(count)
@@ -198,7 +198,7 @@ def operations(program: str) -> dict[tuple[str, str], str | None]:
         near = next((counts[name] for name in (called, inside) if counts[name]), None)
         return part or (near.most_common(1)[0][0] if near else OTHER)
 
-    return {(module[1], name): part_of(*values) for name, values in found.items()}
+    return {(module[1], name): part_of(*values) for name, values in instructions.items()}
 
 
 def _union(intervals: list[tuple[float, float]]) -> float:

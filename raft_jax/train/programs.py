@@ -58,12 +58,12 @@ class StepPrograms:
         sample = self.sample_rollout
         arguments = [sample.arguments(state.params, teacher_params, batch, key) for batch in batches]
         with progress(title, len(batches) * (1 + len(sample.capacities)), "programs") as bar:
-            compile_ahead([(sample.sample, given) for given in arguments], bar.advance)
+            compile_ahead([(sample.sample, sample_arguments) for sample_arguments in arguments], bar.advance)
             compile_ahead(
                 [
                     (self.train_step, (state, teacher_params, batch._replace(rollout=rollout)))
-                    for batch, given in zip(batches, arguments, strict=True)
-                    for rollout in sample.results(*given)
+                    for batch, sample_arguments in zip(batches, arguments, strict=True)
+                    for rollout in sample.results(*sample_arguments)
                 ],
                 bar.advance,
             )

@@ -110,8 +110,8 @@ def kl_term(config: LossConfig, params, teacher_params, batch: Batch, student_BC
             ("student", student_BCD, student),
             ("teacher", teacher_BCD, teacher),
         ):
-            found = end_of_turn_probability(hidden_BCD, unembedding, rollout, config.stop_ids, **config.linear)
-            ends[f"{name}_end_of_turn"] = found
+            probability = end_of_turn_probability(hidden_BCD, unembedding, rollout, config.stop_ids, **config.linear)
+            ends[f"{name}_end_of_turn"] = probability
     if config.top_k is None:
         return DIVERGENCES[config.kl](*student, *teacher, **settings), ends
     total, metrics = linear_top_k_forward_kl(*student, *teacher, k=config.top_k, return_metrics=True, **settings)
@@ -202,9 +202,9 @@ def make_train_step(
         for completion, hidden_BCD in zip(completions, hidden, strict=True):
             names = [name for name in terms if TERMS[name][1] == completion]
             with jax.named_scope("losses"):
-                found = {name: TERMS[name][0](config, params, teacher_params, batch, hidden_BCD) for name in names}
-            sums[completion] = sum(scales[name] * total for name, (total, _) in found.items())
-            results |= found
+                outcomes = {name: TERMS[name][0](config, params, teacher_params, batch, hidden_BCD) for name in names}
+            sums[completion] = sum(scales[name] * total for name, (total, _) in outcomes.items())
+            results |= outcomes
         return sums, results
 
     def train_step(state: TrainState, teacher_params, batch: Batch):

@@ -123,14 +123,14 @@ def _rope_scaling(get, metadata, arch: str, config, rope_tensors) -> dict[str, A
     if linear:
         raise InputError(f"GGUF file: rope_freqs.weight and a linear factor of {factor} together are not supported")
     # GGUF stores only the divisors of Llama 3's frequencies; the settings behind them are known for all Llama 3 models.
-    found, made = rope_tensors["rope_freqs.weight"], {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    factors, low_and_high = rope_tensors["rope_freqs.weight"], {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
     plain, original = plain_frequencies(config["rope_theta"], config["head_dim"]), 8192
-    factor = _shortest(float(found.max()))
-    if found.shape != plain.shape or not np.allclose(
-        found, llama3_factors(plain, factor, *made.values(), original), rtol=1e-3
+    factor = _shortest(float(factors.max()))
+    if factors.shape != plain.shape or not np.allclose(
+        factors, llama3_factors(plain, factor, *low_and_high.values(), original), rtol=1e-3
     ):
         raise InputError("GGUF tensor rope_freqs.weight: not the rope of Llama 3.x (low 1, high 4, length 8192)")
-    return {"rope_type": "llama3", "factor": factor, **made, "original_max_position_embeddings": original}
+    return {"rope_type": "llama3", "factor": factor, **low_and_high, "original_max_position_embeddings": original}
 
 
 def _refuse_other_arithmetic(metadata, arch: str, head_width: int) -> None:

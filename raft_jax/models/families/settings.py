@@ -40,12 +40,12 @@ def as_transformers_reads(hf: Mapping[str, Any]) -> dict[str, Any]:
         if value is not None and not (isinstance(value, list) and len(value) >= hf["num_hidden_layers"]):
             kinds = f"{FULL} or {SLIDING}" if key == "layer_types" else "0 or 1"
             raise InputError(f"config.json: {key} must be a list of {hf['num_hidden_layers']} times {kinds}")
-    given = {key: value for key, value in copy.deepcopy(dict(hf)).items() if key not in IGNORED}
+    settings = {key: value for key, value in copy.deepcopy(dict(hf)).items() if key not in IGNORED}
     with transformers_quietly():  # values that it only warns of are refused below, or have no effect here
         from transformers import CONFIG_MAPPING
 
         try:
-            return CONFIG_MAPPING[hf["model_type"]].from_dict(given).to_dict()
+            return CONFIG_MAPPING[hf["model_type"]].from_dict(settings).to_dict()
         except Exception as error:  # its checks raise different types
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             line = re.sub(r"^\w+Error: ", "", lines[-1]) if lines else type(error).__name__
