@@ -186,8 +186,8 @@ def check(config: Config, console) -> None:
         console.print(line)
     console.print(_steps(config, len(data.train)))
     sizes = RowLengths(
-        [(found.question, found.answer) for found in data.train_fitting.kept_lengths],
-        [(found.question, found.answer) for found in data.test_fitting.kept_lengths],
+        [(lengths.question, lengths.answer) for lengths in data.train_fitting.kept_lengths],
+        [(lengths.question, lengths.answer) for lengths in data.test_fitting.kept_lengths],
         [len(tokenizer.encode(prompt.prompt)) for prompt in general],
     )
     for line in estimate_lines(config, model_size(decoder, config), sizes, free_disk=_free_disk(config.run_dir)):

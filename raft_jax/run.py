@@ -345,7 +345,7 @@ class Run:
         base = (self.model, self.model_identity)
         judges = Judges(self.config, base, lambda: self.encoder, ledger, self.mesh)
         try:
-            scores = {name: judges.judged(name, found, self.data.test) for name, found in before.models.items()}
+            scores = {name: judges.judged(name, model, self.data.test) for name, model in before.models.items()}
         finally:
             judges.close()
         if len(ledger.records()) > num_known:

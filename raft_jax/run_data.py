@@ -227,8 +227,8 @@ class RunData:
                     "rewritings that end there are not used",
                 )
             )
-        for key, limit, found, consequence in limits:
-            end = quantiles([lengths.answer for lengths in found.kept_lengths])[QUANTILES.index(KEPT)]
+        for key, limit, fitted, consequence in limits:
+            end = quantiles([lengths.answer for lengths in fitted.kept_lengths])[QUANTILES.index(KEPT)]
             if limit < end:
                 yield (
                     f"warning: {key}={limit} is shorter than the gold answers ({KEPT:.0%} of those used have up to "

@@ -165,8 +165,8 @@ class RunFolder:
                 f"{self.duplicates_json}: damaged ({error}); remove it, and they are found again"
             ) from error
 
-    def write_near_duplicates(self, found: NearDuplicates) -> None:
-        write_atomically(self.duplicates_json, json.dumps(asdict(found), indent=1, ensure_ascii=False) + "\n")
+    def write_near_duplicates(self, pairs: NearDuplicates) -> None:
+        write_atomically(self.duplicates_json, json.dumps(asdict(pairs), indent=1, ensure_ascii=False) + "\n")
 
     def evaluation(self, *, begun: bool = False) -> Evaluation:
         """The existing scores; with `begun`, those of a new evaluation with changed settings that is not complete."""

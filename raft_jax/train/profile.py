@@ -113,7 +113,7 @@ def shares_of(trace: Path, programs: Iterable[str], seconds: float) -> dict[str,
         Where two of the same name call different operations by one name, the later one counts.
       seconds: the time of the steps that were traced.
     """
-    parts = {name: found for program in programs for name, found in operations(program).items()}
+    parts = {name: part for program in programs for name, part in operations(program).items()}
     modules = {module for module, _ in parts}
     times: dict[Any, Counter[str]] = defaultdict(Counter)
     intervals: dict[Any, list[tuple[float, float]]] = defaultdict(list)
@@ -123,9 +123,9 @@ def shares_of(trace: Path, programs: Iterable[str], seconds: float) -> dict[str,
             times[device][part] += duration
             intervals[device].append((start, start + duration))
     shares: Counter[str] = Counter()
-    for device, found in times.items():
+    for device, by_part in times.items():
         busy = _union(intervals[device]) / 1e9 / seconds
-        shares.update({part: busy * time / found.total() / len(times) for part, time in found.items()})
+        shares.update({part: busy * time / by_part.total() / len(times) for part, time in by_part.items()})
     ordered = {part: shares[part] for part in (*PARTS, OTHER) if shares[part]}
     return {part: round(share, 4) for part, share in (ordered | {IDLE: max(1 - shares.total(), 0.0)}).items()}
 
