@@ -20,7 +20,7 @@ class VocabSharding(NamedTuple):
     assumed: bool = False  # neither given nor read from a type
 
     @classmethod
-    def of(cls, given: int | str | Sequence[str] | None, array: jax.Array, axis: int = -1) -> VocabSharding:
+    def of(cls, vocab_shards: int | str | Sequence[str] | None, array: jax.Array, axis: int = -1) -> VocabSharding:
         """The sharding of an array's vocabulary axis.
 
         The given number of devices or names of mesh axes; else what the array's type says if its mesh axes are
@@ -28,16 +28,17 @@ class VocabSharding(NamedTuple):
         """
         axis %= array.ndim
         size, mesh = array.shape[axis], jax.typeof(array).sharding.mesh
-        if given is not None and not isinstance(given, int):
-            names, mesh = (given,) if isinstance(given, str) else tuple(given), jax.sharding.get_abstract_mesh()
+        if vocab_shards is not None and not isinstance(vocab_shards, int):
+            names = (vocab_shards,) if isinstance(vocab_shards, str) else tuple(vocab_shards)
+            mesh = jax.sharding.get_abstract_mesh()
             if missing := [name for name in names if name not in mesh.axis_names]:
                 raise ValueError(
                     f"vocab_shards must name axes of the mesh in `jax.set_mesh`, which has {mesh.axis_names}, got "
                     f"{missing[0]!r}"
                 )
             shards = math.prod(mesh.shape[name] for name in names)
-        elif given is not None:
-            names, shards = (), given
+        elif vocab_shards is not None:
+            names, shards = (), vocab_shards
         elif AxisType.Explicit in mesh.axis_types:
             spec = jax.typeof(array).sharding.spec
             names = spec[axis] if axis < len(spec) else None
@@ -48,7 +49,7 @@ class VocabSharding(NamedTuple):
         else:
             return cls(math.gcd(size, jax.device_count(), 16), assumed=True)
         if shards < 1 or size % shards:
-            raise ValueError(f"vocab_shards must divide the vocabulary of {size}, got {given}")
+            raise ValueError(f"vocab_shards must divide the vocabulary of {size}, got {vocab_shards}")
         others = tuple((name, mesh.shape[name]) for name in mesh.axis_names if names and name not in names)
         return cls(shards, names, others)
 

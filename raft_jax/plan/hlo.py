@@ -140,12 +140,12 @@ class Module:
                     self.runs[callee] += self.runs[caller] * factor
 
     def _callees_first(self) -> list[str]:
-        order, seen = [], set()
+        order, visited = [], set()
 
         def visit(computation: str) -> None:
-            if computation in seen or computation not in self.computations:
+            if computation in visited or computation not in self.computations:
                 return
-            seen.add(computation)
+            visited.add(computation)
             for instruction in self.computations[computation]:
                 for _, callee in _called(instruction):
                     visit(callee)

@@ -95,8 +95,10 @@ class Programs:
             )
         dtype = jnp.dtype(config.model.dtype)
         with use_mesh(mesh):
-            given = config.model.attention
-            kernel = best_kernel(dtype, decoder.attention_softcap, decoder.head_width) if given == "auto" else given
+            attention = config.model.attention
+            kernel = (
+                best_kernel(dtype, decoder.attention_softcap, decoder.head_width) if attention == "auto" else attention
+            )
         padding = vocab_padding(decoder, mesh)
         decoder = replace(decoder, remat=config.model.remat, kernel=kernel, vocab_padding=padding)
         self.shardings = parameter_shardings(decoder, mesh)
