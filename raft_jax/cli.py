@@ -415,8 +415,8 @@ def _start_jax() -> None:
     finds_others = "tpu" in os.environ.get("JAX_PLATFORMS", "") or any(name in os.environ for name in LAUNCHERS)
     if any(numbers) or (address and not finds_others):
         if not address or not all(number and number.isdecimal() for number in numbers):
-            given = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-            raise InputError(f"of several processes each needs an address, their number and its own: got {given}")
+            settings = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+            raise InputError(f"of several processes each needs an address, their number and its own: got {settings}")
         num_processes, process_id = map(int, numbers)
         jax.distributed.initialize(address, num_processes, process_id, heartbeat_timeout_seconds=DEAD_AFTER)
     elif finds_others:

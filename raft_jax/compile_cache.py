@@ -32,8 +32,8 @@ def use_compile_cache(setting: str) -> Path | None:
     """
     if setting == OFF or (setting == AUTO and jax.default_backend() == "cpu"):
         return None
-    if given := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
-        return Path(given)
+    if path := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
+        return Path(path)
     folder = _user_cache() / "raft_jax/programs" if setting == AUTO else Path(setting).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -105,13 +105,13 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def require_literal(given: dict[str, Any], place: str) -> dict[str, Any]:
+def require_literal(settings: dict[str, Any], place: str) -> dict[str, Any]:
     """Returns the settings if no value is taken from outside the file; those would be saved and shown.
 
     Raises:
       InputError: a value has an interpolation with a resolver, such as the environment's; `${other.key}` is allowed.
     """
-    for key, value in flat(given).items():
+    for key, value in flat(settings).items():
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and re.search(r"(?<!\\)\$\{[^}]*:", text):
                 raise InputError(
@@ -119,7 +119,7 @@ def require_literal(given: dict[str, Any], place: str) -> dict[str, Any]:
                     "results; write the value (a path may begin with ~), or let the shell do it, as in "
                     "run_dir=$HOME/runs. Secrets such as HF_TOKEN are read from the environment"
                 )
-    return given
+    return settings
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -239,7 +239,7 @@ def _ids(rows: Sequence[Row], columns: Columns) -> list[str]:
     if not _has(rows, columns, "id"):
         return [f"{number:06d}" for number in range(1, len(rows) + 1)]
     advice = "give each row its own, or set data.id=null to number the rows"
-    seen: dict[str, str] = {}
+    places: dict[str, str] = {}
     for row in rows:
         if columns.id not in row.values:
             raise _missing(row, str(columns.id), "id", "=null to number the rows")
@@ -251,10 +251,10 @@ def _ids(rows: Sequence[Row], columns: Columns) -> list[str]:
         except BadRow as error:
             problem = str(error).partition("; ")[0]
             raise InputError(f"{problem} (text or a whole number is expected); {advice}") from error
-        if id in seen:
-            raise InputError(f"{row.where}: the id {quoted(id)} is already that of {seen[id]}; {advice}")
-        seen[id] = row.where
-    return list(seen)
+        if id in places:
+            raise InputError(f"{row.where}: the id {quoted(id)} is already that of {places[id]}; {advice}")
+        places[id] = row.where
+    return list(places)
 
 
 def _splits(rows: Sequence[Row], columns: Columns) -> list[str]:
