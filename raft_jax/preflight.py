@@ -83,7 +83,7 @@ def check_training(data: RunData, methods: Iterable[Method], parts: int = 1) -> 
 
 
 def check_mesh(config: Config, decoder: DecoderConfig) -> int:
-    """The number of parts that a mesh splits a batch into; -1 and an axis that is not set count as 1.
+    """The number of parts that a mesh splits a batch into; an axis of -1 counts as 1.
 
     Raises InputError if the weights do not divide over the mesh. The devices need not be at hand.
     """

@@ -18,7 +18,7 @@ from raft_jax.report import write_comparison, write_report
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")]
 
-# Types into the first search box, chooses in the first list of kinds, and writes down what the page then shows.
+# Types into the first search box, and writes down what the page then shows.
 PROBE = """
 const report = {errors: window.errors, wide: []};
 report.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;

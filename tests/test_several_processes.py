@@ -59,6 +59,19 @@ def run_together(config: Path) -> None:
             process.kill()
 
 
+def wait_for_lines(path: Path, count: int, processes: list[subprocess.Popen]) -> None:
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+def assert_same_losses(found: list[dict], expected: list[dict]) -> None:
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    for line, other in zip(expected, found, strict=True):
+        for name in ("sft_loss", "kl_loss", "weight"):
+            assert other[name] == pytest.approx(line[name], rel=1e-5), name
+
+
 def metrics_of(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "raft/metrics.jsonl").read_text().splitlines()]
 
@@ -77,10 +90,7 @@ def test_two_processes_run_as_one(tmp_path):
         return metrics_of(run_dir), json.loads((run_dir / "evaluation.json").read_text())["models"]["raft"]["domain"]
 
     (expected, marks), (found, found_marks) = results("one"), results("two")
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, other in zip(expected, found, strict=True):
-        for name in ("sft_loss", "kl_loss", "weight"):
-            assert other[name] == pytest.approx(line[name], rel=1e-5), name
+    assert_same_losses(found, expected)
     assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-5)
 
     # What a slice that is taken away during a save leaves: arrays without a manifest. Both go on from the step before.
@@ -102,9 +112,7 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     metrics = tmp_path / "run/sft/metrics.jsonl"
     processes = start_together(config)
     try:
-        while not metrics.exists() or metrics.read_text().count("\n") < 3:
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.02)
+        wait_for_lines(metrics, 3, processes)
         processes[1].send_signal(signal.SIGTERM)
         outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
@@ -128,9 +136,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(tmp_path, k
     metrics = tmp_path / "disturbed/run/raft/metrics.jsonl"
     processes = start_together(disturbed)
     try:
-        while not metrics.exists() or metrics.read_text().count("\n") < 10:
-            assert all(process.poll() is None for process in processes)
-            time.sleep(0.02)
+        wait_for_lines(metrics, 10, processes)
         processes[killed].kill()
         output, _ = processes[1 - killed].communicate(timeout=90)  # JAX gives up after 45 s
     finally:
@@ -144,7 +150,4 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(tmp_path, k
     else:
         finish(start(disturbed, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
     expected, found = (metrics_of(tmp_path / name / "run") for name in ("undisturbed", "disturbed"))
-    assert [line["step"] for line in found] == [line["step"] for line in expected]
-    for line, other in zip(expected, found, strict=True):
-        for name in ("sft_loss", "kl_loss", "weight"):
-            assert other[name] == pytest.approx(line[name], rel=1e-5), name
+    assert_same_losses(found, expected)

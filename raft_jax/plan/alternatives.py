@@ -10,7 +10,7 @@ from raft_jax.config import Config, MeshConfig
 from raft_jax.errors import InputError
 from raft_jax.plan.chips import find_slice
 from raft_jax.plan.measure import Measure, with_train
-from raft_jax.plan.phases import Phase
+from raft_jax.plan.phases import Phase, all_fit
 
 MOST_TRIED = 4
 SMALL_CHUNK = 128  # train.loss_chunk_size
@@ -157,7 +157,7 @@ def _try(measure: Measure, candidate: Candidate, before: Mapping[str, float | No
     phases = [changed.step(method)]
     if method.distils and phases[0].fits(memory) is not False:
         phases.append(changed.rollout(method))
-    verdicts = [phase.fits(memory) for phase in phases]
-    fits = False if False in verdicts else None if None in verdicts else True
     most, seconds = max(phase.total for phase in phases), _seconds(phases)
-    return Tried(candidate.change, fits, most, seconds, _estimated(phases, chips.chip.clock), **before)
+    return Tried(
+        candidate.change, all_fit(phases, memory), most, seconds, _estimated(phases, chips.chip.clock), **before
+    )

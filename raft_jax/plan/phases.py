@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +125,12 @@ class Phase:
         if memory is None or (self.reading is None and self.total <= memory):
             return None
         return self.total <= memory
+
+
+def all_fit(phases: Sequence[Phase], memory: float | None) -> bool | None:
+    """Whether a chip with so many bytes has room for every phase; None if that is not known."""
+    verdicts = [phase.fits(memory) for phase in phases]
+    return False if False in verdicts else None if None in verdicts else True
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from raft_jax.plan.alternatives import Tried, try_alternatives
 from raft_jax.plan.chips import Slice
 from raft_jax.plan.facts import Facts, name_of
 from raft_jax.plan.measure import Measure, Report
-from raft_jax.plan.phases import Phase
+from raft_jax.plan.phases import Phase, all_fit
 
 HOUR = 3600.0
 
@@ -51,8 +51,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether every phase fits; None if the memory is not known."""
-        verdicts = [phase.fits(self.measure.slice.chip.memory) for phase in self.phases]
-        return False if False in verdicts else None if None in verdicts else True
+        return all_fit(self.phases, self.measure.slice.chip.memory)
 
     @property
     def hours(self) -> float | None:
