@@ -18,6 +18,7 @@ from raft_jax.checkpoint import remove_steps
 from raft_jax.compile_cache import use_compile_cache
 from raft_jax.config import Config
 from raft_jax.data.examples import Example
+from raft_jax.data.prompts import load_prompts
 from raft_jax.data.refined import RefinedRow, load_refined, publish, refined_with
 from raft_jax.dev import DevScores, dev_rows
 from raft_jax.duplicates import asked, near_questions
@@ -111,7 +112,9 @@ class Run:
     @cached_property
     def evaluator(self) -> Evaluator:
         general, expected = check_evaluation(self.data), load_expected(self.config, self.data.test)
-        return Evaluator(self.model, self.encoder, self.data.test, general, self.config.evaluate, self.mesh, expected)
+        prompts = load_prompts(self.config.refine.prompts)
+        settings = self.config.evaluate
+        return Evaluator(self.model, self.encoder, self.data.test, general, settings, self.mesh, expected, prompts)
 
     @cached_property
     def data(self) -> RunData:

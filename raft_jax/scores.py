@@ -60,6 +60,8 @@ class DomainScores:
       agreement: Krippendorff's alpha of the judges' verdicts on this model's answers; None if it is undefined.
       divergence: KL(base ‖ model) on the base model's own answers to the questions, nats per token.
       writing: how the answers are written.
+      teacher_gap: on the teacher's own answers, their log-likelihood under the teacher, which is given the gold answer,
+        minus that under the model; nats per token.
     """
 
     gold_logprob: Estimate
@@ -73,6 +75,7 @@ class DomainScores:
     agreement: float | None = None
     divergence: Estimate = Estimate()
     writing: Writing = Writing()
+    teacher_gap: Estimate = Estimate()
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ class DomainAnswer:
       judges: each judge's score, None if it gave none, and `reasons` what it said.
       accepted: whether a majority of the judges accepts it; None if none gave a score.
       divergence: on the base model's own answer to the question; None where it was not measured.
+      teacher_gap: on the teacher's answer to it; None where it was not measured.
     """
 
     id: str
@@ -133,6 +137,7 @@ class DomainAnswer:
     reasons: dict[str, str] = field(default_factory=dict)
     accepted: bool | None = None
     divergence: float | None = None
+    teacher_gap: float | None = None
 
 
 @dataclass(frozen=True)

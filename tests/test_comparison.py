@@ -301,6 +301,13 @@ def test_the_page_of_a_comparison(tmp_path):
     assert "<script>alert" not in page
     assert page.count("<svg") >= 6
     assert 'href="compare/learning_rate%3D1e-05%2Cseed%3D0/report.html"' in page
+    metrics = (run / "compare" / "learning_rate=0.0001,seed=0" / "raft" / "metrics.jsonl").read_text().splitlines()
+    first, last = (
+        (line["sft_loss"] / (line["weight"] * line["kl_loss"]))
+        for line in map(json.loads, metrics[:: len(metrics) - 1])
+    )
+    assert f"CE / KL ratio over steps: RAFT from {first:.4g} to {last:.4g}" in page  # the paper's Fig. 2a
+    assert 'id="distance-title"' in page
     chosen, how = best_values(read_comparison(run))
     assert [(one.method, one.value) for one in chosen] == [("sft", 1e-4), ("raft", 1e-4)]
     assert "which flatters every method" in how

@@ -15,6 +15,7 @@ import tiny
 
 from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example
+from raft_jax.data.prompts import load_prompts
 from raft_jax.errors import InputError
 from raft_jax.evaluate import compare
 from raft_jax.evaluate.accuracy import distinct, is_correct, token_f1
@@ -185,7 +186,12 @@ class FakeEncoder:
 
 def test_each_mark_is_of_the_right_texts(monkeypatch):
     monkeypatch.setattr(compare, "Sampler", FakeSampler)
-    scored = lambda params, prompts, answers, progress: np.array([-float(len(answer)) for answer in answers])  # noqa: E731
+
+    def scored(params, prompts, answers, progress):
+        given = {"base": 0, "tuned": 0.25}[params]  # exact in float32, as are 64ths of a length
+        values = [len(prompt) / 64 - len(answer) - given for prompt, answer in zip(prompts, answers, strict=True)]
+        return np.array(values, np.float32)
+
     monkeypatch.setattr(compare, "Scorer", lambda *_: SimpleNamespace(mean_logprob=scored))
     told = []
 
@@ -209,20 +215,28 @@ def test_each_mark_is_of_the_right_texts(monkeypatch):
     assert told == [] and base.general.divergence == Estimate(0, 0, 2)
     assert [entry.answer for entry in base.answers] == ["one", "two"]
     assert base.domain.token_f1.mean == pytest.approx((1 + 2 / 3) / 2)
-    assert base.domain.gold_logprob.mean == -4.5
+    assert base.domain.gold_logprob.mean == (len("so\n\nQ one") / 64 - 3 + len("Q two") / 64 - 6) / 2
+    prompts = load_prompts()
+    teacher_prompts = [prompts.teacher("Q one", "one", "so", ()), prompts.teacher("Q two", "no two", "", ())]
+    more = [
+        len(teacher[-1]["content"]) - len(question)
+        for teacher, question in zip(teacher_prompts, evaluation.question_prompts, strict=True)
+    ]
+    assert [entry.teacher_gap for entry in base.answers] == [length / 64 for length in more]
     assert base.general.accuracy == Estimate(1, None, 1)
-    assert [entry.correct for entry in base.general_answers] == [True, None] and FakeSampler.calls == 2
+    assert [entry.correct for entry in base.general_answers] == [True, None] and FakeSampler.calls == 3
 
     tuned = evaluation.evaluate("raft", "tuned")
     assert told == [  # on the base model's own words
         ("base", "tuned", ["so\n\nQ one", "Q two"], [["one"], ["two"]]),
         ("base", "tuned", ["four 4", "say hi"], [["4"], ["hi"]]),
     ]
+    assert tuned.domain.teacher_gap.mean == base.domain.teacher_gap.mean + 0.25  # the teacher is the base model
     assert base.domain.divergence == Estimate(0, 0, 2) and tuned.domain.divergence.mean == 0.5
     assert (tuned.domain.writing.ended.mean, tuned.general.writing.ended.mean) == (1, 0.5)
     assert base.general.writing.length == Estimate(1, 0, 2) and base.general.writing.distinct == Estimate()
     assert tuned.general.divergence.mean == 0.5 and tuned.weight_distance.mean == 1
-    assert [entry.answer for entry in tuned.general_answers] == ["4", "HI"] and FakeSampler.calls == 4
+    assert [entry.answer for entry in tuned.general_answers] == ["4", "HI"] and FakeSampler.calls == 5
     assert (tuned.domain.cut, tuned.general.cut) == (0, 1)
     assert [entry.cut for entry in tuned.answers + tuned.general_answers] == [False, False, False, True]
     assert parse_record(ModelScores, json.dumps(asdict(tuned), allow_nan=False)) == tuned

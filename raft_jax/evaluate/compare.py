@@ -13,7 +13,7 @@ import numpy as np
 from raft_jax.config import EvaluateConfig
 from raft_jax.data.examples import Example, require_whole_characters
 from raft_jax.data.files import lines_of, parse_json
-from raft_jax.data.prompts import question_of, question_prompt
+from raft_jax.data.prompts import Prompts, load_prompts, question_of, question_prompt
 from raft_jax.data.tokenize import prompt_and_answer
 from raft_jax.errors import InputError
 from raft_jax.evaluate.accuracy import distinct, is_correct, require_check, token_f1
@@ -96,6 +96,7 @@ class Evaluator:
         settings: EvaluateConfig,
         mesh: jax.sharding.Mesh | None = None,
         expected: Expected = NOTHING,
+        prompts: Prompts | None = None,
     ):
         self.model, self.encoder, self.settings, self.expected = model, encoder, settings, expected
         self.questions, self.general = list(questions), list(general)
@@ -106,8 +107,14 @@ class Evaluator:
         pairs = [prompt_and_answer(tokenizer, question_of(example), example.answer) for example in self.questions]
         self.question_prompts, self.gold_answers = map(list, zip(*pairs, strict=True))
         self.general_prompts = [tokenizer.chat_prompt(question_prompt(prompt.prompt)) for prompt in self.general]
+        prompts = prompts or load_prompts()
+        self.teacher_prompts = [
+            tokenizer.chat_prompt(prompts.teacher(example.question, example.answer, example.context, example.turns))
+            for example in self.questions
+        ]
         self._base_continuations: list[Completion] | None = None
         self._base_answers: list[Completion] | None = None
+        self._teacher_answers: tuple[list[list[int]], np.ndarray] | None = None
 
     def base_continuations(self) -> list[Completion]:
         """The base model's own greedy answers to the general prompts."""
@@ -124,6 +131,17 @@ class Evaluator:
                 self.model.params, self.question_prompts, self.settings.max_new_tokens, "base on questions"
             )
         return self._base_answers
+
+    def teacher_answers(self) -> tuple[list[list[int]], np.ndarray]:
+        """The teacher's greedy answers, and their log-likelihoods under it: the base model's, which is given gold."""
+        if self._teacher_answers is None:
+            params = self.model.params
+            completions = self._greedy(params, self.teacher_prompts, self.settings.max_new_tokens, "teacher's answers")
+            answers = [completion.tokens for completion in completions]
+            with progress("teacher reads its answers", len(answers), "answers") as bar:
+                logprobs = self.scorer.mean_logprob(params, self.teacher_prompts, answers, bar.advance)
+            self._teacher_answers = answers, logprobs
+        return self._teacher_answers
 
     def evaluate(self, name: str, params) -> ModelScores:
         """The scores of one model, which docs/evaluation.md defines."""
@@ -142,6 +160,7 @@ class Evaluator:
                 Estimate.of([answer.text_label == answer.label for answer in answers if answer.label]),
                 divergence=Estimate.of([answer.divergence for answer in answers if answer.divergence is not None]),
                 writing=_writing(domain_completions, [answer.answer for answer in answers]),
+                teacher_gap=Estimate.of([answer.teacher_gap for answer in answers if answer.teacher_gap is not None]),
             ),
             GeneralScores(
                 Estimate.of([answer.divergence for answer in general]),
@@ -170,6 +189,11 @@ class Evaluator:
         texts, gold = self._texts(completions), [example.answer for example in self.questions]
         with progress(f"{name} reads gold answers", len(gold), "answers") as bar:
             logprobs = self.scorer.mean_logprob(params, self.question_prompts, self.gold_answers, bar.advance)
+        teacher_answers, teacher_logprobs = self.teacher_answers()
+        with progress(f"{name} reads the teacher's answers", len(gold), "answers") as bar:
+            gaps = teacher_logprobs - self.scorer.mean_logprob(
+                params, self.question_prompts, teacher_answers, bar.advance
+            )
         with progress(f"{name}: similarity", 2 * len(gold), "texts") as bar:
             cosines = similarities(self.encoder, texts, gold, bar.advance)
         answers = [
@@ -184,9 +208,10 @@ class Evaluator:
                 not completion.finished,
                 is_correct(self.expected.checks.get(example.id), text),
                 divergence=float(divergence),
+                teacher_gap=float(gap),
             )
-            for example, text, completion, cosine, logprob, divergence in zip(
-                self.questions, texts, completions, cosines, logprobs, divergences, strict=True
+            for example, text, completion, cosine, logprob, divergence, gap in zip(
+                self.questions, texts, completions, cosines, logprobs, divergences, gaps, strict=True
             )
         ]
         return answers, completions

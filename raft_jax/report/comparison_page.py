@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,12 +28,11 @@ from raft_jax.report.comparison import (
     yardsticks,
 )
 from raft_jax.report.comparison_tables import best_table, points_table, standings_table
-from raft_jax.report.figures import Figure
-from raft_jax.report.folder import label
+from raft_jax.report.figures import Figure, curves, distance
+from raft_jax.report.folder import RunRecords, label
 from raft_jax.report.page import answers_side_by_side, facts, render_page, write_page
 from raft_jax.report.paper import paper_table
 from raft_jax.report.verdict import Measure
-from raft_jax.scores import ModelScores
 
 KINDS = ["flagged", "lost", "gained"]
 
@@ -56,7 +56,8 @@ def render_comparison(comparison: Comparison) -> str:
     """The page of a comparison as HTML."""
     all_yardsticks = yardsticks(comparison)
     chosen, _ = best_values(comparison)
-    models = _first_seed(comparison, chosen)
+    at_best = _first_seed(comparison, chosen)
+    models = at_best.models
     return render_page(
         "comparison.html.jinja",
         kicker="RAFT comparison",
@@ -70,6 +71,7 @@ def render_comparison(comparison: Comparison) -> str:
         standings=[standings_table(comparison, one) for one in all_yardsticks],
         sweeps=_sweeps(comparison, all_yardsticks),
         best=best_table(comparison),
+        training=[*curves(at_best), distance(at_best)],
         paper=paper_table(comparison),
         points=points_table(comparison, all_yardsticks),
         answers=_with_kinds({name: model.answers for name, model in models.items()}, "similarity"),
@@ -176,9 +178,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _first_seed(comparison: Comparison, chosen: Sequence[Best]) -> dict[str, ModelScores]:
-    base = {} if comparison.base is None else {"base": comparison.base}
-    return base | {one.method: one.models[0] for one in chosen}
+def _first_seed(comparison: Comparison, chosen: Sequence[Best]) -> RunRecords:
+    """Each method at its best value, with the first seed, as if they were one run."""
+    scores = {} if comparison.base is None else {"base": comparison.base}
+    metrics = {}
+    for one in chosen:
+        cells = (cell for cell in comparison.cells if cell.value == one.value and one.method in cell.run.scores)
+        run = min(cells, key=lambda cell: cell.seed).run
+        scores[one.method] = run.scores[one.method]
+        if one.method in run.metrics:
+            metrics[one.method] = run.metrics[one.method]
+    return dataclasses.replace(comparison.shared, scores=scores, metrics=metrics, exported=())
 
 
 def _with_kinds(answers: dict[str, Sequence[Any]], score: str) -> dict[str, Any]:

@@ -130,6 +130,7 @@ SCORES: tuple[tuple[str, Callable[[ModelScores], float | None], int], ...] = (
     ("checks passed", lambda model: model.domain.checked.mean, 3),
     ("divergence", lambda model: model.general.divergence.mean, 4),
     ("domain divergence", lambda model: model.domain.divergence.mean, 4),
+    ("teacher gap", lambda model: model.domain.teacher_gap.mean, 3),
     ("general accuracy", lambda model: model.general.accuracy.mean, 3),
     ("open prompts accepted", lambda model: model.general.accepted.mean, 3),
     ("weight distance", lambda model: model.weight_distance.mean, 4),

@@ -101,6 +101,7 @@ def forgetting(run: RunRecords) -> Table:
     """What the divergence on general prompts does not show: on the domain's prompts, in the writing, in the answers."""
     columns = (
         ("domain divergence", lambda model: estimate(model.domain.divergence, 4)),
+        ("teacher gap", lambda model: estimate(model.domain.teacher_gap, 3)),
         ("ended", lambda model: _both(model, lambda writing: writing.ended, 2)),
         ("length", lambda model: _both(model, lambda writing: writing.length, 0)),
         ("distinct", lambda model: _both(model, lambda writing: writing.distinct, 2)),
@@ -113,10 +114,11 @@ def forgetting(run: RunRecords) -> Table:
         "forgetting",
         "Forgetting in detail",
         named_cells,
-        "Domain divergence: KL(base ‖ model) on the base model's own answers to the held-out questions. Domain / "
-        "general: share of answers that end before the limit of length, mean length in tokens, share of an answer's "
-        "runs of three words that are different. Gained, lost: right answers that the base model has wrong, and the "
-        "reverse; p is McNemar's exact test's.",
+        "Domain divergence: KL(base ‖ model) on the base model's own answers to the held-out questions. Teacher "
+        "gap: how much likelier the teacher, which is given the gold answer, finds its own answers than the model "
+        "does, in nats per token. Domain / general: share of answers that end before the limit of length, mean length "
+        "in tokens, share of an answer's runs of three words that are different. Gained, lost: right answers that the "
+        "base model has wrong, and the reverse; p is McNemar's exact test's.",
     )
 
 
