@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from raft_jax.accelerators import find_accelerator
 from raft_jax.config import Config
 from raft_jax.methods import METHODS, any_distils, any_refines
 
@@ -43,20 +44,6 @@ class Device:
     compile_seconds: float
 
 
-# Part of a device's name → the manufacturer's peak bfloat16 FLOP/s and bytes/s.
-ACCELERATORS = {
-    "TPU v4": (275e12, 1.2e12),
-    "TPU v5 lite": (197e12, 0.82e12),
-    "TPU v5p": (459e12, 2.8e12),
-    "TPU v6 lite": (918e12, 1.6e12),
-    "TPU7x": (2307e12, 7.4e12),
-    "T4": (65e12, 0.32e12),
-    "L4": (121e12, 0.3e12),
-    "A100": (312e12, 1.6e12),
-    "H100": (989e12, 3.3e12),
-    "H200": (989e12, 4.8e12),
-    "B200": (2250e12, 8e12),
-}
 SHARE_OF_FLOPS, SHARE_OF_BANDWIDTH = 0.35, 0.5
 # Speeds of one core with AVX-512, float32 (docs/performance.md).
 CORE_FLOPS, CORE_DECODE_FLOPS, CORE_BANDWIDTH = 90e9, 20e9, 14e9
@@ -133,11 +120,10 @@ def find_device(name: str = "", cores: int | None = None) -> Device | None:
         bandwidth = CORE_BANDWIDTH * min(cores, MOST_CORES_OF_BANDWIDTH)
         label = f"{cores} core{'s' * (cores > 1)} of a CPU"
         return Device(label, CORE_FLOPS * cores, CORE_DECODE_FLOPS * cores, bandwidth, 8)
-    for known, (flops, bandwidth) in ACCELERATORS.items():
-        if known.lower() in name.lower():
-            flops = SHARE_OF_FLOPS * flops
-            return Device(f"one {known}", flops, flops, SHARE_OF_BANDWIDTH * bandwidth, 30)
-    return None
+    if (known := find_accelerator(name)) is None:
+        return None
+    flops = SHARE_OF_FLOPS * known[1].flops
+    return Device(f"one {known[0]}", flops, flops, SHARE_OF_BANDWIDTH * known[1].bandwidth, 30)
 
 
 def local_device() -> str:

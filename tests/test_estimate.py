@@ -140,7 +140,7 @@ def test_lines():
 
 
 def test_devices(monkeypatch):
-    assert find_device("NVIDIA H100 80GB HBM3").name == "one H100" and find_device("Abacus 3000") is None
+    assert find_device("NVIDIA H100 80GB HBM3").name == "one NVIDIA H100" and find_device("Abacus 3000") is None
     assert find_device("NVIDIA H100").flops > find_device("NVIDIA A100-SXM4-80GB").flops > find_device("cpu").flops
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     assert local_device() == "cpu"

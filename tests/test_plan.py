@@ -8,26 +8,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 import tiny
 import yaml
 
+from raft_jax.accelerators import find_accelerator
 from raft_jax.cli import main
 from raft_jax.config import LoraConfig
 from raft_jax.config_file import load_config
 from raft_jax.methods import METHODS
 from raft_jax.plan import measure as measuring
-from raft_jax.plan.chips import KINDS, Slice, chip_of, find_slice
+from raft_jax.plan.chips import Chip, Slice, chip_of, find_slice
 from raft_jax.plan.facts import Facts
 from raft_jax.plan.flops import Flops, RowTokens
+from raft_jax.plan.gpus import TARGETS
 from raft_jax.plan.hlo import Module
 from raft_jax.plan.measure import Measure
 from raft_jax.plan.phases import Reading
 from raft_jax.plan.plan import look_further, make_plan
 from raft_jax.plan.text import tables_of, verdict_of
-from raft_jax.train.throughput import PEAKS
 
 ROOT = Path(__file__).parents[1]
 L, D, N, K, H, F, V = 2, 32, 4, 2, 16, 64, 250  # the sizes of HF
@@ -346,14 +348,22 @@ def test_a_folder_without_a_config(tmp_path, capsys):
     assert "config.json" in capsys.readouterr().err
 
 
-def test_without_libtpu_the_extra_is_named(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("topology", ["v5e:4x4", "h100x8"])
+def test_without_the_compilers_the_extra_is_named(topology, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("raft_jax.plan.environment.find_spec", lambda name: None)
-    assert main(["plan", str(write_config(tmp_path)), "--topology", "v5e:4x4"]) == 2
+    assert main(["plan", str(write_config(tmp_path)), "--topology", topology]) == 2
     assert "pip install 'raft-jax[plan]'" in capsys.readouterr().err
 
 
 def test_chips():
-    assert KINDS.keys() == {name for name in PEAKS if name.startswith("TPU")}
+    for name, target in TARGETS.items():  # what XLA is told and what times are computed from
+        kind, figures = find_accelerator(target.kind)
+        assert target.bandwidth == pytest.approx(figures.bandwidth, rel=0.02), name
+        assert target.memory == pytest.approx(figures.memory, rel=0.02), name
+        device = SimpleNamespace(device_kind=target.kind, platform="gpu", memory_stats=lambda: {"bytes_limit": 7e9})
+        assert chip_of([device]) == Chip(kind, 7e9, figures.flops, figures.bandwidth, figures.link)
+    assert Slice("h100x2", [], None).larger() == ["h100x4", "h100x8"]
+    assert Slice("b200", [], None).larger() == ["b200x2", "b200x4", "b200x8"]
     local = find_slice("local", 5e9)
     assert local.chip.memory == 5e9 and list(local.devices) == jax.devices() and local.larger() == []
     assert fake_chips().larger() == ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]

@@ -1,5 +1,6 @@
 """Sampling: exact distributions, random numbers by row, early stops, few programs; likelihoods of given answers."""
 
+import re
 from collections import Counter
 
 import jax
@@ -268,6 +269,18 @@ def test_drafts_change_no_token(model, prompts, num_drafts, temperature, top_p):
     without, drafting = Sampler(model, batch_size=4), Sampler(model, batch_size=4, num_drafts=num_drafts)
     assert drafting.generate(model.params, prompts, **settings) == without.generate(model.params, prompts, **settings)
     assert drafting.tokens == without.tokens and drafting.steps <= without.steps
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_new_tokens_are_written_into_the_cache_where_it_lies(model, T):
+    """Transposed before and after, for several GPUs, it is an invalid program in some versions of XLA
+    (openxla/xla#44890)."""
+    cache = model.empty_cache(model.params, 4, 40)
+    lowered = jax.jit(model.extend).lower(model.params, jnp.zeros((4, T), jnp.int32), cache).as_text()
+    for array in (cache.key_LBKHS, cache.value_LBKSH):
+        shape = "x".join(map(str, array.shape))
+        assert re.search(rf'"stablehlo.scatter".*\n(.*\n)*?.*tensor<{shape}x', lowered)
+        assert not re.search(rf"stablehlo.transpose .*tensor<{shape}x", lowered)
 
 
 def test_drafts_that_are_right_save_steps(prompts):

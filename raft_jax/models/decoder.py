@@ -24,7 +24,7 @@ from raft_jax.models.layer import BATCH, DECODE, SAME_INPUT, as_matrix, attentio
 from raft_jax.models.rope import of_kind, rope_tables
 from raft_jax.models.vocabulary import lookup
 from raft_jax.models.xla_cpu import Tiled, fused_layers
-from raft_jax.sharding import constrain
+from raft_jax.sharding import constrain, num_shards
 from raft_jax.tokens import Tokens
 from raft_jax.unpadding import make_unpadding
 
@@ -181,11 +181,18 @@ class Decoder(nnx.Module):
         ropes = rope_tables(config.ropes, positions_BT, jnp.broadcast_to(cache.limit_B[:, None], positions_BT.shape))
 
         def written(new, past, axis):
-            def write(new, past, place):  # one row, and so one dimension less
-                return jax.lax.dynamic_update_slice_in_dim(past, new.astype(past.dtype), place, axis)
-
+            # Not a vmapped dynamic_update_slice: where rows are not the first dimension that transposes the cache, and
+            # XLA before openxla/xla#44890 then makes an invalid program for several GPUs.
             rows = past.ndim - 4
-            return jax.vmap(write, (rows, rows, 0), rows)(new, past, place_B)
+            dimensions = jax.lax.ScatterDimensionNumbers(
+                update_window_dims=tuple(d for d in range(past.ndim) if d != rows),
+                inserted_window_dims=(),
+                scatter_dims_to_operand_dims=(past.ndim + axis,),
+                operand_batching_dims=(rows,),
+                scatter_indices_batching_dims=(0,),
+            )
+            each_once = {"indices_are_sorted": True, "unique_indices": True, "mode": "clip"}
+            return jax.lax.scatter(past, place_B[:, None], new.astype(past.dtype), dimensions, **each_once)
 
         def write(key, value, past_key, past_value):
             return written(key, past_key, -1), written(value, past_value, -2)
@@ -224,9 +231,10 @@ class Decoder(nnx.Module):
         return rms_norm(config, x_BTD, self.final_norm_D[...]), cache
 
     def unstacked(self, num_rows: int) -> list[dict[str, jax.Array | Tiled]]:
-        """The weights layer by layer, for `extend` by `num_rows` tokens on CPU; see `fused_layers`."""
+        """The weights layer by layer, for `extend` by `num_rows` tokens; see `fused_layers`."""
         stacked, _ = self._layers()
-        return fused_layers(stacked, SAME_INPUT, as_matrix, num_rows)
+        groups = SAME_INPUT if num_shards("heads") == 1 else ()  # a part of what is fused would be on other devices
+        return fused_layers(stacked, groups, as_matrix, num_rows)
 
     def unembedding(self) -> jax.Array:
         """The matrix `[D, V]` from hidden states to logits; in tied models the transposed embedding."""

@@ -9,22 +9,13 @@ from typing import Any
 
 import jax
 
+from raft_jax.accelerators import find_accelerator
 from raft_jax.errors import InputError
-from raft_jax.estimate import ACCELERATORS, find_device
+from raft_jax.estimate import find_device
+from raft_jax.gpu_environment import MEMORY
+from raft_jax.plan import gpus
 from raft_jax.plan.environment import LOCAL
-from raft_jax.train.throughput import PEAKS
 
-# Of one JAX device, by the beginning of its kind: bytes of memory, bytes/s from it, bytes/s that it sends in a corner
-# of a slice without wrap-around links (two of a v5e's and a v6e's links, three of the others'), where known the clock
-# in Hz, and devices of a chip. Memory and links: the makers' figures, of the links nine tenths.
-KINDS = {
-    "TPU v4": (32e9, 1.2e12, 135e9, None, 1),
-    "TPU v5 lite": (16e9, 0.82e12, 90e9, 1.5e9, 1),
-    "TPU v5p": (95e9, 2.8e12, 270e9, None, 1),
-    "TPU v5": (95e9, 2.8e12, 270e9, None, 1),
-    "TPU v6 lite": (32e9, 1.6e12, 180e9, None, 1),
-    "TPU7x": (96e9, 3.7e12, 135e9, None, 2),
-}
 # Slices that can be asked for, by the beginning of their name, from small to large.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
@@ -70,6 +61,8 @@ class Slice:
 
     def larger(self) -> list[str]:
         """Names of the larger slices of this kind, from small to large."""
+        if (gpu := gpus.parse(self.topology)) is not None:
+            return [f"{gpu[0]}x{count}" for count in (2, 4, gpus.MOST) if count > gpu[1]]
         kind, _, shape = self.topology.partition(":")
         shapes = SLICES.get(kind, ())
         return [f"{kind}:{name}" for name in shapes[shapes.index(shape) + 1 :]] if shape in shapes else []
@@ -79,14 +72,20 @@ def find_slice(topology: str, memory: float | None = None, num_slices: int = 1) 
     """The chips of a topology.
 
     Args:
-      topology: a name that libtpu knows, such as "v5e:4x4"; or "local", the devices at hand.
+      topology: a slice that libtpu knows, such as "v5e:4x4"; GPUs of one machine, such as "h100" or "h100x8"; or
+        "local", the devices at hand.
       memory: bytes of each chip, in place of what is known of them.
       num_slices: of that topology, connected by the data centre's network.
 
     Raises:
-      InputError: libtpu does not know the topology.
+      InputError: there is no such topology.
     """
-    devices = jax.devices() if topology == LOCAL else _described(topology, num_slices)
+    if topology == LOCAL:
+        devices = jax.devices()
+    elif (gpu := gpus.parse(topology)) is not None:
+        devices = _gpus(*gpu)
+    else:
+        devices = _described(topology, num_slices)
     chip = chip_of(devices)
     return Slice(topology, devices, chip if memory is None else replace(chip, memory=memory))
 
@@ -104,8 +103,19 @@ def _described(topology: str, num_slices: int) -> Sequence[Any]:
         known = ", ".join(f"{name}:{shapes[3]}" for name, shapes in SLICES.items())
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"--topology {topology} is not known to libtpu ({reason}); allowed: such as {known}, or {LOCAL}"
+            f"--topology {topology} is not known to libtpu ({reason}); allowed: such as {known}; "
+            f"{', '.join(gpus.TARGETS)}, or one of them with x2, x4 or x{gpus.MOST}; or {LOCAL}"
         ) from error
+
+
+def _gpus(name: str, count: int) -> Sequence[Any]:
+    from jax._src.cudnn import fused_attention_stablehlo as fused  # no public name says which cuDNN there will be
+    from jax.experimental import topologies
+
+    fused.check_cudnn_version = lambda: gpus.CUDNN  # JAX asks this machine, which needs none
+    target = gpus.target_config(gpus.TARGETS[name])
+    machine = topologies.get_topology_desc(platform="cuda", target_config=target, topology=f"1x1x{count}")
+    return machine.devices
 
 
 def chip_of(devices: Sequence[Any]) -> Chip:
@@ -115,12 +125,23 @@ def chip_of(devices: Sequence[Any]) -> Chip:
         cpu, count = find_device("cpu"), len(devices)
         assert cpu is not None
         return Chip("CPU", _host_memory() / count, cpu.flops / count, cpu.bandwidth / count)
-    if name := max((name for name in KINDS if kind.startswith(name)), key=len, default=None):
-        memory, bandwidth, link, clock, parts = KINDS[name]
-        return Chip(name, memory, PEAKS[name], bandwidth, link, clock, parts)
-    flops, bandwidth = next((known for name, known in ACCELERATORS.items() if name in kind), (None, None))
-    stats = devices[0].memory_stats() or {}
-    return Chip(kind, stats.get("bytes_limit"), flops, bandwidth)
+    share = float(MEMORY["XLA_CLIENT_MEM_FRACTION"]) if devices[0].platform == "gpu" else 1.0
+    memory = _allowed_memory(devices[0])
+    if (known := find_accelerator(kind)) is None:
+        return Chip(kind, memory)
+    name, figures = known
+    memory = memory or share * figures.memory
+    return Chip(name, memory, figures.flops, figures.bandwidth, figures.link, figures.clock, figures.devices)
+
+
+def _allowed_memory(device: Any) -> float | None:
+    """Bytes that JAX may take of a device at hand; None where that is not known."""
+    if device.platform != "gpu":
+        return None
+    try:
+        return (device.memory_stats() or {}).get("bytes_limit")
+    except jax.errors.JaxRuntimeError:  # a device that is only compiled for
+        return None
 
 
 def _host_memory() -> float:

@@ -24,7 +24,7 @@ from raft_jax.models.attention import best_kernel
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.sampling.decode import Settings, decoding_weights, empty, make_decode
 from raft_jax.sampling.engine import unrolls
-from raft_jax.sharding import mesh_axes, named_sharding, partition_spec, platform, use_mesh
+from raft_jax.sharding import mesh_axes, named_sharding, partition_spec, use_mesh
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.loop import jit_train_step, optimizer_of
 from raft_jax.train.rollout import SampleRollout
@@ -150,12 +150,12 @@ class Programs:
     def decode(self, num_rows: int, prompt: int, num_tokens: int, num_drafts: int = 0):
         """Decoding of new tokens in each of some rows, after prompts of up to `prompt` tokens."""
         decode = make_decode(self.model, Settings(num_tokens, num_drafts=num_drafts))
-        unroll = platform() == "cpu" and unrolls(self.params, num_tokens)
+        unroll = unrolls(self.params, num_tokens)
 
         def run(params, done_B, key, temperature):
             decoding = empty(self.model, params, num_rows, prompt + num_tokens + num_drafts)._replace(done_B=done_B)
             weights = ()
-            if unroll:  # as raft_jax.sampling.engine does on CPU
+            if unroll:  # as raft_jax.sampling.engine does
                 weights = decoding_weights(self.model, params, num_rows)
                 decoding = decoding._replace(cache=decoding.cache.unstacked())
             return decode(params, decoding, key, temperature, num_rows, num_tokens, *weights)

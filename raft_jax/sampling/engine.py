@@ -23,8 +23,8 @@ from raft_jax.tokens import Tokens
 
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
 STEPS = 64  # decoding steps between two looks at what is done
-# On CPU, decoding layer by layer is faster, but compiles longer and copies the weights: where prompts wait for places,
-# or where there may be so many steps and the weights have at most so many bytes.
+# Decoding layer by layer is faster than a scan on CPU and GPU, but compiles longer and copies the weights. On CPU it is
+# done where prompts wait for places, or where there may be so many steps and the weights have at most so many bytes.
 UNROLLED_STEPS, UNROLLED_BYTES = 64, 2 << 30
 # With `shrink`, the last rows move to a quarter of the places (at least to SMALLEST) when they fill no more, if their
 # answers may have so many more tokens.
@@ -66,8 +66,10 @@ def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | 
     return -(-min(batch_size, num_prompts) // parts) * parts
 
 
-def unrolls(params, max_new_tokens: int) -> bool:
-    """Whether rows that are all decoded at once are decoded layer by layer on CPU; `params` may be shapes."""
+def unrolls(params, max_new_tokens: int, waiting: bool = False) -> bool:
+    """Whether to decode layer by layer; `params` may be shapes, and `waiting` is whether prompts wait for places."""
+    if platform() != "cpu" or waiting:
+        return platform() != "tpu"
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
 
@@ -236,7 +238,7 @@ class Rows:
         num_shared = self._num_shared()
         self.lengths = self._lengths(num_shared)
         settings = programs.settings
-        unroll = platform() == "cpu" and self._many_steps()
+        unroll = unrolls(params, settings.max_new_tokens, len(prompts) > self.num_rows)
         num_tokens = self.num_rows // num_shards("batch") * (1 + settings.num_drafts)
         self.weights = programs.weights(params, num_tokens) if unroll else ()
         ids_RX = np.tile(np.array(prompts[0][:num_shared], np.int32), (self.at_once, 1))
@@ -309,10 +311,6 @@ class Rows:
 
     def _put(self, arrays):
         return arrays if self.mesh is None else put_batch(arrays, self.mesh)
-
-    def _many_steps(self) -> bool:
-        """Whether decoding layer by layer pays for its compilation and its copy of the weights."""
-        return len(self.prompts) > self.num_rows or unrolls(self.params, self.programs.settings.max_new_tokens)
 
     def _num_shared(self) -> int:
         """Number of tokens that all prompts begin with and that no prompt ends with, a multiple of SHARED."""

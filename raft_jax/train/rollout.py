@@ -33,7 +33,7 @@ class SampleRollout:
         counts = self._rows > 1 or num_batch_shards == 1
         self.capacities = token_capacities(self._most) if counts else [None]  # values of max_tokens
         # The program runs in every step, so the longer compilation of the unrolled one pays off.
-        top_p, unroll = settings.rollout.top_p, platform() == "cpu"
+        top_p, unroll = settings.rollout.top_p, platform() != "tpu"
         generate = make_generate(student.model, self._max_new_tokens, top_p=top_p, unroll=unroll)
 
         @jax.jit

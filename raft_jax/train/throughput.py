@@ -8,30 +8,17 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from raft_jax.accelerators import find_accelerator
 from raft_jax.tokens import Batch, Tokens
 
-# Dense bfloat16 operations per second of one JAX device, by the beginning of its name; the makers' figures.
-PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 1153.5e12,  # half of a chip: JAX sees its two cores
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
 FORWARD = 2  # operations per weight and token
 BACKWARD = 2  # the same, for the gradient of the activations, and again for that of the weights
 
 
 def peak_of(devices: np.ndarray) -> float | None:
     """Operations per second of all devices of a mesh; None for a kind that is not known, such as a CPU."""
-    kinds = [device.device_kind for device in devices.flat]
-    peaks = [max((name for name in PEAKS if kind.startswith(name)), key=len, default=None) for kind in kinds]
-    return None if None in peaks else sum(PEAKS[name] for name in peaks if name is not None)
+    known = [find_accelerator(device.device_kind) for device in devices.flat]
+    return None if None in known else sum(found[1].flops for found in known if found is not None)
 
 
 def num_weights(params: Mapping[str, jax.Array]) -> int:
