@@ -105,10 +105,14 @@ def main() -> None:
     keys = ("gigabytes", "sent", "copied", "read", "milliseconds", "kernels")
     print("| mesh | program | GB a card | GB sent | GB copied a token | GB to read | ms at least | kernels |")
     print("|---|---|---|---|---|---|---|---|")
-    rows, platform = [], rollout.platform
+    rows, make_generate = [], rollout.make_generate
+
+    def in_a_scan(*given, unroll, **settings):
+        return make_generate(*given, unroll=False, **settings)
+
     for mesh in options.mesh:
         for form in ("layer by layer", "scan over layers") if options.scan else ("layer by layer",):
-            rollout.platform = platform if form == "layer by layer" else lambda: "tpu"
+            rollout.make_generate = make_generate if form == "layer by layer" else in_a_scan
             measure = measure_of(options.model, options.topology, mesh, options.words)
             for name in ("rollout", "step") if form == "layer by layer" else ("rollout",):
                 row = {"mesh": mesh, "form": form, **read(measure, name)}

@@ -177,8 +177,8 @@ def fused_layers(
 ) -> list[dict[str, jax.Array | Tiled]]:
     """Each layer's weights for decoding with `num_rows` rows; those of each group are fused and tiled.
 
-    In a scan over layers, XLA on CPU and GPU copies each layer's slice of the weights at every token. Slices that are
-    made once, before decoding, cost one copy of the weights, and save a third of the time on CPU.
+    In a scan over layers, XLA copies each layer's slice of the weights at every token, on every kind of device. Slices
+    that are made once, before decoding, cost one copy of the weights, and save a third of the time on CPU.
 
     Args:
       stacked: weights, stacked over layers.

@@ -23,8 +23,8 @@ from raft_jax.tokens import Tokens
 
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
 STEPS = 64  # decoding steps between two looks at what is done
-# Decoding layer by layer is faster than a scan on CPU and GPU, but compiles longer and copies the weights. On CPU it is
-# done where prompts wait for places, or where there may be so many steps and the weights have at most so many bytes.
+# Decoding layer by layer is faster than a scan, but compiles longer and copies the weights. On CPU it is done where
+# prompts wait for places, or where there may be so many steps and the weights have at most so many bytes.
 UNROLLED_STEPS, UNROLLED_BYTES = 64, 2 << 30
 # With `shrink`, the last rows move to a quarter of the places (at least to SMALLEST) when they fill no more, if their
 # answers may have so many more tokens.
@@ -69,7 +69,7 @@ def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | 
 def unrolls(params, max_new_tokens: int, waiting: bool = False) -> bool:
     """Whether to decode layer by layer; `params` may be shapes, and `waiting` is whether prompts wait for places."""
     if platform() != "cpu" or waiting:
-        return platform() != "tpu"
+        return True
     num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     return max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
 
