@@ -127,6 +127,23 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def device_kind() -> str:
+    """The kind of the devices that programs are built for, as JAX names it; see `platform`."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def bytes_per_device(tree) -> int:
+    """Bytes of a tree of arrays or shapes on one device, by their shardings."""
+
+    def of(array) -> int:
+        shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
+        size = 8 if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array.dtype.itemsize
+        return math.prod(shape) * size
+
+    return sum(map(of, jax.tree.leaves(tree)))
+
+
 def length_multiple() -> int:
     """What lengths of padded rows are rounded up to: on TPU to 128, which its registers and splash attention's blocks
     are long, so that a kernel pads nothing more; elsewhere to 8."""

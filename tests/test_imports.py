@@ -54,6 +54,7 @@ ALLOWED = {
     "raft_jax.models": ("raft_jax.models", "raft_jax.tokens", "raft_jax.unpadding", "raft_jax.sharding"),
     "raft_jax.data": ("raft_jax.data", "raft_jax.tokens"),
     "raft_jax.sampling": (
+        "raft_jax.accelerators",
         "raft_jax.sampling",
         "raft_jax.models",
         "raft_jax.data",

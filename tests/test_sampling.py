@@ -12,7 +12,7 @@ from tiny import make_config, make_model, make_tokenizer, random_parameters
 from raft_jax import sharding
 from raft_jax.data.batches import pad
 from raft_jax.models import Model, parameter_shardings
-from raft_jax.sampling import Completion, Sampler, Scorer, make_generate, sample_token
+from raft_jax.sampling import Completion, Sampler, Scorer, engine, make_generate, sample_token
 from raft_jax.sampling.engine import bucket, row_number
 from raft_jax.sharding import make_mesh
 
@@ -357,6 +357,27 @@ def test_parameters_that_are_cut_over_a_mesh_draw_the_same(model, sampler, promp
     mesh = make_mesh(2, 2, 2)
     params = jax.device_put(model.params, parameter_shardings(model.config, mesh))
     assert Sampler(model, batch_size=4, mesh=mesh).generate(params, prompts, key=KEY, max_new_tokens=14) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "gigabytes", "expected"),
+    [
+        (("gpu", "NVIDIA L4"), 5.9, True),  # of 24 GB
+        (("gpu", "NVIDIA L4"), 6.1, False),
+        (("tpu", "TPU v5 lite"), 3.9, True),  # of 16 GB
+        (("tpu", "TPU v5 lite"), 4.1, False),
+        (("gpu", "Abacus 3000"), 500.0, True),
+        (("cpu", "cpu"), 2.0, True),
+        (("cpu", "cpu"), 2.2, False),
+    ],
+)
+def test_where_weights_are_copied_to_decode_layer_by_layer(device, gigabytes, expected, monkeypatch):
+    monkeypatch.setattr(engine, "platform", lambda: device[0])
+    monkeypatch.setattr(engine, "device_kind", lambda: device[1])
+    params = {"weight": jax.ShapeDtypeStruct((int(gigabytes * 1e9),), jnp.int8)}
+    assert engine.unrolls(params, 64) is expected
+    assert engine.unrolls(params, 64, waiting=True) is (expected or device[0] == "cpu")
+    assert engine.unrolls(params, 8) is (expected and device[0] != "cpu")
 
 
 def test_callbacks_and_rows_that_are_done(model, sampler, prompts):

@@ -16,9 +16,9 @@ from raft_jax.plan.chips import Slice
 from raft_jax.plan.facts import INSTRUCTION_TOKENS, Facts
 from raft_jax.plan.flops import Flops
 from raft_jax.plan.phases import Phase, Reading, Traffic, compile_and_read, seconds_of, tokens_of
-from raft_jax.plan.programs import Programs, bytes_per_device
+from raft_jax.plan.programs import Programs
 from raft_jax.sampling.engine import rows_per_batch
-from raft_jax.sharding import make_mesh
+from raft_jax.sharding import bytes_per_device, make_mesh
 
 Report = Callable[[str], None]
 

@@ -24,7 +24,7 @@ from raft_jax.models.attention import best_kernel
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.sampling.decode import Settings, decoding_weights, empty, make_decode
 from raft_jax.sampling.engine import unrolls
-from raft_jax.sharding import mesh_axes, named_sharding, partition_spec, use_mesh
+from raft_jax.sharding import bytes_per_device, mesh_axes, named_sharding, partition_spec, use_mesh
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.loop import jit_train_step, optimizer_of
 from raft_jax.train.rollout import SampleRollout
@@ -48,17 +48,6 @@ class Sides:
     prompt: Side
     answer: Side
     teacher_prompt: Side
-
-
-def bytes_per_device(tree) -> int:
-    """Bytes of a tree of arrays or shapes on one device, by their shardings."""
-
-    def of(array) -> int:
-        shape = array.shape if array.sharding is None else array.sharding.shard_shape(array.shape)
-        size = 8 if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array.dtype.itemsize
-        return math.prod(shape) * size
-
-    return sum(map(of, jax.tree.leaves(tree)))
 
 
 class Programs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,18 +13,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raft_jax.accelerators import find_accelerator
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.models.decoder import Cache
 from raft_jax.sampling.decode import Decoding, Settings, begin, decoding_weights, empty, make_decode, make_draw
-from raft_jax.sharding import length_multiple, num_shards, platform, put_batch, to_host, use_mesh
+from raft_jax.sharding import (
+    bytes_per_device,
+    device_kind,
+    length_multiple,
+    num_shards,
+    platform,
+    put_batch,
+    to_host,
+    use_mesh,
+)
 from raft_jax.tokens import Tokens
 
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
 STEPS = 64  # decoding steps between two looks at what is done
 # Decoding layer by layer is faster than a scan, but compiles longer and copies the weights. On CPU it is done where
-# prompts wait for places, or where there may be so many steps and the weights have at most so many bytes.
-UNROLLED_STEPS, UNROLLED_BYTES = 64, 2 << 30
+# prompts wait for places, or where there may be so many steps and the weights have at most so many bytes; on other
+# devices where the copy takes at most so much of the memory, since base and tuned model may be there, too.
+UNROLLED_STEPS, UNROLLED_BYTES, UNROLLED_SHARE = 64, 2 << 30, 0.25
 # With `shrink`, the last rows move to a quarter of the places (at least to SMALLEST) when they fill no more, if their
 # answers may have so many more tokens.
 SHRINK_TO, SHRINK_STEPS, SMALLEST = 4, 32, 4
@@ -68,10 +78,11 @@ def rows_per_batch(batch_size: int, num_prompts: int, mesh: jax.sharding.Mesh | 
 
 def unrolls(params, max_new_tokens: int, waiting: bool = False) -> bool:
     """Whether to decode layer by layer; `params` may be shapes, and `waiting` is whether prompts wait for places."""
-    if platform() != "cpu" or waiting:
-        return True
-    num_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    return max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES
+    num_bytes = bytes_per_device(params)
+    if platform() != "cpu":
+        known = find_accelerator(device_kind())
+        return known is None or num_bytes <= UNROLLED_SHARE * known[1].memory
+    return waiting or (max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES)
 
 
 class Sampler:
