@@ -155,7 +155,7 @@ def _add_plan(verbs, with_config) -> None:
     """Adds the verb that says what a run takes on given chips."""
     text = "compile a run's programs for given chips, and say whether they fit, what bounds them, hours and cost"
     verb = verbs.add_parser("plan", parents=[with_config], help=text, description=text[0].upper() + text[1:] + ".")
-    text = "a TPU slice such as v5e:4x4, which need not be at hand; default: local, the devices at hand"
+    text = "a TPU slice such as v5e:4x4, or GPUs such as h100x8, which need not be at hand; default: those that are"
     verb.add_argument("--topology", metavar="NAME", default="local", help=text)
     verb.add_argument("--price", type=float, metavar="USD", help="of a chip-hour; adds the cost of the run")
     text = "number of training rows, where the data is not there"

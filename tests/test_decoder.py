@@ -6,6 +6,7 @@ Comparisons with transformers on torch are in test_export.py and test_smollm2.py
 import cmath
 import math
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from quick import quick_jit, used_jit
 
-from raft_jax.models import Model
+from raft_jax.models import Model, decoder
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.decoder import init_parameters
 from raft_jax.models.families.rope import make_rope, plain_rope
 from raft_jax.models.xla_cpu import Tiled
+from raft_jax.sharding import make_mesh, use_mesh
 from raft_jax.tokens import Tokens
 
 LLAMA = DecoderConfig(
@@ -353,3 +355,25 @@ def test_initial_parameters():
             assert (array == ("norm" in name)).all()
         else:
             np.testing.assert_allclose(np.std(array), table[name].fan_in ** -0.5, rtol=0.1)
+
+
+@pytest.mark.parametrize("num_layers", [None, 3])
+@pytest.mark.parametrize("T", [1, 3])
+@pytest.mark.parametrize("shape", [None, (2, 2, 2), (1, 8, 1)])
+def test_where_new_keys_are_written(num_layers, T, shape, monkeypatch):
+    """By one scatter, and as on a TPU row by row on each device's own rows, against NumPy."""
+    rng, places = np.random.default_rng(0), np.array([0, 4, 2, 1, 0, 3, 4, 2], np.int32)
+    stack = () if num_layers is None else (num_layers,)
+    past = rng.normal(size=(*stack, 8, 2, 5, 7)).astype(np.float32)
+    new = rng.normal(size=(*stack, 8, 2, 5, T)).astype(np.float32)
+    expected = past.copy()
+    for row, place in enumerate(places):
+        expected[..., row, :, :, place : place + T] = new[..., row, :, :, :]
+    mesh = None if shape is None else make_mesh(*shape)
+    for device in ("cpu", "tpu"):
+        monkeypatch.setattr(decoder, "platform", lambda device=device: device)
+        with use_mesh(mesh):
+            keys = jax.jit(partial(decoder.write_slots, axis=-1))(past, new, places)
+            values = jax.jit(partial(decoder.write_slots, axis=-2))(past.swapaxes(-1, -2), new.swapaxes(-1, -2), places)
+        np.testing.assert_array_equal(keys, expected)
+        np.testing.assert_array_equal(values, expected.swapaxes(-1, -2))

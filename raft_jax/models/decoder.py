@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import reduce
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ from raft_jax.models.layer import BATCH, DECODE, SAME_INPUT, as_matrix, attentio
 from raft_jax.models.rope import of_kind, rope_tables
 from raft_jax.models.vocabulary import lookup
 from raft_jax.models.xla_cpu import Tiled, fused_layers
-from raft_jax.sharding import constrain, num_shards
+from raft_jax.sharding import constrain, num_shards, partition_spec, platform
 from raft_jax.tokens import Tokens
 from raft_jax.unpadding import make_unpadding
 
@@ -40,6 +40,7 @@ POLICY = reduce(
 
 HEADS = ("heads", "kv_heads", "kv_heads")  # logical axis of the heads of query, key and value
 CACHE = (None, "batch", "kv_heads", None, None)
+MOST_ROWS = 32  # of a device that are written one by one on TPU
 
 
 def init_parameters(config: DecoderConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, jax.Array]:
@@ -95,6 +96,49 @@ class Cache(NamedTuple):
     def longer(self, num_tokens_B: jax.Array) -> Cache:
         """The cache in which the next tokens of each row, which are written already, count."""
         return self._replace(length_B=self.length_B + num_tokens_B)
+
+
+def write_slots(past: jax.Array, new: jax.Array, place_B: jax.Array, axis: int) -> jax.Array:
+    """Keys or values `past`, of one layer or stacked over layers, with those of each row's next tokens written along
+    `axis` from the row's own place on.
+
+    Example:
+      >>> past, new = jnp.zeros((2, 1, 1, 4)), jnp.ones((2, 1, 1, 1))
+      >>> write_slots(past, new, jnp.array([0, 2]), -1)[:, 0, 0].astype(int).tolist()
+      [[1, 0, 0, 0], [0, 0, 1, 0]]
+    """
+    write = partial(_scatter, axis=axis)
+    if platform() == "tpu" and len(place_B) // num_shards("batch") <= MOST_ROWS:
+        write, mesh = partial(_row_by_row, axis=axis), jax.sharding.get_abstract_mesh()
+        if not mesh.empty and mesh.size > 1:
+            cache, rows = partition_spec(CACHE[-past.ndim :]), partition_spec(("batch",))
+            write = jax.shard_map(write, in_specs=(cache, cache, rows), out_specs=cache, check_vma=False)
+    return write(past, new.astype(past.dtype), place_B)
+
+
+def _scatter(past, new, place_B, axis):
+    # Not a vmapped dynamic_update_slice: where rows are not the first dimension that transposes the cache, and XLA
+    # before openxla/xla#44890 then makes an invalid program for several GPUs.
+    rows = past.ndim - 4
+    dimensions = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(d for d in range(past.ndim) if d != rows),
+        inserted_window_dims=(),
+        scatter_dims_to_operand_dims=(past.ndim + axis,),
+        operand_batching_dims=(rows,),
+        scatter_indices_batching_dims=(0,),
+    )
+    each_once = {"indices_are_sorted": True, "unique_indices": True, "mode": "clip"}
+    return jax.lax.scatter(past, place_B[:, None], new, dimensions, **each_once)
+
+
+def _row_by_row(past, new, place_B, axis):
+    # XLA on TPU makes a loop over rows of a scatter, whose steps take five times as long.
+    for row in range(len(place_B)):
+        start = [jnp.int32(0)] * past.ndim
+        start[past.ndim - 4], start[axis] = jnp.int32(row), place_B[row]
+        of_row = jax.lax.slice_in_dim(new, row, row + 1, axis=past.ndim - 4)
+        past = jax.lax.dynamic_update_slice(past, of_row, start)
+    return past
 
 
 def positions_from_mask(mask_BT: jax.Array, branches: tuple[int, int] | None = None) -> jax.Array:
@@ -180,22 +224,8 @@ class Decoder(nnx.Module):
         positions_BT = place_B[:, None] + jnp.arange(T)
         ropes = rope_tables(config.ropes, positions_BT, jnp.broadcast_to(cache.limit_B[:, None], positions_BT.shape))
 
-        def written(new, past, axis):
-            # Not a vmapped dynamic_update_slice: where rows are not the first dimension that transposes the cache, and
-            # XLA before openxla/xla#44890 then makes an invalid program for several GPUs.
-            rows = past.ndim - 4
-            dimensions = jax.lax.ScatterDimensionNumbers(
-                update_window_dims=tuple(d for d in range(past.ndim) if d != rows),
-                inserted_window_dims=(),
-                scatter_dims_to_operand_dims=(past.ndim + axis,),
-                operand_batching_dims=(rows,),
-                scatter_indices_batching_dims=(0,),
-            )
-            each_once = {"indices_are_sorted": True, "unique_indices": True, "mode": "clip"}
-            return jax.lax.scatter(past, place_B[:, None], new.astype(past.dtype), dimensions, **each_once)
-
         def write(key, value, past_key, past_value):
-            return written(key, past_key, -1), written(value, past_value, -2)
+            return write_slots(past_key, key, place_B, -1), write_slots(past_value, value, place_B, -2)
 
         def layer(x_BTD, scanned, first=lambda *new_and_past: new_and_past):
             (weights, numbers), *past = scanned
