@@ -1,4 +1,5 @@
-"""Three workarounds for XLA's CPU backend. Programs for other devices are built without them.
+"""Three workarounds for XLA's CPU backend. Programs for other devices are built without them; `fused_layers` gives
+them each layer's weights without tiles.
 
 - "norm": RMSNorm's gradient as matrix-vector products. The fused sums that XLA makes of the automatic gradient take up
   to a tenth of a train step.
@@ -175,7 +176,7 @@ def fused_name(names: tuple[str, ...]) -> str:
 def fused_layers(
     stacked: dict[str, jax.Array], groups: tuple[tuple[str, ...], ...], as_matrix: Callable, num_rows: int
 ) -> list[dict[str, jax.Array | Tiled]]:
-    """Each layer's weights for decoding with `num_rows` rows; those of each group are fused and tiled.
+    """Each layer's weights for decoding with `num_rows` rows; those of each group are fused, and on CPU tiled.
 
     In a scan over layers, XLA copies each layer's slice of the weights at every token, on every kind of device. Slices
     that are made once, before decoding, cost one copy of the weights, and save a third of the time on CPU.

@@ -223,9 +223,8 @@ def put(text_BS: jax.Array, tokens_BT: jax.Array, place_B: jax.Array) -> jax.Arr
 def decoding_weights(model: Model, params, num_tokens: int) -> tuple[list, Tiled | None]:
     """Layers and unembedding laid out for decoding layer by layer, `num_tokens` tokens at a time.
 
-    Faster than a scan over layers, slower to compile, and a copy of the weights. The unembedding is None
-    where the model's own layout is to be used: multiplying by rows of the embedding takes half the time of its
-    transpose.
+    Faster than a scan over layers, slower to compile, and a copy of the weights. The unembedding is None where the
+    model's own layout is to be used: multiplying by rows of the embedding takes half the time of its transpose.
     """
     unembedding = tiled(model.unembedding(params), num_tokens)
     return model.unstacked(params, num_tokens), unembedding if isinstance(unembedding, Tiled) else None
