@@ -67,9 +67,12 @@ class DataConfig:
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     dev_split: str | None = None  # the rows of train.eval_every; null: dev, validation or val
     held_out: int = 32  # rows set aside where it has none
-    seed: int = 0  # of the choice of held_out, max_train and max_test, by a hash of the rows' ids; apart from `seed`
+    seed: int = (
+        0  # of the choice of held_out, max_train, max_test and max_dev, by a hash of the rows' ids; apart from `seed`
+    )
     max_train: int | None = None  # use a sample of this many rows that fit
     max_test: int | None = None  # the same for the held-out rows
+    max_dev: int | None = None  # the same for the rows of the dev split
     skip_bad_rows: bool = False  # leave out and name rows that cannot be used, instead of stopping at the first
     max_question_tokens: int = 256  # a longer question, context included, leaves its row out
     max_answer_tokens: int = 512  # a longer gold answer leaves its row out
@@ -82,7 +85,7 @@ class DataConfig:
         require(0 < similarity <= 1, "data.duplicate_similarity", similarity, "a cosine, above 0, up to 1")
         for key in ("held_out", "max_question_tokens", "max_answer_tokens"):
             require(getattr(self, key) >= 1, f"data.{key}", getattr(self, key), "1 or more")
-        for key in ("max_train", "max_test"):
+        for key in ("max_train", "max_test", "max_dev"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"data.{key}", value, "1 or more, or null for all")
 

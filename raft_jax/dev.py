@@ -29,7 +29,7 @@ NAMES = ("dev", "validation", "val")  # of the split, where data.dev_split is nu
 
 
 def dev_rows(config: Config, tokenizer: Tokenizer) -> list[Example]:
-    """The rows of the dev split within the limits of length.
+    """The rows of the dev split within the limits of length, at most `data.max_dev` of them.
 
     Raises:
       InputError: the data has no such rows, or they are training or held-out rows.
@@ -46,7 +46,7 @@ def dev_rows(config: Config, tokenizer: Tokenizer) -> list[Example]:
     if split in (data.train_split, data.test_split):
         raise InputError(f"data.dev_split is {split!r}, whose rows are training or held-out rows; use another split")
     rows = load_examples(data.path, columns, split, bad_rows={} if data.skip_bad_rows else None)
-    kept = fitting(rows, tokenizer, config, None).kept
+    kept = fitting(rows, tokenizer, config, data.max_dev).kept
     if not kept:
         raise InputError(f"{data.path}: all {len(rows)} rows of the split {split} are longer than the limits of data.*")
     return kept

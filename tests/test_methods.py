@@ -209,6 +209,11 @@ def test_scores_during_training_are_those_of_the_evaluation(tmp_path, capsys):
     assert lines[-1]["dev_divergence"] > lines[1]["dev_divergence"] > 0
     # It does not change what is trained, and so it may be changed.
     assert main(["run", config, "train.eval_every=0"]) == 0
+    assert main(["check", config, "data.max_dev=3"]) == 0
+    assert "dev rows, for train.eval_every: 3" in capsys.readouterr().out
+    assert main(["run", config, "data.max_dev=3"]) == 0
+    assert main(["check", config, "data.max_dev=0"]) == 2
+    assert "data.max_dev" in capsys.readouterr().err
 
 
 def test_dev_rows_have_their_system_turn_as_other_rows_do(tmp_path):
