@@ -13,24 +13,27 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from raft_jax.errors import InputError, require_train
 
+if TYPE_CHECKING:
+    from raft_jax.bucket import AnyPath
+
 require_train("orbax")
 
 import orbax.checkpoint as ocp
 
-from raft_jax.files import files_below, parse_json, sha256_of, unreadable
+from raft_jax.bucket import checkpoint_folder, files_in, is_remote, remove_tree, rename, write_whole
+from raft_jax.files import parse_json, sha256_of, unreadable
 from raft_jax.sharding import any_process, from_first_process, platform
 
 Shape = tuple[int, ...]
@@ -40,7 +43,8 @@ class Checkpoints:
     """The checkpoints of one training run.
 
     Args:
-      folder: of the steps and their manifests; created if necessary.
+      folder: of the steps and their manifests; created if necessary. In the local copy of a bucket's folder, they lie
+        in the bucket.
       keep: number of steps that are kept.
       unpadded: `(path of an array in the state, shape) -> shape`, without the rows that make an array divide over a
         mesh. They hold zeros, and their number may differ between save and restore.
@@ -58,12 +62,13 @@ class Checkpoints:
     def __init__(
         self, folder: Path, keep: int = 2, unpadded: Callable[[str, Shape], Shape] = lambda path, shape: shape
     ):
-        self.folder, self._unpadded = folder.absolute(), unpadded
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            os.listdir(self.folder)
-        except OSError as error:
-            raise unreadable(self.folder, error) from error
+        self.folder, self._unpadded = checkpoint_folder(folder), unpadded
+        if not is_remote(self.folder):  # a bucket has no folders
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                os.listdir(self.folder)
+            except OSError as error:
+                raise unreadable(self.folder, error) from error
         self.keep = keep
         # Orbax would delete an old step once the arrays of the new one are saved, but before its manifest is.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
@@ -114,14 +119,11 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
             folder, process = self.folder / str(step), jax.process_index()
-            files = [name for name in files_below(folder) if _writer_of(name) == process]
+            files = [name for name in files_in(folder) if _writer_of(name) == process]
             manifest: dict[str, Any] = {"files": {name: sha256_of(folder / name) for name in files}}
             if process == 0:
                 manifest |= {"arrays": arrays, "processes": jax.process_count()}
-            path = self._manifest(step, process)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(manifest, indent=1))
-            os.replace(partial, path)
+            write_whole(self._manifest(step, process), json.dumps(manifest, indent=1))
         except BaseException as error:  # raised by `wait`, in the thread that saves
             self._failure = error
 
@@ -160,7 +162,7 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _manifest(self, step: int, process: int = 0) -> Path:
+    def _manifest(self, step: int, process: int = 0) -> AnyPath:
         return self.folder / f"{step}.sha256{f'.{process}' if process else ''}.json"
 
     def _newest_whole(self) -> int | None:
@@ -205,7 +207,7 @@ class Checkpoints:
             others = range(1, first.get("processes", 1))
             manifests = [first, *(parse_json(self._manifest(step, process).read_bytes()) for process in others)]
             hashes = {name: digest for manifest in manifests for name, digest in manifest["files"].items()}
-            names = files_below(folder)
+            names = files_in(folder)
             part = names[jax.process_index() :: jax.process_count()]
             return (
                 isinstance(first["arrays"], dict)
@@ -215,13 +217,13 @@ class Checkpoints:
         except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
             return False
 
-    def _move_aside(self, step: int) -> Path:
+    def _move_aside(self, step: int) -> AnyPath:
         """Renames a step and its manifest to names that Orbax does not take for steps; returns the new path."""
         names = (f"damaged-{step}{suffix}" for suffix in ("", *(f"-{number}" for number in range(2, 1000))))
         place = next(place for name in names if not (place := self.folder / name).exists())
-        os.replace(self.folder / str(step), place)
+        rename(self.folder / str(step), place)
         for path in _manifests(self.folder, step):
-            os.replace(path, place.with_name(path.name.replace(str(step), place.name, 1)))
+            rename(path, place.with_name(path.name.replace(str(step), place.name, 1)))
         return place
 
     def _require_same(self, step: int, saved: dict[str, str], like: Any) -> None:
@@ -248,7 +250,7 @@ def _described(state: Any, shape_of: Callable[[str, Shape], Shape]) -> dict[str,
     return {path: f"{array.dtype}{list(shape_of(path, array.shape))}" for path, array in arrays.items()}
 
 
-def _manifests(folder: Path, step: int) -> list[Path]:
+def _manifests(folder: AnyPath, step: int) -> list[AnyPath]:
     """The manifests of a step, one of each process that saved it."""
     return sorted(folder.glob(f"{step}.sha256*.json"))
 
@@ -259,12 +261,18 @@ def _writer_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
+def has_steps(folder: Path) -> bool:
+    """Whether there is a folder of checkpoints."""
+    return checkpoint_folder(folder).exists()
+
+
 def remove_steps(folder: Path) -> None:
     """Removes all steps of a training run that will not be resumed; renamed damaged steps are kept."""
-    for path in folder.glob("*") if folder.is_dir() else ():
+    place = checkpoint_folder(folder)
+    for path in list(place.iterdir()) if place.is_dir() else ():
         if path.name.isdigit():
-            for manifest in _manifests(folder, int(path.name)):
+            for manifest in _manifests(place, int(path.name)):
                 manifest.unlink()
-            shutil.rmtree(path)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+            remove_tree(path)
+    if place.is_dir() and not any(place.iterdir()):
+        place.rmdir()

@@ -9,10 +9,11 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from raft_jax import __version__, gpu_environment, interrupt
+from raft_jax import __version__, bucket, gpu_environment, interrupt
 from raft_jax.config import DTYPES
 from raft_jax.config_file import load_config
 from raft_jax.errors import InputError, require_train
@@ -215,13 +216,13 @@ def _stage(args) -> int:
     from raft_jax.run_folder import RunFolder
 
     require_sources(config)
-    if (
-        args.stage != "evaluate"
-        and any_refines(config.methods)
-        and not RunFolder(config.run_dir).refined_jsonl.exists()
-    ):
-        list(require_roles(config))  # before the model is loaded
-    with interrupt.handled(), open_run_folder(config) as folder:
+    with ExitStack() as stack:
+        stack.enter_context(interrupt.handled())
+        stack.enter_context(bucket.kept(config.run_dir))
+        refines = args.stage != "evaluate" and any_refines(config.methods)
+        if refines and not RunFolder(config.run_dir).refined_jsonl.exists():
+            list(require_roles(config))  # before the model is loaded
+        folder = stack.enter_context(open_run_folder(config))
         run = Run(config, folder)
         stages = {
             "run": run.all,
@@ -250,23 +251,25 @@ def _compare(args) -> int:
     from raft_jax.report import print_comparison
 
     require_sources(grid.config)
-    with interrupt.handled():
+    with interrupt.handled(), bucket.kept(grid.config.run_dir, writes=not args.dry_run):
         if args.dry_run:
             for line in dry_run(grid):
                 print(visible(line), flush=True)
             return 0
         compare(grid)
-    print_comparison(Path(grid.config.run_dir).expanduser(), _console_for_tables())
+    print_comparison(bucket.local_path(grid.config.run_dir), _console_for_tables())
     return 0
 
 
 def _report(args) -> int:
     """Reads the run folder only and takes no lock, so that it also works while a run is in progress."""
     from raft_jax.report import write_reports
+    from raft_jax.run_folder import shown
 
-    run_dir = Path(load_config(args.config, args.words).run_dir).expanduser()
-    for path in write_reports(run_dir):
-        print(visible(str(path)))
+    run_dir = load_config(args.config, args.words).run_dir
+    with bucket.kept(run_dir, several=False):
+        for path in write_reports(bucket.local_path(run_dir)):
+            print(visible(shown(path)))
     return 0
 
 
@@ -291,7 +294,9 @@ def _check(args) -> int:
 
     # Names and texts from the user's files must not be read as rich's markup, nor "a:key:b" as an emoji.
     console = _console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-    check(load_config(args.config, args.words), console)
+    config = load_config(args.config, args.words)
+    with bucket.kept(config.run_dir, several=False):
+        check(config, console)
     return 0
 
 
@@ -349,16 +354,16 @@ def _generate(args) -> int:
     _start_jax()
     from raft_jax.generate import generate, models_of
 
-    if config:
-        from raft_jax.run_folder import RunFolder
+    if not config:
+        generate([(source, source) for source in args.model], questions, _console(), **asked)
+        return 0
+    from raft_jax.run_folder import RunFolder
 
+    with bucket.kept(config.run_dir, writes=False):
         models = models_of(config)
         if len(models) == 1:
             print(f"{config.run_dir}: no tuned model there; this is the base model", file=sys.stderr)
-        asked["date"] = RunFolder(config.run_dir).date_begun()
-    else:
-        models = [(source, source) for source in args.model]
-    generate(models, questions, _console(), **asked)
+        generate(models, questions, _console(), **asked, date=RunFolder(config.run_dir).date_begun())
     return 0
 
 

@@ -20,7 +20,7 @@ from raft_jax.preflight import check_training
 from raft_jax.resume import all_settings, open_run_folder, settings_for
 from raft_jax.run import Run
 from raft_jax.run_folder import Evaluation, RunFolder, write_atomically
-from raft_jax.sharding import is_writer, wait_for_writer
+from raft_jax.sharding import is_writer
 from raft_jax.stages import changes
 from raft_jax.train.step_metrics import TrainingDiverged
 from raft_jax.train.step_time import step_seconds
@@ -93,7 +93,7 @@ def _run_cell(cell: Cell, shared: Run) -> bool:
 def _record_divergence(folder: RunFolder, name: str, error: TrainingDiverged) -> None:
     print(f"{error} (the comparison goes on without it)", flush=True)
     write_atomically(folder.method(name).diverged, f"{error}\n")
-    wait_for_writer(f"diverged {name}")
+    folder.wait_for_writer(f"diverged {name}")
 
 
 def _start_with(cell: Cell, shared: RunFolder) -> None:
@@ -102,7 +102,7 @@ def _start_with(cell: Cell, shared: RunFolder) -> None:
     if is_writer() and not is_there(folder.date_file):
         folder.path.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(shared.date_file, folder.date_file)
-    wait_for_writer("date of a cell")
+    folder.wait_for_writer("date of a cell")
 
 
 def _give(shared: Run, folder: RunFolder, cell: Cell) -> None:
@@ -129,7 +129,7 @@ def _give(shared: Run, folder: RunFolder, cell: Cell) -> None:
         if is_there(shared.folder.verdicts_jsonl) and not is_there(folder.verdicts_jsonl):
             folder.verdicts_jsonl.parent.mkdir(exist_ok=True)
             shutil.copyfile(shared.folder.verdicts_jsonl, folder.verdicts_jsonl)
-    wait_for_writer("shared by the cells")
+    folder.wait_for_writer("shared by the cells")
 
 
 def dry_run(grid: Grid) -> Iterator[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 
 from raft_jax.errors import InputError
-from raft_jax.files import unreadable
+from raft_jax.files import unreadable, user_cache
 
 AUTO, OFF = "auto", "off"
 
@@ -34,7 +34,7 @@ def use_compile_cache(setting: str) -> Path | None:
         return None
     if path := jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return Path(path)
-    folder = _user_cache() / "raft_jax/programs" if setting == AUTO else Path(setting).expanduser().absolute()
+    folder = user_cache() / "raft_jax/programs" if setting == AUTO else Path(setting).expanduser().absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         status = folder.stat()
@@ -49,7 +49,3 @@ def use_compile_cache(setting: str) -> Path | None:
         )
     jax.config.update("jax_compilation_cache_dir", str(folder))
     return folder
-
-
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -67,9 +67,7 @@ class DataConfig:
     test_split: str = "test"  # the rows to evaluate on, where the file has the split column
     dev_split: str | None = None  # the rows of train.eval_every; null: dev, validation or val
     held_out: int = 32  # rows set aside where it has none
-    seed: int = (
-        0  # of the choice of held_out, max_train, max_test and max_dev, by a hash of the rows' ids; apart from `seed`
-    )
+    seed: int = 0  # of the choice of held_out and max_train, max_test, max_dev, by a hash of ids; apart from `seed`
     max_train: int | None = None  # use a sample of this many rows that fit
     max_test: int | None = None  # the same for the held-out rows
     max_dev: int | None = None  # the same for the rows of the dev split
@@ -385,7 +383,7 @@ class ExportConfig:
 class Config:
     """One run."""
 
-    run_dir: str = "???"  # the folder of all results; the same command continues an interrupted run
+    run_dir: str = "???"  # the folder of all results, or gs://BUCKET/FOLDER; the same command goes on
     seed: int = 0  # of sampling and shuffling
     methods: list[str] = field(default_factory=lambda: ["raft"])  # what is trained and compared
     compilation_cache: str = "auto"  # of programs: auto (TPU and GPU: in your cache folder; CPU: none), off or a folder

@@ -139,6 +139,11 @@ def is_there(path: Path) -> bool:
         raise unreadable(path, error) from error
 
 
+def user_cache() -> Path:
+    """The folder that a user's programs keep their caches in."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def files_below(folder: Path) -> list[str]:
     """The path of every file below a folder, relative to the folder, sorted.
 

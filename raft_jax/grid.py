@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from raft_jax import bucket
 from raft_jax.config import Config
 from raft_jax.config_file import load_config, to_dict
 from raft_jax.errors import InputError
@@ -61,7 +62,7 @@ class Grid:
 
     @property
     def path(self) -> Path:
-        return Path(self.config.run_dir).expanduser() / FOLDER
+        return bucket.local_path(self.config.run_dir) / FOLDER
 
 
 def make_grid(path: str | Path, words: Sequence[str] = (), over: str | None = None) -> Grid:
@@ -85,7 +86,7 @@ def make_grid(path: str | Path, words: Sequence[str] = (), over: str | None = No
         varied = load_config(path, [*words, f"{key}={text}", f"{SEED}={seed}"])
         values = {key: flat(to_dict(varied))[key], SEED: seed}
         name = ",".join(f"{name.rpartition('.')[2]}={_in_a_name(value)}" for name, value in values.items())
-        folder = str(Path(config.run_dir) / FOLDER / name)
+        folder = f"{config.run_dir.rstrip('/')}/{FOLDER}/{name}"
         cells.append(Cell(name, values, dataclasses.replace(varied, run_dir=folder)))
     if len({cell.name for cell in cells}) < len(cells):
         raise InputError(f"{key}: {', '.join(texts)}; allowed: different values")

@@ -6,10 +6,10 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from jax.sharding import AbstractMesh
 
+from raft_jax.bucket import local_path
 from raft_jax.config import STUDENT, Config
 from raft_jax.data.examples import Example
 from raft_jax.data.files import locate
@@ -209,7 +209,7 @@ def _near_duplicates(config: Config, examples: Sequence[Example]) -> dict[str, s
 
 def _free_disk(run_dir: str) -> int:
     """Free bytes on the disk where a run folder is or will be."""
-    folder = Path(run_dir).absolute()
+    folder = local_path(run_dir).absolute()
     return shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.is_dir())).free
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from raft_jax import interrupt, outcome
-from raft_jax.checkpoint import remove_steps
+from raft_jax.checkpoint import has_steps, remove_steps
 from raft_jax.compile_cache import use_compile_cache
 from raft_jax.config import Config
 from raft_jax.data.examples import Example
@@ -46,7 +46,7 @@ from raft_jax.resume import all_settings, settings_for
 from raft_jax.run_data import RunData
 from raft_jax.run_folder import Evaluation, NearDuplicates, RunFolder, write_atomically
 from raft_jax.scores import ModelScores
-from raft_jax.sharding import is_writer, make_mesh, wait_for_writer
+from raft_jax.sharding import is_writer, make_mesh
 from raft_jax.sources import model_identity, require_source
 from raft_jax.stages import Settings, changes
 from raft_jax.student_init import require_student_init
@@ -155,7 +155,7 @@ class Run:
         if is_writer():
             publish(rows, self.folder.refined, made_with + UNFINISHED * bool(ledger.num_failures))
             self.folder.write_account(works)
-        wait_for_writer("refined")
+        self.folder.wait_for_writer("refined")
         print(*summary(rows), *outcome.lines(rows, self.config.refine.accept, works), sep="\n", flush=True)
         if ledger.num_failures:
             print(f"{ledger.num_failures} request(s) without a reply; `raft-jax refine` asks again", flush=True)
@@ -209,7 +209,7 @@ class Run:
         same = len(rows) == len(examples) and all(map(RefinedRow.is_of, rows, examples))
         valid = (made_with,) if retry else (made_with, made_with + UNFINISHED)
         if same and refined_with(self.folder.refined) in valid:
-            wait_for_writer("refined")  # the first process may have just published them, and wait for this one
+            self.folder.wait_for_writer("refined")  # the first may have just published them, and wait for this one
             return rows
         if same and refined_with(self.folder.refined) == made_with + UNFINISHED:
             print(f"{self.folder.refined}: asking again for what had no reply", flush=True)
@@ -334,7 +334,7 @@ class Run:
             if not missing:
                 self._write_evaluation(scores, begun=True)
             os.replace(self.folder.evaluation_new_json, self.folder.evaluation_json)
-        wait_for_writer("evaluation")
+        self.folder.wait_for_writer("evaluation")
         if self.config.evaluate.judges:
             self._judge()
         if self.config.evaluate.tasks:
@@ -393,7 +393,7 @@ class Run:
             self.folder.write_evaluation(Evaluation(dict(scores), before.settings))
         for name in changed:
             self._write_cards(scores, evaluated=name)
-        wait_for_writer("scores")
+        self.folder.wait_for_writer("scores")
 
     def _evaluate(self, names: Sequence[str], scores: dict[str, ModelScores], *, begun: bool) -> None:
         """Evaluates models, and writes the scores after each one."""
@@ -405,7 +405,7 @@ class Run:
             scores[name] = self.evaluator.evaluate(name, self._params_of(name))
             self._write_evaluation(scores, begun=begun)
             self._write_cards(scores, evaluated=name)
-            wait_for_writer(f"evaluate {name}")
+            self.folder.wait_for_writer(f"evaluate {name}")
             self.folder.record_time("evaluate", name, time.perf_counter() - began, scores[name].tokens)
 
     def _write_evaluation(self, scores: Mapping[str, ModelScores], *, begun: bool) -> None:
@@ -446,7 +446,7 @@ class Run:
         if is_writer() and not self.config.train.keep_finished:
             remove_steps(folder.checkpoints)
             remove_steps(folder.best)
-        wait_for_writer(f"export {method.name}")
+        self.folder.wait_for_writer(f"export {method.name}")
         self.folder.record_time("export", method.name, time.perf_counter() - began, 0)
 
     def remove_weights(self) -> None:
@@ -456,7 +456,7 @@ class Run:
             folder = self.folder.method(method.name)
             if method.name in scores and folder.is_exported and is_writer():
                 remove_weights(folder.export)
-        wait_for_writer("weights removed")
+        self.folder.wait_for_writer("weights removed")
 
     def _write_cards(self, scores: Mapping[str, ModelScores], evaluated: str | None = None) -> None:
         """Writes scores to the card of the model just evaluated, and to other cards that lack their model's scores."""
@@ -485,5 +485,5 @@ class Run:
             dtype = dtype or jnp.dtype(self.config.model.dtype)
             return load_pretrained(str(folder.export), dtype, self.mesh).params
         except InputError as error:
-            how = "exports" if folder.checkpoints.exists() else "trains and exports"
+            how = "exports" if has_steps(folder.checkpoints) else "trains and exports"
             raise InputError(f"{error} (remove {folder.export}, and the same command {how} it again)") from error

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raft_jax import bucket
 from raft_jax.errors import InputError
 from raft_jax.files import is_there, parse_record, read_bytes, read_text
 from raft_jax.metrics import read_metrics
@@ -59,7 +60,7 @@ class MethodFolder:
     def __init__(self, path: Path):
         self.path = path
         self.metrics_jsonl = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / "checkpoints"  # of a run folder in a bucket, these two lie in the bucket only
         self.best = path / "best"
         self.adapter = path / "adapter"
         self.profile = path / "profile"
@@ -80,11 +81,11 @@ class RunFolder:
     """The files of a run folder by name, and their records.
 
     Reading raises an InputError of one line if a file is damaged. Writing replaces a file atomically, and does nothing
-    in processes other than the first.
+    in processes other than the first. Of a folder in a bucket, these are the files of the local copy.
     """
 
     def __init__(self, path: str | Path):
-        self.path = path = Path(path).expanduser()
+        self.path = path = bucket.local_path(path)
         self.lock = path / "run.lock"
         self.config_yaml = path / "config.yaml"
         self.results_json = path / "results.json"
@@ -104,10 +105,18 @@ class RunFolder:
         self.refined_manifest = self.refined / "manifest.json"
 
     def __str__(self) -> str:
-        return str(self.path)
+        return shown(self.path)
 
     def method(self, name: str) -> MethodFolder:
         return MethodFolder(self.path / name)
+
+    def wait_for_writer(self, what: str) -> None:
+        """Makes all processes wait for each other; then the others see the files that the first has written."""
+        from raft_jax.sharding import wait_for_writer
+
+        bucket.share(self.path)
+        wait_for_writer(what)
+        bucket.receive(self.path)
 
     def num_bytes(self) -> int:
         """The total size of all files in bytes."""
@@ -198,9 +207,7 @@ class RunFolder:
         """
         if self.date_begun() is None:
             write_atomically(self.date_file, datetime.date.today().isoformat() + "\n")
-        from raft_jax.sharding import wait_for_writer
-
-        wait_for_writer("date")
+        self.wait_for_writer("date")
         return self.date_begun()
 
     def date_begun(self) -> datetime.date | None:
@@ -215,6 +222,11 @@ class RunFolder:
                 f"{self.date_file}: damaged ({text[:40]!r}); write the day there on which the run was "
                 "begun, as 2026-11-30"
             ) from error
+
+
+def shown(path: Path) -> str:
+    """A path in a run folder as it is printed: of a folder in a bucket, the bucket's."""
+    return bucket.url_of(path) or str(path)
 
 
 def read_timings(path: Path) -> tuple[list[Timing], list[int]]:

@@ -36,7 +36,9 @@ ALLOWED = {
     "raft_jax.stages": (),
     "raft_jax.line_writer": (),
     "raft_jax.metrics": ("raft_jax.line_writer", "raft_jax.sharding"),
+    "raft_jax.bucket": ("raft_jax.progress", "raft_jax.sharding"),
     "raft_jax.run_folder": (
+        "raft_jax.bucket",
         "raft_jax.machine",
         "raft_jax.metrics",
         "raft_jax.outcome",
@@ -88,6 +90,7 @@ THIRD_PARTIES = {
     "raft_jax.errors": set(),
     "raft_jax.files": {"pydantic"},
     "raft_jax.metrics": set(),
+    "raft_jax.bucket": {"etils", "fsspec", "gcsfs", "google"},
     "raft_jax.run_folder": set(),
     "raft_jax.scores": {"numpy"},
     "raft_jax.interrupt": set(),

@@ -7,9 +7,11 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from storage_server import StorageServer
 from tiny import write_run
 
 pytestmark = pytest.mark.slow
@@ -36,8 +38,8 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def start_together(config: Path) -> list[subprocess.Popen]:
-    """The run in two processes with two devices each."""
+def start_together(config: Path, own: Sequence[dict[str, str]] = ({}, {})) -> list[subprocess.Popen]:
+    """The run in two processes with two devices each, and what each has in its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,11 +48,11 @@ def start_together(config: Path) -> list[subprocess.Popen]:
         "JAX_NUM_PROCESSES": "2",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     }
-    return [start(config, **shared, JAX_PROCESS_ID=str(number)) for number in range(2)]
+    return [start(config, **shared, **own[number], JAX_PROCESS_ID=str(number)) for number in range(2)]
 
 
-def run_together(config: Path) -> None:
-    processes = start_together(config)
+def run_together(config: Path, own: Sequence[dict[str, str]] = ({}, {})) -> None:
+    processes = start_together(config, own)
     try:
         for process in processes:
             finish(process)
@@ -105,6 +107,40 @@ def test_two_processes_run_as_one(tmp_path):
     run_together(two)
     for line, other in zip(found, metrics_of(run_dir), strict=True):
         assert {**other, **dict.fromkeys(TIMES)} == {**line, **dict.fromkeys(TIMES)}
+
+
+def test_two_machines_that_share_nothing_but_a_bucket(tmp_path):
+    """Each has a cache folder of its own; a step without one of its manifests is not gone on from."""
+    pytest.importorskip("gcsfs", reason="the extra [gcs] is not installed")
+    for name in ("shared", "bucket"):
+        (tmp_path / name).mkdir()
+    settings = {"mesh": {"data": -1}, "train": {"keep_finished": True}, "methods": ["sft", "raft"]}
+    shared = write_run(tmp_path / "shared", **settings)
+    config = write_run(tmp_path / "bucket", run_dir="gs://runs/one", **settings)
+    run_together(shared)
+    with StorageServer("runs") as server:
+        storage = {
+            "STORAGE_EMULATOR_HOST": server.address,
+            "TENSORSTORE_GCS_HTTP_URL": server.address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+        }
+        own = [storage | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("first", "second")]
+        run_together(config, own)
+        objects = server.buckets["runs"]
+        lines = objects["one/raft/metrics.jsonl"].content.splitlines()
+        assert_same_losses([json.loads(line) for line in lines], metrics_of(shared.parent / "run"))
+        weights = objects["one/raft/hf/model.safetensors"].content
+        assert weights == (shared.parent / "run/raft/hf/model.safetensors").read_bytes()
+        # The second machine's copy has what the first wrote.
+        copy = tmp_path / "second/raft_jax/buckets/runs/one"
+        assert (copy / "raft/hf/model.safetensors").read_bytes() == weights
+        manifests = sorted(name for name in objects if "one/raft/checkpoints/" in name and name.endswith(PARTS[1]))
+        del objects[manifests[-1]], objects["one/evaluation.json"]
+        for name in [name for name in objects if name.startswith("one/raft/hf/")]:
+            del objects[name]
+        run_together(config, own[::-1])  # the machines' parts exchanged
+        assert objects["one/raft/hf/model.safetensors"].content == weights
 
 
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):

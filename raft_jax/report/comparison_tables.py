@@ -25,6 +25,7 @@ from raft_jax.report.comparison import (
 from raft_jax.report.folder import label
 from raft_jax.report.summary import MISSING, Table, number, print_table, visible_text
 from raft_jax.report.verdict import ACCURACY, DIVERGENCE, DOMAIN, OPEN, Measure, scores_of
+from raft_jax.run_folder import shown
 from raft_jax.scores import ModelScores
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def print_comparison(run_dir: Path, console: Console) -> None:
     for table in (*first, best_table(comparison)):
         console.print(Text(visible_text(f"\n{table.title}"), style="bold"))
         print_table(table, console)
-    console.print(Text(visible_text(f"\nreport  {comparison.folder.comparison_html}")), soft_wrap=True)
+    console.print(Text(visible_text(f"\nreport  {shown(comparison.folder.comparison_html)}")), soft_wrap=True)
 
 
 def standings_table(comparison: Comparison, yardstick: Yardstick) -> Table:

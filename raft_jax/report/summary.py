@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from raft_jax.report.folder import RunRecords, label, read_run
 from raft_jax.report.verdict import verdicts
+from raft_jax.run_folder import shown
 from raft_jax.scores import Estimate
 
 if TYPE_CHECKING:
@@ -278,11 +279,11 @@ def _stage(stage: str, method: str, seconds: float, tokens: int) -> tuple[str, .
 
 
 def _outputs(run: RunRecords) -> Table:
-    rows = [("report", str(run.folder.report_html))]
+    rows = [("report", shown(run.folder.report_html))]
     if run.refined:
         rows.append(("refined rows", str(run.folder.refined_jsonl)))
     rows += [
-        (f"{label(method)} model", str(run.folder.method(method).export))
+        (f"{label(method)} model", shown(run.folder.method(method).export))
         for method in run.methods
         if method in run.exported
     ]

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import optax
 
-from raft_jax import interrupt
+from raft_jax import bucket, interrupt
 from raft_jax.checkpoint import Checkpoints
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import Batches, TokenRow
@@ -175,6 +175,7 @@ class _Steps:
                 if due or stop or self.watch.reached:
                     metrics.read()  # so that nothing is saved that is not finite
                     log.flush()
+                    bucket.share(self.files.path)  # the lines before the steps that they describe
                     self.checkpoints.save(done, self.state)
                     metrics.restart()
                 if stop or self.watch.reached:

@@ -1,0 +1,212 @@
+"""Run folders in a bucket, against an emulator of Google's storage on this machine."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from storage_server import StorageServer
+
+from raft_jax import bucket
+from raft_jax.errors import InputError
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it asks Google's servers of what kind a bucket is
+pytest.importorskip("gcsfs", reason="the extra [gcs] is not installed")
+
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
+
+
+class Objects:
+    """The objects below a folder of the bucket `runs`."""
+
+    def __init__(self, server: StorageServer, folder: str):
+        self.server, self.folder = server, folder
+
+    def __getitem__(self, name: str) -> bytes:
+        return self.server.buckets["runs"][f"{self.folder}/{name}"].content
+
+    def generation(self, name: str) -> int:
+        return self.server.buckets["runs"][f"{self.folder}/{name}"].generation
+
+    def names(self) -> set[str]:
+        prefix = self.folder + "/"
+        return {name.removeprefix(prefix) for name in list(self.server.buckets["runs"]) if name.startswith(prefix)}
+
+
+@pytest.fixture(scope="module")
+def storage():
+    """A server with the empty bucket `runs`, and the environment of programs that use it."""
+    with StorageServer("runs") as server:
+        yield (
+            server,
+            {
+                "STORAGE_EMULATOR_HOST": server.address,  # gcsfs
+                "TENSORSTORE_GCS_HTTP_URL": server.address,
+                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+            },
+        )
+
+
+@pytest.fixture
+def machine(storage, program_environment, tmp_path):
+    """`machine(name, *arguments)`: the program on a machine of its own, which is its cache folder; it is waited for."""
+
+    def start(name: str, *arguments: object) -> subprocess.Popen:
+        environment = program_environment | storage[1] | {"XDG_CACHE_HOME": str(tmp_path / name)}
+        command = [sys.executable, "-m", "raft_jax", *map(str, arguments)]
+        return subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
+        )
+
+    def run(name: str, *arguments: object, code: int = 0) -> str:
+        process = start(name, *arguments)
+        output = process.communicate(timeout=600)[0]
+        assert process.returncode == code, output
+        return output
+
+    run.start = start
+    return run
+
+
+def results(read) -> dict[str, object]:
+    """What a run has made, without its times and places; `read(name)` is the content of a file."""
+    lines = [json.loads(line) for line in read("raft/metrics.jsonl").splitlines()]
+    return {
+        "metrics": [{key: value for key, value in line.items() if key not in TIMES} for line in lines],
+        "weights": read("raft/hf/model.safetensors"),
+        "refined": read("refined/refined.jsonl"),
+        "scores": json.loads(read("evaluation.json"))["models"],
+    }
+
+
+def names(folder: Path) -> set[str]:
+    """The files of a folder without those that belong to one machine."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"}
+
+
+def without_checkpoints(files: set[str]) -> set[str]:
+    return {name for name in files if "/checkpoints/" not in name}
+
+
+def test_a_run_in_a_bucket_is_that_in_a_folder_also_after_a_kill_and_on_other_machines(machine, storage, tmp_path):
+    """Killed in training, and gone on with on a machine that has nothing of it; then evaluated on a third."""
+    config = tiny.write_run(tmp_path, train={"max_steps": 4, "checkpoint_every": 1, "keep_finished": True})
+    machine("one", "run", config)
+    url, there = "run_dir=gs://runs/a folder/run", Objects(storage[0], "a folder/run")
+    process = machine.start("two", "run", config, url)
+    deadline = time.monotonic() + 300
+    while "raft/checkpoints/2.sha256.json" not in there.names() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -9, process.stdout.read()
+    machine("three", "train", config, url)
+    output = machine("four", "run", config, url)
+    assert "gs://runs/a folder/run/report.html" in output
+    assert results(there.__getitem__) == results(lambda name: (tmp_path / "run" / name).read_bytes())
+    assert without_checkpoints(there.names()) == without_checkpoints(names(tmp_path / "run"))
+    kept = {name.split("/")[2] for name in there.names() if name.startswith("raft/checkpoints/")}
+    assert {name for name in kept if "damaged" not in name} == {"3", "3.sha256.json", "4", "4.sha256.json"}
+    # Checkpoints are in the bucket only.
+    assert not (tmp_path / "four/raft_jax/buckets/runs/a folder/run/raft/checkpoints").exists()
+    # Verbs that only read, on a machine that has nothing.
+    assert "disk" in machine("five", "check", config, url)
+    assert "RAFT" in machine("five", "generate", config, url, "Why?", "--max-new-tokens", 2)
+    generation = there.generation("report.html")
+    assert machine("six", "report", config, url).strip() == "gs://runs/a folder/run/report.html"
+    assert there.generation("report.html") > generation
+
+
+def test_what_cannot_be_used_is_said_in_one_line(machine, tmp_path):
+    config = tiny.write_run(tmp_path)
+    for place, words in (
+        ("gs://runs", "expected gs://BUCKET/FOLDER"),
+        ("gs://runs/../x", "expected gs://BUCKET/FOLDER"),
+        ("gs://nothing-there/run", "gs://nothing-there/run: cannot be read or written"),
+    ):
+        for verb in ("check", "run"):
+            (line,) = machine("one", verb, config, f"run_dir={place}", code=2).splitlines()[-1:]
+            assert words in line, line
+
+
+@pytest.fixture
+def here(storage, monkeypatch, tmp_path):
+    """A folder of the bucket: its URL, its copy in this process, and its objects."""
+    for name, value in (storage[1] | {"XDG_CACHE_HOME": str(tmp_path / "cache")}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(bucket, "_seen", {})
+    url = f"gs://runs/{tmp_path.name}"
+    return url, bucket.local_path(url), Objects(storage[0], tmp_path.name)
+
+
+def test_what_changes_is_sent_and_what_is_gone_is_removed(here):
+    url, copy, objects = here
+    with bucket.kept(url, several=False):
+        (copy / "a/b").mkdir(parents=True)
+        for name in ("new", "a/b/old", "a/x.partial", "a/best"):
+            (copy / name).write_text(name)
+        bucket.send(copy)
+        assert objects.names() == {"new", "a/b/old", "a/best"}
+        before = objects.generation("new")
+        (copy / "a/b/old").write_text("other")
+        (copy / "a/best").unlink()
+        bucket.send(copy)
+        assert objects.names() == {"new", "a/b/old"} and objects["a/b/old"] == b"other"
+        assert objects.generation("new") == before
+        (copy / "last").write_bytes(b"sent at the end" * 10**6)  # in several parts
+    assert objects.names() == {"new", "a/b/old", "last"} and len(objects["last"]) == 15 * 10**6
+
+
+def test_files_are_sent_oldest_first(here, monkeypatch):
+    """A manifest is the newest of its files, and says that the others are there."""
+    url, copy, _ = here
+    sent = []
+    monkeypatch.setattr(bucket, "_send_file", lambda path, seen: sent.append(path.name))
+    with bucket.kept(url, several=False):
+        for age, name in enumerate(("manifest", "rows", "first")):
+            (copy / name).write_text(name)
+            os.utime(copy / name, (1e9 - age, 1e9 - age))
+        bucket.send(copy)
+    assert sent[:3] == ["first", "rows", "manifest"]
+
+
+def test_the_bucket_is_right_when_a_command_begins(here):
+    """What another machine wrote replaces the copy's, what it removed goes, and equal files are left alone."""
+    url, copy, objects = here
+    with bucket.kept(url, several=False):
+        for name in ("same", "changed", "sub/removed"):
+            (copy / name).parent.mkdir(exist_ok=True)
+            (copy / name).write_text("as it was")
+    bucket._seen.clear()  # another process
+    untouched = (copy / "same").stat().st_ino
+    objects.server.put("runs", f"{objects.folder}/changed", b"by another")
+    objects.server.put("runs", f"{objects.folder}/new/file", b"by another")
+    del objects.server.buckets["runs"][f"{objects.folder}/sub/removed"]
+    with bucket.kept(url, writes=False, several=False):
+        assert names(copy) == {"same", "changed", "new/file"} and not (copy / "sub").exists()
+        assert (copy / "changed").read_text() == (copy / "new/file").read_text() == "by another"
+        assert (copy / "same").stat().st_ino == untouched
+        # A second command on this machine takes the copy as it is.
+        (copy / "changed").write_text("in use")
+        child = f"from raft_jax import bucket\nwith bucket.kept({url!r}, several=False): pass"
+        subprocess.run([sys.executable, "-c", child], check=True, env=os.environ)
+        assert (copy / "changed").read_text() == "in use"
+
+
+def test_without_gcsfs_the_error_names_the_extra(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r"raft-jax\[gcs\]"), bucket.kept(here[0], several=False):
+        pass
+
+
+def test_an_object_with_a_name_that_leads_elsewhere_is_left_alone(monkeypatch):
+    """A name with two points is legal in a bucket."""
+    listing = {f"runs/one/{name}": {"md5Hash": "x"} for name in ("../../escaped", "a/../../b", "a..b")}
+    file_system = SimpleNamespace(find=lambda path, detail: listing)
+    monkeypatch.setattr(bucket, "_file_system", lambda url: file_system)
+    assert bucket._objects("gs://runs/one") == {"a..b": "x"}
