@@ -11,6 +11,7 @@ Of several machines each has a copy. The first process alone writes; `share` let
 from __future__ import annotations
 
 import base64
+import errno
 import fcntl
 import hashlib
 import os
@@ -89,7 +90,7 @@ def checkpoint_folder(path: Path) -> AnyPath:
     return epath.Path(url)
 
 
-def is_remote(path: AnyPath) -> bool:
+def is_remote(path: AnyPath | str) -> bool:
     """Whether a path is in a bucket."""
     return str(path).startswith(SCHEME)
 
@@ -98,8 +99,26 @@ def files_in(folder: AnyPath) -> list[str]:
     """`files_below` a folder, which may be in a bucket."""
     if not is_remote(folder):
         return files_below(Path(folder))
-    with _errors(str(folder)):
-        return sorted(_objects(str(folder)))
+    return sorted(_objects(str(folder)))
+
+
+@contextmanager
+def os_errors(path: AnyPath | str) -> Iterator[None]:
+    """Raises OSError for what gcsfs and Google's libraries raise where a path in a bucket cannot be read or written."""
+    if not is_remote(path):
+        yield
+        return
+    _file_system(str(path))
+    from aiohttp import ClientError
+    from gcsfs.retry import ChecksumError, HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        yield
+    except (OSError, HttpError, ChecksumError, GoogleAuthError, ClientError) as error:
+        if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) is not None:
+            raise
+        raise OSError(errno.EIO, " ".join(str(error).split())[:300] or type(error).__name__, str(path)) from error
 
 
 def rename(path: AnyPath, target: AnyPath) -> None:
@@ -156,9 +175,11 @@ def kept(run_dir: str | Path, *, writes: bool = True, several: bool = True) -> I
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _bring(url, folder, prune=True)
+            fcntl.flock(lock, fcntl.LOCK_SH)
         except BlockingIOError:
-            pass
-        fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a process that is bringing the files
+            fcntl.flock(lock, fcntl.LOCK_SH)  # waits for a process that is bringing the files
+            for path, seen in _changed(folder):  # another process sends these
+                _seen[path] = seen
         if several:
             _tell_apart(folder)
         with _sent(url, folder) if sends else _read(folder):
@@ -227,18 +248,14 @@ def _file_system(url: str):
 
 @contextmanager
 def _errors(url: str) -> Iterator[None]:
-    """Turns what gcsfs and Google's libraries raise into an InputError of one line."""
-    _file_system(url)
-    from gcsfs.retry import HttpError
-    from google.auth.exceptions import GoogleAuthError
-
+    """Turns what cannot be read or written into an InputError of one line."""
     try:
-        yield
-    except (OSError, HttpError, GoogleAuthError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        with os_errors(url):
+            yield
+    except OSError as error:
         raise InputError(
-            f"{url}: cannot be read or written ({reason}); is there such a bucket, and may this account use it? "
-            "`gcloud auth application-default login` logs in; or set run_dir to another folder"
+            f"{url}: cannot be read or written ({error.strerror or error}); is there such a bucket, and may this "
+            "account use it? `gcloud auth application-default login` logs in; or set run_dir to another folder"
         ) from error
 
 
@@ -292,9 +309,10 @@ def _bring(url: str, folder: Path, *, prune: bool) -> None:
         if name not in objects and _is_copied(name) and (prune or path in _seen):
             path.unlink(missing_ok=True)
             _seen.pop(path, None)
-    for place, _, _ in os.walk(folder, topdown=False):
-        if Path(place) != folder and not os.listdir(place):
-            os.rmdir(place)
+            for parent in path.parents:
+                if parent == folder or any(parent.iterdir()):
+                    break
+                parent.rmdir()
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -350,12 +368,20 @@ def _sent(url: str, folder: Path) -> Iterator[None]:
 
     thread = threading.Thread(target=run, name=f"sender to {url}", daemon=True)
     thread.start()
+    failed = True
     try:
         yield
+        failed = False
     finally:
         ended.set()
         thread.join()
-        send(folder, f"send to {url}")
+        try:
+            send(folder, f"send to {url}")
+        except InputError as error:
+            text = f"{error}; what was not sent is in {folder}, until the next command"
+            if not failed:
+                raise InputError(text) from error
+            print(text, file=sys.stderr, flush=True)  # the command's own error is raised
 
 
 @contextmanager

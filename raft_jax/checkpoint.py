@@ -32,7 +32,7 @@ require_train("orbax")
 
 import orbax.checkpoint as ocp
 
-from raft_jax.bucket import checkpoint_folder, files_in, is_remote, remove_tree, rename, write_whole
+from raft_jax.bucket import checkpoint_folder, files_in, is_remote, os_errors, remove_tree, rename, write_whole
 from raft_jax.files import parse_json, sha256_of, unreadable
 from raft_jax.sharding import any_process, from_first_process, platform
 
@@ -117,15 +117,20 @@ class Checkpoints:
     def _finish(self, step: int, arrays: dict[str, str]) -> None:
         """Waits until this process's files of a step are written, and writes its manifest."""
         try:
-            self._manager.wait_until_finished()
-            folder, process = self.folder / str(step), jax.process_index()
-            files = [name for name in files_in(folder) if _writer_of(name) == process]
-            manifest: dict[str, Any] = {"files": {name: sha256_of(folder / name) for name in files}}
-            if process == 0:
-                manifest |= {"arrays": arrays, "processes": jax.process_count()}
-            write_whole(self._manifest(step, process), json.dumps(manifest, indent=1))
+            with os_errors(self.folder):
+                self._write_manifest(step, arrays)
         except BaseException as error:  # raised by `wait`, in the thread that saves
             self._failure = error
+
+    def _write_manifest(self, step: int, arrays: dict[str, str]) -> None:
+        """Of the files of a step that this process wrote, once they are all written."""
+        self._manager.wait_until_finished()
+        folder, process = self.folder / str(step), jax.process_index()
+        files = [name for name in files_in(folder) if _writer_of(name) == process]
+        manifest: dict[str, Any] = {"files": {name: sha256_of(folder / name) for name in files}}
+        if process == 0:
+            manifest |= {"arrays": arrays, "processes": jax.process_count()}
+        write_whole(self._manifest(step, process), json.dumps(manifest, indent=1))
 
     def restore(self, like: Any) -> tuple[int, Any] | None:
         """Returns the number and the state of the newest step with intact content; None if there is none.
@@ -189,7 +194,8 @@ class Checkpoints:
         """
         failure, whole = None, False
         try:
-            whole = self._part_is_whole(step)
+            with os_errors(self.folder):
+                whole = self._part_is_whole(step)
         except OSError as error:
             failure = error
         if any_process(failure is not None):

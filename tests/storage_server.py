@@ -40,6 +40,8 @@ class StorageServer(ThreadingHTTPServer):
         self.buckets: dict[str, dict[str, Object]] = {bucket: {} for bucket in buckets}
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         self.lock, self.generation = threading.RLock(), 0
+        self.refuses = False  # to write
+        self.unreadable = ""  # the end of the name of an object whose content is refused
 
     @property
     def address(self) -> str:
@@ -83,7 +85,11 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         query = {name: values[-1] for name, values in parse_qs(url.query, keep_blank_values=True).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if match := re.fullmatch(r"/(?:download/)?storage/v1/b/([^/]+)(/o(?:/([^/]*)(/rewriteTo/.*)?)?/?)?", url.path):
+        if self.server.refuses and self.command != "GET":
+            self.answer(403, {"error": {"code": 403, "message": "may not write"}})
+        elif match := re.fullmatch(
+            r"/(?:download/)?storage/v1/b/([^/]+)(/o(?:/([^/]*)(/rewriteTo/.*)?)?/?)?", url.path
+        ):
             bucket, below, name, target = match.groups()
             if bucket not in self.server.buckets:
                 self.answer(404, {"error": {"code": 404, "message": f"no bucket {bucket}"}})
@@ -136,6 +142,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, {"done": True, "resource": about})
             elif not download and query.get("alt") != "media":
                 self.answer(200, one.about(bucket, name))
+            elif self.server.unreadable and name.endswith(self.server.unreadable):
+                self.answer(403, {"error": {"code": 403, "message": "may not read"}})
             elif known == generation:
                 self.answer(304)
             else:

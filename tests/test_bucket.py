@@ -8,11 +8,13 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import pytest
 import tiny
 from storage_server import StorageServer
 
 from raft_jax import bucket
+from raft_jax.checkpoint import Checkpoints, remove_steps
 from raft_jax.errors import InputError
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # it asks Google's servers of what kind a bucket is
@@ -193,9 +195,71 @@ def test_the_bucket_is_right_when_a_command_begins(here):
         assert (copy / "same").stat().st_ino == untouched
         # A second command on this machine takes the copy as it is.
         (copy / "changed").write_text("in use")
-        child = f"from raft_jax import bucket\nwith bucket.kept({url!r}, several=False): pass"
+        child = (
+            "from raft_jax import bucket\n"
+            f"with bucket.kept({url!r}, several=False): (bucket.local_path({url!r}) / 'page').write_text('its own')"
+        )
+        before = objects.server.generation
         subprocess.run([sys.executable, "-c", child], check=True, env=os.environ)
         assert (copy / "changed").read_text() == "in use"
+        assert objects["page"] == b"its own" and objects["changed"] == b"by another"
+        assert objects.server.generation == before + 2  # that page, and the test whether the bucket can be written
+
+
+def test_a_bucket_that_cannot_be_written_for_a_while(here, storage, monkeypatch, capsys):
+    """Before a command it is an error; within, it is said once and tried again; at its end, it says where files are."""
+    url, copy, objects = here
+    monkeypatch.setattr(bucket, "EVERY", 0.05)
+    monkeypatch.setattr(storage[0], "refuses", True)
+    with pytest.raises(InputError, match=f"{url}: cannot be read or written .*may not write"):
+        bucket.kept(url, several=False).__enter__()
+    storage[0].refuses = False
+    with bucket.kept(url, several=False):
+        storage[0].refuses = True
+        (copy / "file").write_text("x")
+        time.sleep(1)
+        assert capsys.readouterr().err.count("it is tried again") == 1
+        storage[0].refuses = False
+        deadline = time.monotonic() + 30
+        while "file" not in objects.names():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    with pytest.raises(InputError, match=f"what was not sent is in {copy}"), bucket.kept(url, several=False):
+        (copy / "last").write_text("x")
+        storage[0].refuses = True
+    storage[0].refuses = False
+    with pytest.raises(KeyError), bucket.kept(url, several=False):  # the command's own error goes first
+        (copy / "last").write_text("x")
+        storage[0].refuses = True
+        raise KeyError
+    assert "what was not sent is in" in capsys.readouterr().err
+
+
+def test_checkpoints_in_a_bucket(here, storage, monkeypatch, capsys):
+    """What cannot be read is not taken for damaged; what is damaged is moved aside, and the step before is restored."""
+    url, copy, objects = here
+    checkpoints = Checkpoints(copy / "sft/checkpoints")
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.full(1000, step)})
+    checkpoints.wait()
+    like = {"x": jnp.zeros(1000, int)}
+    before = objects.names()
+    assert not any(name.startswith("sft/checkpoints/1") for name in before)
+    monkeypatch.setattr(storage[0], "unreadable", "3.sha256.json")
+    with pytest.raises(InputError, match=r"checkpoints.*: cannot be read .*may not read.*nothing was removed"):
+        checkpoints.restore(like)
+    assert objects.names() == before
+    storage[0].unreadable = ""
+    name = max((name for name in before if name.startswith("sft/checkpoints/3/")), key=lambda name: len(objects[name]))
+    content = bytearray(objects[name])
+    content[len(content) // 2] ^= 1
+    storage[0].put("runs", f"{objects.folder}/{name}", content)
+    step, state = checkpoints.restore(like)
+    assert step == 2 and state["x"].tolist() == [2] * 1000
+    assert f"{url}/sft/checkpoints/3: damaged or unfinished" in capsys.readouterr().err
+    checkpoints.close()
+    remove_steps(copy / "sft/checkpoints")
+    assert {name.split("/")[2] for name in objects.names()} == {"damaged-3", "damaged-3.sha256.json"}
 
 
 def test_without_gcsfs_the_error_names_the_extra(here, monkeypatch):

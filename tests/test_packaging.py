@@ -61,7 +61,7 @@ def test_other_extras_bring_what_training_needs(extra):
 
 def test_whatever_is_imported_is_brought():
     """Of all import statements, those inside functions too. pyarrow is asked for by name where a file needs it, and the
-    harness and what it brings are the extra eval's."""
+    harness and what it brings are the extra eval's, the bucket's file system is gcs's."""
     found = set()
     for path in (ROOT / "raft_jax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -76,7 +76,8 @@ def test_whatever_is_imported_is_brought():
         for module in found - {"raft_jax"} - sys.stdlib_module_names
         if not {canonicalize_name(name) for name in distributions.get(module, ())} & brought.keys()
     }
-    assert missing <= {"pyarrow", "lm_eval", "datasets", "nltk"}
+    assert missing <= {"pyarrow", "lm_eval", "datasets", "nltk", "gcsfs", "aiohttp"}
+    assert {"gcsfs", "aiohttp", "google-auth", "fsspec"} <= brought_by(requirements("gcs")).keys()
     assert {"lm-eval", "nltk"} <= {canonicalize_name(requirement.name) for requirement in requirements("eval")}
 
 
