@@ -213,8 +213,8 @@ def send(folder: Path, title: str | None = None) -> None:
 
 
 def share(folder: Path) -> None:
-    """Before processes wait for each other: the first sends what it wrote."""
-    if url_of(folder) is not None and _is_first():
+    """Before several processes wait for each other: the first sends what it wrote."""
+    if url_of(folder) is not None and _is_first_of_several():
         send(folder)
 
 
@@ -233,6 +233,12 @@ def _is_first() -> bool:
     from raft_jax.sharding import is_writer
 
     return is_writer()
+
+
+def _is_first_of_several() -> bool:
+    import jax
+
+    return jax.process_count() > 1 and jax.process_index() == 0
 
 
 def _file_system(url: str):
@@ -327,13 +333,13 @@ def _digest(path: Path) -> str:
 
 def _changed(folder: Path) -> Iterator[tuple[Path, _Seen]]:
     """The files of a copy that are not as they were last sent or brought."""
-    for name in files_below(folder):
-        path = folder / name
-        if not _is_copied(name):
+    paths = [Path(place, name) for place, _, names in os.walk(folder) for name in names]
+    for path in paths:
+        if not _is_copied(str(path.relative_to(folder))):
             continue
         try:
             time, size = _state(path)
-        except FileNotFoundError:  # renamed meanwhile
+        except FileNotFoundError:  # renamed meanwhile, as folders may be while they are walked
             continue
         seen = _seen.get(path)
         if seen is None or (seen.time, seen.size) != (time, size):

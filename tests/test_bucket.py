@@ -164,6 +164,31 @@ def test_what_changes_is_sent_and_what_is_gone_is_removed(here):
     assert objects.names() == {"new", "a/b/old", "last"} and len(objects["last"]) == 15 * 10**6
 
 
+def test_files_and_folders_that_vanish_meanwhile_are_no_error(here, monkeypatch):
+    """As when an export is renamed to its place while the thread looks for what has changed."""
+    url, copy, objects = here
+    with bucket.kept(url, several=False):
+        (copy / "hf").mkdir()
+        for name in ("hf/one", "hf/two", "other"):
+            (copy / name).write_text(name)
+        walk = os.walk
+
+        def walked(folder):
+            for entry in walk(folder):
+                if entry[0] == str(copy):
+                    yield entry
+                    (copy / "hf").rename(copy / "hf.partial")
+                else:
+                    yield entry
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "walk", walked)
+            bucket.send(copy)
+        assert objects.names() == {"other"}
+        (copy / "hf.partial").rename(copy / "hf")
+    assert objects.names() == {"other", "hf/one", "hf/two"}
+
+
 def test_files_are_sent_oldest_first(here, monkeypatch):
     """A manifest is the newest of its files, and says that the others are there."""
     url, copy, _ = here

@@ -90,7 +90,7 @@ THIRD_PARTIES = {
     "raft_jax.errors": set(),
     "raft_jax.files": {"pydantic"},
     "raft_jax.metrics": set(),
-    "raft_jax.bucket": {"aiohttp", "etils", "fsspec", "gcsfs", "google"},
+    "raft_jax.bucket": {"aiohttp", "etils", "fsspec", "gcsfs", "google", "jax"},
     "raft_jax.run_folder": set(),
     "raft_jax.scores": {"numpy"},
     "raft_jax.interrupt": set(),

@@ -175,7 +175,8 @@ class _Steps:
                 if due or stop or self.watch.reached:
                     metrics.read()  # so that nothing is saved that is not finite
                     log.flush()
-                    bucket.share(self.files.path)  # the lines before the steps that they describe
+                    if is_writer():
+                        bucket.send(self.files.path)  # the lines before the steps that they describe
                     self.checkpoints.save(done, self.state)
                     metrics.restart()
                 if stop or self.watch.reached:
