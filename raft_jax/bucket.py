@@ -5,7 +5,8 @@ changes every few seconds, oldest first, and sends the rest at the end. Checkpoi
 write them to the bucket from every process. The bucket is right where the two differ when a command begins, so it can
 go on on another machine.
 
-Of several machines each has a copy. The first process alone writes; `share` lets the others see what it wrote.
+Of several machines each has a copy. The first process alone writes; `share` and `receive` let the others see
+what it wrote.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -53,7 +54,7 @@ class _Seen:
 
 _seen: dict[Path, _Seen] = {}
 _sending = threading.Lock()
-_reads: set[Path] = set()  # copies that `share` brings up to date in this process: the first process has another one
+_reads: set[Path] = set()  # copies that `receive` brings up to date in this process: the first process has another one
 
 
 def local_path(run_dir: str | Path) -> Path:
@@ -197,13 +198,12 @@ def send(folder: Path, title: str | None = None) -> None:
     with _sending, _errors(url):
         changed = sorted(_changed(folder), key=lambda item: item[1].time)
         total = sum(seen.size for _, seen in changed)
-        if title is None or total < WORTH_A_BAR:
+        shown = progress(title, total >> 20, "MB") if title and total >= WORTH_A_BAR else nullcontext()
+        # The thread sends without a title: what it does must not defer a signal to the main thread.
+        with interrupt.deferred() if title else nullcontext(), shown as bar:
             for path, seen in changed:
                 _send_file(path, seen)
-        else:
-            with interrupt.deferred(), progress(title, total >> 20, "MB") as bar:
-                for path, seen in changed:
-                    _send_file(path, seen)
+                if bar is not None:
                     bar.advance(seen.size >> 20)
         gone = [path for path in _seen if path.is_relative_to(folder) and not is_there(path)]
         for path in gone:

@@ -20,12 +20,8 @@ TRAIN = (*MODEL, "data", "seed", "train")
 EXPORT = (*TRAIN, "export.dtype")
 OF_METHOD = {"fapm": ("fapm",)}  # further keys of a method's export
 EVALUATE = (*MODEL, *ENCODER, "data", "seed", "evaluate")
-HELD_OUT = (
-    "data.max_test",
-    "data.test_split",
-    "data.dev_split",
-    "data.max_dev",
-)  # the keys of data.* that training does not depend on
+# The keys of data.* that training does not depend on.
+HELD_OUT = ("data.max_test", "data.test_split", "data.dev_split", "data.max_dev")
 OF_BEST = ("train.eval_every", "data.dev_split", "data.max_dev")  # what training depends on with train.keep_best only
 WITHOUT_EFFECT = (
     "refine.batch_size",

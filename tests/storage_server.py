@@ -47,6 +47,16 @@ class StorageServer(ThreadingHTTPServer):
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """With which gcsfs and TensorStore use this server."""
+        return {
+            "STORAGE_EMULATOR_HOST": self.address,  # gcsfs
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks Google's servers of what kind a bucket is
+            "TENSORSTORE_GCS_HTTP_URL": self.address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
+        }
+
     def __enter__(self):
         threading.Thread(target=self.serve_forever, daemon=True).start()
         return self

@@ -42,16 +42,9 @@ class Objects:
 
 @pytest.fixture(scope="module")
 def storage():
-    """A server with the empty bucket `runs`, and the environment of programs that use it."""
+    """A server with the empty bucket `runs`."""
     with StorageServer("runs") as server:
-        yield (
-            server,
-            {
-                "STORAGE_EMULATOR_HOST": server.address,  # gcsfs
-                "TENSORSTORE_GCS_HTTP_URL": server.address,
-                "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
-            },
-        )
+        yield server
 
 
 @pytest.fixture
@@ -59,7 +52,7 @@ def machine(storage, program_environment, tmp_path):
     """`machine(name, *arguments)`: the program on a machine of its own, which is its cache folder; it is waited for."""
 
     def start(name: str, *arguments: object) -> subprocess.Popen:
-        environment = program_environment | storage[1] | {"XDG_CACHE_HOME": str(tmp_path / name)}
+        environment = program_environment | storage.environment | {"XDG_CACHE_HOME": str(tmp_path / name)}
         command = [sys.executable, "-m", "raft_jax", *map(str, arguments)]
         return subprocess.Popen(
             command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path
@@ -99,7 +92,7 @@ def test_a_run_in_a_bucket_is_that_in_a_folder_also_after_a_kill_and_on_other_ma
     """Killed in training, and gone on with on a machine that has nothing of it; then evaluated on a third."""
     config = tiny.write_run(tmp_path, train={"max_steps": 4, "checkpoint_every": 1, "keep_finished": True})
     machine("one", "run", config)
-    url, there = "run_dir=gs://runs/a folder/run", Objects(storage[0], "a folder/run")
+    url, there = "run_dir=gs://runs/a folder/run", Objects(storage, "a folder/run")
     process = machine.start("two", "run", config, url)
     deadline = time.monotonic() + 300
     while "raft/checkpoints/2.sha256.json" not in there.names() and process.poll() is None:
@@ -139,11 +132,11 @@ def test_what_cannot_be_used_is_said_in_one_line(machine, tmp_path):
 @pytest.fixture
 def here(storage, monkeypatch, tmp_path):
     """A folder of the bucket: its URL, its copy in this process, and its objects."""
-    for name, value in (storage[1] | {"XDG_CACHE_HOME": str(tmp_path / "cache")}).items():
+    for name, value in (storage.environment | {"XDG_CACHE_HOME": str(tmp_path / "cache")}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(bucket, "_seen", {})
     url = f"gs://runs/{tmp_path.name}"
-    return url, bucket.local_path(url), Objects(storage[0], tmp_path.name)
+    return url, bucket.local_path(url), Objects(storage, tmp_path.name)
 
 
 def test_what_changes_is_sent_and_what_is_gone_is_removed(here):
@@ -235,27 +228,27 @@ def test_a_bucket_that_cannot_be_written_for_a_while(here, storage, monkeypatch,
     """Before a command it is an error; within, it is said once and tried again; at its end, it says where files are."""
     url, copy, objects = here
     monkeypatch.setattr(bucket, "EVERY", 0.05)
-    monkeypatch.setattr(storage[0], "refuses", True)
+    monkeypatch.setattr(storage, "refuses", True)
     with pytest.raises(InputError, match=f"{url}: cannot be read or written .*may not write"):
         bucket.kept(url, several=False).__enter__()
-    storage[0].refuses = False
+    storage.refuses = False
     with bucket.kept(url, several=False):
-        storage[0].refuses = True
+        storage.refuses = True
         (copy / "file").write_text("x")
         time.sleep(1)
         assert capsys.readouterr().err.count("it is tried again") == 1
-        storage[0].refuses = False
+        storage.refuses = False
         deadline = time.monotonic() + 30
         while "file" not in objects.names():
             assert time.monotonic() < deadline
             time.sleep(0.01)
     with pytest.raises(InputError, match=f"what was not sent is in {copy}"), bucket.kept(url, several=False):
         (copy / "last").write_text("x")
-        storage[0].refuses = True
-    storage[0].refuses = False
+        storage.refuses = True
+    storage.refuses = False
     with pytest.raises(KeyError), bucket.kept(url, several=False):  # the command's own error goes first
         (copy / "last").write_text("x")
-        storage[0].refuses = True
+        storage.refuses = True
         raise KeyError
     assert "what was not sent is in" in capsys.readouterr().err
 
@@ -270,15 +263,15 @@ def test_checkpoints_in_a_bucket(here, storage, monkeypatch, capsys):
     like = {"x": jnp.zeros(1000, int)}
     before = objects.names()
     assert not any(name.startswith("sft/checkpoints/1") for name in before)
-    monkeypatch.setattr(storage[0], "unreadable", "3.sha256.json")
+    monkeypatch.setattr(storage, "unreadable", "3.sha256.json")
     with pytest.raises(InputError, match=r"checkpoints.*: cannot be read .*may not read.*nothing was removed"):
         checkpoints.restore(like)
     assert objects.names() == before
-    storage[0].unreadable = ""
+    storage.unreadable = ""
     name = max((name for name in before if name.startswith("sft/checkpoints/3/")), key=lambda name: len(objects[name]))
     content = bytearray(objects[name])
     content[len(content) // 2] ^= 1
-    storage[0].put("runs", f"{objects.folder}/{name}", content)
+    storage.put("runs", f"{objects.folder}/{name}", content)
     step, state = checkpoints.restore(like)
     assert step == 2 and state["x"].tolist() == [2] * 1000
     assert f"{url}/sft/checkpoints/3: damaged or unfinished" in capsys.readouterr().err

@@ -119,13 +119,7 @@ def test_two_machines_that_share_nothing_but_a_bucket(tmp_path):
     config = write_run(tmp_path / "bucket", run_dir="gs://runs/one", **settings)
     run_together(shared)
     with StorageServer("runs") as server:
-        storage = {
-            "STORAGE_EMULATOR_HOST": server.address,
-            "TENSORSTORE_GCS_HTTP_URL": server.address,
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
-        own = [storage | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("first", "second")]
+        own = [server.environment | {"XDG_CACHE_HOME": str(tmp_path / name)} for name in ("first", "second")]
         run_together(config, own)
         objects = server.buckets["runs"]
         lines = objects["one/raft/metrics.jsonl"].content.splitlines()

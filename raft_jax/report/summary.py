@@ -281,7 +281,7 @@ def _stage(stage: str, method: str, seconds: float, tokens: int) -> tuple[str, .
 def _outputs(run: RunRecords) -> Table:
     rows = [("report", shown(run.folder.report_html))]
     if run.refined:
-        rows.append(("refined rows", str(run.folder.refined_jsonl)))
+        rows.append(("refined rows", shown(run.folder.refined_jsonl)))
     rows += [
         (f"{label(method)} model", shown(run.folder.method(method).export))
         for method in run.methods
