@@ -19,6 +19,7 @@ from rich.text import Text
 
 from raft_jax.config import Config
 from raft_jax.data.prompts import question_prompt
+from raft_jax.host_memory import return_memory_after_compiling
 from raft_jax.models import load_pretrained
 from raft_jax.report.folder import label
 from raft_jax.run_folder import RunFolder
@@ -55,6 +56,7 @@ def generate(
     Raises:
       InputError: a model does not exist, or the question and max_new_tokens exceed its positions.
     """
+    return_memory_after_compiling()
     answers = []
     for _, source in models:
         model = load_pretrained(source, jnp.dtype(dtype), attention=attention)

@@ -1,5 +1,7 @@
 """The workarounds for XLA on CPU: products by tiles against NumPy in float64, and each beside the plain program."""
 
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +14,7 @@ from raft_jax.models.config import DecoderConfig
 from raft_jax.models.decoder import init_parameters
 from raft_jax.models.families.rope import plain_rope
 from raft_jax.models.xla_cpu import Tiled, product, tiled
-from raft_jax.sampling import make_generate
+from raft_jax.sampling import Sampler, make_generate
 from raft_jax.tokens import Tokens
 
 RANDOM = np.random.default_rng(0)
@@ -92,3 +94,30 @@ def test_tokens_decoded_by_tiles_are_those_of_the_plain_program(without):
     assert not any(isinstance(weight, Tiled) for weight in model.unstacked(params, 3)[0].values())
     assert found.ids.tolist() == make_generate(model, 12, unroll=True)(*arguments).ids.tolist()
     assert len(set(found.ids.ravel().tolist())) > 10
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_16_bit_weights_are_never_all_held_in_float32(without, num_rows):
+    config = replace(CONFIG, num_layers=32)
+    params = init_parameters(config, jax.random.key(3), jnp.bfloat16)
+    model = Model(config, params, SimpleNamespace(stop_ids=(-1,), pad_id=0))
+    in_float32 = sum(4 * weight.size for name, weight in params.items() if "_L" in name)
+    prompts, temporary, answers = [[5, 6, 7]] * num_rows, [], []
+    for workarounds in ((), ("narrow",)):
+        without(*workarounds)
+        sampler = Sampler(model, batch_size=num_rows)
+        answers.append(sampler.generate(params, prompts, key=jax.random.key(4), temperature=0.0, max_new_tokens=4))
+        (programs,) = sampler._programs.values()
+        rows = jax.eval_shape(programs.empty, params, num_rows, 8, False)
+        arguments = params, rows, jax.random.key(0), jnp.float32(0), jnp.int32(1), jnp.int32(4)
+        temporary.append(programs.decode.lower(*arguments).compile().memory_analysis().temp_size_in_bytes)
+    assert temporary[0] < in_float32 / 4 and temporary[1] > in_float32
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_a_product_of_16_bits_is_that_of_the_matrix(num_rows):
+    matrix, x = (jnp.asarray(RANDOM.normal(size=shape), jnp.bfloat16) for shape in ((576, 128), (num_rows, 1, 576)))
+    found = jax.jit(partial(product, dtype=jnp.float32))(x, matrix)
+    assert found.shape == (num_rows, 1, 128)
+    np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(matrix, np.float64), atol=1e-4)

@@ -53,7 +53,14 @@ ALLOWED = {
     "raft_jax.losses": ("raft_jax.losses",),
     "raft_jax.tokens": (),
     "raft_jax.unpadding": ("raft_jax.sharding",),
-    "raft_jax.models": ("raft_jax.models", "raft_jax.tokens", "raft_jax.unpadding", "raft_jax.sharding"),
+    "raft_jax.host_memory": (),
+    "raft_jax.models": (
+        "raft_jax.host_memory",
+        "raft_jax.models",
+        "raft_jax.tokens",
+        "raft_jax.unpadding",
+        "raft_jax.sharding",
+    ),
     "raft_jax.data": ("raft_jax.data", "raft_jax.tokens"),
     "raft_jax.sampling": (
         "raft_jax.accelerators",
@@ -106,6 +113,7 @@ THIRD_PARTIES = {
     "raft_jax.sharding": {"jax", "numpy"},
     "raft_jax.tokens": {"jax"},
     "raft_jax.unpadding": {"jax"},
+    "raft_jax.host_memory": {"jax"},
     "raft_jax.losses": {"jax"},
     "raft_jax.train.state": {"jax", "optax"},
     "raft_jax.train.accumulate": {"jax"},

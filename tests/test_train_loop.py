@@ -578,7 +578,8 @@ def test_capacity_of_rollouts(monkeypatch, num_shards, num_micro_batches, max_to
     lengths = np.array([16, 9, 12, 3, 8, 16, 11, 6])  # of the 8 rows, 16 at most
     tokens = Tokens(jnp.zeros((8, 16), jnp.int32), jnp.asarray(np.arange(16) < lengths[:, None]))
     monkeypatch.setattr(rollout, "make_generate", lambda *_, **__: lambda *_: tokens)
-    student = SimpleNamespace(model=None, forward_params=lambda params, teacher_params: params)
+    model = SimpleNamespace(params={}, jit=jax.jit)
+    student = SimpleNamespace(model=model, forward_params=lambda params, teacher_params: params)
     settings = TrainConfig(batch_size=8, num_micro_batches=num_micro_batches, rollout=RolloutConfig(max_new_tokens=16))
     sample = rollout.SampleRollout(student, settings, num_shards)
     prompt = Tokens(jnp.zeros((8, 4), jnp.int32), jnp.ones((8, 4), bool), 8)

@@ -27,7 +27,7 @@ def make_divergence(
     """
     scorer = Scorer(model, batch_size, mesh)
 
-    @jax.jit
+    @model.jit
     def mean_kl(base_params, params, prompt: Tokens, answer: Tokens):
         base_BAD, tuned_BAD = (answer_hidden(model, weights, prompt, answer) for weights in (base_params, params))
         kl_BA = linear_forward_kl(

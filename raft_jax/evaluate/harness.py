@@ -38,7 +38,7 @@ def make_scored(model: Model):
     position at a time, so that logits of all positions are never held at once.
     """
 
-    @jax.jit
+    @model.jit
     def scored(params, prompt: Tokens, answer: Tokens) -> jax.Array:
         hidden_BAD = answer_hidden(model, params, prompt, answer)
         unembedding = model.unembedding(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.decoder import Cache, Decoder
 from raft_jax.models.tokenizer import Tokenizer, tokenizer_of
 from raft_jax.models.weights import config_of, head_differs, load_parameters, open_weights
-from raft_jax.models.xla_cpu import Tiled, product
+from raft_jax.models.xla_cpu import Tiled, compiler_options, product
 from raft_jax.sharding import LOGICAL_TO_MESH, named_sharding
 from raft_jax.sources import resolve
 from raft_jax.tokens import Tokens, concatenate
@@ -42,6 +43,13 @@ class Model:
     source: str = ""  # the source it was loaded from
     generation: dict[str, Any] | None = None  # contents of generation_config.json
     with_vision: bool = False  # the decoder of a vision-language model; the vision part is not loaded
+
+    def jit(self, function: Callable, **settings) -> Any:
+        """`jax.jit(function, **settings)` with the compiler's options for weights like the model's.
+
+        Other jitted functions cannot call the result.
+        """
+        return jax.jit(function, compiler_options=compiler_options(self.params), **settings)
 
     def hidden(self, params, tokens: Tokens, positions_BT=None, branches=None) -> jax.Array:
         """Final hidden states `[B, T, D]`; see Decoder.hidden."""

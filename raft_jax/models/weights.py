@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raft_jax.errors import InputError
+from raft_jax.host_memory import return_memory
 from raft_jax.models.config import DecoderConfig, parameter_table
 from raft_jax.models.families import Stored, config_from_hf, quantised, stored_keys
 from raft_jax.models.weight_files import (
@@ -93,6 +94,10 @@ def head_differs(weights: SafetensorsFolder | GgufFile) -> bool:
     return not np.array_equal(weights.read(EMBEDDING), weights.read(HEAD))
 
 
+ROWS = 8192  # of a tensor that are read at once
+LARGE = 64 << 20  # bytes of a parameter, after which memory is returned to the system
+
+
 def load_parameters(
     weights: SafetensorsFolder | GgufFile, config: DecoderConfig, dtype=jnp.float32, mesh: Mesh | None = None
 ) -> dict[str, jax.Array]:
@@ -106,6 +111,8 @@ def load_parameters(
     for name, stored in keys.items():
         sharding = None if mesh is None else named_sharding(mesh, table[name].axes, table[name].shape, name)
         parameters[name] = _load(weights, name, stored, config, dtype, sharding)
+        if parameters[name].nbytes >= LARGE:
+            return_memory()
     return parameters
 
 
@@ -155,13 +162,13 @@ def _set_layer(stack_LX: jax.Array, layer_X: jax.Array, layer) -> jax.Array:
 def _put(rows: _StoredRows, dtype, mesh: Mesh | None) -> jax.Array:
     """Puts rows on the default device, or an equal share of them on each device of the mesh."""
     if mesh is None:
-        return jnp.asarray(np.array(rows.read(0, rows.shape[0]), dtype))
+        return jnp.asarray(rows.read(0, rows.shape[0], dtype))
     divides = rows.shape[0] % mesh.size == 0
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names) if divides else PartitionSpec())
 
     def read(index) -> np.ndarray:
         start, stop, _ = index[0].indices(rows.shape[0])
-        return np.array(rows.read(start, stop), dtype)
+        return rows.read(start, stop, dtype)
 
     return jax.make_array_from_callback(rows.shape, sharding, read)
 
@@ -196,8 +203,15 @@ class _StoredRows:
         padding = config.vocab_padding if stored.dims[0] == "V" else 0
         self.shape = num_rows + padding, *rest
 
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop`, without the latter."""
+    def read(self, start: int, stop: int, dtype) -> np.ndarray:
+        """Rows `start` to `stop`, without the latter. A few are read at once, as a file may hold a wider dtype."""
+        array = np.empty((stop - start, *self.shape[1:]), dtype)
+        for first in range(start, stop, ROWS):
+            last = min(first + ROWS, stop)
+            array[first - start : last - start] = self._read(first, last)
+        return array
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
         first, last = self._first + start, min(self._first + stop, self._last)
         array = self._weights.read(self._key, first, max(first, last))
         missing = (stop - start) - len(array)

@@ -1,4 +1,4 @@
-"""Three workarounds for XLA's CPU backend. Programs for other devices are built without them; `fused_layers` gives
+"""Four workarounds for XLA's CPU backend. Programs for other devices are built without them; `fused_layers` gives
 them each layer's weights without tiles.
 
 - "norm": RMSNorm's gradient as matrix-vector products. The fused sums that XLA makes of the automatic gradient take up
@@ -7,6 +7,9 @@ them each layer's weights without tiles.
   computes SiLU or its gradient with it in a strided copy, which takes a tenth of a train step.
 - "tiles": for decoding, fused weights (matrices with the same input) in a tiled layout. XLA's product of a few rows
   reads a matrix at half of the memory bandwidth; sums over tiles that stay in a core's own caches use nearly all of it.
+- "narrow": for 16-bit weights, which XLA multiplies in float32. Conversions stay in the loops, and memory decides on
+  the order of operations; else all layers would be converted before the loop over layers, and kept. One row is
+  multiplied as two, because the product of a matrix and a vector converts the whole matrix first.
 
 `python benchmarks/xla_cpu.py` measures the saving of each, and tests/test_decoder_xla_cpu.py checks that none changes a
 result beyond rounding.
@@ -16,6 +19,7 @@ Letters: I inputs, O outputs; the inputs in P parts of Q, the outputs in blocks 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -28,6 +32,10 @@ from raft_jax.sharding import platform
 
 WITHOUT: set[str] = set()  # workarounds that a test or a benchmark turns off
 
+NARROW = {
+    "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+}
 ROWS = range(2, 17)  # one row: XLA's matrix-vector product is as fast; more rows: XLA's own tiling is efficient
 C = 64
 MIN_Q, MAX_Q = 16, 144
@@ -37,6 +45,16 @@ TASK = 32_768  # partial sums (one per part, row and output) that XLA's library 
 def uses(workaround: str) -> bool:
     """Whether programs are built with a workaround: on CPU, unless it is in WITHOUT."""
     return workaround not in WITHOUT and platform() == "cpu"
+
+
+def narrow(params) -> bool:
+    """Whether weights, or their shapes, have 16 bits and are multiplied on CPU, where XLA converts them to float32."""
+    return uses("narrow") and any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(params))
+
+
+def compiler_options(params) -> dict[str, str]:
+    """Options for `jax.jit` of a program with these weights, or their shapes."""
+    return NARROW if narrow(params) else {}
 
 
 def normalize(epsilon: float, x: jax.Array, weight_D: jax.Array) -> jax.Array:
@@ -158,7 +176,10 @@ def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array
       True
     """
     if not isinstance(matrix, Tiled):
-        return jnp.matmul(x_XI, matrix, preferred_element_type=dtype)
+        one_row = narrow(matrix) and math.prod(x_XI.shape[:-1]) == 1
+        if one_row:
+            x_XI = jnp.concatenate([x_XI, x_XI])
+        return jnp.matmul(x_XI, matrix, preferred_element_type=dtype)[: 1 if one_row else None]
     tiles_OPQC = matrix.tiles_OPQC
     _, P, Q, _ = tiles_OPQC.shape
     x_BPQ = x_XI.reshape(-1, P, Q)

@@ -149,7 +149,7 @@ class Programs:
                 decoding = decoding._replace(cache=decoding.cache.unstacked())
             return decode(params, decoding, key, temperature, num_rows, num_tokens, *weights)
 
-        return jax.jit(run).lower(self.params, self._array(bool, num_rows), *self._drawing())
+        return self.model.jit(run).lower(self.params, self._array(bool, num_rows), *self._drawing())
 
     def losses(self):
         """RAFT's two losses and their gradients with respect to hidden states and table, from float32 masters."""

@@ -17,6 +17,7 @@ from raft_jax.accelerators import find_accelerator
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.models.decoder import Cache
+from raft_jax.models.xla_cpu import narrow
 from raft_jax.sampling.decode import Decoding, Settings, begin, decoding_weights, empty, make_decode, make_draw
 from raft_jax.sharding import (
     bytes_per_device,
@@ -82,6 +83,8 @@ def unrolls(params, max_new_tokens: int, waiting: bool = False) -> bool:
     if platform() != "cpu":
         known = find_accelerator(device_kind())
         return known is None or num_bytes <= UNROLLED_SHARE * known[1].memory
+    if narrow(params):  # each layer is converted to float32 where it is used, which is the larger part of its time
+        return False
     return waiting or (max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES)
 
 
@@ -174,9 +177,9 @@ class Sampler:
         waiting = [index for index in range(len(prompts)) if index not in done]
         if not waiting:
             return
-        if settings not in self._programs:
-            self._programs[settings] = Programs(self.model, settings)
         with use_mesh(self.mesh):
+            if settings not in self._programs:
+                self._programs[settings] = Programs(self.model, settings)
             rows = Rows(self, self._programs[settings], params, prompts, names, key, jnp.float32(temperature))
         # Long prompts first: their answers tend to be long, too, and the last places are then free at about one time.
         waiting.sort(key=lambda index: (-len(prompts[index]), index))
@@ -197,9 +200,9 @@ class Programs:
 
     def __init__(self, model: Model, settings: Settings):
         self.model, self.settings = model, settings
-        self.decode = jax.jit(make_decode(model, settings), donate_argnums=1)
-        self.admit = jax.jit(self._admit, donate_argnums=1)
-        self.prefix = jax.jit(self._prefix)
+        self.decode = model.jit(make_decode(model, settings), donate_argnums=1)
+        self.admit = model.jit(self._admit, donate_argnums=1)
+        self.prefix = model.jit(self._prefix)
         self.rows = jax.jit(Decoding.rows)
         self.empty = jax.jit(self._empty, static_argnums=(1, 2, 3))
         self.weights = jax.jit(partial(decoding_weights, model), static_argnums=1)

@@ -22,7 +22,7 @@ class Scorer:
     def __init__(self, model: Model, batch_size: int = 16, mesh: jax.sharding.Mesh | None = None):
         self.model, self.batch_size, self.mesh = model, batch_size, mesh
 
-        @jax.jit
+        @model.jit
         def mean_logprob(params, prompt: Tokens, answer: Tokens):
             hidden_BAD = answer_hidden(model, params, prompt, answer)
             nll_BA = linear_cross_entropy(

@@ -266,7 +266,7 @@ def _trained_params(
             base=model.source,
             with_vision=model.with_vision,
         )
-    return jax.jit(student.merged_params)(state.params, model.params)
+    return student.model.jit(student.merged_params)(state.params, model.params)
 
 
 def first_state(student: Student, optimizer: optax.GradientTransformation, params, key: jax.Array) -> TrainState:
@@ -307,7 +307,7 @@ def jit_train_step(
         fixed_weight=method.constant_weight(settings.fixed_weight),
         num_micro_batches=settings.num_micro_batches,
     )
-    return jax.jit(step, donate_argnums=0)
+    return student.model.jit(step, donate_argnums=0)
 
 
 def _warn(files: MethodFolder, step: int, warning: str | None) -> None:
