@@ -22,6 +22,8 @@ DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
 SLICES = {"v5e": FLAT, "v6e": FLAT, "v4": DEEP, "v5p": DEEP, "tpu7x": DEEP}
 SETTINGS = {"v4": {"chip_config_name": "megacore"}}  # one device a chip
 
+CPU = "CPU"  # the kind of a chip whose memory is the host's
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -124,7 +126,7 @@ def chip_of(devices: Sequence[Any]) -> Chip:
     if devices[0].platform == "cpu":
         cpu, count = find_device("cpu"), len(devices)
         assert cpu is not None
-        return Chip("CPU", _host_memory() / count, cpu.flops / count, cpu.bandwidth / count)
+        return Chip(CPU, _host_memory() / count, cpu.flops / count, cpu.bandwidth / count)
     share = float(MEMORY["XLA_CLIENT_MEM_FRACTION"]) if devices[0].platform == "gpu" else 1.0
     memory = _allowed_memory(devices[0])
     if (known := find_accelerator(kind)) is None:

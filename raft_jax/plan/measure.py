@@ -12,7 +12,7 @@ import jax
 from raft_jax.config import Config
 from raft_jax.errors import InputError
 from raft_jax.methods import METHODS, Method
-from raft_jax.plan.chips import Slice
+from raft_jax.plan.chips import CPU, Slice
 from raft_jax.plan.facts import INSTRUCTION_TOKENS, Facts
 from raft_jax.plan.flops import Flops
 from raft_jax.plan.phases import Phase, Reading, Traffic, compile_and_read, seconds_of, tokens_of
@@ -21,6 +21,9 @@ from raft_jax.sampling.engine import rows_per_batch
 from raft_jax.sharding import bytes_per_device, make_mesh
 
 Report = Callable[[str], None]
+# On a CPU, beside JAX's arrays: what Python, its libraries and the compiled programs take (measured: 0.5 to 0.7 GB),
+# and what is held once more of a checkpoint that is being written.
+PROCESS_BYTES, WRITTEN_BYTES = 0.6e9, 1 << 30
 
 
 class Measure:
@@ -95,6 +98,14 @@ class Measure:
             "optimiser": bytes_per_device((state.opt_state, state.balance, state.step)),
         }
 
+    def _host(self, saves: bool = False) -> dict[str, float]:
+        """Bytes of the host's memory for each device, where it is the devices' own, beside the arrays of a program:
+        those of the process, and of a checkpoint that is written meanwhile, for which the state is copied."""
+        if self.slice.chip.kind != CPU:
+            return {}
+        state = self.resident["parameters"] + self.resident["optimiser"]
+        return {"host": PROCESS_BYTES / self.mesh.size + (state + min(state, WRITTEN_BYTES) if saves else 0)}
+
     @property
     def static_bytes(self) -> float:
         """Bytes on each device throughout training, before anything is computed."""
@@ -124,12 +135,13 @@ class Measure:
         reads_teacher = method.distils or method.anchors or self.config.train.lora.rank > 0
         total = self.static_bytes if reading is None else reading.total + (0 if reads_teacher else parts["teacher"])
         parts["activations"] = max(0.0, total - self.static_bytes)
+        host = self._host(saves=True)
         remat = self.config.model.remat
         tokens = size * tokens_of(row) / self._shards
         return self._phase(
             what,
-            parts,
-            total,
+            parts | host,
+            total + sum(host.values()),
             reading,
             size * self.flops.train(row, method, remat),
             Traffic(programs, self.flops).train(tokens, 2 + remat, method.distils or method.anchors),
@@ -183,6 +195,8 @@ class Measure:
 
     def _generation(self, name, programs, parts, total, reading, prompt: float, new: int, rows: int) -> Phase:
         traffic = Traffic(programs, self.flops).generate(rows, prompt, new)
+        host = self._host()
+        parts, total = parts | host, total + sum(host.values())
         return self._phase(name, parts, total, reading, rows * self.flops.generate(prompt, new), traffic, rows)
 
     def _phase(self, name, parts, total, reading, flops: float, traffic: float, rows: int) -> Phase:

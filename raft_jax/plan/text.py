@@ -10,7 +10,7 @@ from raft_jax.plan.phases import KINDS, Phase
 from raft_jax.plan.plan import HOUR, Plan, num_parameters
 
 GIGA = 1e9
-PARTS = ("parameters", "teacher", "optimiser", "cache", "activations")
+PARTS = ("parameters", "teacher", "optimiser", "cache", "host", "activations")
 
 
 def tables_of(plan: Plan) -> Iterator[str]:
@@ -27,8 +27,13 @@ def tables_of(plan: Plan) -> Iterator[str]:
     yield from measure.facts.notes
     yield f"lengths in slots: {_lengths(plan)}"
     yield ""
-    yield "GB on each device, by purpose (teacher: the base model; activations: gradients and temporary arrays, too)"
-    yield from _table(("", *PARTS, "total", "compiler's total", "fits"), map(_memory(memory), plan.phases))
+    parts = [name for name in PARTS if name != "host" or any(name in phase.parts for phase in plan.phases)]
+    host = "; host: the process, and a checkpoint that is written meanwhile" if "host" in parts else ""
+    yield (
+        "GB on each device, by purpose (teacher: the base model; activations: gradients and temporary arrays, too"
+        f"{host})"
+    )
+    yield from _table(("", *parts, "total", "compiler's total", "fits"), map(_memory(parts, memory), plan.phases))
     yield ""
     clock = chips.chip.clock
     yield (
@@ -51,9 +56,9 @@ def _lengths(plan: Plan) -> str:
     return ", ".join(lengths)
 
 
-def _memory(memory: float | None):
+def _memory(names: Sequence[str], memory: float | None):
     def row(phase: Phase) -> Sequence[str]:
-        parts = [_giga(phase.parts.get(name)) for name in PARTS]
+        parts = [_giga(phase.parts.get(name)) for name in names]
         compiled = "not compiled" if phase.reading is None else _giga(phase.reading.total)
         if phase.reading is None:
             parts[-1] = "–"
