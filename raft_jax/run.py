@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,7 @@ class Run:
                 if all(getattr(like.config, key) == getattr(config, key) for key in (*keys, "mesh")):
                     self.__dict__[name] = getattr(like, name)  # where cached_property looks
         self.results = read_object(folder.results_json, optional=True)
+        self._just_trained: dict[str, Any] = {}  # the last exported method's weights, until they are evaluated
         use_compile_cache(config.compilation_cache)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
@@ -255,6 +257,7 @@ class Run:
         rows = self.refine(retry=False) if refines else self.data.gold
         for method in methods:
             interrupt.check()
+            self._just_trained.clear()
             self._record_settings(f"train {method.name}")
             if method.pruned_from is not None:
                 self._export(method, self._pruned(method.pruned_from))
@@ -277,6 +280,7 @@ class Run:
             seconds = sum(line.get("seconds", 0) for line in metrics)
             self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
+            del params  # else they are held while the next method trains
 
     def _dev_scores(self) -> Callable[[Student], DevScores] | None:
         """Makes the scores of train.eval_every, if there are to be any."""
@@ -441,7 +445,10 @@ class Run:
 
     def _export(self, method: Method, params) -> None:
         began, folder = time.perf_counter(), self.folder.method(method.name)
-        export_hf(self.model, params, folder.export, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
+        dtype, used = jnp.dtype(self.config.export.dtype), jnp.dtype(self.config.model.dtype)
+        export_hf(self.model, params, folder.export, dtype=dtype, card=self._card(method))
+        # As they would be read. One program would leave out a conversion and its inverse.
+        self._just_trained = {method.name: jax.tree.map(lambda array: array.astype(dtype).astype(used), params)}
         self._record_settings(f"export {method.name}")
         if is_writer() and not self.config.train.keep_finished:
             remove_steps(folder.checkpoints)
@@ -479,6 +486,8 @@ class Run:
         """The weights of the base model or of a method's export; the latter by default in the base model's dtype."""
         if name == "base":
             return self.model.params
+        if dtype is None and name in self._just_trained:
+            return self._just_trained.pop(name)
         folder = self.folder.method(name)
         try:
             require_sums(folder.export)

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 import tiny
 from made_up_run import scores
@@ -265,6 +267,20 @@ def test_an_export_that_was_interrupted_is_made_again_without_training(copy):
     assert (hf / "model.safetensors").read_bytes() == weights
     assert (copy / "run/sft/metrics.jsonl").read_bytes() == steps
     assert len(lines(copy / "run/timings.jsonl")) == 17
+
+
+def test_a_model_just_trained_is_evaluated_without_reading_it_back(copy, monkeypatch):
+    shutil.rmtree(copy / "run/sft/hf")
+    config = load_config(copy / "config.yaml", ["methods=[sft]", "export.dtype=bfloat16"])  # which rounds
+    run = Run(config, RunFolder(copy / "run"))
+    run.train()
+    read = Run(run.config, run.folder)._params_of("sft")
+    with monkeypatch.context() as patch:
+        patch.setattr("raft_jax.run.load_pretrained", None)
+        held = run._params_of("sft")
+    jax.tree.map(np.testing.assert_array_equal, held, read)
+    assert {name: array.dtype for name, array in held.items()} == {name: array.dtype for name, array in read.items()}
+    assert run._just_trained == {}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
