@@ -10,6 +10,7 @@ import numpy as np
 
 from raft_jax.losses import linear_forward_kl
 from raft_jax.models import Model
+from raft_jax.models.xla_cpu import compiler_options
 from raft_jax.sampling import Scorer, answer_hidden, answer_means
 from raft_jax.scores import WeightDistance
 from raft_jax.sharding import mesh_axes
@@ -53,15 +54,16 @@ def make_divergence(
     return divergence
 
 
-@jax.jit
 def _squares(params, base_params):
     """Sums of squares of the difference and of the base, per layer for parameters that are stacked over layers."""
 
-    def of(name):
-        axes = tuple(range(1, params[name].ndim)) if _is_stacked(name) else None
-        base = base_params[name].astype(jnp.float32)
-        moved = params[name].astype(jnp.float32) - base
-        return jnp.sum(moved**2, axis=axes), jnp.sum(base**2, axis=axes)
+    def sums(pair):
+        tuned, base = (array.astype(jnp.float32) for array in pair)
+        return jnp.sum((tuned - base) ** 2), jnp.sum(base**2)
+
+    def of(name):  # layer by layer: no stack is ever held in float32
+        pair = params[name], base_params[name]
+        return jax.lax.map(sums, pair) if _is_stacked(name) else sums(pair)
 
     return {name: of(name) for name in params}
 
@@ -72,7 +74,8 @@ def _is_stacked(name: str) -> bool:
 
 def weight_distance(params: Mapping[str, jax.Array], base_params: Mapping[str, jax.Array]) -> WeightDistance:
     """Relative distance ‖W − W₀‖ / ‖W₀‖ of each layer, of the embedding, and the mean over the layers (Fig. 3)."""
-    squares = jax.device_get(_squares(params, base_params))
+    jitted = jax.jit(_squares, compiler_options=compiler_options(base_params))
+    squares = jax.device_get(jitted(params, base_params))
     stacked = [values for name, values in squares.items() if _is_stacked(name)]
     layers = np.sqrt(sum(moved for moved, _ in stacked) / sum(base for _, base in stacked))
     moved, base = squares["embedding_VD"]
