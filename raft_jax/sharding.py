@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,17 +194,43 @@ def make_any_process_late(mesh: Mesh) -> Callable[[bool], bool]:
     """
     if jax.process_count() == 1:
         return bool
+    combined = _combined_late(mesh, jnp.any)
+    return lambda flag: bool(combined(flag))
+
+
+def make_last_process(mesh: Mesh) -> Callable[[], tuple[int, float] | None]:
+    """Builds `last_process()`, which all processes call at the same point of their programs: the index of the one that
+    came there last, and how many seconds after the first. By the machines' clocks, to a millisecond.
+
+    The result is that of the call before, as in `make_any_process_late`; None at first and with one process.
+    """
+    if jax.process_count() == 1:
+        return lambda: None
+    combined = _combined_late(mesh, lambda times: jnp.stack([jnp.argmax(times), jnp.max(times) - jnp.min(times)]))
+    began = from_first_process(int(time.time()))
+    assert began is not None
+
+    def last_process() -> tuple[int, float] | None:
+        found = combined(np.int32(1000 * (time.time() - began) % 2**31))
+        return None if found is None else (mesh.devices.flat[found[0]].process_index, float(found[1]) / 1000)
+
+    return last_process
+
+
+def _combined_late(mesh: Mesh, combine: Callable[[jax.Array], jax.Array]) -> Callable[[Any], np.ndarray | None]:
+    """Builds `combined(value)`: what `combine` makes of the values that the processes gave in the call before, one for
+    each device; None at first."""
     sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    combine = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    program = jax.jit(combine, out_shardings=NamedSharding(mesh, PartitionSpec()))
     before = None
 
-    def any_late(flag: bool) -> bool:
+    def combined(value) -> np.ndarray | None:
         nonlocal before
-        flags = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([flag]))
-        last, before = before, combine(flags)
-        return last is not None and bool(np.asarray(last))
+        values = jax.make_array_from_callback((mesh.size,), sharding, lambda _: np.array([value]))
+        last, before = before, program(values)
+        return None if last is None else np.asarray(last)
 
-    return any_late
+    return combined
 
 
 def from_first_process(number: int | None) -> int | None:

@@ -16,13 +16,14 @@ from tiny import write_run
 
 pytestmark = pytest.mark.slow
 
+RUN = ("-m", "raft_jax", "run")
 PARTS = ("sha256.json", "sha256.1.json")  # the manifests of two processes
-TIMES = ("seconds", "rollout_seconds", "tokens_per_second")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second", "last_host", "last_host_seconds")
 
 
-def start(config: Path, **environment: str) -> subprocess.Popen:
+def start(*arguments: str | Path, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "raft_jax", "run", str(config)],
+        [sys.executable, *map(str, arguments)],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -38,8 +39,8 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, output
 
 
-def start_together(config: Path, own: Sequence[dict[str, str]] = ({}, {})) -> list[subprocess.Popen]:
-    """The run in two processes with two devices each, and what each has in its environment."""
+def start_together(*arguments: str | Path, own: Sequence[dict[str, str]] = ({}, {})) -> list[subprocess.Popen]:
+    """A program in two processes with two devices each, and what each has in its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -48,11 +49,11 @@ def start_together(config: Path, own: Sequence[dict[str, str]] = ({}, {})) -> li
         "JAX_NUM_PROCESSES": "2",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
     }
-    return [start(config, **shared, **own[number], JAX_PROCESS_ID=str(number)) for number in range(2)]
+    return [start(*arguments, **shared, **own[number], JAX_PROCESS_ID=str(number)) for number in range(2)]
 
 
 def run_together(config: Path, own: Sequence[dict[str, str]] = ({}, {})) -> None:
-    processes = start_together(config, own)
+    processes = start_together(*RUN, config, own=own)
     try:
         for process in processes:
             finish(process)
@@ -84,7 +85,7 @@ def test_two_processes_run_as_one(tmp_path):
     one, two = (write_run(tmp_path / name, mesh={"data": -1}, train={"keep_finished": True}) for name in ("one", "two"))
     # Not one device: its products round differently, and where the tiny model's flat distribution has a draw next to a
     # border between tokens, another is taken. tests/test_sharding.py compares several devices with one.
-    finish(start(one, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+    finish(start(*RUN, one, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
     run_together(two)
 
     def results(name: str):
@@ -93,6 +94,8 @@ def test_two_processes_run_as_one(tmp_path):
 
     (expected, marks), (found, found_marks) = results("one"), results("two")
     assert_same_losses(found, expected)
+    assert not any("last_host" in line for line in (*expected, found[0]))
+    assert all(line["last_host"] in (0, 1) and line["last_host_seconds"] >= 0 for line in found[1:])
     assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-5)
 
     # What a slice that is taken away during a save leaves: arrays without a manifest. Both go on from the step before.
@@ -107,6 +110,31 @@ def test_two_processes_run_as_one(tmp_path):
     run_together(two)
     for line, other in zip(found, metrics_of(run_dir), strict=True):
         assert {**other, **dict.fromkeys(TIMES)} == {**line, **dict.fromkeys(TIMES)}
+
+
+LAST = """
+from types import SimpleNamespace
+import os, sys
+import jax
+from raft_jax import sharding
+address, count, number = (os.environ["JAX_" + name] for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID"))
+jax.distributed.initialize(address, int(count), int(number))
+sharding.time = SimpleNamespace(time=lambda: 1.7e9 + (0.25 if number == sys.argv[1] else 0.0))
+mesh = sharding.make_mesh(-1)
+last_process = sharding.make_last_process(mesh)
+print("found", last_process(), last_process())
+"""
+
+
+@pytest.mark.parametrize("late", ["0", "1"])
+def test_the_last_process_is_told(late):
+    processes = start_together("-c", LAST, late)
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert all(f"found None ({late}, 0.25)" in output for output in outputs), outputs
 
 
 def test_two_machines_that_share_nothing_but_a_bucket(tmp_path):
@@ -140,7 +168,7 @@ def test_two_machines_that_share_nothing_but_a_bucket(tmp_path):
 def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     config = write_run(tmp_path, mesh={"data": -1}, methods=["sft"], train={"epochs": 200.0, "checkpoint_every": 1000})
     metrics = tmp_path / "run/sft/metrics.jsonl"
-    processes = start_together(config)
+    processes = start_together(*RUN, config)
     try:
         wait_for_lines(metrics, 3, processes)
         processes[1].send_signal(signal.SIGTERM)
@@ -164,7 +192,7 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(tmp_path, k
     undisturbed, disturbed = (write_run(tmp_path / name, **training) for name in ("undisturbed", "disturbed"))
     run_together(undisturbed)
     metrics = tmp_path / "disturbed/run/raft/metrics.jsonl"
-    processes = start_together(disturbed)
+    processes = start_together(*RUN, disturbed)
     try:
         wait_for_lines(metrics, 10, processes)
         processes[killed].kill()
@@ -178,6 +206,6 @@ def test_when_a_process_is_killed_the_other_ends_and_the_run_goes_on(tmp_path, k
     if together:
         run_together(disturbed)
     else:
-        finish(start(disturbed, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
+        finish(start(*RUN, disturbed, XLA_FLAGS="--xla_force_host_platform_device_count=4"))
     expected, found = (metrics_of(tmp_path / name / "run") for name in ("undisturbed", "disturbed"))
     assert_same_losses(found, expected)

@@ -24,7 +24,15 @@ from raft_jax.models.config import unpadded_shape
 from raft_jax.models.lora import save_peft
 from raft_jax.progress import progress
 from raft_jax.run_folder import MethodFolder
-from raft_jax.sharding import any_process, is_writer, length_multiple, make_any_process_late, num_shards, to_host
+from raft_jax.sharding import (
+    any_process,
+    is_writer,
+    length_multiple,
+    make_any_process_late,
+    make_last_process,
+    num_shards,
+    to_host,
+)
 from raft_jax.trackers import Trackers
 from raft_jax.train.best import SCORE, BestStep
 from raft_jax.train.compiled import CompiledFunction
@@ -150,7 +158,7 @@ class _Steps:
         """
         done, num_steps = numbers.start, numbers.stop
         mesh, any_asked_to_stop = self.programs.mesh, make_any_process_late(self.programs.mesh)
-        late = self._late(mesh)
+        late, last_process = self._late(mesh), make_last_process(mesh)
         # A stop is deferred: the loop saves before it stops.
         shown, deferred = progress(title, num_steps, "steps", done), interrupt.deferred()
         trackers = Trackers(self.settings.trackers if is_writer() else (), self.files.path, asdict(self.settings))
@@ -165,6 +173,7 @@ class _Steps:
             for step in numbers if not self.watch.reached else ():
                 profile.before(step + 1, metrics)
                 self._dispatch(step, metrics)
+                metrics.note_last_host(last_process())
                 done = step + 1
                 profile.after(done, metrics)
                 if self.dev_scores is not None and (done % self.settings.eval_every == 0 or done == num_steps):
