@@ -43,7 +43,7 @@ def make_programs(model, max_new_tokens: int, *, unroll: bool, lora_rank: int = 
     state = first_state(student, optimizer, model.params, jax.random.key(0))
     sample = make_generate(student.model, max_new_tokens, unroll=unroll)
 
-    @jax.jit
+    @student.model.jit
     def generate(params, teacher_params, *prompt_and_draw):
         return sample(student.forward_params(params, teacher_params), *prompt_and_draw)
 

@@ -72,9 +72,7 @@ class Checkpoints:
         self.keep = keep
         # Orbax would delete an old step once the arrays of the new one are saved, but before its manifest is.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
-        # On CPU, where the state is copied already, what TensorStore holds of it once more is limited.
-        handler = ocp.StandardCheckpointHandler(save_concurrent_gb=1) if platform() == "cpu" else None
-        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handler)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._finishing: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._last = time.monotonic()

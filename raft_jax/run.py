@@ -35,7 +35,7 @@ from raft_jax.methods import METHODS, Method, any_refines
 from raft_jax.metrics import tokens_trained
 from raft_jax.models import Model, load_pretrained
 from raft_jax.models.encoder import load_encoder
-from raft_jax.models.export import export_hf, remove_weights
+from raft_jax.models.export import as_read_back, export_hf, remove_weights
 from raft_jax.preflight import check_evaluation, check_refinement, check_training, require_pruned
 from raft_jax.refine.account import account, preview_lines
 from raft_jax.refine.ledger import Ledger
@@ -86,7 +86,7 @@ class Run:
                 if all(getattr(like.config, key) == getattr(config, key) for key in (*keys, "mesh")):
                     self.__dict__[name] = getattr(like, name)  # where cached_property looks
         self.results = read_object(folder.results_json, optional=True)
-        self._just_trained: dict[str, Any] = {}  # the last exported method's weights, until they are evaluated
+        self._just_trained: dict[str, Any] = {}  # the last method's weights, until they are evaluated
         use_compile_cache(config.compilation_cache)
         self.mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
 
@@ -238,8 +238,8 @@ class Run:
             parts.append([*others, *self.config.model_roles.values()])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def train(self, methods: Sequence[Method] | None = None) -> None:
-        """Stage 2: trains and exports each method, or those that are given."""
+    def train(self, methods: Sequence[Method] | None = None, keep: bool = False) -> None:
+        """Stage 2: trains and exports each method, or those given; with `keep` the last weights stay in memory."""
         wanted = self.methods if methods is None else methods
         methods = [method for method in wanted if not self._is_current(f"export {method.name}")]
         if not methods:
@@ -257,7 +257,6 @@ class Run:
         rows = self.refine(retry=False) if refines else self.data.gold
         for method in methods:
             interrupt.check()
-            self._just_trained.clear()
             self._record_settings(f"train {method.name}")
             if method.pruned_from is not None:
                 self._export(method, self._pruned(method.pruned_from))
@@ -280,6 +279,9 @@ class Run:
             seconds = sum(line.get("seconds", 0) for line in metrics)
             self.folder.record_time("train", method.name, seconds, tokens_trained(metrics))
             self._export(method, params)
+            if keep and method == methods[-1]:
+                held = as_read_back(params, self.config.export.dtype, self.model.params)
+                self._just_trained = {method.name: held}
             del params  # else they are held while the next method trains
 
     def _dev_scores(self) -> Callable[[Student], DevScores] | None:
@@ -338,6 +340,7 @@ class Run:
             if not missing:
                 self._write_evaluation(scores, begun=True)
             os.replace(self.folder.evaluation_new_json, self.folder.evaluation_json)
+        self._just_trained.clear()
         self.folder.wait_for_writer("evaluation")
         if self.config.evaluate.judges:
             self._judge()
@@ -427,7 +430,7 @@ class Run:
         check_evaluation(self.data)
         list(require_judges(self.config))
         _ = self.encoder  # loaded now, so that an unreadable encoder is reported before training, not after it
-        self.train()
+        self.train(keep=True)
         self.evaluate()
 
     def _is_current(self, stage: str, made_with: Mapping[str, Settings] | None = None) -> bool:
@@ -445,10 +448,7 @@ class Run:
 
     def _export(self, method: Method, params) -> None:
         began, folder = time.perf_counter(), self.folder.method(method.name)
-        dtype, used = jnp.dtype(self.config.export.dtype), jnp.dtype(self.config.model.dtype)
-        export_hf(self.model, params, folder.export, dtype=dtype, card=self._card(method))
-        # As they would be read. One program would leave out a conversion and its inverse.
-        self._just_trained = {method.name: jax.tree.map(lambda array: array.astype(dtype).astype(used), params)}
+        export_hf(self.model, params, folder.export, dtype=jnp.dtype(self.config.export.dtype), card=self._card(method))
         self._record_settings(f"export {method.name}")
         if is_writer() and not self.config.train.keep_finished:
             remove_steps(folder.checkpoints)
@@ -488,6 +488,7 @@ class Run:
             return self.model.params
         if dtype is None and name in self._just_trained:
             return self._just_trained.pop(name)
+        self._just_trained.clear()  # there is room for two models
         folder = self.folder.method(name)
         try:
             require_sums(folder.export)

@@ -115,9 +115,19 @@ def test_16_bit_weights_are_never_all_held_in_float32(without, num_rows):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("num_rows", [1, 2])
-def test_a_product_of_16_bits_is_that_of_the_matrix(num_rows):
-    matrix, x = (jnp.asarray(RANDOM.normal(size=shape), jnp.bfloat16) for shape in ((576, 128), (num_rows, 1, 576)))
+@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (2, 1)])
+def test_a_product_of_16_bits_is_that_of_the_matrix(rows):
+    matrix, x = (jnp.asarray(RANDOM.normal(size=shape), jnp.bfloat16) for shape in ((576, 128), (*rows, 576)))
     found = jax.jit(partial(product, dtype=jnp.float32))(x, matrix)
-    assert found.shape == (num_rows, 1, 128)
+    assert found.shape == (*rows, 128)
     np.testing.assert_allclose(found, np.asarray(x, np.float64) @ np.asarray(matrix, np.float64), atol=1e-4)
+
+
+def test_a_row_by_16_bits_does_not_convert_the_matrix(without):
+    shapes = jax.ShapeDtypeStruct((1, 576), jnp.bfloat16), jax.ShapeDtypeStruct((576, 8192), jnp.bfloat16)
+    temporary = []
+    for workarounds in ((), ("narrow",)):
+        without(*workarounds)
+        program = jax.jit(lambda x, matrix: product(x, matrix, jnp.float32)).lower(*shapes).compile()
+        temporary.append(program.memory_analysis().temp_size_in_bytes)
+    assert temporary[0] < 576 * 8192 and temporary[1] >= 4 * 576 * 8192

@@ -163,13 +163,14 @@ def test_bytes_and_operations_of_a_plan_by_hand(planned):
         assert phase["fits"] and phase["collective_bytes"] == {} and phase["seconds"]["interconnect"] == 0
     assert train["bytes"]["activations"] > 4 * PARAMETERS  # a gradient of each weight among them
     # The process; and a checkpoint is a copy of the state, and as much again while it is written.
-    host = [phase["bytes"]["host"] for phase in (refine, rollout, evaluate)]
-    assert host == [0.6e9] * 3 and train["bytes"]["host"] == 0.6e9 + 2 * (3 * 4 * PARAMETERS + scalars)
+    process = 0.6e9 / len(jax.devices())
+    assert refine["bytes"]["host"] == evaluate["bytes"]["host"] == process
+    assert train["bytes"]["host"] == rollout["bytes"]["host"] == process + 2 * (3 * 4 * PARAMETERS + scalars)
     # Every array of training is an argument of the step.
     assert train["compiler_bytes"] == pytest.approx(train["total_bytes"] - train["bytes"]["host"])
-    beside = train["bytes"]["teacher"] + train["bytes"]["optimiser"]
-    assert rollout["total_bytes"] - rollout["compiler_bytes"] == pytest.approx(0.6e9 + beside)
-    assert evaluate["total_bytes"] - evaluate["compiler_bytes"] == pytest.approx(0.6e9 + 4 * PARAMETERS)
+    beside = sum(train["bytes"][name] for name in ("teacher", "optimiser", "host"))
+    assert rollout["total_bytes"] - rollout["compiler_bytes"] == pytest.approx(beside)
+    assert evaluate["total_bytes"] - evaluate["compiler_bytes"] == pytest.approx(process + 4 * PARAMETERS)
     assert train["flops"] == 4 * step_by_hand(PROMPT, ANSWER, ROLLOUT, TEACHER, passes=3, head_passes=3)
     assert rollout["flops"] == 4 * (matrices(PROMPT + 7) + scores(0, PROMPT + 7) + 2 * V * D * ROLLOUT)
     # 40 rows: 10 steps in each of 3 epochs; rewritings and three fusions of each, four at once.

@@ -47,7 +47,7 @@ class Model:
     def jit(self, function: Callable, **settings) -> Any:
         """`jax.jit(function, **settings)` with the compiler's options for weights like the model's.
 
-        Other jitted functions cannot call the result.
+        Call it under the mesh that the function runs on. Other jitted functions cannot call the result.
         """
         return jax.jit(function, compiler_options=compiler_options(self.params), **settings)
 

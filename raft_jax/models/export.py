@@ -66,6 +66,18 @@ def export_hf(
     return folder
 
 
+def as_read_back(params: dict[str, jax.Array], dtype, like: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """The weights that would be read from their export in `dtype`, with the dtypes and shardings of `like`.
+
+    `params` is emptied, so that no weight is held twice.
+    """
+    read = {}
+    for name in list(params):  # one by one, as a single program would leave out a conversion and its inverse
+        array = params.pop(name).astype(dtype).astype(like[name].dtype)
+        read[name] = jax.device_put(array, like[name].sharding)
+    return read
+
+
 def remove_weights(folder: Path) -> None:
     """Removes the weights of an exported model, and their names from SHA256SUMS; the other files stay."""
     if (folder / SUMS).exists():

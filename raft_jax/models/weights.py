@@ -204,7 +204,8 @@ class _StoredRows:
         self.shape = num_rows + padding, *rest
 
     def read(self, start: int, stop: int, dtype) -> np.ndarray:
-        """Rows `start` to `stop`, without the latter. A few are read at once, as a file may hold a wider dtype."""
+        """Rows `start` to `stop`, without the latter; at most ROWS are read at once, as a file may hold a wider
+        dtype."""
         array = np.empty((stop - start, *self.shape[1:]), dtype)
         for first in range(start, stop, ROWS):
             last = min(first + ROWS, stop)

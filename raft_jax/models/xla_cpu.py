@@ -9,7 +9,7 @@ them each layer's weights without tiles.
   reads a matrix at half of the memory bandwidth; sums over tiles that stay in a core's own caches use nearly all of it.
 - "narrow": for 16-bit weights, which XLA multiplies in float32. Conversions stay in the loops, and memory decides on
   the order of operations; else all layers would be converted before the loop over layers, and kept. One row is
-  multiplied as two, because the product of a matrix and a vector converts the whole matrix first.
+  multiplied by the unembedding as two, as the product of a matrix and a vector converts the whole matrix first.
 
 `python benchmarks/xla_cpu.py` measures the saving of each, and tests/test_decoder_xla_cpu.py checks that none changes a
 result beyond rounding.
@@ -47,14 +47,14 @@ def uses(workaround: str) -> bool:
     return workaround not in WITHOUT and platform() == "cpu"
 
 
-def narrow(params) -> bool:
+def is_narrow(params) -> bool:
     """Whether weights, or their shapes, have 16 bits and are multiplied on CPU, where XLA converts them to float32."""
     return uses("narrow") and any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(params))
 
 
 def compiler_options(params) -> dict[str, str]:
     """Options for `jax.jit` of a program with these weights, or their shapes."""
-    return NARROW if narrow(params) else {}
+    return NARROW if is_narrow(params) else {}
 
 
 def normalize(epsilon: float, x: jax.Array, weight_D: jax.Array) -> jax.Array:
@@ -176,10 +176,10 @@ def product(x_XI: jax.Array, matrix: jax.Array | Tiled, dtype=None) -> jax.Array
       True
     """
     if not isinstance(matrix, Tiled):
-        one_row = narrow(matrix) and math.prod(x_XI.shape[:-1]) == 1
-        if one_row:
-            x_XI = jnp.concatenate([x_XI, x_XI])
-        return jnp.matmul(x_XI, matrix, preferred_element_type=dtype)[: 1 if one_row else None]
+        if is_narrow(matrix) and math.prod(x_XI.shape[:-1]) == 1:
+            twice_2I = jnp.broadcast_to(x_XI.reshape(1, -1), (2, x_XI.shape[-1]))
+            return jnp.matmul(twice_2I, matrix, preferred_element_type=dtype)[0].reshape(*x_XI.shape[:-1], -1)
+        return jnp.matmul(x_XI, matrix, preferred_element_type=dtype)
     tiles_OPQC = matrix.tiles_OPQC
     _, P, Q, _ = tiles_OPQC.shape
     x_BPQ = x_XI.reshape(-1, P, Q)

@@ -21,9 +21,8 @@ from raft_jax.sampling.engine import rows_per_batch
 from raft_jax.sharding import bytes_per_device, make_mesh
 
 Report = Callable[[str], None]
-# On a CPU, beside JAX's arrays: what Python, its libraries and the compiled programs take (measured: 0.5 to 0.7 GB),
-# and what is held once more of a checkpoint that is being written.
-PROCESS_BYTES, WRITTEN_BYTES = 0.6e9, 1 << 30
+# On a CPU, beside JAX's arrays: what Python, its libraries and the compiled programs take (measured: 0.5 to 0.7 GB).
+PROCESS_BYTES = 0.6e9
 
 
 class Measure:
@@ -100,11 +99,12 @@ class Measure:
 
     def _host(self, saves: bool = False) -> dict[str, float]:
         """Bytes of the host's memory for each device, where it is the devices' own, beside the arrays of a program:
-        those of the process, and of a checkpoint that is written meanwhile, for which the state is copied."""
+        those of the process, and of a checkpoint that is written meanwhile, the copy of the state and what TensorStore
+        has of it."""
         if self.slice.chip.kind != CPU:
             return {}
         state = self.resident["parameters"] + self.resident["optimiser"]
-        return {"host": PROCESS_BYTES / self.mesh.size + (state + min(state, WRITTEN_BYTES) if saves else 0)}
+        return {"host": PROCESS_BYTES / len(self.slice.devices) + (2 * state if saves else 0)}
 
     @property
     def static_bytes(self) -> float:
@@ -159,6 +159,8 @@ class Measure:
         reading = self._read(f"rollout, batch {size}", programs, programs.rollout, new) if compiled else None
         total = sum(kept.values()) if reading is None else reading.total + beside
         parts = kept | {"activations": max(0.0, total - sum(kept.values()))}
+        host = self._host(saves=True)
+        parts, total = parts | host, total + sum(host.values())
         return self._generation("rollout", programs, parts, total, reading, row.prompt, new, size)
 
     def refine(self, compiled: bool = True) -> Phase:
@@ -191,12 +193,12 @@ class Measure:
         reading = self._read(what, programs, lambda: programs.decode(rows, slots, new), new) if compiled else None
         total = sum(kept.values()) if reading is None else reading.total + sum(beside.values())
         parts = kept | {"activations": max(0.0, total - sum(kept.values()))}
+        host = self._host()
+        parts, total = parts | host, total + sum(host.values())
         return self._generation(name, programs, parts, total, reading, prompt, new, rows)
 
     def _generation(self, name, programs, parts, total, reading, prompt: float, new: int, rows: int) -> Phase:
         traffic = Traffic(programs, self.flops).generate(rows, prompt, new)
-        host = self._host()
-        parts, total = parts | host, total + sum(host.values())
         return self._phase(name, parts, total, reading, rows * self.flops.generate(prompt, new), traffic, rows)
 
     def _phase(self, name, parts, total, reading, flops: float, traffic: float, rows: int) -> Phase:

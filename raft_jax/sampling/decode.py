@@ -14,7 +14,7 @@ from raft_jax.models import Model
 from raft_jax.models.attention import MASKED
 from raft_jax.models.decoder import Cache
 from raft_jax.models.vocabulary import from_table, to_table
-from raft_jax.models.xla_cpu import Tiled, product, tiled
+from raft_jax.models.xla_cpu import Tiled, is_narrow, product, tiled
 from raft_jax.sharding import num_shards
 from raft_jax.tokens import Tokens
 
@@ -254,7 +254,8 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     Args:
       max_new_tokens: the length of the output.
       top_p: see `sample_token`.
-      unroll: decode layer by layer, see `decoding_weights`.
+      unroll: decode layer by layer, see `decoding_weights`; not done with 16-bit weights on a CPU, where converting
+        each layer to float32 is the larger part of its time. There `model.jit(generate)` needs less memory.
 
     Returns:
       `generate(params, prompt, row_ids, key, temperature) -> Tokens`. Prompts are Tokens padded on the left; the new
@@ -264,7 +265,7 @@ def make_generate(model: Model, max_new_tokens: int, *, top_p: float = 1.0, unro
     """
     settings = Settings(max_new_tokens, top_p)
     decode = make_decode(model, settings)
-    pad_id = model.tokenizer.pad_id
+    pad_id, unroll = model.tokenizer.pad_id, unroll and not is_narrow(model.params)
 
     @jax.jit
     def generate(params, prompt: Tokens, row_ids, key, temperature) -> Tokens:

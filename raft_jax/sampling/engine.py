@@ -17,7 +17,7 @@ from raft_jax.accelerators import find_accelerator
 from raft_jax.data.batches import pad
 from raft_jax.models import Model
 from raft_jax.models.decoder import Cache
-from raft_jax.models.xla_cpu import narrow
+from raft_jax.models.xla_cpu import is_narrow
 from raft_jax.sampling.decode import Decoding, Settings, begin, decoding_weights, empty, make_decode, make_draw
 from raft_jax.sharding import (
     bytes_per_device,
@@ -34,8 +34,9 @@ from raft_jax.tokens import Tokens
 ADMITTED = 8  # new rows are admitted when so large a part of all places is free: an eighth
 STEPS = 64  # decoding steps between two looks at what is done
 # Decoding layer by layer is faster than a scan, but compiles longer and copies the weights. On CPU it is done where
-# prompts wait for places, or where there may be so many steps and the weights have at most so many bytes; on other
-# devices where the copy takes at most so much of the memory, since base and tuned model may be there, too.
+# prompts wait for places, or where there may be so many steps and the weights have at most so many bytes, but not with
+# 16-bit weights (see make_generate); on other devices where the copy takes at most so much of the memory, since base
+# and tuned model may be there, too.
 UNROLLED_STEPS, UNROLLED_BYTES, UNROLLED_SHARE = 64, 2 << 30, 0.25
 # With `shrink`, the last rows move to a quarter of the places (at least to SMALLEST) when they fill no more, if their
 # answers may have so many more tokens.
@@ -83,7 +84,7 @@ def unrolls(params, max_new_tokens: int, waiting: bool = False) -> bool:
     if platform() != "cpu":
         known = find_accelerator(device_kind())
         return known is None or num_bytes <= UNROLLED_SHARE * known[1].memory
-    if narrow(params):  # each layer is converted to float32 where it is used, which is the larger part of its time
+    if is_narrow(params):
         return False
     return waiting or (max_new_tokens >= UNROLLED_STEPS and num_bytes <= UNROLLED_BYTES)
 

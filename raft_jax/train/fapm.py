@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from raft_jax.models.xla_cpu import compiler_options
 from raft_jax.train.state import is_matrix
 
 
@@ -47,15 +47,15 @@ def fapm(
     if shapes != base_shapes:
         names = sorted(name for name in {*shapes, *base_shapes} if shapes.get(name) != base_shapes.get(name))
         raise ValueError(f"params and base_params must have the same names and shapes; {', '.join(names)} differ")
+    prune = jax.jit(_prune, static_argnames=("sparsity", "stacked"), compiler_options=compiler_options(base_params))
     return {
-        name: _prune(tuned, base_params[name], sparsity, stacked=name.rpartition("_")[2].startswith("L"))
+        name: prune(tuned, base_params[name], sparsity, stacked=name.rpartition("_")[2].startswith("L"))
         if is_matrix(name)
         else tuned
         for name, tuned in params.items()
     }
 
 
-@partial(jax.jit, static_argnames=("sparsity", "stacked"))
 def _prune(tuned: jax.Array, base: jax.Array, sparsity: float, stacked: bool) -> jax.Array:
     def matrix(pair):
         tuned, base = (array.reshape(-1) for array in pair)

@@ -11,7 +11,6 @@ import numpy as np
 
 from raft_jax.config import TrainConfig
 from raft_jax.data.batches import token_capacities, token_capacity
-from raft_jax.models.xla_cpu import narrow
 from raft_jax.sampling.decode import make_generate
 from raft_jax.tokens import Batch, Tokens
 from raft_jax.train.compiled import CompiledFunction
@@ -33,9 +32,7 @@ class SampleRollout:
         counts = self._rows > 1 or num_batch_shards == 1
         self.capacities = token_capacities(self._most) if counts else [None]  # values of max_tokens
         # The program runs in every step, so the longer compilation of the unrolled one pays off.
-        generate = make_generate(
-            student.model, self._max_new_tokens, top_p=settings.rollout.top_p, unroll=not narrow(student.model.params)
-        )
+        generate = make_generate(student.model, self._max_new_tokens, top_p=settings.rollout.top_p, unroll=True)
 
         @student.model.jit
         def sample(params, teacher_params, prompt, row_ids, key, temperature):
