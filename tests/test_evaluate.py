@@ -26,7 +26,11 @@ from raft_jax.sampling import Completion, Scorer
 from raft_jax.scores import Estimate, ModelScores, WeightDistance
 
 TOY = SimpleNamespace(
-    hidden=tiny.toy_hidden, unembedding=tiny.toy_unembedding, tokenizer=SimpleNamespace(pad_id=3), head_settings={}
+    hidden=tiny.toy_hidden,
+    unembedding=tiny.toy_unembedding,
+    tokenizer=SimpleNamespace(pad_id=3),
+    head_settings={},
+    jit=jax.jit,
 )
 
 
