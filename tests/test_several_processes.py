@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 RUN = ("-m", "raft_jax", "run")
 PARTS = ("sha256.json", "sha256.1.json")  # the manifests of two processes
-TIMES = ("seconds", "rollout_seconds", "tokens_per_second", "last_host", "last_host_seconds")
+TIMES = ("seconds", "rollout_seconds", "tokens_per_second", "last_process", "last_process_seconds")
 
 
 def start(*arguments: str | Path, **environment: str) -> subprocess.Popen:
@@ -94,8 +94,8 @@ def test_two_processes_run_as_one(tmp_path):
 
     (expected, marks), (found, found_marks) = results("one"), results("two")
     assert_same_losses(found, expected)
-    assert not any("last_host" in line for line in (*expected, found[0]))
-    assert all(line["last_host"] in (0, 1) and line["last_host_seconds"] >= 0 for line in found[1:])
+    assert not any("last_process" in line for line in (*expected, found[0]))
+    assert all(line["last_process"] in (0, 1) and line["last_process_seconds"] >= 0 for line in found[1:])
     assert found_marks["gold_logprob"]["mean"] == pytest.approx(marks["gold_logprob"]["mean"], rel=1e-5)
 
     # What a slice that is taken away during a save leaves: arrays without a manifest. Both go on from the step before.

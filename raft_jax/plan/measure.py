@@ -97,14 +97,15 @@ class Measure:
             "optimiser": bytes_per_device((state.opt_state, state.balance, state.step)),
         }
 
-    def _host(self, saves: bool = False) -> dict[str, float]:
-        """Bytes of the host's memory for each device, where it is the devices' own, beside the arrays of a program:
-        those of the process, and of a checkpoint that is written meanwhile, the copy of the state and what TensorStore
-        has of it."""
+    def _host(self, phase: str) -> dict[str, float]:
+        """Bytes of the host's memory for each device, where it is the devices' own, beside the arrays of a phase: those
+        of the process, and in training of a checkpoint that is written meanwhile, the copy of the state and what
+        TensorStore has of it."""
         if self.slice.chip.kind != CPU:
             return {}
         state = self.resident["parameters"] + self.resident["optimiser"]
-        return {"host": PROCESS_BYTES / len(self.slice.devices) + (2 * state if saves else 0)}
+        written = 0 if phase in ("refine", "evaluate") else 2 * state
+        return {"host": PROCESS_BYTES / len(self.slice.devices) + written}
 
     @property
     def static_bytes(self) -> float:
@@ -135,13 +136,12 @@ class Measure:
         reads_teacher = method.distils or method.anchors or self.config.train.lora.rank > 0
         total = self.static_bytes if reading is None else reading.total + (0 if reads_teacher else parts["teacher"])
         parts["activations"] = max(0.0, total - self.static_bytes)
-        host = self._host(saves=True)
         remat = self.config.model.remat
         tokens = size * tokens_of(row) / self._shards
         return self._phase(
             what,
-            parts | host,
-            total + sum(host.values()),
+            parts,
+            total,
             reading,
             size * self.flops.train(row, method, remat),
             Traffic(programs, self.flops).train(tokens, 2 + remat, method.distils or method.anchors),
@@ -159,8 +159,6 @@ class Measure:
         reading = self._read(f"rollout, batch {size}", programs, programs.rollout, new) if compiled else None
         total = sum(kept.values()) if reading is None else reading.total + beside
         parts = kept | {"activations": max(0.0, total - sum(kept.values()))}
-        host = self._host(saves=True)
-        parts, total = parts | host, total + sum(host.values())
         return self._generation("rollout", programs, parts, total, reading, row.prompt, new, size)
 
     def refine(self, compiled: bool = True) -> Phase:
@@ -193,8 +191,6 @@ class Measure:
         reading = self._read(what, programs, lambda: programs.decode(rows, slots, new), new) if compiled else None
         total = sum(kept.values()) if reading is None else reading.total + sum(beside.values())
         parts = kept | {"activations": max(0.0, total - sum(kept.values()))}
-        host = self._host()
-        parts, total = parts | host, total + sum(host.values())
         return self._generation(name, programs, parts, total, reading, prompt, new, rows)
 
     def _generation(self, name, programs, parts, total, reading, prompt: float, new: int, rows: int) -> Phase:
@@ -202,8 +198,8 @@ class Measure:
         return self._phase(name, parts, total, reading, rows * self.flops.generate(prompt, new), traffic, rows)
 
     def _phase(self, name, parts, total, reading, flops: float, traffic: float, rows: int) -> Phase:
-        seconds = seconds_of(self.slice.chip, self.mesh.size, flops, traffic, reading)
-        return Phase(name, parts, total, reading, flops, seconds, rows)
+        seconds, host = seconds_of(self.slice.chip, self.mesh.size, flops, traffic, reading), self._host(name)
+        return Phase(name, parts | host, total + sum(host.values()), reading, flops, seconds, rows)
 
     def _read(self, what: str, programs: Programs, lower, num_steps: int = 1) -> Reading:
         self.say(f"compiling {what}")

@@ -173,7 +173,7 @@ class _Steps:
             for step in numbers if not self.watch.reached else ():
                 profile.before(step + 1, metrics)
                 self._dispatch(step, metrics)
-                metrics.note_last_host(last_process())
+                metrics.note_last_process(last_process())
                 done = step + 1
                 profile.after(done, metrics)
                 if self.dev_scores is not None and (done % self.settings.eval_every == 0 or done == num_steps):

@@ -28,7 +28,7 @@ class _Pending(NamedTuple):
     learning_rate: float
     batch: Batch  # on the host
     times: dict[str, float]  # rollout_seconds, and seconds once the step has been waited for
-    last_host: dict[str, float]  # see `StepMetrics.note_last_host`
+    last_process: dict[str, float]  # see `StepMetrics.note_last_process`
 
 
 class StepMetrics:
@@ -68,11 +68,11 @@ class StepMetrics:
         )
         self._rollout_seconds = 0.0
 
-    def note_last_host(self, last: tuple[int, float] | None) -> None:
-        """Adds to the step that was added last which host was the last to dispatch the one before, and how many seconds
-        after the first host."""
+    def note_last_process(self, last: tuple[int, float] | None) -> None:
+        """Adds to the step that was added last which process was the last to dispatch the one before, and how many
+        seconds after the first one."""
         if self._pending is not None and last is not None:
-            self._pending.last_host["last_host"], self._pending.last_host["last_host_seconds"] = last
+            self._pending.last_process["last_process"], self._pending.last_process["last_process_seconds"] = last
 
     def wait(self) -> None:
         """Waits for the end of the step that was added last, without writing its line."""
@@ -94,12 +94,12 @@ class StepMetrics:
         if self._pending is None:
             return
         self.wait()
-        (step, names, values, learning_rate, batch, times, last_host), self._pending = self._pending, None
+        (step, names, values, learning_rate, batch, times, last_process), self._pending = self._pending, None
         metrics = dict(zip(names, map(float, jax.device_get(values)), strict=True))
         self._require_finite(metrics, step)
         mfu = self._throughput.metrics(batch, metrics.get("rollout_tokens", 0), **times)
         metrics |= more() if more else {}
-        line = {"step": step, **metrics, "learning_rate": learning_rate, **times, **last_host, **mfu}
+        line = {"step": step, **metrics, "learning_rate": learning_rate, **times, **last_process, **mfu}
         self._log.append(line)
         self._on_line(line)
 
